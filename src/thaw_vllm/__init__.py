@@ -1,0 +1,55 @@
+"""Freeze a running LLM; thaw it anywhere, bit for bit.
+
+The public names below are resolved when first used, so that importing this package loads neither torch nor an engine.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "ThawModelLoader": "engines.vllm.loader",
+    "freeze_model": "weights.module",
+    "freeze_model_pipelined": "weights.module",
+    "freeze_model_tp": "engines.vllm.api",
+    "load": "engines.vllm.api",
+    "restore_model": "weights.module",
+    "restore_model_from_ram": "weights.module",
+    "restore_model_pipelined": "weights.module",
+}
+
+__all__ = [
+    "ThawModelLoader",
+    "__version__",
+    "freeze_model",
+    "freeze_model_pipelined",
+    "freeze_model_tp",
+    "load",
+    "restore_model",
+    "restore_model_from_ram",
+    "restore_model_pipelined",
+]
+
+if TYPE_CHECKING:
+    from .engines.vllm.api import freeze_model_tp, load
+    from .engines.vllm.loader import ThawModelLoader
+    from .weights.module import (
+        freeze_model,
+        freeze_model_pipelined,
+        restore_model,
+        restore_model_from_ram,
+        restore_model_pipelined,
+    )
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

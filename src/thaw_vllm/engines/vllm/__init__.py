@@ -1,0 +1,1 @@
+"""vLLM: a plugin that teaches every vLLM process ``load_format="thaw"``."""

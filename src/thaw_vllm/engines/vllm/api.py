@@ -1,0 +1,140 @@
+"""Python calls over vLLM: freeze a checkpoint or a running engine, thaw an engine in one line."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ... import errors
+from ...errors import MismatchError, MissingDependencyError, ThawError, UnsupportedError, UsageError
+from ...weights.freeze import FreezeReport
+from ...weights.open import open_snapshot
+from . import versions
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+
+def load(
+    model: str | None = None,
+    snapshot: str | os.PathLike[str] | None = None,
+    kv_snapshot: str | os.PathLike[str] | None = None,
+    **llm_kwargs: Any,
+) -> LLM:
+    """A ready ``vllm.LLM`` from a snapshot, with vLLM's own defaults.
+
+    Args:
+        model: model directory or hub name, for its config and tokenizer only; None uses the ones the snapshot carries.
+        snapshot: the ``.thaw`` file (the manifest of a set).
+        kv_snapshot: reserved; KV snapshots are not in this version.
+        llm_kwargs: passed to ``vllm.LLM`` as they are, ``model_loader_extra_config`` merged with ours.
+
+    Raises:
+        UsageError, MismatchError, UnsupportedError: before the engine is started, where that can be told.
+    """
+    if snapshot is None:
+        raise UsageError("load() needs a snapshot: thaw_vllm.load(model, 'weights.thaw')")
+    if kv_snapshot is not None:
+        raise UnsupportedError("KV snapshots are not in this version; leave kv_snapshot out")
+    if llm_kwargs.get("load_format", "thaw") != "thaw":
+        raise UsageError("load() sets load_format='thaw' itself; leave load_format out")
+    versions.vllm_version()
+    path = os.path.abspath(os.fspath(snapshot))
+    check_sizes(path, llm_kwargs)
+    if model is None:
+        from .files import carried_directory
+
+        model = str(carried_directory(path))
+    vllm = require_vllm()
+    extra = {"snapshot": path, **llm_kwargs.pop("model_loader_extra_config", {})}
+    llm_kwargs["load_format"] = "thaw"
+    return vllm.LLM(model=model, model_loader_extra_config=extra, **llm_kwargs)
+
+
+def freeze_model_tp(llm: LLM, path: str | os.PathLike[str], *, force: bool = False) -> list[FreezeReport]:
+    """Freeze a running engine, each tensor-parallel rank its own file (``weights.thaw``, ``weights.rank1.thaw``, …).
+
+    Args:
+        llm: a ``vllm.LLM`` whose post-processing changed nothing (unquantised dense models on CUDA).
+        path: the manifest's path, on a file system that all ranks share.
+        force: replace an existing snapshot.
+
+    Raises:
+        UnsupportedError: weights were changed after loading; freeze while loading (``freeze_checkpoint``).
+        StorageError: see FreezeOptions; nothing was published.
+    """
+    answers = llm.collective_rpc("thaw_freeze", args=(os.path.abspath(os.fspath(path)), force))
+    for answer in sorted(answers, key=lambda a: "rank " in a.get("message", "")):
+        if "error" in answer:
+            kind = getattr(errors, answer["error"], ThawError)
+            raise kind(answer["message"])
+    return [FreezeReport(**answer) for answer in answers]
+
+
+def freeze_checkpoint(model: str, path: str | os.PathLike[str], **engine_args: Any) -> list[FreezeReport]:
+    """Load a checkpoint through vLLM and freeze each rank's raw parameters; no engine stays and no KV cache is made.
+
+    Args:
+        model: model directory or hub name.
+        path: the snapshot's path, the manifest's when there are several ranks.
+        engine_args: vLLM's engine arguments (``tensor_parallel_size``, ``dtype``, ``quantization``, …), and
+            ``force``, ``source_format``, ``workers`` of LoaderConfig.
+
+    Returns:
+        One report a rank.
+    """
+    from ...transport.writer import check_target
+
+    path = os.path.abspath(os.fspath(path))
+    extra: dict[str, Any] = {"snapshot": path, "mode": "freeze"}
+    extra |= {name: engine_args.pop(name) for name in ("force", "source_format", "workers") if name in engine_args}
+    check_target(Path(path), bool(extra.get("force")))
+    versions.vllm_version()
+    require_vllm()
+    from vllm.engine.arg_utils import EngineArgs
+
+    arguments = EngineArgs(
+        model=model, load_format="thaw", model_loader_extra_config=extra, enforce_eager=True, **engine_args
+    )
+    config = arguments.create_engine_config()
+    executor = versions.executor_class(config)(config)
+    try:
+        answers = executor.collective_rpc("thaw_report")
+    finally:
+        executor.shutdown()
+    return [FreezeReport(**answer) for answer in answers]
+
+
+def check_sizes(path: str, llm_kwargs: dict[str, Any]) -> None:
+    """Refuse a snapshot whose parallel sizes are not the engine's before vLLM starts its processes."""
+    with open_snapshot(path, with_chunks=False) as opened:
+        identity = opened.snapshot.header.identity
+    if identity.engine != "vllm":
+        raise MismatchError(
+            f"{path!r} holds the {identity.stage!r} stage of {identity.engine or 'a plain module'}; vLLM needs the raw "
+            "stage: thaw freeze --model M --output weights.thaw"
+        )
+    for name, held in (
+        ("tensor_parallel_size", identity.parallel.tp_size),
+        ("pipeline_parallel_size", identity.parallel.pp_size),
+    ):
+        asked = llm_kwargs.get(name, 1)
+        if asked != held:
+            raise MismatchError(
+                f"{path!r} was frozen with {name}={held}, the engine is asked to run {asked}; pass {name}={held} or "
+                "freeze again"
+            )
+
+
+def require_vllm() -> Any:
+    """The vllm module.
+
+    Raises:
+        MissingDependencyError: with the install line.
+    """
+    try:
+        import vllm
+    except ImportError as error:
+        raise MissingDependencyError(f"vLLM cannot be imported ({error}); {versions.INSTALL}") from None
+    return vllm

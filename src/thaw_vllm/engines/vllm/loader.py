@@ -1,0 +1,262 @@
+"""``load_format="thaw"``: vLLM's model filled from a snapshot, or frozen while vLLM's own loader fills it.
+
+Both happen between ``load_weights`` and vLLM's post-processing (the raw stage), so quantisation, repacking and derived
+weights are always vLLM's own work on the same bytes as after an ordinary start.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.logger import init_logger
+from vllm.model_executor.model_loader import get_model_loader
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+from ... import __version__
+from ...errors import ThawError, UnsupportedError, UsageError
+from ...format.header import Header
+from ...format.identity import Identity, require
+from ...weights.capture import capture, module_tensors
+from ...weights.checkpoint import carried_files, open_checkpoint
+from ...weights.freeze import FreezeOptions, FreezeReport
+from ...weights.open import open_rank
+from ...weights.provenance import check_source, checkpoint_id, source_record
+from ...weights.ranks import freeze_rank
+from ...weights.restore import RestoreOptions, RestoreReport, restore
+from . import audit
+from .exchange import world_exchange
+from .identity import engine_identity, model_directory
+from .versions import untie, untied_by_checkpoint
+
+if TYPE_CHECKING:
+    from vllm.config import LoadConfig, ModelConfig, VllmConfig
+
+logger = init_logger(f"vllm.{__name__}")
+
+last_report: FreezeReport | RestoreReport | None = None
+"""Of this worker process; ``thaw_report`` hands it to the engine's caller."""
+
+UNTIED = "untied_by_checkpoint"
+"""Key in the header's source: the checkpoint had an lm_head that its config does not announce."""
+
+
+@dataclass(frozen=True)
+class LoaderConfig:
+    """``model_loader_extra_config`` of ``load_format="thaw"``.
+
+    Attributes:
+        snapshot: path of the snapshot, or of its set's manifest.
+        mode: ``thaw`` to fill the model from it, ``freeze`` to load the checkpoint and write it.
+        verify: thaw: hold every chunk against its checksum.
+        check_source: thaw: refuse a model directory whose weight files are not the snapshot's.
+        force: freeze: replace an existing snapshot.
+        source_format: freeze: vLLM's load format for the checkpoint.
+        source_config: freeze: that loader's own extra config.
+        workers: threads a rank; None for what the machine bears.
+    """
+
+    snapshot: str
+    mode: str = "thaw"
+    verify: bool = True
+    check_source: bool = True
+    force: bool = False
+    source_format: str = "auto"
+    source_config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    workers: int | None = None
+
+    @classmethod
+    def parse(cls, given: object) -> LoaderConfig:
+        """Checked; an unknown key, a wrong type or a missing snapshot raises UsageError."""
+        example = """--model-loader-extra-config '{"snapshot": "weights.thaw"}'"""
+        if not isinstance(given, dict) or not isinstance(given.get("snapshot"), str) or not given["snapshot"]:
+            raise UsageError(f"load_format='thaw' needs the snapshot's path: {example}")
+        unknown = sorted(set(given) - {f.name for f in dataclasses.fields(cls)})
+        if unknown:
+            raise UsageError(f"load_format='thaw' knows no option {unknown[0]!r}; example: {example}")
+        found = cls(**given)
+        for name in ("verify", "check_source", "force"):
+            if not isinstance(getattr(found, name), bool):
+                raise UsageError(f"load_format='thaw': {name} must be true or false")
+        if found.mode not in ("thaw", "freeze"):
+            raise UsageError(f"load_format='thaw': mode must be 'thaw' or 'freeze', not {found.mode!r}")
+        if found.source_format == "thaw" or not isinstance(found.source_config, dict):
+            raise UsageError("load_format='thaw': source_format must be one of vLLM's own, source_config an object")
+        return found
+
+
+class ThawModelLoader(BaseModelLoader):
+    """vLLM's loader for snapshots; made by vLLM from ``LoadConfig``."""
+
+    def __init__(self, load_config: LoadConfig) -> None:
+        super().__init__(load_config)
+        self.config = LoaderConfig.parse(load_config.model_loader_extra_config)
+
+    def download_model(self, model_config: ModelConfig) -> None:
+        """Fetch the checkpoint when freezing; thawing needs its config and tokenizer only."""
+        if self.config.mode == "freeze":
+            self._source().download_model(model_config)
+
+    def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> torch.nn.Module:
+        """vLLM's own sequence (initialise on the device, load, post-process), with our ``load_weights`` in the middle.
+
+        vLLM allocates parameters uninitialised, so nothing is written twice.
+        """
+        speculative = vllm_config.speculative_config
+        if speculative is not None and model_config is getattr(speculative, "draft_model_config", None):
+            raise UnsupportedError(
+                "draft models are not in a snapshot in this version; give the draft a loader of its own "
+                """(--speculative-config '{"draft_load_config": {"load_format": "auto"}, ...}')"""
+            )
+        if self.config.mode == "thaw" and not untied_by_checkpoint(model_config):
+            with open_rank(self.config.snapshot, 0, with_chunks=False) as opened:
+                if opened.snapshot.header.source.get(UNTIED) is True:
+                    untie(model_config)
+        model: torch.nn.Module = super().load_model(vllm_config, model_config, prefix)
+        return model
+
+    def load_weights(self, model: torch.nn.Module, model_config: ModelConfig) -> None:
+        """Fill ``model``'s raw parameters from the snapshot, or from the checkpoint and freeze them."""
+        global last_report
+        audit.refuse_unsound(model)
+        identity = engine_identity(get_current_vllm_config(), model_config)
+        work = self._freeze if self.config.mode == "freeze" else self._thaw
+        last_report = work(model, model_config, identity)
+
+    def _thaw(self, model: torch.nn.Module, model_config: ModelConfig, identity: Identity) -> RestoreReport:
+        config = self.config
+        start = time.perf_counter()
+        with open_rank(config.snapshot, identity.parallel.rank) as opened:
+            header = opened.snapshot.header
+            require(header.identity, identity, config.snapshot)
+            _warn_version(header.identity, identity)
+            directory = model_directory(model_config)
+            if config.check_source and directory is not None:
+                check_source(header.source, header.identity.model, directory, config.snapshot)
+            targets: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
+            required = set(targets)
+            targets |= dict(model.named_buffers(remove_duplicate=False))
+            with _progress("thaw", identity) as progress:
+                options = RestoreOptions(verify=config.verify, workers=config.workers, progress=progress)
+                report = restore(opened.source, opened.snapshot, targets, required, options)
+            audit.apply_attributes(model, header.attributes)
+        seconds = report.seconds | {"total": time.perf_counter() - start}
+        report = dataclasses.replace(report, seconds=seconds)
+        logger.info(
+            "thawed %d tensors, %.2f GB in %.2f s (%.2f GB/s, %s) from %s",
+            report.tensors,
+            report.bytes / 1e9,
+            seconds["total"],
+            report.gb_per_s,
+            "every chunk verified" if config.verify else "not verified",
+            config.snapshot,
+        )
+        return report
+
+    def _freeze(self, model: torch.nn.Module, model_config: ModelConfig, identity: Identity) -> FreezeReport:
+        directory = model_directory(model_config)
+        ident = _BackgroundId(directory) if identity.parallel.rank == 0 else None
+        before = audit.take(model)
+        self._source().load_weights(model, model_config)
+        audit.refuse_unsound(model)
+        after = audit.take(model)
+        source: dict[str, Any] = {UNTIED: True} if untied_by_checkpoint(model_config) else {}
+        files: list[tuple[str, bytes]] = []
+        if directory is not None:
+            source |= source_record(open_checkpoint(directory))
+            files = carried_files(directory) if identity.parallel.rank == 0 else []
+        header = Header(
+            identity=identity,
+            writer=f"thaw {__version__}",
+            source=source,
+            attributes=audit.changed_attributes(before, after),
+            metadata={"model": str(model_config.served_model_name or model_config.model)},
+        )
+        captured = capture(module_tensors(model, also=audit.changed_buffers(before, after)), files)
+        with _progress("freeze", identity) as progress:
+            report = freeze_rank(
+                self.config.snapshot,
+                header,
+                captured,
+                FreezeOptions(force=self.config.force, workers=self.config.workers, progress=progress),
+                world_exchange(),
+                ident.result if ident is not None else lambda: None,
+            )
+        logger.info("froze %d tensors, %.2f GB to %s", report.tensors, report.bytes / 1e9, report.path)
+        return report
+
+    def _source(self) -> Any:
+        """vLLM's own loader for the checkpoint."""
+        return get_model_loader(
+            dataclasses.replace(
+                self.load_config,
+                load_format=self.config.source_format,
+                model_loader_extra_config=dict(self.config.source_config),
+            )
+        )
+
+
+class _BackgroundId:
+    """The checkpoint's model id, computed while vLLM loads it."""
+
+    def __init__(self, directory: Any) -> None:
+        self._directory = directory
+        self._found: str | None = None
+        self._failure: ThawError | None = None
+        self._thread = threading.Thread(target=self._run, name="thaw-model-id", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            if self._directory is not None:
+                self._found = checkpoint_id(open_checkpoint(self._directory))
+        except ThawError as error:
+            self._failure = error
+
+    def result(self) -> str | None:
+        """Waits for it; None when there is no local checkpoint to hash."""
+        self._thread.join()
+        if self._failure is not None:
+            raise self._failure
+        return self._found
+
+
+def _warn_version(found: Identity, wanted: Identity) -> None:
+    ours, theirs = (str(i.engine_version).split(".")[:2] for i in (found, wanted))
+    if ours != theirs:
+        logger.warning(
+            "the snapshot was frozen by vLLM %s, this is %s; every tensor's name, shape and dtype is checked, but "
+            "freeze again if loading changed between them",
+            found.engine_version,
+            wanted.engine_version,
+        )
+
+
+class _progress:
+    """A tqdm bar like vLLM's own on rank 0, or nothing; a context manager that gives the callback."""
+
+    def __init__(self, verb: str, identity: Identity) -> None:
+        self._verb, self._show = verb, identity.parallel.rank == 0
+        self._bar: Any = None
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Callable[[int, int], None] | None:
+        return self._advance if self._show else None
+
+    def _advance(self, done: int, total: int) -> None:
+        with self._lock:
+            if self._bar is None:
+                from tqdm.auto import tqdm
+
+                self._bar = tqdm(total=total, unit="B", unit_scale=True, desc=self._verb, leave=False, delay=1)
+            self._bar.update(done - self._bar.n)
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()

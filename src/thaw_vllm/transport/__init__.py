@@ -1,0 +1,1 @@
+"""How bytes move: ranges of files and host buffers. Knows no tensor and no index."""

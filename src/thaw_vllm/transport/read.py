@@ -1,0 +1,99 @@
+"""Chunks from a source into memory, many at once, each verified while its bytes are hot."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import xxhash
+
+from ..errors import CorruptionError
+from .parallel import run
+from .source import Source
+
+STEP = 1 << 20
+"""Bytes read and hashed in turn, small enough that hashing finds them in the core's own cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One chunk and where it goes.
+
+    Attributes:
+        offset: absolute, in the source.
+        length: bytes.
+        xxh3: expected XXH3-64.
+        label: what a message calls it.
+        into: writable contiguous bytes of the destination, when it is host memory; filled directly.
+        deliver: otherwise called with the bytes, in a reader thread; they are the reader's and reused afterwards.
+    """
+
+    offset: int
+    length: int
+    xxh3: int
+    label: str
+    into: memoryview | None = None
+    deliver: Callable[[memoryview], None] | None = None
+
+
+def read(
+    source: Source,
+    pieces: Iterable[Piece],
+    *,
+    workers: int,
+    verify: bool = True,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Read every piece. Staging memory is one chunk a worker, and none where ``into`` is given.
+
+    Args:
+        source: where from.
+        pieces: what and where to, in order of offset.
+        workers: threads.
+        verify: hold every piece against its checksum. A piece that goes ``into`` memory is there before it is
+            checked; ``deliver`` is called only with checked bytes.
+        progress: called with the bytes of each finished piece, from any thread.
+
+    Raises:
+        CorruptionError: a piece's bytes do not agree with its checksum, or the source ends early.
+        StorageError: the device failed.
+    """
+    local = threading.local()
+
+    def slot(length: int) -> memoryview:
+        held: bytearray | None = getattr(local, "slot", None)
+        if held is None or len(held) < length:
+            held = local.slot = bytearray(length)
+        return memoryview(held)[:length]
+
+    def work(piece: Piece) -> None:
+        view = piece.into if piece.into is not None else slot(piece.length)
+        if verify:
+            _read_verified(source, piece, view)
+        else:
+            source.read_into(piece.offset, view)
+        if piece.deliver is not None:
+            piece.deliver(view)
+        if progress is not None:
+            progress(piece.length)
+
+    run(pieces, work, workers)
+
+
+def _read_verified(source: Source, piece: Piece, view: memoryview) -> None:
+    if piece.length <= STEP:
+        source.read_into(piece.offset, view)
+        found = xxhash.xxh3_64_intdigest(view)
+    else:
+        state = xxhash.xxh3_64()
+        for start in range(0, piece.length, STEP):
+            part = view[start : start + STEP]
+            source.read_into(piece.offset + start, part)
+            state.update(part)
+        found = state.intdigest()
+    if found != piece.xxh3:
+        raise CorruptionError(
+            f"{source.name!r} is damaged: the checksum of {piece.label} (bytes {piece.offset} to "
+            f"{piece.offset + piece.length}) does not agree; copy the file again or freeze again"
+        )

@@ -1,0 +1,192 @@
+"""A file that appears whole or not at all: written under a hidden name beside its target, synced, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import secrets
+from pathlib import Path
+from types import TracebackType
+
+from ..errors import ExistsError, SpaceError, StorageError, UsageError
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class StagedFile:
+    """A file being written; the target is untouched until ``publish``.
+
+    Use as a context manager: leaving it without ``publish`` (also by Ctrl-C) removes what was written. A process that
+    is killed leaves a hidden file behind that nothing reads; the next writer of the same target removes it.
+
+    Args:
+        target: the final path; its directory must exist.
+        size: bytes to reserve, checked against the free space before anything is written.
+        force: replace an existing target.
+        mode: permission bits of the published file.
+
+    Raises:
+        ExistsError, SpaceError, StorageError, UsageError.
+    """
+
+    def __init__(self, target: str | os.PathLike[str], size: int, *, force: bool = False, mode: int = 0o600) -> None:
+        self.target = Path(target)
+        self.force = force
+        self.size = size
+        self._published = False
+        check_target(self.target, force)
+        remove_stale(self.target)
+        self.path = self.target.with_name(_staging_name(self.target.name, secrets.token_hex(4)))
+        self._fd = -1
+        free = _free_bytes(self.target.parent)
+        if free < size:
+            raise SpaceError(
+                f"{str(self.target.parent)!r} has {free / 1e9:.2f} GB free, {self.target.name!r} needs "
+                f"{size / 1e9:.2f} GB; make room or choose another place"
+            )
+        try:
+            self._create(mode)
+            self._reserve(size)
+        except OSError as error:
+            self.discard()
+            raise _storage_error(error, self.target) from None
+        except BaseException:
+            self.discard()
+            raise
+
+    def _create(self, mode: int) -> None:
+        while True:
+            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            with contextlib.suppress(OSError):  # network file systems may lack locks; then nobody removes ours either
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Another writer may have taken the file for stale between its creation and its lock.
+            with contextlib.suppress(OSError):
+                if os.stat(self.path).st_ino == os.fstat(self._fd).st_ino:
+                    os.fchmod(self._fd, mode)
+                    return
+            os.close(self._fd)
+
+    def _reserve(self, size: int) -> None:
+        try:
+            if size:
+                os.posix_fallocate(self._fd, 0, size)
+        except OSError as error:
+            if error.errno in _FULL:
+                raise
+            os.ftruncate(self._fd, size)
+
+    def write(self, offset: int, view: memoryview | bytes) -> None:
+        """Write ``view`` at ``offset``; safe from several threads.
+
+        Raises:
+            SpaceError, StorageError.
+        """
+        view = memoryview(view)
+        done = 0
+        while done < len(view):
+            try:
+                done += os.pwrite(self._fd, view[done:], offset + done)
+            except OSError as error:
+                raise _storage_error(error, self.target) from None
+
+    def publish(self) -> None:
+        """Sync the bytes, give the file its name, sync the directory."""
+        try:
+            os.fsync(self._fd)
+            if self.force:
+                os.rename(self.path, self.target)
+            else:
+                self._link()
+            self._published = True
+            sync_directory(self.target.parent)
+        except FileExistsError:
+            raise ExistsError(f"{str(self.target)!r} appeared while it was being written; use force") from None
+        except OSError as error:
+            raise _storage_error(error, self.target) from None
+        finally:
+            self.discard()
+
+    def _link(self) -> None:
+        try:
+            os.link(self.path, self.target)
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without hard links
+            if self.target.exists():
+                raise FileExistsError from None
+            os.rename(self.path, self.target)
+
+    def discard(self) -> None:
+        """Close, and remove the hidden file if it is still there; a second call does nothing."""
+        with contextlib.suppress(FileNotFoundError):
+            if self._fd >= 0:
+                os.unlink(self.path)
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> StagedFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self.discard()
+
+
+def check_target(target: Path, force: bool) -> None:
+    """Refuse a target that cannot be written before any work is done for it."""
+    if target.name in ("", ".", ".."):
+        raise UsageError(f"{str(target)!r} names no file")
+    if not target.parent.is_dir():
+        raise StorageError(f"the directory {str(target.parent)!r} does not exist; make it first")
+    if target.is_dir():
+        raise UsageError(f"{str(target)!r} is a directory; name a file in it")
+    if not force and os.path.lexists(target):
+        raise ExistsError(f"{str(target)!r} exists; use --force (force=True) to replace it")
+    if not os.access(target.parent, os.W_OK):
+        raise StorageError(f"the directory {str(target.parent)!r} is not writable")
+
+
+def remove_stale(target: Path) -> list[Path]:
+    """Remove hidden files that a killed writer of ``target`` left; those of a living writer hold a lock and stay."""
+    removed = []
+    for path in target.parent.glob(_staging_name(_escaped(target.name), "*")):
+        with contextlib.suppress(OSError):
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.unlink(path)
+                removed.append(path)
+            finally:
+                os.close(fd)
+    return removed
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames in ``path`` durable; ignored where directories cannot be synced."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with contextlib.suppress(OSError):
+            os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _staging_name(name: str, token: str) -> str:
+    return f".{name}.{token}.thaw-part"
+
+
+def _escaped(name: str) -> str:
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+
+
+def _free_bytes(directory: Path) -> int:
+    status = os.statvfs(directory)
+    return status.f_bavail * status.f_frsize
+
+
+def _storage_error(error: OSError, target: Path) -> StorageError:
+    if error.errno in _FULL:
+        return SpaceError(f"no room for {str(target)!r}: {error.strerror}; what was there before is untouched")
+    return StorageError(f"cannot write {str(target)!r}: {error.strerror}; what was there before is untouched")

@@ -1,0 +1,212 @@
+"""Writing one rank's file: chunks hashed and written in parallel, the sections before them last."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..errors import UsageError
+from ..format.chunks import Chunk
+from ..format.document import dump
+from ..format.header import Header
+from ..format.limits import DEFAULT_CHUNK, HASH_BLOCK, MAX_CHUNK
+from ..format.snapshot import front, lay_out
+from ..transport import parallel
+from ..transport.checksum import wordsum, xxh3
+from ..transport.writer import StagedFile
+from .capture import Captured
+from .digest import block_digests, bytes_digest, content_id, model_id
+from .layout import byte_view, host_bytes
+
+_SEAL_ROOM = 512
+"""Bytes a header may grow by when the ids are filled in, beside its set's members."""
+_MEMBER_ROOM = 512
+
+
+@dataclass(frozen=True)
+class FreezeOptions:
+    """How a snapshot is written.
+
+    Attributes:
+        force: replace an existing file.
+        mode: permission bits of the file.
+        chunk_size: bytes, a multiple of 4 MiB up to 64 MiB.
+        workers: threads; None for what the machine bears.
+        progress: called as (bytes done, bytes in all) from any thread.
+    """
+
+    force: bool = False
+    mode: int = 0o600
+    chunk_size: int = DEFAULT_CHUNK
+    workers: int | None = None
+    progress: Callable[[int, int], None] | None = None
+
+    def __post_init__(self) -> None:
+        if self.chunk_size % HASH_BLOCK or not 0 < self.chunk_size <= MAX_CHUNK:
+            raise UsageError(f"chunk_size must be a multiple of {HASH_BLOCK} up to {MAX_CHUNK}, not {self.chunk_size}")
+        if self.workers is not None and self.workers < 1:
+            raise UsageError(f"workers must be at least 1, not {self.workers}")
+
+
+@dataclass(frozen=True)
+class FreezeReport:
+    """What was written and how long it took.
+
+    Attributes:
+        path: the published file.
+        bytes: original bytes of all storages.
+        file_size: bytes of the file.
+        tensors: names in the index.
+        content: the content id.
+        model: the model id, when it is known.
+        seconds: by phase (``payload``, ``publish``, ``total``).
+    """
+
+    path: str
+    bytes: int
+    file_size: int
+    tensors: int
+    content: str
+    model: str | None
+    seconds: dict[str, float]
+
+    @property
+    def gb_per_s(self) -> float:
+        """Decimal gigabytes of original bytes a second, everything counted."""
+        return self.bytes / 1e9 / max(self.seconds["total"], 1e-9)
+
+
+class SnapshotWriter:
+    """One file on its way: ``write_payload``, then ``seal`` with the ids that only then are known.
+
+    Two steps, because the ranks of a set tell each other their content ids in between. A context manager: leaving it
+    unsealed removes what was written.
+    """
+
+    def __init__(
+        self,
+        target: str | os.PathLike[str],
+        header: Header,
+        captured: Captured,
+        options: FreezeOptions,
+        members: int = 0,
+    ) -> None:
+        """Reserve the file; ``header`` has its ids unsealed, ``members`` is how many the set will name in it."""
+        self._start = time.perf_counter()
+        self._header, self._captured, self._options = header, captured, options
+        self._chunks = lay_out(captured.index.storages, options.chunk_size)
+        self._header_size = len(dump(header.to_json())) + _SEAL_ROOM + members * _MEMBER_ROOM
+        _, preamble = front(header, captured.index, self._chunks, self._header_size)
+        self._payload_at = preamble.payload_at
+        self.size = preamble.file_size
+        self.content = ""
+        self.digests: list[str] = []
+        self.seconds: dict[str, float] = {}
+        self._file = StagedFile(target, self.size, force=options.force, mode=options.mode)
+
+    def write_payload(self) -> str:
+        """Write and checksum every chunk; returns the content id."""
+        options, storages = self._options, self._captured.storages
+        total = sum(self._captured.index.storages)
+        blocks: dict[tuple[int, int], list[bytes]] = {}
+        sums: dict[int, Chunk] = {}
+        lock = threading.Lock()
+        done = 0
+
+        def work(item: tuple[int, Chunk]) -> None:
+            nonlocal done
+            number, chunk = item
+            data = storages[chunk.storage].read(chunk.at, chunk.length)
+            self._file.write(self._payload_at + chunk.stored_at, data)
+            digests = block_digests(data)
+            summed = dataclasses.replace(chunk, xxh3=xxh3(data), wordsum=wordsum(data))
+            with lock:
+                sums[number], blocks[chunk.storage, chunk.at] = summed, digests
+                done += chunk.length
+                if options.progress is not None:
+                    options.progress(done, total)
+
+        parallel.run(enumerate(self._chunks), work, options.workers or parallel.default_workers())
+        self._chunks = tuple(sums[i] for i in range(len(self._chunks)))
+        by_storage: list[list[bytes]] = [[] for _ in storages]
+        for (storage, _), digests in sorted(blocks.items()):
+            by_storage[storage] += digests
+        self.digests = [bytes_digest(found) for found in by_storage]
+        self.content = content_id(self._captured.index, self.digests)
+        self.seconds["payload"] = time.perf_counter() - self._start
+        return self.content
+
+    def seal(self, header: Header) -> FreezeReport:
+        """Write the sections before the payload and give the file its name."""
+        start = time.perf_counter()
+        header = dataclasses.replace(header, content=self.content)
+        head, preamble = front(header, self._captured.index, self._chunks, self._header_size)
+        if preamble.payload_at != self._payload_at:
+            raise AssertionError("the sealed header outgrew the room reserved for it")
+        self._file.write(0, head)
+        self._file.publish()
+        self.seconds["publish"] = time.perf_counter() - start
+        self.seconds["total"] = time.perf_counter() - self._start
+        index = self._captured.index
+        return FreezeReport(
+            str(self._file.target),
+            sum(index.storages),
+            preamble.file_size,
+            len(index.tensors),
+            self.content,
+            header.identity.model,
+            self.seconds,
+        )
+
+    def discard(self) -> None:
+        """Remove what was written, unless it was sealed."""
+        self._file.discard()
+
+    def __enter__(self) -> SnapshotWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.discard()
+
+
+def write_snapshot(
+    target: str | os.PathLike[str],
+    header: Header,
+    captured: Captured,
+    options: FreezeOptions,
+    identify: Callable[[Captured, list[str]], str] | None = None,
+) -> FreezeReport:
+    """Write one file that belongs to no set.
+
+    Args:
+        identify: gives the model id from what was captured and its storages' digests, once they are known.
+    """
+    with SnapshotWriter(target, header, captured, options) as writer:
+        writer.write_payload()
+        if identify is not None:
+            identity = dataclasses.replace(header.identity, model=identify(captured, writer.digests))
+            header = dataclasses.replace(header, identity=identity)
+        return writer.seal(header)
+
+
+def tensors_id(captured: Captured, digests: list[str]) -> str:
+    """The model id of tensors that are their own source: each name, dtype, shape and elements in row-major order.
+
+    Args:
+        captured: the tensors.
+        digests: of each storage's bytes; spares hashing again what lies row-major and whole in its storage.
+    """
+    entries = []
+    for entry, tensor in zip(captured.index.tensors, captured.tensors, strict=True):
+        whole = entry.storage is not None and captured.index.storages[entry.storage] == entry.bytes
+        if whole and tensor.is_contiguous():
+            digest = digests[entry.storage or 0]
+        else:
+            packed = tensor.detach().contiguous().cpu()
+            digest = bytes_digest(block_digests(host_bytes(byte_view(packed)))) if entry.elements else bytes_digest([])
+        entries.append((entry.name, entry.dtype, entry.shape, digest))
+    return model_id(entries)

@@ -1,0 +1,99 @@
+"""Freezing and restoring any ``torch.nn.Module``: the public functions, all over one implementation."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from .. import __version__
+from ..errors import MismatchError
+from ..format.header import Header
+from ..format.identity import Identity
+from .capture import capture, module_tensors, persistent_buffers
+from .freeze import FreezeOptions, FreezeReport, tensors_id, write_snapshot
+from .open import Opened, open_memory, open_snapshot
+from .restore import RestoreOptions, RestoreReport, restore
+
+WRITER = f"thaw {__version__}"
+
+
+def freeze_model(model: torch.nn.Module, path: str | os.PathLike[str], **options: Any) -> FreezeReport:
+    """Write a module's parameters and persistent buffers to one ``.thaw`` file.
+
+    Args:
+        model: on any device; must not change until this returns.
+        path: the file; it appears whole or not at all.
+        options: fields of FreezeOptions (``force``, ``mode``, ``chunk_size``, ``workers``, ``progress``).
+
+    Returns:
+        Bytes, ids and seconds by phase.
+
+    Raises:
+        UnsupportedError: a tensor that cannot be stored exactly.
+        ExistsError, SpaceError, StorageError: nothing was written; what was there before is untouched.
+
+    Notes:
+        Device memory is copied a chunk at a time while other chunks are hashed and written, so there is nothing for a
+        separate pipelined variant to add; ``freeze_model_pipelined`` is this function.
+    """
+    captured = capture(module_tensors(model))
+    header = Header(identity=Identity(stage="module", architecture=type(model).__name__), writer=WRITER)
+    return write_snapshot(path, header, captured, FreezeOptions(**options), identify=tensors_id)
+
+
+freeze_model_pipelined = freeze_model
+
+
+def restore_model(model: torch.nn.Module, path: str | os.PathLike[str], **options: Any) -> RestoreReport:
+    """Fill a module from a ``.thaw`` file, in place, bit for bit.
+
+    Args:
+        model: the module it was frozen from, or one of the same names, shapes, dtypes and ties, on any device.
+        path: the file.
+        options: fields of RestoreOptions (``verify``, ``workers``, ``progress``).
+
+    Raises:
+        MismatchError: the file is for another module; nothing was copied.
+        FormatError, CorruptionError, StorageError: the file is unsound. When a checksum fails the module is partly
+            filled and must not be used.
+
+    Notes:
+        Host tensors are read into directly; device tensors through one staging chunk a thread. The library picks the
+        route, so ``restore_model_pipelined`` is this function.
+    """
+    start = time.perf_counter()
+    with open_snapshot(path) as opened:
+        return _restore(model, opened, RestoreOptions(**options), start)
+
+
+restore_model_pipelined = restore_model
+
+
+def restore_model_from_ram(
+    model: torch.nn.Module, snapshot: str | os.PathLike[str] | bytes | bytearray | memoryview, **options: Any
+) -> RestoreReport:
+    """``restore_model`` from a snapshot in memory: a bytes-like object (mmap, shared memory), or a path on tmpfs."""
+    if isinstance(snapshot, (str, os.PathLike)):
+        return restore_model(model, snapshot, **options)
+    start = time.perf_counter()
+    with open_memory(snapshot) as opened:
+        return _restore(model, opened, RestoreOptions(**options), start)
+
+
+def _restore(model: torch.nn.Module, opened: Opened, options: RestoreOptions, start: float) -> RestoreReport:
+    stage = opened.snapshot.header.identity.stage
+    if stage not in ("module", "checkpoint"):
+        raise MismatchError(
+            f"{opened.source.name!r} holds the {stage!r} stage of {opened.snapshot.header.identity.engine}; only that "
+            "engine can thaw it (load_format='thaw')"
+        )
+    opening = time.perf_counter() - start
+    targets = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    required = {n for n, _ in model.named_parameters(remove_duplicate=False)} | persistent_buffers(model)
+    report = restore(opened.source, opened.snapshot, targets, required, options)
+    seconds = {"open": opening} | report.seconds
+    return replace(report, seconds=seconds | {"total": time.perf_counter() - start})
