@@ -94,10 +94,9 @@ def freeze_checkpoint(model: str, path: str | os.PathLike[str], **engine_args: A
     require_vllm()
     from vllm.engine.arg_utils import EngineArgs
 
-    arguments = EngineArgs(
-        model=model, load_format="thaw", model_loader_extra_config=extra, enforce_eager=True, **engine_args
-    )
-    config = arguments.create_engine_config()
+    # Nothing is run, so nothing need be compiled.
+    options = engine_args | {"enforce_eager": True, "load_format": "thaw", "model_loader_extra_config": extra}
+    config = EngineArgs(model=model, **options).create_engine_config()
     executor = versions.executor_class(config)(config)
     try:
         answers = executor.collective_rpc("thaw_report")
@@ -125,6 +124,11 @@ def check_sizes(path: str, llm_kwargs: dict[str, Any]) -> None:
                 f"{path!r} was frozen with {name}={held}, the engine is asked to run {asked}; pass {name}={held} or "
                 "freeze again"
             )
+
+
+def require_vllm_installed() -> None:
+    """Check that vLLM is there, and in the support window, without importing it."""
+    versions.vllm_version()
 
 
 def require_vllm() -> Any:

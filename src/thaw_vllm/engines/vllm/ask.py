@@ -1,0 +1,93 @@
+"""A fresh process that starts vLLM, answers questions and says how long each phase took.
+
+Run as ``python -m thaw_vllm.engines.vllm.ask REQUEST.json ANSWER.json``; the demo and the tests start it, so that what
+is compared are processes that share nothing but files.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+def main(request_path: str, answer_path: str) -> None:
+    """Read a request, write the answer.
+
+    The request holds ``started`` (``time.time()`` of the parent just before it started this process), ``action``
+    (``ask`` or ``freeze``), ``model`` (or null), ``snapshot`` (or null for vLLM's default loader), ``engine_args``,
+    ``questions`` (chat messages' texts, or lists of token ids) and ``max_tokens``.
+    """
+    entered = time.time()
+    request = json.loads(Path(request_path).read_text())
+    seconds = {"process": entered - request["started"]}
+    answer = _freeze(request, seconds) if request["action"] == "freeze" else _ask(request, seconds)
+    Path(answer_path).write_text(json.dumps(answer | {"seconds": seconds}))
+
+
+def _freeze(request: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
+    import dataclasses
+
+    start = time.perf_counter()
+    import vllm  # noqa: F401
+
+    seconds["imports"] = time.perf_counter() - start
+    from .api import freeze_checkpoint
+
+    start = time.perf_counter()
+    reports = freeze_checkpoint(request["model"], request["snapshot"], force=True, **request["engine_args"])
+    seconds["freeze"] = time.perf_counter() - start
+    return {"reports": [dataclasses.asdict(report) for report in reports]}
+
+
+def _ask(request: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
+    start = time.perf_counter()
+    from vllm import LLM, SamplingParams
+
+    seconds["imports"] = time.perf_counter() - start
+    start = time.perf_counter()
+    if request["snapshot"] is None:
+        llm = LLM(model=request["model"], **request["engine_args"])
+    else:
+        from .api import load
+
+        llm = load(request["model"], request["snapshot"], **request["engine_args"])
+    seconds["engine"] = time.perf_counter() - start
+
+    def generate(questions: list[Any], max_tokens: int) -> list[Any]:
+        sampling = SamplingParams(temperature=0, max_tokens=max_tokens, logprobs=1)
+        outputs: list[Any] = []
+        for question in questions:
+            if isinstance(question, str):
+                outputs += llm.chat([{"role": "user", "content": question}], sampling, use_tqdm=False)
+            else:
+                outputs += llm.generate([{"prompt_token_ids": question}], sampling, use_tqdm=False)
+        return outputs
+
+    start = time.perf_counter()
+    generate(request["questions"][:1], 1)
+    seconds["first_token"] = time.perf_counter() - start
+    start = time.perf_counter()
+    outputs = generate(request["questions"], request["max_tokens"])
+    seconds["answers"] = time.perf_counter() - start
+    reports = [report for report in llm.collective_rpc("thaw_report") if report is not None]
+    return {
+        "reports": reports,
+        "outputs": [
+            {
+                "text": output.outputs[0].text,
+                "tokens": list(output.outputs[0].token_ids),
+                "logprobs": [
+                    sorted((token, entry.logprob) for token, entry in step.items())
+                    for step in output.outputs[0].logprobs or []
+                ],
+            }
+            for output in outputs
+        ],
+    }
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,79 @@
+"""Starting ``ask`` in a fresh process and reading its answer."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from ...errors import ThawError
+
+_WEIGHTS_TOOK = re.compile(r"Loading weights took ([0-9.]+) seconds")
+
+
+def run(
+    action: str,
+    *,
+    model: str | None,
+    snapshot: str | os.PathLike[str] | None,
+    engine_args: dict[str, Any],
+    questions: list[Any] | None = None,
+    max_tokens: int = 32,
+    environment: dict[str, str] | None = None,
+) -> dict[str, Any]:
+    """What ``ask`` answered, with ``seconds["weights"]`` added from thaw's report or vLLM's own log.
+
+    Args:
+        action: ``ask`` or ``freeze``; the rest as in ``ask.main``.
+        environment: added to this process's environment.
+
+    Raises:
+        ThawError: the process failed; the message ends with the last error it printed.
+    """
+    with tempfile.TemporaryDirectory(prefix="thaw-") as folder:
+        request, answer, log = (Path(folder) / name for name in ("request.json", "answer.json", "log.txt"))
+        document = {
+            "action": action,
+            "model": model,
+            "snapshot": None if snapshot is None else os.fspath(snapshot),
+            "engine_args": engine_args,
+            "questions": questions or [],
+            "max_tokens": max_tokens,
+            "started": time.time(),
+        }
+        request.write_text(json.dumps(document))
+        command = [sys.executable, "-m", "thaw_vllm.engines.vllm.ask", str(request), str(answer)]
+        started = time.perf_counter()
+        with log.open("wb") as stream:
+            done = subprocess.run(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                env=os.environ | (environment or {}),
+                check=False,
+            )
+        elapsed = time.perf_counter() - started
+        printed = log.read_text(errors="replace")
+        if done.returncode or not answer.exists():
+            raise ThawError(f"the process that should {action} failed (exit {done.returncode}): {_last_error(printed)}")
+        found: dict[str, Any] = json.loads(answer.read_text())
+    found["seconds"]["total"] = elapsed
+    if found["reports"]:
+        found["seconds"]["weights"] = max(report["seconds"]["total"] for report in found["reports"])
+    elif took := _WEIGHTS_TOOK.findall(printed):
+        found["seconds"]["weights"] = max(float(t) for t in took)
+    return found
+
+
+def _last_error(printed: str) -> str:
+    lines = [line.strip() for line in printed.splitlines() if line.strip()]
+    errors = [line for line in lines if re.search(r"(Error|Exception)\b.*: ", line)]
+    chosen = next((line for line in errors if "thaw_vllm.errors" in line), errors[-1] if errors else "")
+    return chosen or (lines[-1] if lines else "it printed nothing")

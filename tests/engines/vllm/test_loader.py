@@ -1,0 +1,23 @@
+"""Every tensor equal: vLLM's default loading, loading while freezing, and thawing, before and after post-processing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tests.engines.vllm.models import KINDS
+
+pytestmark = pytest.mark.vllm
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_every_tensor_is_equal(kind: str, checkpoints: Callable, load: Callable, thaw_args: Callable, tmp_path: Path):
+    directory, snapshot = checkpoints(kind), tmp_path / "weights.thaw"
+    default = load(directory)
+    frozen = load(directory, **thaw_args(snapshot, mode="freeze"))
+    thawed = load(directory, **thaw_args(snapshot))
+    assert default.raw, "the raw stage was not recorded"
+    assert frozen.raw == default.raw
+    assert thawed.raw == default.raw
+    assert thawed.processed() == default.processed()
