@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import FormatError
-from .document import JSONObject, array, integer, mapping, text
+from .document import JSONObject, array, integer, mapping, short, text
 from .identity import Identity, Parallel, hex_digest
 
 UNSEALED = "0" * 64
@@ -82,7 +82,7 @@ def from_json(document: JSONObject) -> Header:
         FormatError: anything docs/format.md, section 3, does not allow.
     """
     if document.get("format") != "thaw" or document.get("holds") != "weights":
-        raise FormatError(f"the header says it holds {str(document.get('holds'))[:40]!r}, not weights")
+        raise FormatError(f"the header says it holds {short(document.get('holds'))}, not weights")
     attributes = mapping(document.get("attributes", {}), "attributes")
     for key, value in attributes.items():
         if not isinstance(value, SCALARS) or key.count("|") != 1 or "__" in key:

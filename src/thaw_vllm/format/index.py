@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import FormatError
 from .document import JSONObject, array, integer, mapping, text
 from .dtypes import ITEM_SIZE
-from .limits import MAX_BYTES, MAX_CHUNKS, MAX_FILES, MAX_NAME, MAX_RANK, MAX_TENSORS
+from .limits import MAX_BYTES, MAX_CHUNKS, MAX_FILE, MAX_FILES, MAX_NAME, MAX_RANK, MAX_TENSORS
 
 PARAMETER = "parameter"
 BUFFER = "buffer"
@@ -144,8 +144,8 @@ def from_json(document: JSONObject) -> Index:
 
 def _tensor(entry: JSONObject, where: str, storages: tuple[int, ...]) -> Tensor:
     name = text(entry.get("name"), f"{where}.name", MAX_NAME)
-    if not name:
-        raise FormatError(f"{where}.name is empty")
+    if not name or len(name.encode()) > MAX_NAME:
+        raise FormatError(f"{where}.name must have 1 to {MAX_NAME} bytes")
     where = f"tensor {name[:80]!r}"
     kind = text(entry.get("kind"), f"{where}: kind")
     if kind not in KINDS:
@@ -186,6 +186,8 @@ def _file(entry: JSONObject, where: str, storages: tuple[int, ...]) -> File:
     storage = entry.get("storage")
     if storage is not None:
         storage = integer(storage, f"{where}.storage", 0, len(storages) - 1)
+        if storages[storage] > MAX_FILE:
+            raise FormatError(f"{where}: {name!r} has {storages[storage]} bytes, at most {MAX_FILE} may be carried")
     return File(name, storage)
 
 

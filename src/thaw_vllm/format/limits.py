@@ -19,6 +19,8 @@ MAX_INDEX = 64 * MIB
 MAX_CHUNKS = 1 << 22
 MAX_TENSORS = 1 << 19
 MAX_FILES = 64
+MAX_FILE = 64 * MIB
+"""Bytes of one carried file: a reader holds it in memory whole."""
 MAX_RANK = 64
 """Dimensions of one tensor."""
 MAX_NAME = 1024

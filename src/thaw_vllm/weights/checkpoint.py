@@ -12,6 +12,7 @@ from ..errors import FormatError, StorageError, UsageError
 from ..format.document import JSONObject, array, integer, mapping, parse, text
 from ..format.dtypes import ITEM_SIZE
 from ..format.index import plain_file_name
+from ..format.limits import MAX_FILE
 from ..transport.source import FileSource, read_bytes
 
 SAFETENSORS_DTYPES = {
@@ -65,9 +66,6 @@ CARRIED_FILES = (
     "tekken.json",
 )
 """The files an engine reads beside the weights; names fixed here, never code."""
-
-MAX_CARRIED = 64 << 20
-"""Bytes of one carried file."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +160,7 @@ def carried_files(directory: Path) -> list[tuple[str, bytes]]:
     found = []
     for name in CARRIED_FILES:
         path = directory / name
-        if path.is_file() and path.stat().st_size <= MAX_CARRIED:
+        if path.is_file() and path.stat().st_size <= MAX_FILE:
             found.append((name, path.read_bytes()))
     assert all(plain_file_name(name) for name, _ in found)
     return found

@@ -57,10 +57,12 @@ def open_rank(path: str | os.PathLike[str], rank: int, *, with_chunks: bool = Tr
     with contextlib.ExitStack() as stack:
         opened = stack.enter_context(open_snapshot(path, with_chunks=with_chunks and rank == 0))
         parallel, ranks = opened.snapshot.header.identity.parallel, opened.snapshot.header.ranks
-        if rank == 0 or parallel.rank != 0 or ranks is None or rank >= parallel.world:
-            if rank == parallel.rank:
-                yield opened
-                return
+        if rank == parallel.rank:
+            if rank and with_chunks:
+                opened = stack.enter_context(open_snapshot(path))
+            yield opened
+            return
+        if parallel.rank != 0 or ranks is None or not 0 < rank < parallel.world:
             raise MismatchError(
                 f"{os.fspath(path)!r} holds {parallel}, this engine process is rank {rank}; give the manifest's path "
                 "(rank 0's file) of a snapshot frozen with the engine's parallel sizes"
@@ -92,6 +94,6 @@ def _sections(source: Source, with_chunks: bool) -> Snapshot:
     try:
         return read(lambda offset, length: read_bytes(source, offset, length), source.size, with_chunks=with_chunks)
     except ThawError as error:
-        if source.name in str(error):
+        if repr(source.name) in str(error):
             raise
         raise type(error)(f"{source.name!r}: {error}") from None

@@ -1,0 +1,85 @@
+"""Fixtures for every part of the tests. Loads neither torch nor an engine."""
+
+import gc
+import json
+import os
+import threading
+import time
+from pathlib import Path
+
+import hypothesis
+import hypothesis.configuration
+import pytest
+from tests.soak import cases
+
+hypothesis.configuration.set_hypothesis_home_dir(cases.ROOT / ".cache" / "hypothesis")
+hypothesis.settings.register_profile("small", max_examples=25, deadline=None, derandomize=True)
+hypothesis.settings.register_profile("full", max_examples=1000, deadline=None)
+hypothesis.settings.load_profile("full" if cases.FULL else "small")
+
+RUN = pytest.StashKey[cases.Run]()
+
+
+def pytest_configure(config):
+    config.stash[RUN] = cases.Run()
+
+
+def pytest_report_header():
+    numbers = "full" if cases.FULL else "small"
+    return f"random cases: THAW_SEED={cases.SEED}, {numbers} numbers"
+
+
+def pytest_sessionfinish(session):
+    run = session.config.stash[RUN]
+    if run.full and run.ran:
+        with cases.RECORD.open("a") as record:
+            record.write(json.dumps(run.record(session.testsfailed)) + "\n")
+
+
+@pytest.fixture
+def soak(request):
+    """``for case in soak(small=…, full=…)``: this test's random cases; mark the test with ``pytest.mark.soak``."""
+
+    def each(small, full):
+        return request.config.stash[RUN].of(request.node.name, small, full)
+
+    return each
+
+
+def descriptors():
+    """What each open descriptor of this process points to."""
+    found = {}
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
+        except OSError:  # the one that listed the directory
+            continue
+    return found
+
+
+def our_threads():
+    return {thread for thread in threading.enumerate() if thread.name.startswith("thaw-")}
+
+
+@pytest.fixture
+def no_leaks():
+    """Fails the test when it leaves a descriptor or a thread of ours behind, however it went."""
+    before = descriptors()
+    yield
+    until = time.monotonic() + 5
+    while (left := our_threads()) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert not left
+
+    def new():
+        return {number: target for number, target in descriptors().items() if before.get(number) != target}
+
+    if new():  # perhaps of the test's own making, in a cycle; collecting takes long, so only now
+        gc.collect()
+    assert not new()
+
+
+@pytest.fixture
+def parts():
+    """``parts(directory)``: the hidden files that writers left in it."""
+    return lambda directory: sorted(path.name for path in Path(directory).iterdir() if path.name.endswith(".thaw-part"))
