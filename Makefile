@@ -14,12 +14,13 @@ ARGS ?=
 MAKEFLAGS += --no-print-directory
 .SILENT:
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo lint format test soak bench wheel clean distclean
+.PHONY: help setup model demo lint format test soak versions bench wheel clean distclean
 
 help:
 	echo "make demo       install everything into .venv and show what thaw does, on a real model"
 	echo "make test       lint, then all tests that this machine can run"
 	echo "make soak       the randomised tests with full numbers; SEED=$(SEED) repeats today's"
+	echo "make versions   the loader against vLLM 0.24, 0.25 and 0.26 as well"
 	echo "make lint       ruff, mypy and the direction of imports"
 	echo "make format     let ruff rewrite what it can"
 	echo "make bench      the benchmarks"
@@ -48,11 +49,15 @@ format: setup
 	$(RUN) ruff format
 
 test: lint
+	$(BOOTSTRAP) model
 	$(RUN) pytest $(ARGS)
 
 soak: setup
 	echo "seed $(SEED); make soak SEED=$(SEED) repeats it"
 	THAW_SOAK=1 THAW_SEED=$(SEED) $(RUN) pytest tests -m soak --timeout 0 $(ARGS)
+
+versions: setup
+	$(RUN) python scripts/other_versions.py $(ARGS)
 
 bench: setup
 	$(RUN) thaw bench $(ARGS)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from tests.engines.vllm.models import KINDS
 
 pytestmark = pytest.mark.vllm
@@ -13,6 +14,8 @@ pytestmark = pytest.mark.vllm
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_every_tensor_is_equal(kind: str, checkpoints: Callable, load: Callable, thaw_args: Callable, tmp_path: Path):
+    if kind == "int8" and not (torch.cuda.is_available() or hasattr(torch.ops._C, "release_dnnl_matmul_handler")):
+        pytest.skip("this vLLM's int8 kernels are not loaded")
     directory, snapshot = checkpoints(kind), tmp_path / "weights.thaw"
     default = load(directory)
     frozen = load(directory, **thaw_args(snapshot, mode="freeze"))

@@ -25,7 +25,6 @@ class State:
         buffers: name → digest of the bytes.
         attributes: ``module path|attribute`` → plain value.
         hidden: ``module path|attribute`` of tensors that are neither parameter nor buffer → (address, digest).
-        structure: name → class, shape, dtype of every parameter and buffer.
     """
 
     buffers: dict[str, bytes] = field(default_factory=dict)
@@ -40,10 +39,13 @@ def take(model: torch.nn.Module) -> State:
         state.buffers[name] = _digest(buffer)
     for path, owner in _owners(model):
         for attribute, value in vars(owner).items():
+            if attribute in ("_parameters", "_buffers"):
+                continue
             key = f"{path}|{attribute}"
-            if isinstance(value, torch.Tensor):
-                state.hidden[key] = (value.data_ptr() if value.device.type != "meta" else 0, _digest(value))
-            elif isinstance(value, SCALARS) and not attribute.startswith("__") and attribute != "training":
+            for suffix, tensor in _tensors(value):
+                address = tensor.data_ptr() if tensor.device.type != "meta" else 0
+                state.hidden[key + suffix] = (address, _digest(tensor))
+            if isinstance(value, SCALARS) and not attribute.startswith("__") and attribute != "training":
                 state.attributes[key] = value
     return state
 
@@ -88,7 +90,7 @@ def apply_attributes(model: torch.nn.Module, attributes: dict[str, Any]) -> None
     for key in attributes:
         path, _, attribute = key.partition("|")
         owner = owners.get(path)
-        if owner is None or not isinstance(vars(owner).get(attribute), SCALARS) or attribute.startswith("_"):
+        if owner is None or not isinstance(vars(owner).get(attribute), SCALARS) or "__" in attribute:
             raise UnsupportedError(f"the snapshot sets {key.replace('|', '.')!r}, which this model does not have")
     for key, value in attributes.items():
         path, _, attribute = key.partition("|")
@@ -121,6 +123,16 @@ def _owners(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
             if owner is not None and hasattr(owner, "__dict__") and id(owner) not in seen:
                 seen.add(id(owner))
                 yield f"{path}.{host}" if path else host, owner
+
+
+def _tensors(value: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors that an attribute is or directly holds."""
+    if isinstance(value, torch.Tensor):
+        yield "", value
+    elif isinstance(value, (list, tuple)):
+        yield from ((f"[{i}]", item) for i, item in enumerate(value) if isinstance(item, torch.Tensor))
+    elif isinstance(value, dict):
+        yield from ((f"[{name!r}]", item) for name, item in value.items() if isinstance(item, torch.Tensor))
 
 
 def _same(a: Any, b: Any) -> bool:

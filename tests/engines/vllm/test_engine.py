@@ -1,0 +1,220 @@
+"""Whole engines in fresh processes: tokens and log-probabilities equal after thawing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from thaw_vllm.engines.vllm import fresh
+from thaw_vllm.errors import CorruptionError, MismatchError, ThawError, UsageError
+from thaw_vllm.weights.open import open_rank, open_snapshot
+
+pytestmark = pytest.mark.vllm
+
+PROMPTS = [list(range(5, 40)), list(range(100, 180)), [7, 7, 7]]
+ARGS: dict[str, Any] = {"max_model_len": 256, "enforce_eager": True}
+
+
+PARALLEL = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+"""vLLM's CPU build places one rank a NUMA node by itself; on a machine with one node it must be told cores."""
+
+
+def ask(model: Path | None, snapshot: Path | None, **changes: Any) -> dict[str, Any]:
+    return fresh.run(
+        "ask",
+        model=None if model is None else str(model),
+        snapshot=snapshot,
+        engine_args=ARGS | changes,
+        questions=PROMPTS,
+        max_tokens=16,
+        environment=PARALLEL if "tensor_parallel_size" in changes else None,
+    )
+
+
+def freeze(model: Path, snapshot: Path, **changes: Any) -> dict[str, Any]:
+    environment = PARALLEL if "tensor_parallel_size" in changes else None
+    return fresh.run("freeze", model=str(model), snapshot=snapshot, engine_args=ARGS | changes, environment=environment)
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("engines")
+
+
+class TestTensorParallel:
+    """Two ranks: a manifest, a second file, and an engine equal to the default one."""
+
+    @pytest.fixture(scope="class")
+    def manifest(self, checkpoints: Callable, room: Path) -> Path:
+        path = room / "tp2" / "weights.thaw"
+        path.parent.mkdir()
+        reports = freeze(checkpoints("tied"), path, tensor_parallel_size=2)["reports"]
+        assert len(reports) == 2
+        return path
+
+    def test_the_set(self, manifest: Path):
+        with open_snapshot(manifest) as first, open_rank(manifest, 1) as second:
+            headers = [o.snapshot.header for o in (first, second)]
+        assert [h.identity.parallel.tp_rank for h in headers] == [0, 1]
+        assert headers[0].identity.model == headers[1].identity.model is not None
+        assert headers[0].ranks.id == headers[1].ranks.id
+        names = sorted(p.name for p in manifest.parent.iterdir())
+        assert names[-2:] == ["weights.rank1.thaw", "weights.thaw"] and len(names) == 3
+        assert (manifest.parent / "weights.rank1.thaw").resolve().name == headers[0].ranks.members[0].name
+
+    def test_tokens_and_logprobs_are_equal(self, manifest: Path, checkpoints: Callable):
+        default = ask(checkpoints("tied"), None, tensor_parallel_size=2)
+        thawed = ask(checkpoints("tied"), manifest, tensor_parallel_size=2)
+        assert len(thawed["reports"]) == 2 and all(r["verified"] == "xxh3" for r in thawed["reports"])
+        assert thawed["outputs"] == default["outputs"]
+
+    def test_another_parallel_size(self, manifest: Path, checkpoints: Callable):
+        import thaw_vllm
+
+        with pytest.raises(MismatchError, match="tensor_parallel_size=2"):
+            thaw_vllm.load(str(checkpoints("tied")), manifest)
+
+    def test_a_missing_rank(self, manifest: Path, tmp_path: Path):
+        shutil.copy(manifest, tmp_path / "weights.thaw")
+        with (
+            pytest.raises(CorruptionError, match="copy every file of the set"),
+            open_rank(tmp_path / "weights.thaw", 1),
+        ):
+            pass
+
+
+class TestWithoutTheCheckpoint:
+    """The snapshot carries config and tokenizer; nothing else of the model directory is needed."""
+
+    def test_load_from_the_snapshot_alone(self, checkpoints: Callable, room: Path, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(room / "cache"))
+        directory = room / "gone"
+        shutil.copytree(checkpoints("moe"), directory)
+        path = room / "moe.thaw"
+        freeze(directory, path)
+        expected = ask(directory, None)["outputs"]
+        shutil.rmtree(directory)
+        assert ask(None, path)["outputs"] == expected
+        assert list((room / "cache" / "thaw" / "models").iterdir())
+
+
+class TestServer:
+    """vLLM's own server with ``--load-format thaw``, no import by the user."""
+
+    @pytest.fixture(scope="class")
+    def server(self, checkpoints: Callable, room: Path) -> Iterator[tuple[str, Path]]:
+        model, path = checkpoints("int8"), room / "int8.thaw"
+        freeze(model, path)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        # Not the ``vllm`` script: the CPU wheel's looks for metadata under the name of the CUDA one and ends.
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+        command += [
+            "--load-format",
+            "thaw",
+            "--model-loader-extra-config",
+            json.dumps({"snapshot": str(path)}),
+            "--enforce-eager",
+        ]
+        command += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", "256"]
+        log = room / "server.log"
+        with log.open("wb") as stream:
+            process = subprocess.Popen(command, stdout=stream, stderr=stream, stdin=subprocess.DEVNULL)
+        try:
+            wait_for(f"http://127.0.0.1:{port}/health", process, log)
+            yield f"http://127.0.0.1:{port}/v1", model
+        finally:
+            process.terminate()
+            process.wait(60)
+
+    def test_completions_are_equal(self, server: tuple[str, Path]):
+        from openai import OpenAI
+
+        url, model = server
+        client = OpenAI(base_url=url, api_key="none")
+        answer = client.completions.create(
+            model=str(model), prompt=PROMPTS[0], max_tokens=16, temperature=0, logprobs=1
+        )
+        expected = ask(model, None)["outputs"][0]
+        assert answer.choices[0].text == expected["text"]
+        assert answer.choices[0].logprobs.token_logprobs == pytest.approx(
+            [max(lp for _, lp in step) for step in expected["logprobs"]], abs=0
+        )
+
+
+def wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Until the server is healthy; its log's end when it ends first."""
+    deadline = time.monotonic() + 600
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            pytest.fail(f"the server ended with {process.returncode}: {log.read_text()[-3000:]}")
+        try:
+            with urllib.request.urlopen(url, timeout=5):
+                return
+        except OSError:
+            time.sleep(0.5)
+    pytest.fail("the server did not become healthy")
+
+
+class TestBeforeTheEngineStarts:
+    """Mistakes that ``load`` tells at once."""
+
+    def test_no_snapshot(self):
+        import thaw_vllm
+
+        with pytest.raises(UsageError, match="needs a snapshot"):
+            thaw_vllm.load("model")
+
+    def test_a_module_snapshot(self, tmp_path: Path):
+        import torch
+
+        import thaw_vllm
+
+        thaw_vllm.freeze_model(torch.nn.Linear(2, 2), tmp_path / "m.thaw")
+        with pytest.raises(MismatchError, match="vLLM needs the raw stage"):
+            thaw_vllm.load("model", tmp_path / "m.thaw")
+
+    def test_the_error_of_a_worker_reaches_the_user(self, checkpoints: Callable, room: Path):
+        path = room / "untied.thaw"
+        freeze(checkpoints("untied"), path)
+        with pytest.raises(ThawError, match="holds dtype 'bfloat16'"):
+            ask(checkpoints("untied"), path, dtype="float32")
+
+
+class TestSmolLM2:
+    """A real model; made by ``make model``."""
+
+    @pytest.fixture(scope="class")
+    def smollm2(self) -> Path:
+        path = Path(os.environ.get("THAW_SMOLLM2", ".cache/models/SmolLM2-135M-Instruct"))
+        if not path.is_dir():
+            pytest.skip("the real model is not here: make model")
+        return path
+
+    def test_every_tensor_is_equal(self, smollm2: Path, load: Callable, thaw_args: Callable, tmp_path: Path):
+        snapshot = tmp_path / "smollm2.thaw"
+        default = load(smollm2)
+        load(smollm2, **thaw_args(snapshot, mode="freeze"))
+        thawed = load(smollm2, **thaw_args(snapshot))
+        assert thawed.raw == default.raw
+        assert thawed.processed() == default.processed()
+
+    def test_the_demo(self, smollm2: Path):
+        command = [sys.executable, "-c", "from thaw_vllm.cli.main import main; main()", "demo", "--model", str(smollm2), "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+        assert done.returncode == 0, done.stderr[-3000:]
+        result = json.loads(done.stdout)
+        assert result["equal"] and "Paris" in result["answers"][0]
+        assert result["thaw"]["weights"] > 0 and result["default"]["weights"] > 0

@@ -1,0 +1,58 @@
+"""vLLM on the GPU: every tensor equal, in the loader and in running engines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from thaw_vllm.engines.vllm import fresh
+from thaw_vllm.weights.open import open_snapshot
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+
+PROMPTS = [list(range(5, 40)), list(range(100, 180))]
+
+
+@pytest.mark.parametrize("kind", ["untied", "tied", "tied-with-lm-head", "fp16", "mixed-dtypes"])
+def test_every_tensor_is_equal(kind: str, checkpoints: Callable, load: Callable, thaw_args: Callable, tmp_path: Path):
+    directory, snapshot = checkpoints(kind), tmp_path / "weights.thaw"
+    default = load(directory)
+    frozen = load(directory, **thaw_args(snapshot, mode="freeze"))
+    thawed = load(directory, **thaw_args(snapshot))
+    assert default.raw
+    assert frozen.raw == default.raw
+    assert thawed.raw == default.raw
+    assert thawed.processed() == default.processed()
+
+
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "graphs"])
+def test_tokens_are_equal_in_fresh_processes(eager: bool, checkpoints: Callable, tmp_path: Path):
+    directory, snapshot = str(checkpoints("untied")), tmp_path / "weights.thaw"
+    args: dict[str, Any] = {"max_model_len": 256, "enforce_eager": eager, "gpu_memory_utilization": 0.2}
+    if not eager:
+        args["compilation_config"] = {"cudagraph_capture_sizes": [1, 2]}
+    fresh.run("freeze", model=directory, snapshot=snapshot, engine_args=args)
+    default = fresh.run("ask", model=directory, snapshot=None, engine_args=args, questions=PROMPTS)
+    thawed = fresh.run("ask", model=directory, snapshot=snapshot, engine_args=args, questions=PROMPTS)
+    assert thawed["outputs"] == default["outputs"]
+
+
+def test_a_running_engine_freezes_to_the_same_content(checkpoints: Callable, tmp_path: Path):
+    """On CUDA post-processing of unquantised dense models is the identity, so both ways give the same file content."""
+    from vllm import LLM
+
+    import thaw_vllm
+
+    directory = str(checkpoints("untied"))
+    args: dict[str, Any] = {"max_model_len": 256, "enforce_eager": True, "gpu_memory_utilization": 0.2}
+    fresh.run("freeze", model=directory, snapshot=tmp_path / "loading.thaw", engine_args=args)
+    llm = LLM(directory, **args)
+    thaw_vllm.freeze_model_tp(llm, tmp_path / "running.thaw")
+    found = []
+    for name in ("loading.thaw", "running.thaw"):
+        with open_snapshot(tmp_path / name) as opened:
+            found.append((opened.snapshot.header.content, opened.snapshot.header.identity))
+    assert found[0] == found[1]
