@@ -13,7 +13,7 @@ import pytest
 from tests.soak import cases
 
 hypothesis.configuration.set_hypothesis_home_dir(cases.ROOT / ".cache" / "hypothesis")
-hypothesis.settings.register_profile("small", max_examples=25, deadline=None, derandomize=True)
+hypothesis.settings.register_profile("small", max_examples=60, deadline=None, derandomize=True)
 hypothesis.settings.register_profile("full", max_examples=1000, deadline=None)
 hypothesis.settings.load_profile("full" if cases.FULL else "small")
 

@@ -23,7 +23,8 @@ def run(tasks: Iterable[T], work: Callable[[T], None], workers: int) -> None:
     """Call ``work`` on every task from up to ``workers`` threads, in order of the tasks.
 
     Raises:
-        The first exception of any ``work``, or KeyboardInterrupt, once every thread has ended its task in flight.
+        The first exception of any ``work`` or of ``tasks``, or KeyboardInterrupt, once every thread has ended its
+        task in flight.
     """
     if workers <= 1:
         for task in tasks:
@@ -36,11 +37,11 @@ def run(tasks: Iterable[T], work: Callable[[T], None], workers: int) -> None:
 
     def drain() -> None:
         while not stop.is_set():
-            with lock:
-                task = next(pending, done)
-            if task is done:
-                return
             try:
+                with lock:
+                    task = next(pending, done)
+                if task is done:
+                    return
                 work(task)  # type: ignore[arg-type]
             except BaseException as error:
                 failures.append(error)

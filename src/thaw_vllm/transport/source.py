@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
@@ -45,13 +46,14 @@ class FileSource:
         self.path = Path(path)
         self.name = str(path)
         try:
-            self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            # A pipe would block until somebody writes to it; it is opened at once and refused below.
+            self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except FileNotFoundError:
             raise StorageError(f"{self.name!r} does not exist") from None
         except OSError as error:
             raise StorageError(f"cannot open {self.name!r}: {error.strerror}") from None
         status = os.fstat(self._fd)
-        if not os.path.isfile(self.path):
+        if not stat.S_ISREG(status.st_mode):
             self.close()
             raise StorageError(f"{self.name!r} is not a file")
         self.size = status.st_size

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import glob
 import os
 import secrets
 from pathlib import Path
@@ -35,11 +36,10 @@ class StagedFile:
         self.target = Path(target)
         self.force = force
         self.size = size
-        self._published = False
         check_target(self.target, force)
-        remove_stale(self.target)
-        self.path = self.target.with_name(_staging_name(self.target.name, secrets.token_hex(4)))
-        self._fd = -1
+        remove_stale(self.target.parent, glob.escape(self.target.name))
+        self.path = self.target
+        self._mode, self._fd = mode, -1
         free = _free_bytes(self.target.parent)
         if free < size:
             raise SpaceError(
@@ -47,7 +47,7 @@ class StagedFile:
                 f"{size / 1e9:.2f} GB; make room or choose another place"
             )
         try:
-            self._create(mode)
+            self._create()
             self._reserve(size)
         except OSError as error:
             self.discard()
@@ -56,17 +56,21 @@ class StagedFile:
             self.discard()
             raise
 
-    def _create(self, mode: int) -> None:
+    def _create(self) -> None:
         while True:
+            self.path = self.target.with_name(_staging_name(self.target.name, secrets.token_hex(4)))
             self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            with contextlib.suppress(OSError):  # network file systems may lack locks; then nobody removes ours either
+            try:
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Another writer may have taken the file for stale between its creation and its lock.
-            with contextlib.suppress(OSError):
-                if os.stat(self.path).st_ino == os.fstat(self._fd).st_ino:
-                    os.fchmod(self._fd, mode)
-                    return
-            os.close(self._fd)
+            except BlockingIOError:  # another writer takes it for stale, in the moment before it was locked
+                self.discard()
+                continue
+            except OSError:  # network file systems may lack locks; then nobody removes ours either
+                return
+            # Or it has done so already.
+            if os.path.exists(self.path):
+                return
+            self.discard()
 
     def _reserve(self, size: int) -> None:
         try:
@@ -94,12 +98,12 @@ class StagedFile:
     def publish(self) -> None:
         """Sync the bytes, give the file its name, sync the directory."""
         try:
+            os.fchmod(self._fd, self._mode)
             os.fsync(self._fd)
             if self.force:
                 os.rename(self.path, self.target)
             else:
                 self._link()
-            self._published = True
             sync_directory(self.target.parent)
         except FileExistsError:
             raise ExistsError(f"{str(self.target)!r} appeared while it was being written; use force") from None
@@ -120,12 +124,12 @@ class StagedFile:
 
     def discard(self) -> None:
         """Close, and remove the hidden file if it is still there; a second call does nothing."""
-        with contextlib.suppress(FileNotFoundError):
-            if self._fd >= 0:
-                os.unlink(self.path)
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        if self._fd < 0:
+            return
+        with contextlib.suppress(OSError):
+            os.unlink(self.path)
+        fd, self._fd = self._fd, -1
+        os.close(fd)
 
     def __enter__(self) -> StagedFile:
         return self
@@ -136,11 +140,11 @@ class StagedFile:
 
 def check_target(target: Path, force: bool) -> None:
     """Refuse a target that cannot be written before any work is done for it."""
-    if target.name in ("", ".", ".."):
+    if target.name in ("", ".", "..") or "\0" in target.name:
         raise UsageError(f"{str(target)!r} names no file")
-    if not target.parent.is_dir():
+    if not os.path.isdir(target.parent):
         raise StorageError(f"the directory {str(target.parent)!r} does not exist; make it first")
-    if target.is_dir():
+    if os.path.isdir(target):
         raise UsageError(f"{str(target)!r} is a directory; name a file in it")
     if not force and os.path.lexists(target):
         raise ExistsError(f"{str(target)!r} exists; use --force (force=True) to replace it")
@@ -148,10 +152,15 @@ def check_target(target: Path, force: bool) -> None:
         raise StorageError(f"the directory {str(target.parent)!r} is not writable")
 
 
-def remove_stale(target: Path) -> list[Path]:
-    """Remove hidden files that a killed writer of ``target`` left; those of a living writer hold a lock and stay."""
+def remove_stale(directory: Path, names: str) -> list[Path]:
+    """Remove hidden files that killed writers left; those of a living writer hold a lock and stay.
+
+    Args:
+        directory: where the targets are.
+        names: pattern of the targets' names (``glob.escape`` of one).
+    """
     removed = []
-    for path in target.parent.glob(_staging_name(_escaped(target.name), "*")):
+    for path in staged(directory, names):
         with contextlib.suppress(OSError):
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
             try:
@@ -163,22 +172,23 @@ def remove_stale(target: Path) -> list[Path]:
     return removed
 
 
+def staged(directory: Path, names: str) -> list[Path]:
+    """The hidden files of writers, living or killed, whose targets' names match the pattern."""
+    return sorted(directory.glob(_staging_name(names, "*")))
+
+
 def sync_directory(path: Path) -> None:
-    """Make renames in ``path`` durable; ignored where directories cannot be synced."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        with contextlib.suppress(OSError):
+    """Make renames in ``path`` durable; ignored where directories cannot be opened or synced."""
+    with contextlib.suppress(OSError):
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
             os.fsync(fd)
-    finally:
-        os.close(fd)
+        finally:
+            os.close(fd)
 
 
 def _staging_name(name: str, token: str) -> str:
     return f".{name}.{token}.thaw-part"
-
-
-def _escaped(name: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
 def _free_bytes(directory: Path) -> int:

@@ -9,7 +9,7 @@ import torch
 
 from ..errors import UnsupportedError
 from ..format.index import BUFFER, PARAMETER, File, Index, Tensor
-from .layout import byte_view, check_storable, dense, dtype_name, extent, host_bytes, ordered, runs
+from .layout import byte_view, check_storable, dense, dtype_name, extent, host_bytes, integers, ordered, runs
 
 Named = tuple[str, str, torch.Tensor]
 """Name, kind and tensor."""
@@ -21,7 +21,7 @@ class StorageBytes:
     def __init__(self, tensor: torch.Tensor, stride: tuple[int, ...]) -> None:
         self._item = tensor.element_size()
         self._view = byte_view(tensor) if dense(tensor) else None
-        self._ordered = ordered(tensor.detach(), stride)
+        self._ordered = ordered(integers(tensor), stride)
         self.length = self._ordered.numel() * self._item
 
     def read(self, at: int, length: int) -> memoryview:

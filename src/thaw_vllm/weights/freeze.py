@@ -8,23 +8,27 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
-from ..errors import UsageError
+from ..errors import FormatError, UnsupportedError, UsageError
 from ..format.chunks import Chunk
 from ..format.document import dump
 from ..format.header import Header
+from ..format.identity import Identity
+from ..format.index import from_json
 from ..format.limits import DEFAULT_CHUNK, HASH_BLOCK, MAX_CHUNK
-from ..format.snapshot import front, lay_out
+from ..format.snapshot import front, lay_out, read
 from ..transport import parallel
 from ..transport.checksum import wordsum, xxh3
 from ..transport.writer import StagedFile
 from .capture import Captured
 from .digest import block_digests, bytes_digest, content_id, model_id
-from .layout import byte_view, host_bytes
+from .layout import byte_view, host_bytes, integers
 
 _SEAL_ROOM = 512
 """Bytes a header may grow by when the ids are filled in, beside its set's members."""
-_MEMBER_ROOM = 512
+_MEMBER_ROOM = 640
+"""A member's entry: a name of 255 bytes, each escaped in JSON, its digest and size."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +99,19 @@ class SnapshotWriter:
         options: FreezeOptions,
         members: int = 0,
     ) -> None:
-        """Reserve the file; ``header`` has its ids unsealed, ``members`` is how many the set will name in it."""
+        """Reserve the file; ``header`` has its ids unsealed, ``members`` is how many the set will name in it.
+
+        Raises:
+            UnsupportedError: a name, a view or a value that the format has no place for.
+            ExistsError, SpaceError, StorageError, UsageError: see StagedFile.
+        """
         self._start = time.perf_counter()
+        try:  # what a reader would refuse
+            Identity.from_json(header.identity.to_json())
+            from_json(captured.index.to_json())
+            dump(header.to_json())
+        except FormatError as error:
+            raise UnsupportedError(f"a snapshot cannot hold this: {error}") from None
         self._header, self._captured, self._options = header, captured, options
         self._chunks = lay_out(captured.index.storages, options.chunk_size)
         self._header_size = len(dump(header.to_json())) + _SEAL_ROOM + members * _MEMBER_ROOM
@@ -147,6 +162,7 @@ class SnapshotWriter:
         head, preamble = front(header, self._captured.index, self._chunks, self._header_size)
         if preamble.payload_at != self._payload_at:
             raise AssertionError("the sealed header outgrew the room reserved for it")
+        read(lambda offset, length: head[offset : offset + length], preamble.file_size)  # as a reader will
         self._file.write(0, head)
         self._file.publish()
         self.seconds["publish"] = time.perf_counter() - start
@@ -161,6 +177,11 @@ class SnapshotWriter:
             header.identity.model,
             self.seconds,
         )
+
+    @property
+    def staging(self) -> Path:
+        """The hidden file that is being written."""
+        return self._file.path
 
     def discard(self) -> None:
         """Remove what was written, unless it was sealed."""
@@ -206,7 +227,7 @@ def tensors_id(captured: Captured, digests: list[str]) -> str:
         if whole and tensor.is_contiguous():
             digest = digests[entry.storage or 0]
         else:
-            packed = tensor.detach().contiguous().cpu()
+            packed = integers(tensor).contiguous().cpu()
             digest = bytes_digest(block_digests(host_bytes(byte_view(packed)))) if entry.elements else bytes_digest([])
         entries.append((entry.name, entry.dtype, entry.shape, digest))
     return model_id(entries)

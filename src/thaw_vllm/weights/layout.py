@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from ..errors import UnsupportedError
 from ..format.dtypes import ITEM_SIZE
+
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -19,20 +23,28 @@ def check_storable(name: str, tensor: torch.Tensor) -> None:
     """Refuse a tensor whose bytes are not the whole of it.
 
     Raises:
-        UnsupportedError: sparse, quantised, lazily conjugated or negated, a wrapper subclass, or on ``meta``.
+        UnsupportedError: sparse, nested, quantised, lazily conjugated or negated, a wrapper subclass, not initialised,
+            on ``meta``, or with its memory freed.
     """
+    if is_lazy(tensor):
+        raise UnsupportedError(f"{name!r} is not initialised yet; run the module once first")
     if tensor.device.type == "meta":
         raise UnsupportedError(f"{name!r} is on the meta device and has no bytes; materialise it with to_empty() first")
-    if hasattr(tensor, "__tensor_flatten__"):
+    if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         raise UnsupportedError(
             f"{name!r} is a {type(tensor).__name__}, which wraps other tensors; freeze the checkpoint it was made from"
         )
-    if tensor.layout != torch.strided:
-        raise UnsupportedError(f"{name!r} has the layout {tensor.layout}; convert it with to_dense() first")
+    if tensor.layout != torch.strided or tensor.is_nested:
+        layout = "nested" if tensor.is_nested else str(tensor.layout)
+        raise UnsupportedError(f"{name!r} has the layout {layout}; convert it to a dense tensor first")
     if dtype_name(tensor.dtype) not in ITEM_SIZE or tensor.is_quantized:
         raise UnsupportedError(f"{name!r} has the dtype {tensor.dtype}, which a snapshot cannot hold")
     if tensor.is_conj() or tensor.is_neg():
         raise UnsupportedError(f"{name!r} is a lazy conjugate or negative; call resolve_conj().resolve_neg() first")
+    if tensor.numel():
+        stop = tensor.storage_offset() * tensor.element_size() + extent(tensor)[1] - extent(tensor)[0]
+        if not tensor.data_ptr() or stop > tensor.untyped_storage().nbytes():
+            raise UnsupportedError(f"{name!r} has no memory of its own at present (freed, sharded or offloaded)")
 
 
 def unrepeated(tensor: torch.Tensor) -> torch.Tensor:
@@ -72,6 +84,14 @@ def byte_view(tensor: torch.Tensor) -> torch.Tensor:
 def host_bytes(view: torch.Tensor) -> memoryview:
     """A uint8 host tensor's memory, without a copy; keeps the tensor alive."""
     return memoryview(view.numpy()).cast("B")  # type: ignore[arg-type]
+
+
+def integers(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor``'s memory as integers of the same size: torch copies those for every dtype, and bit for bit.
+
+    Elements of 16 bytes have no such integers and stay as they are.
+    """
+    return tensor.detach().view(_INTEGERS.get(tensor.element_size(), tensor.dtype))
 
 
 def ordered(tensor: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:

@@ -13,8 +13,9 @@ from typing import Any
 
 from blake3 import blake3
 
-from ..errors import MismatchError
+from ..errors import FormatError, MismatchError
 from ..format.document import canonical
+from ..format.identity import model_id as checked_id
 from ..format.limits import HASH_BLOCK
 from ..transport import parallel
 from ..transport.source import FileSource, read_bytes
@@ -105,10 +106,10 @@ def check_source(record: dict[str, Any], model: str | None, directory: Path, nam
 
 def cached_id(checkpoint: Checkpoint, stamp: list[list[Any]] | None = None) -> str | None:
     """The remembered model id of an unchanged checkpoint, or None."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError, FormatError):
         remembered = json.loads(_cache_file(checkpoint).read_bytes())
         if remembered["files"] == (stamp or _stamp(checkpoint)):
-            return str(remembered["id"])
+            return checked_id(remembered["id"], "id")
     return None
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import glob
 import json
 import os
 import re
@@ -19,9 +20,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..errors import StorageError, ThawError
-from ..format.header import Header, Member, RankSet
-from ..transport.writer import check_target, remove_stale, sync_directory
+from ..errors import FormatError, StorageError, ThawError, UsageError
+from ..format.header import Header, Member, RankSet, plain_member_name
+from ..transport.writer import check_target, remove_stale, staged, sync_directory
 from .capture import Captured
 from .freeze import FreezeOptions, FreezeReport, SnapshotWriter
 from .open import open_snapshot
@@ -58,7 +59,8 @@ def freeze_rank(
     """Write this rank's file of a set (or the only file) and publish the set once every rank has written.
 
     Every rank of the set calls it. When one fails, all of them raise, nothing of the new set stays and the old
-    snapshot is untouched.
+    snapshot is untouched. When one is killed, or the ranks lose each other, what they leave behind is read by nobody
+    and the next freeze of the same target removes it.
 
     Args:
         target: the manifest's path, the same for every rank.
@@ -79,7 +81,12 @@ def freeze_rank(
         if rank:
             return {}
         check_target(target, options.force)
-        return {"set": secrets.token_hex(16)}
+        set_id = secrets.token_hex(16)
+        if world > 1:
+            if not plain_member_name(member_name(target, set_id, world)):
+                raise UsageError(f"{target.name!r} cannot name a set of ranks; choose a plain name that is not hidden")
+            remove_stale(target.parent, _any_member(target))
+        return {"set": set_id}
 
     set_id = ranks.step(prepare)[0]["set"]
     path = target if rank == 0 else target.with_name(member_name(target, set_id, rank))
@@ -88,11 +95,9 @@ def freeze_rank(
     with contextlib.ExitStack() as stack:
 
         def write() -> dict[str, Any]:
-            if rank:
-                remove_stale(path)
             own = dataclasses.replace(options, force=options.force and rank == 0)
-            members = world - 1 if rank == 0 else 0
-            writer = stack.enter_context(SnapshotWriter(path, header, captured, own, members))
+            others = world - 1 if rank == 0 else 0
+            writer = stack.enter_context(SnapshotWriter(path, header, captured, own, others))
             content = writer.write_payload()
             written.append(writer)
             return {
@@ -107,6 +112,7 @@ def freeze_rank(
         identity = dataclasses.replace(header.identity, model=answers[0]["model"])
         sealed = dataclasses.replace(header, identity=identity)
         reports: list[FreezeReport] = []
+        members = [a["name"] for a in answers[1:]]
 
         def publish_member() -> dict[str, Any]:
             if rank:
@@ -116,40 +122,53 @@ def freeze_rank(
         def publish_manifest() -> dict[str, Any]:
             if rank:
                 return {}
-            old = _members_of(target)
+            old = _superseded(target, written[0].staging)
             if world > 1:
-                members = tuple(Member(a["name"], a["size"], a["content"]) for a in answers[1:])
-                manifest = dataclasses.replace(sealed, ranks=RankSet(set_id, members))
+                others = tuple(Member(a["name"], a["size"], a["content"]) for a in answers[1:])
+                manifest = dataclasses.replace(sealed, ranks=RankSet(set_id, others))
             else:
                 manifest = sealed
             reports.append(written[0].seal(manifest))
-            _relink(target, [a["name"] for a in answers[1:]])
-            _remove(target.parent, [name for name in old if name not in {a["name"] for a in answers}])
+            with contextlib.suppress(OSError):  # the set is published; these are for tidiness
+                _relink(target, members)
+            _remove(target.parent, [name for name in old if name not in members])
             return {}
 
         try:
             ranks.step(publish_member)
             ranks.step(publish_manifest)
         except BaseException:
-            if rank and reports and set_id not in _current_set(target):
-                _remove(target.parent, [path.name])
+            # Rank 0 knows whether it published. Another rank may remove its file only when it has rank 0's word that
+            # the set failed: when it merely lost the others, rank 0 may be about to publish.
+            if _current_set(target) != set_id:
+                if rank == 0:
+                    _remove(target.parent, members)
+                elif ranks.agreed and reports:
+                    _remove(target.parent, [path.name])
             raise
         return reports[0]
 
 
 class _Ranks:
-    """Steps that every rank takes together and that fail together."""
+    """Steps that every rank takes together and that fail together.
+
+    Attributes:
+        agreed: the last step's answers arrived, so all ranks that have them go on or fail alike.
+    """
 
     def __init__(self, exchange: Exchange, rank: int) -> None:
         self._exchange, self._rank = exchange, rank
+        self.agreed = False
 
     def step(self, work: Callable[[], dict[str, Any]]) -> list[dict[str, Any]]:
         failure: BaseException | None = None
+        self.agreed = False
         try:
             answer = work()
-        except Exception as error:
-            failure, answer = error, {"error": f"{type(error).__name__}: {error}"[: MAX_MESSAGE // 4]}
-        answers = [json.loads(message) for message in self._exchange(json.dumps(answer).encode())]
+        except BaseException as error:  # Ctrl-C too: the others wait for this rank's answer
+            failure, answer = error, {"error": f"{type(error).__name__}: {error}"}
+        answers = [json.loads(message) for message in self._exchange(_message(answer))]
+        self.agreed = True
         if failure is not None:
             raise failure
         for rank, said in enumerate(answers):
@@ -158,15 +177,50 @@ class _Ranks:
         return answers
 
 
-def _members_of(target: Path) -> list[str]:
-    """Names of the other ranks' files that the manifest at ``target`` speaks of, and those of abandoned sets."""
-    names: set[str] = set()
-    with contextlib.suppress(ThawError, OSError), open_snapshot(target, with_chunks=False) as opened:
-        if opened.snapshot.header.ranks is not None:
-            names.update(m.name for m in opened.snapshot.header.ranks.members)
+def _message(answer: dict[str, Any]) -> bytes:
+    while len(message := json.dumps(answer).encode()) > MAX_MESSAGE and answer.get("error"):
+        answer = {"error": answer["error"][: len(answer["error"]) // 2]}
+    return message
+
+
+def _superseded(target: Path, own: Path) -> list[str]:
+    """Names of rank files, of the set at ``target`` or of abandoned ones, that a new set there leaves without a use.
+
+    Judged by their names alone, never by what a manifest claims: a hostile one could name any file. A file that another
+    snapshot in the directory names (a manifest that was copied or renamed) stays, and while another writer of the same
+    target lives, so does everything that might be its own.
+
+    Args:
+        own: this writer's hidden file.
+    """
     pattern = re.compile(re.escape(target.stem) + r"\.[0-9a-f]{12}\.rank[0-9]+" + re.escape(target.suffix))
-    names.update(entry.name for entry in os.scandir(target.parent) if pattern.fullmatch(entry.name))
-    return sorted(names)
+    found: set[str] = set()
+    named: set[str] = set()
+    current: set[str] = set()
+    try:
+        for entry in os.scandir(target.parent):
+            if pattern.fullmatch(entry.name):
+                found.add(entry.name)
+            elif entry.is_file():
+                names = _members(Path(entry.path))
+                (current if entry.name == target.name else named).update(names)
+    except (StorageError, OSError):
+        return []
+    alone = staged(target.parent, glob.escape(target.name)) == [own]
+    return sorted((found if alone else found & current) - named)
+
+
+def _members(path: Path) -> set[str]:
+    """Names of the other ranks' files that a manifest speaks of; none for any other file."""
+    with contextlib.suppress(FormatError), open_snapshot(path, with_chunks=False) as opened:
+        if opened.snapshot.header.ranks is not None:
+            return {m.name for m in opened.snapshot.header.ranks.members}
+    return set()
+
+
+def _any_member(target: Path) -> str:
+    """Pattern of the names that a set's ranks are stored under."""
+    return f"{glob.escape(target.stem)}.{'[0-9a-f]' * 12}.rank[0-9]*{glob.escape(target.suffix)}"
 
 
 def _current_set(target: Path) -> str:
@@ -177,17 +231,24 @@ def _current_set(target: Path) -> str:
 
 
 def _relink(target: Path, names: list[str]) -> None:
-    """Point ``weights.rank1.thaw`` … to the current set; skipped where the file system has no links."""
+    """Point ``weights.rank1.thaw`` … to the current set; skipped where the file system has no links.
+
+    A file of that name that is no link is not ours and stays.
+    """
     for rank, name in enumerate(names, 1):
         link = target.with_name(link_name(target, rank))
-        staged = link.with_name(f".{link.name}.{secrets.token_hex(4)}.thaw-part")
+        if link.exists() and not link.is_symlink():
+            continue
+        new = link.with_name(f".{link.name}.{secrets.token_hex(4)}.thaw-part")
         with contextlib.suppress(OSError):
-            os.symlink(name, staged)
-            os.rename(staged, link)
-    pattern = re.compile(re.escape(target.stem) + r"\.rank([0-9]+)" + re.escape(target.suffix))
+            os.symlink(name, new)
+            os.rename(new, link)
+    stem, suffix = re.escape(target.stem), re.escape(target.suffix)
+    pattern = re.compile(rf"{stem}\.rank([0-9]+){suffix}|\.{stem}\.rank[0-9]+{suffix}\.[0-9a-f]{{8}}\.thaw-part")
     for entry in list(os.scandir(target.parent)):
         found = pattern.fullmatch(entry.name)
-        if found and int(found[1]) > len(names) and entry.is_symlink():
+        # The hidden ones are links of a writer that was killed before it could rename them.
+        if found and entry.is_symlink() and (found[1] is None or int(found[1]) > len(names)):
             with contextlib.suppress(OSError):
                 os.unlink(entry.path)
     sync_directory(target.parent)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from ..format.snapshot import Snapshot
 from ..transport import parallel
 from ..transport.read import Piece, read
 from ..transport.source import FileSource, Source
-from .layout import byte_view, check_storable, dense, dtype_name, extent, host_bytes, ordered, runs
+from .layout import byte_view, check_storable, dense, dtype_name, extent, host_bytes, integers, ordered, runs
 
 
 @dataclass(frozen=True)
@@ -86,17 +87,20 @@ def restore(
         CorruptionError, StorageError, ReplacedError: part of the bytes may have been copied; do not use the tensors.
     """
     start = time.perf_counter()
+    if snapshot.preamble.chunks != len(snapshot.chunks):
+        raise UsageError(f"{source.name!r} was opened without its chunk table; open it with_chunks=True to thaw it")
     match(snapshot, targets, required, source.name)
     matched = time.perf_counter()
     files = sum(snapshot.index.storages[f.storage] for f in snapshot.index.files if f.storage is not None)
     total = snapshot.bytes - files
-    done = 0
+    done, lock = 0, threading.Lock()
 
     def advance(count: int) -> None:
         nonlocal done
-        done += count
-        if options.progress is not None:
-            options.progress(min(done, total), total)
+        with lock:
+            done += count
+            if options.progress is not None:
+                options.progress(done, total)
 
     pieces = list(_pieces(snapshot, targets))
     _staging_free_devices(targets)
@@ -143,9 +147,9 @@ def match(snapshot: Snapshot, targets: Mapping[str, torch.Tensor], required: Col
                 f"{name!r} holds {entry.name!r} as {entry.dtype} {list(entry.shape)}, the model has it as "
                 f"{dtype_name(target.dtype)} {list(target.shape)}; thaw it into the model it was frozen from"
             )
-        _match_repeats(entry, target, name)
         if entry.storage is None:
             continue
+        _match_repeats(entry, target, name)
         owner = owners.setdefault(entry.storage, entry)
         if owner is entry:
             low, high = extent(target)
@@ -236,12 +240,12 @@ def _copy(view: torch.Tensor) -> Callable[[memoryview], None]:
 
 def _scatter(entry: Tensor, target: torch.Tensor, chunk: Chunk) -> Callable[[memoryview], None]:
     """Element by element into a target whose strides differ from the storage's."""
-    seen = ordered(target.detach(), entry.stride)
+    seen = ordered(integers(target), entry.stride)
     item = target.element_size()
 
     def deliver(data: memoryview) -> None:
-        with torch.no_grad():
-            elements = torch.empty(chunk.length // item, dtype=target.dtype)
+        with torch.inference_mode():  # holds for one thread, and tensors made under it can be written under it only
+            elements = torch.empty(chunk.length // item, dtype=seen.dtype)
             host_bytes(byte_view(elements))[:] = data
             position = 0
             for part in runs(seen, chunk.at // item, (chunk.at + chunk.length) // item):
