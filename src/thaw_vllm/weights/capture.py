@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -13,6 +14,19 @@ from .layout import byte_view, check_storable, dense, dtype_name, extent, host_b
 
 Named = tuple[str, str, torch.Tensor]
 """Name, kind and tensor."""
+
+
+class Storage(Protocol):
+    """Where one storage's bytes come from while it is written.
+
+    Attributes:
+        length: bytes in all.
+    """
+
+    length: int
+
+    def read(self, at: int, length: int) -> memoryview:
+        """``length`` bytes from ``at``; safe from several threads, good until the same thread reads again."""
 
 
 class StorageBytes:
@@ -50,7 +64,7 @@ class Captured:
     """An index; for each of its storages, where the bytes are; for each of its entries, the tensor."""
 
     index: Index
-    storages: tuple[StorageBytes | HeldBytes, ...]
+    storages: tuple[Storage, ...]
     tensors: tuple[torch.Tensor, ...]
 
 
@@ -91,7 +105,7 @@ def capture(named: Iterable[Named], files: Iterable[tuple[str, bytes]] = ()) -> 
         check_storable(name, tensor)
     entries: list[Tensor] = []
     tensors: list[torch.Tensor] = []
-    storages: list[StorageBytes | HeldBytes] = []
+    storages: list[Storage] = []
     placed: set[int] = set()
     groups = _overlapping(given)
     for position, (name, kind, tensor) in enumerate(given):

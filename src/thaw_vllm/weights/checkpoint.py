@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import FormatError, StorageError, UsageError
-from ..format.document import JSONObject, array, integer, mapping, parse, text
+from blake3 import blake3
+
+from ..errors import FormatError, StorageError, UnsupportedError, UsageError
+from ..format.document import JSONObject, array, canonical, integer, mapping, parse, text
 from ..format.dtypes import ITEM_SIZE
 from ..format.index import plain_file_name
 from ..format.limits import MAX_FILE
@@ -66,6 +70,9 @@ CARRIED_FILES = (
     "tekken.json",
 )
 """The files an engine reads beside the weights; names fixed here, never code."""
+
+VOLATILE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
+"""Keys of config.json that do not change the weights' shapes or meaning; the dtype is compared on its own."""
 
 
 @dataclass(frozen=True)
@@ -176,6 +183,30 @@ def read_config(directory: Path) -> dict[str, Any]:
     except ValueError as error:
         raise FormatError(f"{str(path)!r} is not JSON: {error}") from None
     return found if isinstance(found, dict) else {}
+
+
+def config_hash(config: Mapping[str, Any], overrides: object = None) -> str:
+    """BLAKE3 of a model's config.json without VOLATILE keys, and the overrides, in canonical JSON.
+
+    Published configs hold ``Infinity``, which is not JSON: numbers without end count as the strings Python writes.
+
+    Raises:
+        UnsupportedError: the overrides are a function, which has no canonical form.
+    """
+    if callable(overrides):
+        raise UnsupportedError("hf_overrides is a function; give it as a dict, so that a snapshot can name it")
+    kept = {key: value for key, value in config.items() if key not in VOLATILE}
+    return blake3(canonical(_finite([kept, overrides or {}]))).hexdigest()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return json.dumps(value)
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(entry) for entry in value]
+    return value
 
 
 def _stored(name: str, entry: Any, file: str, base: int, size: int) -> StoredTensor:
