@@ -20,7 +20,7 @@ help:
 	echo "make demo       install everything into .venv and show what thaw does, on a real model"
 	echo "make test       lint, then all tests that this machine can run"
 	echo "make soak       the randomised tests with full numbers; SEED=$(SEED) repeats today's"
-	echo "make versions   the loader against vLLM 0.24, 0.25 and 0.26 as well"
+	echo "make versions   the loader against vLLM 0.24 to 0.31 as well"
 	echo "make lint       ruff, mypy and the direction of imports"
 	echo "make format     let ruff rewrite what it can"
 	echo "make bench      the benchmarks"

@@ -5,7 +5,8 @@
 
 Each version's wheel is unpacked into .cache/versions, without its requirements, and put in front of the installed one.
 Its compiled kernels want another torch and do not load, so what is shown is its own Python code initialising models,
-loading checkpoints, and our loader freezing and thawing them; not its arithmetic (tests/engines/vllm/absent_kernels.py).
+loading checkpoints, and our loader freezing and thawing them; not its arithmetic (see
+tests/engines/vllm/absent_kernels.py).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-VERSIONS = ("0.24.0", "0.25.0", "0.26.0")
+VERSIONS = ("0.24.0", "0.25.0", "0.26.0", "0.27.1", "0.28.0", "0.29.0", "0.30.0", "0.31.0")
 TESTS = ("tests/engines/vllm/test_loader.py", "tests/engines/vllm/test_refusals.py")
 
 

@@ -212,7 +212,15 @@ class TestSmolLM2:
         assert thawed.processed() == default.processed()
 
     def test_the_demo(self, smollm2: Path):
-        command = [sys.executable, "-c", "from thaw_vllm.cli.main import main; main()", "demo", "--model", str(smollm2), "--json"]
+        command = [
+            sys.executable,
+            "-c",
+            "from thaw_vllm.cli.main import main; main()",
+            "demo",
+            "--model",
+            str(smollm2),
+            "--json",
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
         assert done.returncode == 0, done.stderr[-3000:]
         result = json.loads(done.stdout)

