@@ -10,7 +10,7 @@ from ...errors import UnsupportedError
 from ...format.document import canonical
 from ...format.identity import Identity, Parallel
 from ...weights.checkpoint import read_config
-from .versions import parallel_groups, vllm_version
+from .versions import cpu_group, parallel_groups, vllm_version
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -48,7 +48,7 @@ def this_rank() -> Parallel:
     """This worker's coordinates.
 
     Raises:
-        UnsupportedError: data or expert parallel, whose ranks hold different experts under the same tensor rank.
+        UnsupportedError: data or context parallel, where several processes share one tensor and pipeline rank.
     """
     groups = parallel_groups()
     if groups["dp"][1] > 1:
@@ -56,7 +56,10 @@ def this_rank() -> Parallel:
             "data-parallel engines are not supported in this version; run one engine for each replica "
             "(data_parallel_size=1), all from the same snapshot"
         )
-    return Parallel(*groups["tp"], *groups["pp"])
+    found = Parallel(*groups["tp"], *groups["pp"])
+    if cpu_group()[1] != found.world:
+        raise UnsupportedError("context-parallel engines are not supported in this version")
+    return found
 
 
 def engine_identity(vllm_config: VllmConfig, model_config: ModelConfig) -> Identity:

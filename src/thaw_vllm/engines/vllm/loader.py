@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -176,7 +177,7 @@ class ThawModelLoader(BaseModelLoader):
             writer=f"thaw {__version__}",
             source=source,
             attributes=audit.changed_attributes(before, after),
-            metadata={"model": str(model_config.served_model_name or model_config.model)},
+            metadata={"model": Path(model_config.model).name if directory is not None else str(model_config.model)},
         )
         captured = capture(module_tensors(model, also=audit.changed_buffers(before, after)), files)
         with _progress("freeze", identity) as progress:
