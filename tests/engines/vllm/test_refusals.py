@@ -124,6 +124,7 @@ def test_an_existing_snapshot_stays(snapshot: Path, checkpoints: Callable, load:
         {"snapshot": "w.thaw", "verfy": True},
         {"snapshot": "w.thaw", "verify": "yes"},
         {"snapshot": "w.thaw", "source_format": "thaw"},
+        {"snapshot": "w.thaw", "workers": "4"},
     ],
 )
 def test_wrong_options(extra: dict[str, Any], checkpoints: Callable, load: Callable):
@@ -174,6 +175,18 @@ class TestLoadAudit:
         load(checkpoints("untied"), **thaw_args(path, mode="freeze"))
         thawed = load(checkpoints("untied"), **thaw_args(path))
         assert thawed.model.model.norm.variance_epsilon == 0.125
+
+    def test_an_attribute_the_model_lacks_is_refused_before_copying(
+        self, checkpoints: Callable, load: Callable, thaw_args: Callable, tmp_path: Path, monkeypatch: Any
+    ):
+        from thaw_vllm.engines.vllm import audit, loader
+
+        path = tmp_path / "w.thaw"
+        monkeypatch.setattr(audit, "changed_attributes", lambda before, after: {"model.nowhere|scale": 2.0})
+        load(checkpoints("untied"), **thaw_args(path, mode="freeze"))
+        monkeypatch.setattr(loader, "restore", lambda *_: pytest.fail("copied before it refused"))
+        with pytest.raises(UnsupportedError, match=r"model\.nowhere\.scale"):
+            load(checkpoints("untied"), **thaw_args(path))
 
     def test_a_hidden_tensor_is_refused(
         self, while_loading: Callable, checkpoints: Callable, load: Callable, thaw_args: Callable, tmp_path: Path

@@ -80,21 +80,27 @@ def changed_attributes(before: State, after: State) -> dict[str, Any]:
     return changed
 
 
-def apply_attributes(model: torch.nn.Module, attributes: dict[str, Any]) -> None:
-    """Set stored attributes again.
+def attribute_owners(model: torch.nn.Module, attributes: dict[str, Any]) -> dict[str, Any]:
+    """For each stored attribute, the object of ``model`` that it belongs to.
 
     Raises:
-        UnsupportedError: an attribute that the model's module does not have as a plain value; nothing was set.
+        UnsupportedError: the model has no such module, or something else than a plain value under that name.
     """
     owners = dict(_owners(model))
+    found = {}
     for key in attributes:
         path, _, attribute = key.partition("|")
         owner = owners.get(path)
         if owner is None or not isinstance(vars(owner).get(attribute), SCALARS) or "__" in attribute:
             raise UnsupportedError(f"the snapshot sets {key.replace('|', '.')!r}, which this model does not have")
+        found[key] = owner
+    return found
+
+
+def apply_attributes(owners: dict[str, Any], attributes: dict[str, Any]) -> None:
+    """Set stored attributes on the objects that ``attribute_owners`` found."""
     for key, value in attributes.items():
-        path, _, attribute = key.partition("|")
-        setattr(owners[path], attribute, value)
+        setattr(owners[key], key.partition("|")[2], value)
 
 
 def refuse_unsound(model: torch.nn.Module) -> None:

@@ -85,6 +85,8 @@ class LoaderConfig:
         for name in ("verify", "check_source", "force"):
             if not isinstance(getattr(found, name), bool):
                 raise UsageError(f"load_format='thaw': {name} must be true or false")
+        if found.workers is not None and (type(found.workers) is not int or found.workers < 1):
+            raise UsageError("load_format='thaw': workers must be a whole number from 1")
         if found.mode not in ("thaw", "freeze"):
             raise UsageError(f"load_format='thaw': mode must be 'thaw' or 'freeze', not {found.mode!r}")
         if found.source_format == "thaw" or not isinstance(found.source_config, dict):
@@ -140,13 +142,14 @@ class ThawModelLoader(BaseModelLoader):
             directory = model_directory(model_config)
             if config.check_source and directory is not None:
                 check_source(header.source, header.identity.model, directory, config.snapshot)
+            owners = audit.attribute_owners(model, header.attributes)
             targets: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
             required = set(targets)
             targets |= dict(model.named_buffers(remove_duplicate=False))
             with _progress("thaw", identity) as progress:
                 options = RestoreOptions(verify=config.verify, workers=config.workers, progress=progress)
                 report = restore(opened.source, opened.snapshot, targets, required, options)
-            audit.apply_attributes(model, header.attributes)
+            audit.apply_attributes(owners, header.attributes)
         seconds = report.seconds | {"total": time.perf_counter() - start}
         report = dataclasses.replace(report, seconds=seconds)
         logger.info(
