@@ -1,11 +1,10 @@
 """A writer that is killed, or fails, at each of its calls to the system: the old file or the new one, never a part."""
 
 import errno
-import fcntl
 import os
-import warnings
 
 import pytest
+from tests.transport.calls import Calls, in_child
 
 from thaw_vllm.errors import StorageError
 from thaw_vllm.transport.writer import StagedFile
@@ -13,8 +12,6 @@ from thaw_vllm.transport.writer import StagedFile
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
 OLD, NEW = b"old" * 1000, b"new" * 2000
-CALLS = [(os, name) for name in ("open", "posix_fallocate", "pwrite", "fchmod", "fsync", "rename", "link", "unlink")]
-CALLS += [(os, "close"), (fcntl, "flock")]
 
 
 def write(target, force):
@@ -22,29 +19,6 @@ def write(target, force):
         for at in range(0, len(NEW), 2500):
             file.write(at, NEW[at : at + 2500])
         file.publish()
-
-
-class Calls:
-    """Counts the calls that a writer makes, and does something before or after the nth of them."""
-
-    def __init__(self, monkeypatch, number=None, moment="before", action=None):
-        self.names, self.number, self.moment, self.action = [], number, moment, action
-        for module, name in CALLS:
-            monkeypatch.setattr(module, name, self.counted(name, getattr(module, name)))
-
-    def counted(self, name, real):
-        def call(*arguments, **options):
-            self.names.append(name)
-            chosen = len(self.names) - 1 == self.number
-            if chosen and self.moment == "before":
-                self.action()
-            try:
-                return real(*arguments, **options)
-            finally:
-                if chosen and self.moment == "after":
-                    self.action()
-
-        return call
 
 
 def trace(tmp_path, force):
@@ -55,19 +29,6 @@ def trace(tmp_path, force):
         calls = Calls(patch)
         write(place / "w.thaw", force)
         return list(calls.names)
-
-
-def in_child(work):
-    """Run ``work`` in a copy of this process; returns its exit status."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads: this child starts none
-        child = os.fork()
-    if not child:
-        try:
-            work()
-        finally:
-            os._exit(1)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def test_trace_is_what_the_format_says(tmp_path):

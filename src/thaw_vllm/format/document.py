@@ -86,9 +86,14 @@ def integer(value: Any, where: str, low: int = 0, high: int = MAX_BYTES) -> int:
     return value
 
 
+def printable(value: str) -> bool:
+    """Whether ``value`` holds no control character and no lone surrogate."""
+    return not _UNPRINTABLE.search(value)
+
+
 def text(value: Any, where: str, limit: int = 4096) -> str:
     """``value`` as a string of at most ``limit`` characters, none of them a control character or a lone surrogate."""
-    if not isinstance(value, str) or len(value) > limit or _UNPRINTABLE.search(value):
+    if not isinstance(value, str) or len(value) > limit or not printable(value):
         raise FormatError(f"{where} must be a string of at most {limit} printable characters, found {short(value)}")
     return value
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import FormatError
-from .document import JSONObject, array, integer, mapping, short, text
+from .document import JSONObject, array, integer, mapping, printable, short, text
 from .identity import Identity, Parallel, hex_digest
 
 UNSEALED = "0" * 64
@@ -132,5 +132,5 @@ def _ranks(value: Any, parallel: Parallel) -> RankSet | None:
 
 
 def plain_member_name(name: str) -> bool:
-    """Whether ``name`` can be a rank's file: a base name without a path, not hidden."""
-    return bool(name) and len(name) <= 255 and not name.startswith(".") and "/" not in name and "\\" not in name
+    """Whether ``name`` can be a rank's file: a printable base name without a path, not hidden."""
+    return 0 < len(name) <= 255 and name[0] != "." and not {"/", "\\"} & set(name) and printable(name)

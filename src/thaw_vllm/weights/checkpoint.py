@@ -180,7 +180,7 @@ def read_config(directory: Path) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FormatError(f"{str(path)!r} is not JSON: {error}") from None
     return found if isinstance(found, dict) else {}
 

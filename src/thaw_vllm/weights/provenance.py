@@ -168,7 +168,8 @@ def _stamp(checkpoint: Checkpoint) -> list[list[Any]]:
     found: list[list[Any]] = []
     for name in checkpoint.files:
         status = (checkpoint.directory / name).stat()
-        found.append([name, status.st_size, status.st_mtime_ns, status.st_ino])
+        # ctime too: copying tools restore the other one, and some set it alike for all files.
+        found.append([name, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino])
     return found
 
 
