@@ -10,7 +10,6 @@ from torch.nn.parameter import is_lazy
 from ..errors import UnsupportedError
 from ..format.dtypes import ITEM_SIZE
 
-
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 

@@ -1,0 +1,1 @@
+"""Measurements: ours, the limit and the rivals in one run, alternating, with the bytes compared afterwards."""

@@ -1,0 +1,62 @@
+"""The commands by name, each imported when it is asked for."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+COMMANDS = ("freeze", "info", "verify", "convert", "id", "doctor", "demo", "bench")
+"""Each is a file here with a function of its name, or with a typer ``app`` of several."""
+
+
+class Commands(TyperGroup):
+    """Looks commands up in COMMANDS, so that one that needs much to import costs the others nothing."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Names in the order of the help page."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The command, or None when there is none of that name."""
+        if cmd_name not in COMMANDS:
+            return None
+        module = import_module(f"{__package__}.{cmd_name}")
+        single = getattr(module, "app", None)
+        if single is None:
+            single = plain_app(add_completion=False)
+            single.command(cmd_name, epilog=examples(module))(getattr(module, cmd_name))
+        command = typer.main.get_command(single)
+        command.name = cmd_name
+        return command
+
+
+def plain_app(**options: Any) -> typer.Typer:
+    """A typer application whose help is plain text: a box of 80 columns cuts off the names of options."""
+    return typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, **options)
+
+
+def examples(module: Any) -> str | None:
+    """The module's EXAMPLES, kept as they are written."""
+    text = getattr(module, "EXAMPLES", None)
+    return None if text is None else "\b\nExamples:\n" + "\n".join(f"  {line}" for line in text.strip().splitlines())
+
+
+app = plain_app(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from .. import __version__
+
+        typer.echo(f"thaw {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def thaw(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    """Freeze a running LLM; thaw it anywhere, bit for bit."""

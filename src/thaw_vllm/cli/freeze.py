@@ -1,0 +1,98 @@
+"""``thaw freeze``: a checkpoint through vLLM's own loader into a snapshot, one file a rank."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .output import Force, Json, document, pairs, plain, size, stdout_to_stderr
+
+EXAMPLES = """
+thaw freeze --model Llama-3-8B/ --output llama.thaw
+thaw freeze --model Llama-3-70B/ --output llama.thaw --tensor-parallel-size 4
+thaw freeze --model M --output m.thaw --engine-arg 'hf_overrides={"rope_theta": 1000000}'
+"""
+
+_WORD = re.compile(r"[A-Za-z0-9_./:@-]+")
+
+
+def freeze(
+    model: Annotated[str, typer.Option(help="Model directory, or a name on the hub that is in the local cache.")],
+    output: Annotated[Path, typer.Option(help="The snapshot; the manifest's name when there are several ranks.")],
+    tensor_parallel_size: Annotated[int, typer.Option(min=1, help="As for vllm serve; it is fixed by freezing.")] = 1,
+    pipeline_parallel_size: Annotated[int, typer.Option(min=1, help="As for vllm serve; it is fixed, too.")] = 1,
+    dtype: Annotated[str | None, typer.Option(help="As for vllm serve.")] = None,
+    quantization: Annotated[str | None, typer.Option(help="As for vllm serve.")] = None,
+    max_model_len: Annotated[int | None, typer.Option(min=1, help="As for vllm serve.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the Python files of the model directory.")
+    ] = False,
+    source_format: Annotated[str, typer.Option(help="vLLM's load format for the checkpoint.")] = "auto",
+    engine_arg: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Any other engine argument, its value in JSON.")
+    ] = None,
+    force: Force = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show vLLM's own log.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Freeze a model for vLLM into a snapshot.
+
+    Its checkpoint is loaded once, by vLLM's own loader, and what the engine then holds is written. No KV cache is
+    made and nothing is compiled. Serve it with --load-format thaw and --model-loader-extra-config '{"snapshot":
+    "weights.thaw"}', or in Python with thaw_vllm.load().
+    """
+    given: dict[str, Any] = {
+        "tensor_parallel_size": tensor_parallel_size,
+        "pipeline_parallel_size": pipeline_parallel_size,
+        "dtype": dtype,
+        "quantization": quantization,
+        "max_model_len": max_model_len,
+        "trust_remote_code": trust_remote_code or None,
+        "force": force,
+        "source_format": source_format,
+        "use_tqdm_on_load": sys.stderr.isatty(),
+    }
+    arguments = {name: value for name, value in given.items() if value is not None}
+    arguments |= dict(parse_engine_arg(text) for text in engine_arg or [])
+    if not verbose:
+        os.environ.setdefault("PYTHONWARNINGS", "ignore")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "CRITICAL")  # our own errors are said once, by us
+    with stdout_to_stderr():
+        from ..engines.vllm.api import freeze_checkpoint
+
+        reports = freeze_checkpoint(model, output, **arguments)
+    if as_json:
+        ranks = [dataclasses.asdict(r) | {"gb_per_s": round(r.gb_per_s, 3)} for r in reports]
+        document({"path": str(output), "model": reports[0].model, "content": reports[0].content, "ranks": ranks})
+        return
+    rows = [
+        ("wrote", f"{plain(r.path)} ({size(r.file_size)}, {r.tensors} tensors, {r.gb_per_s:.2f} GB/s)") for r in reports
+    ]
+    rows.append(("model", reports[0].model or "unknown: the checkpoint is not on this machine"))
+    rows.append(("content", reports[0].content))
+    pairs(rows)
+
+
+def parse_engine_arg(text: str) -> tuple[str, Any]:
+    """``key=value`` of ``--engine-arg``: the key with underscores, the value read as JSON or, if a plain word, as text.
+
+    Raises:
+        typer.BadParameter: neither.
+    """
+    key, equals, value = text.partition("=")
+    key = key.strip().lstrip("-").replace("-", "_")
+    if not equals or not key.isidentifier():
+        raise typer.BadParameter(f"--engine-arg takes KEY=VALUE, not {text!r}")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        if _WORD.fullmatch(value) and value not in ("True", "False", "None"):
+            return key, value
+    raise typer.BadParameter(f'--engine-arg {key}: {value!r} is not JSON; write true, 1.5, "text" or {{"a": 1}}')
