@@ -14,7 +14,7 @@ from thaw_vllm import __version__, errors
 from thaw_vllm.cli.commands import COMMANDS, app
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "cli.md"
-HEAVY = ("torch", "numpy", "vllm", "transformers", "safetensors", "rich")
+HEAVY = ("torch", "numpy", "vllm", "transformers", "safetensors")
 
 
 def every_command():

@@ -161,7 +161,7 @@ def test_what_the_file_system_says_on_its_own(thaw, failing):
 def test_interrupted_anywhere(thaw, failing):
     failing(KeyboardInterrupt())
     ran = thaw("info", "x")
-    assert (ran.code, ran.out, ran.err) == (130, "", "interrupted; nothing was changed\n")
+    assert (ran.code, ran.out, ran.err.lstrip("\n")) == (130, "", "interrupted; nothing was changed\n")
 
 
 def test_interrupted_before_anything_was_imported(thaw, monkeypatch):
@@ -205,7 +205,8 @@ def wait_until(condition, process):
 def interrupted(process):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
-    assert (process.returncode, out, err) == (130, "", "interrupted; nothing was changed\n")
+    # Older versions of typer begin a new line first.
+    assert (process.returncode, out, err.lstrip("\n")) == (130, "", "interrupted; nothing was changed\n")
 
 
 def test_ctrl_c_while_verifying(start, large_snapshot, tmp_path):
