@@ -177,6 +177,15 @@ class TestBeforeTheEngineStarts:
         with pytest.raises(UsageError, match="needs a snapshot"):
             thaw_vllm.load("model")
 
+    def test_a_model_directory_that_is_not_there(self, tmp_path: Path):
+        import thaw_vllm
+        from thaw_vllm.engines.vllm.api import freeze_checkpoint
+
+        with pytest.raises(UsageError, match="there is no model directory"):
+            freeze_checkpoint(str(tmp_path / "none"), tmp_path / "w.thaw")
+        with pytest.raises(UsageError, match="there is no model directory"):
+            thaw_vllm.load(str(tmp_path / "none"), tmp_path / "w.thaw")
+
     def test_a_module_snapshot(self, tmp_path: Path):
         import torch
 
@@ -184,12 +193,12 @@ class TestBeforeTheEngineStarts:
 
         thaw_vllm.freeze_model(torch.nn.Linear(2, 2), tmp_path / "m.thaw")
         with pytest.raises(MismatchError, match="vLLM needs the raw stage"):
-            thaw_vllm.load("model", tmp_path / "m.thaw")
+            thaw_vllm.load("some/model", tmp_path / "m.thaw")
 
-    def test_the_error_of_a_worker_reaches_the_user(self, checkpoints: Callable, room: Path):
+    def test_the_error_of_a_worker_reaches_the_caller(self, checkpoints: Callable, room: Path):
         path = room / "untied.thaw"
         freeze(checkpoints("untied"), path)
-        with pytest.raises(ThawError, match="holds dtype 'bfloat16'"):
+        with pytest.raises(ThawError, match=r"^the process .*MismatchError: .*holds dtype 'bfloat16'"):
             ask(checkpoints("untied"), path, dtype="float32")
 
 

@@ -11,6 +11,7 @@ from ...errors import MismatchError, MissingDependencyError, ThawError, Unsuppor
 from ...weights.freeze import FreezeReport
 from ...weights.open import open_snapshot
 from . import versions
+from .failures import reported
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -41,6 +42,8 @@ def load(
         raise UsageError("load() sets load_format='thaw' itself; leave load_format out")
     versions.vllm_version()
     path = os.path.abspath(os.fspath(snapshot))
+    if model is not None:
+        check_model(model)
     check_sizes(path, llm_kwargs)
     if model is None:
         from .files import carried_directory
@@ -49,7 +52,9 @@ def load(
     vllm = require_vllm()
     extra = {"snapshot": path, **llm_kwargs.pop("model_loader_extra_config", {})}
     llm_kwargs["load_format"] = "thaw"
-    return vllm.LLM(model=model, model_loader_extra_config=extra, **llm_kwargs)
+    with reported() as folder:
+        llm: LLM = vllm.LLM(model=model, model_loader_extra_config=extra | {"failures": folder}, **llm_kwargs)
+    return llm
 
 
 def freeze_model_tp(llm: LLM, path: str | os.PathLike[str], *, force: bool = False) -> list[FreezeReport]:
@@ -90,19 +95,33 @@ def freeze_checkpoint(model: str, path: str | os.PathLike[str], **engine_args: A
     extra: dict[str, Any] = {"snapshot": path, "mode": "freeze"}
     extra |= {name: engine_args.pop(name) for name in ("force", "source_format", "workers") if name in engine_args}
     check_target(Path(path), bool(extra.get("force")))
+    check_model(model)
     versions.vllm_version()
     require_vllm()
+    with reported() as folder:
+        return _freeze(model, extra | {"failures": folder}, engine_args)
+
+
+def _freeze(model: str, extra: dict[str, Any], engine_args: dict[str, Any]) -> list[FreezeReport]:
     from vllm.engine.arg_utils import EngineArgs
 
     # Nothing is run, so nothing need be compiled.
     options = engine_args | {"enforce_eager": True, "load_format": "thaw", "model_loader_extra_config": extra}
     config = EngineArgs(model=model, **options).create_engine_config()
-    executor = versions.executor_class(config)(config)
+    executor = None
     try:
-        answers = executor.collective_rpc("thaw_report")
+        executor = versions.executor_class(config)(config)
+        return [FreezeReport(**answer) for answer in executor.collective_rpc("thaw_report")]
     finally:
-        executor.shutdown()
-    return [FreezeReport(**answer) for answer in answers]
+        if executor is not None:
+            executor.shutdown()
+
+
+def check_model(model: str) -> None:
+    """Refuse what is written like a path and is no directory; anything else may be a name on the hub."""
+    looks_like_path = model.startswith((".", "~", os.sep)) or model.endswith(os.sep) or model.count("/") > 1
+    if not os.path.isdir(model) and looks_like_path:
+        raise UsageError(f"there is no model directory {model!r}; give one, or a model's name on the hub")
 
 
 def check_sizes(path: str, llm_kwargs: dict[str, Any]) -> None:

@@ -33,6 +33,7 @@ from ...weights.ranks import freeze_rank
 from ...weights.restore import RestoreOptions, RestoreReport, restore
 from . import audit
 from .exchange import world_exchange
+from .failures import noted
 from .identity import engine_identity, model_directory
 from .versions import untie, untied_by_checkpoint
 
@@ -61,6 +62,7 @@ class LoaderConfig:
         source_format: freeze: vLLM's load format for the checkpoint.
         source_config: freeze: that loader's own extra config.
         workers: threads a rank; None for what the machine bears.
+        failures: directory in which a worker notes its error for the caller; set by ``load`` and ``freeze_checkpoint``.
     """
 
     snapshot: str
@@ -71,6 +73,7 @@ class LoaderConfig:
     source_format: str = "auto"
     source_config: dict[str, Any] = dataclasses.field(default_factory=dict)
     workers: int | None = None
+    failures: str | None = None
 
     @classmethod
     def parse(cls, given: object) -> LoaderConfig:
@@ -111,6 +114,12 @@ class ThawModelLoader(BaseModelLoader):
 
         vLLM allocates parameters uninitialised, so nothing is written twice.
         """
+        with noted(self.config.failures):
+            self._prepare(vllm_config, model_config)
+            model: torch.nn.Module = super().load_model(vllm_config, model_config, prefix)
+            return model
+
+    def _prepare(self, vllm_config: VllmConfig, model_config: ModelConfig) -> None:
         speculative = vllm_config.speculative_config
         if speculative is not None and model_config is getattr(speculative, "draft_model_config", None):
             raise UnsupportedError(
@@ -121,8 +130,6 @@ class ThawModelLoader(BaseModelLoader):
             with open_rank(self.config.snapshot, 0, with_chunks=False) as opened:
                 if opened.snapshot.header.source.get(UNTIED) is True:
                     untie(model_config)
-        model: torch.nn.Module = super().load_model(vllm_config, model_config, prefix)
-        return model
 
     def load_weights(self, model: torch.nn.Module, model_config: ModelConfig) -> None:
         """Fill ``model``'s raw parameters from the snapshot, or from the checkpoint and freeze them."""
