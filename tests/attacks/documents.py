@@ -16,7 +16,9 @@ def _header(**changes):
     return lambda: Parts(header=header(**changes)).bytes()
 
 
-several(FormatError, "not weights", holds_sessions=_header(holds="sessions"), of_another_format=_header(format="tar"))
+several(FormatError, "not weights", holds_sessions=_header(holds="sessions"))
+several(FormatError, "of the format 'tar', not thaw", of_another_format=_header(format="tar"))
+several(FormatError, "never finished", unsealed=_header(content="0" * 64))
 several(
     FormatError,
     "attributes",

@@ -36,7 +36,7 @@ def header(**changes):
     parallel |= changes.pop("parallel", {})
     unknown = ("engine", "engine_version", "architecture", "config", "dtype", "quantization", "model")
     identity = {"stage": "module", **dict.fromkeys(unknown)} | changes.pop("identity", {}) | {"parallel": parallel}
-    document = {"format": "thaw", "holds": "weights", "content": "0" * 64, "identity": identity, "writer": "a test"}
+    document = {"format": "thaw", "holds": "weights", "content": "c" * 64, "identity": identity, "writer": "a test"}
     return document | {"source": {}, "attributes": {}, "metadata": {}} | changes
 
 

@@ -40,8 +40,8 @@ several(
     other_file_size=_sizes(file=2**40),
     no_file_size=_sizes(file=0),
     longer_preamble=_sizes(preamble=512),
-    used_spare_bytes=lambda: Parts(tail=b"\1").bytes(),
 )
+several(VersionError, "bytes that format version 1 reserves", used_spare_bytes=lambda: Parts(tail=b"\1").bytes())
 
 
 @hostile(CorruptionError, "truncated")

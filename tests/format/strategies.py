@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from thaw_vllm.format.chunks import Chunk
 from thaw_vllm.format.dtypes import ITEM_SIZE
-from thaw_vllm.format.header import Header, Member, RankSet
+from thaw_vllm.format.header import UNSEALED, Header, Member, RankSet
 from thaw_vllm.format.identity import MODEL_ID_SCHEMES, STAGES, Identity, Parallel
 from thaw_vllm.format.index import KINDS, File, Index, Tensor
 
@@ -54,7 +54,7 @@ def headers(draw):
     keys = st.builds("{}|{}".format, *[st.text("abc.0123", max_size=8)] * 2)
     return Header(
         identity=identity,
-        content=draw(hexadecimal),
+        content=draw(hexadecimal.filter(lambda digest: digest != UNSEALED)),
         writer=draw(printable),
         source=draw(st.dictionaries(printable, json_values, max_size=3)),
         attributes=draw(st.dictionaries(keys, plain, max_size=4)),

@@ -87,12 +87,16 @@ def test_front_is_read_back_and_paddings_are_what_nothing_covers(lengths, size, 
     )
     index = index_section.from_json({"tensors": list(tensors), "storages": list(lengths)})
     chunks = lay_out(lengths, size)
-    data, preamble = front(Header(Identity("module")), index, chunks, room)
-    assert preamble.header == max(room, len(dump(Header(Identity("module")).to_json())))
+    data, preamble = front(Header(Identity("module"), content="ab" * 32), index, chunks, room)
+    assert preamble.header == max(room, len(dump(Header(Identity("module"), content="ab" * 32).to_json())))
     assert len(data) == preamble.payload_at
     assert preamble.file_size == len(data) + payload_of(chunks)
     snapshot = read(reading(data), preamble.file_size)
-    assert (snapshot.header, snapshot.index, snapshot.chunks) == (Header(Identity("module")), index, chunks)
+    assert (snapshot.header, snapshot.index, snapshot.chunks) == (
+        Header(Identity("module"), content="ab" * 32),
+        index,
+        chunks,
+    )
     assert read(reading(data), preamble.file_size, with_chunks=False).chunks == ()
     held = [(0, preamble.chunks_end)] + [(preamble.payload_at + c.stored_at, c.stored) for c in chunks]
     covered = sorted(held + snapshot.paddings())
@@ -102,7 +106,7 @@ def test_front_is_read_back_and_paddings_are_what_nothing_covers(lengths, size, 
 
 
 def test_front_refuses_what_the_format_cannot_hold():
-    index, header = Index((), ()), Header(Identity("module"))
+    index, header = Index((), ()), Header(Identity("module"), content="ab" * 32)
     with pytest.raises(FormatError, match="too large for format version 1"):
         front(header, index, (), 16 * 2**20 + 1)
 

@@ -30,8 +30,6 @@ LACKING = 7
 OPTIONAL = {
     "safetensors": "vLLM, thaw bench",
     "transformers": "vLLM, thaw demo",
-    "fastapi": "thaw serve",
-    "uvicorn": "thaw serve",
     "accelerate": "making the demo's model",
     "gguf": "making the demo's model",
 }

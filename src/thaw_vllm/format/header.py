@@ -41,7 +41,7 @@ class Header:
         identity: who this is.
         content: the content id, 64 hexadecimal digits (docs/format.md, section 7).
         writer: name and version of the program that wrote it.
-        source: what it was made from: file names, sizes and digests (``weights/source.py``), free otherwise.
+        source: what it was made from: file names, sizes and digests (``weights/provenance.py``), free otherwise.
         attributes: ``module path|attribute`` → plain value, set on the modules after loading.
         ranks: the set of rank files, when there is more than one.
         metadata: free text by key.
@@ -81,7 +81,9 @@ def from_json(document: JSONObject) -> Header:
     Raises:
         FormatError: anything docs/format.md, section 3, does not allow.
     """
-    if document.get("format") != "thaw" or document.get("holds") != "weights":
+    if document.get("format") != "thaw":
+        raise FormatError(f"the header says it is of the format {short(document.get('format'))}, not thaw")
+    if document.get("holds") != "weights":
         raise FormatError(f"the header says it holds {short(document.get('holds'))}, not weights")
     attributes = mapping(document.get("attributes", {}), "attributes")
     for key, value in attributes.items():
@@ -89,9 +91,12 @@ def from_json(document: JSONObject) -> Header:
             raise FormatError(f"attributes: {key[:80]!r} is not a plain value of a module's attribute")
     metadata = mapping(document.get("metadata", {}), "metadata")
     identity = Identity.from_json(document.get("identity"))
+    content = hex_digest(document.get("content"), "content")
+    if content == UNSEALED:
+        raise FormatError("content is not filled in: the file was never finished")
     return Header(
         identity=identity,
-        content=hex_digest(document.get("content"), "content"),
+        content=content,
         writer=text(document.get("writer", ""), "writer", 256),
         source=mapping(document.get("source", {}), "source"),
         attributes=attributes,

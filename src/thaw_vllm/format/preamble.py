@@ -111,7 +111,9 @@ def decode(data: bytes, file_size: int) -> Preamble:
             f"{chunks} chunks of {MAX_CHUNKS}, payload {payload} of {MAX_BYTES}"
         )
     found = Preamble(header, index, chunks, payload, *digests)
-    if (size, said_size, payload_at) != (SIZE, found.file_size, found.payload_at) or any(body[_FIELDS.size :]):
+    if any(body[_FIELDS.size :]):
+        raise VersionError("the preamble uses bytes that format version 1 reserves; upgrade thaw to read it")
+    if (size, said_size, payload_at) != (SIZE, found.file_size, found.payload_at):
         raise FormatError("the preamble's sizes do not add up")
     if file_size != found.file_size:
         state = "truncated" if file_size < found.file_size else "too long"

@@ -40,6 +40,15 @@ def test_registering_twice_changes_nothing_more():
     assert all(getattr(WorkerBase, name) is method for name, method in methods.items())
 
 
+def test_a_vllm_that_lost_a_name_starts_without_thaw(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    def lost() -> Any:
+        raise UnsupportedError("vLLM has no such name")
+
+    monkeypatch.setattr(versions, "worker_base", lost)
+    plugin.register()
+    assert "load_format='thaw' is not available: vLLM has no such name" in caplog.text
+
+
 def test_no_security_setting_is_named_in_the_source():
     for path in Path(package.__file__).parent.glob("*.py"):
         source = path.read_text()

@@ -188,6 +188,62 @@ class TestLoadAudit:
         with pytest.raises(UnsupportedError, match=r"model\.nowhere\.scale"):
             load(checkpoints("untied"), **thaw_args(path))
 
+    @pytest.mark.parametrize(
+        ("key", "value"),
+        [
+            ("|lm_head", None),
+            ("model.norm|weight", None),
+            ("|forward", "x"),
+            ("model.norm|weight", 5),
+            ("|__class__", 1),
+        ],
+    )
+    def test_an_attribute_cannot_replace_what_is_no_plain_value(
+        self, key: str, value: Any, checkpoints: Callable, load: Callable
+    ):
+        from thaw_vllm.engines.vllm import audit
+
+        with pytest.raises(UnsupportedError, match="which this model does not have"):
+            audit.attribute_owners(load(checkpoints("untied")).model, {key: value})
+
+    @pytest.mark.parametrize("value", [float("inf"), float("nan")])
+    def test_an_attribute_that_cannot_be_stored_is_refused(
+        self,
+        value: float,
+        while_loading: Callable,
+        checkpoints: Callable,
+        load: Callable,
+        thaw_args: Callable,
+        tmp_path: Path,
+    ):
+        def mark(model: torch.nn.Module) -> None:
+            model.model.norm.variance_epsilon = value
+
+        while_loading(mark)
+        with pytest.raises(UnsupportedError, match="cannot store"):
+            load(checkpoints("untied"), **thaw_args(tmp_path / "w.thaw", mode="freeze"))
+
+    def test_state_hung_on_a_parameter_is_refused(
+        self, while_loading: Callable, checkpoints: Callable, load: Callable, thaw_args: Callable, tmp_path: Path
+    ):
+        def hang(model: torch.nn.Module) -> None:
+            model.model.norm.weight.quant_state = {"scale": torch.ones(1)}
+
+        while_loading(hang)
+        with pytest.raises(UnsupportedError, match=r"hung a dict on the parameter 'model\.norm\.weight\.quant_state'"):
+            load(checkpoints("untied"), **thaw_args(tmp_path / "w.thaw", mode="freeze"))
+
+    def test_random_weights_get_no_model_id(
+        self, checkpoints: Callable, load: Callable, thaw_args: Callable, tmp_path: Path
+    ):
+        from thaw_vllm.weights.open import open_snapshot
+
+        path = tmp_path / "w.thaw"
+        load(checkpoints("untied"), **thaw_args(path, mode="freeze", source_format="dummy"))
+        with open_snapshot(path) as opened:
+            header = opened.snapshot.header
+        assert header.identity.model is None and "files" not in header.source
+
     def test_a_hidden_tensor_is_refused(
         self, while_loading: Callable, checkpoints: Callable, load: Callable, thaw_args: Callable, tmp_path: Path
     ):

@@ -40,6 +40,8 @@ def load(
         raise UnsupportedError("KV snapshots are not in this version; leave kv_snapshot out")
     if llm_kwargs.get("load_format", "thaw") != "thaw":
         raise UsageError("load() sets load_format='thaw' itself; leave load_format out")
+    if "snapshot" in llm_kwargs.get("model_loader_extra_config", {}):
+        raise UsageError("load() names the snapshot once; leave it out of model_loader_extra_config")
     versions.vllm_version()
     path = os.path.abspath(os.fspath(snapshot))
     if model is not None:
@@ -107,7 +109,10 @@ def _freeze(model: str, extra: dict[str, Any], engine_args: dict[str, Any]) -> l
 
     # Nothing is run, so nothing need be compiled.
     options = engine_args | {"enforce_eager": True, "load_format": "thaw", "model_loader_extra_config": extra}
-    config = EngineArgs(model=model, **options).create_engine_config()
+    try:
+        config = EngineArgs(model=model, **options).create_engine_config()
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"vLLM does not accept these engine arguments: {' '.join(str(error).split())}") from error
     executor = None
     try:
         executor = versions.executor_class(config)(config)

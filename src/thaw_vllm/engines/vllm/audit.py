@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,11 +26,13 @@ class State:
         buffers: name → digest of the bytes.
         attributes: ``module path|attribute`` → plain value.
         hidden: ``module path|attribute`` of tensors that are neither parameter nor buffer → (address, digest).
+        marks: ``parameter name|attribute`` of what hangs on parameters and is no plain value → its type.
     """
 
     buffers: dict[str, bytes] = field(default_factory=dict)
     attributes: dict[str, Any] = field(default_factory=dict)
     hidden: dict[str, tuple[int, bytes]] = field(default_factory=dict)
+    marks: dict[str, type] = field(default_factory=dict)
 
 
 def take(model: torch.nn.Module) -> State:
@@ -37,6 +40,10 @@ def take(model: torch.nn.Module) -> State:
     state = State()
     for name, buffer in model.named_buffers(remove_duplicate=False):
         state.buffers[name] = _digest(buffer)
+    for name, parameter in model.named_parameters():
+        for attribute, value in vars(parameter).items():
+            if not isinstance(value, SCALARS):
+                state.marks[f"{name}|{attribute}"] = type(value)
     for path, owner in _owners(model):
         for attribute, value in vars(owner).items():
             if attribute in ("_parameters", "_buffers"):
@@ -68,14 +75,23 @@ def changed_attributes(before: State, after: State) -> dict[str, Any]:
                 f"loading left a tensor in {key.replace('|', '.')!r} that is neither a parameter nor a buffer; this "
                 "model cannot be frozen exactly at the raw stage"
             )
+    for key, kind in after.marks.items():
+        if before.marks.get(key) is not kind:
+            raise UnsupportedError(
+                f"loading hung a {kind.__name__} on the parameter {key.replace('|', '.')!r}; this model cannot be "
+                "frozen exactly at the raw stage, serve it from its checkpoint"
+            )
     gone = sorted(set(before.attributes) - set(after.attributes))
     if gone:
         raise UnsupportedError(f"loading removed the attribute {gone[0].replace('|', '.')!r}; that cannot be stored")
     changed = {}
     for key, value in after.attributes.items():
         if key not in before.attributes or not _same(before.attributes[key], value):
-            if "__" in key:
-                raise UnsupportedError(f"loading set {key.replace('|', '.')!r}, a name that cannot be stored")
+            if "__" in key or (isinstance(value, float) and not math.isfinite(value)):
+                raise UnsupportedError(
+                    f"loading set {key.replace('|', '.')!r} to {value!r}, which a snapshot cannot store; this model "
+                    "cannot be frozen exactly at the raw stage"
+                )
             changed[key] = value
     return changed
 
@@ -91,7 +107,10 @@ def attribute_owners(model: torch.nn.Module, attributes: dict[str, Any]) -> dict
     for key in attributes:
         path, _, attribute = key.partition("|")
         owner = owners.get(path)
-        if owner is None or not isinstance(vars(owner).get(attribute), SCALARS) or "__" in attribute:
+        plain = owner is not None and isinstance(vars(owner).get(attribute), SCALARS)
+        if plain and attribute not in vars(owner):  # new names are fine, unless a parameter, child or method has it
+            plain = not hasattr(owner, attribute)
+        if not plain or "__" in attribute:
             raise UnsupportedError(f"the snapshot sets {key.replace('|', '.')!r}, which this model does not have")
         found[key] = owner
     return found

@@ -11,6 +11,7 @@ from blake3 import blake3
 
 from ...errors import UsageError
 from ...format.document import canonical
+from ...weights.checkpoint import CARRIED_FILES
 from ...weights.open import open_snapshot
 from ...weights.provenance import cache_directory
 from ...weights.restore import filled
@@ -29,6 +30,7 @@ def carried_directory(path: str | os.PathLike[str]) -> Path:
         files = {
             f.name: b"" if f.storage is None else filled(opened.snapshot, opened.source, f.storage)
             for f in opened.snapshot.index.files
+            if f.name in CARRIED_FILES
         }
     if "config.json" not in files:
         raise UsageError(f"{os.fspath(path)!r} carries no config.json; name the model directory too")

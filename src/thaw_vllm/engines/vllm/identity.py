@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ...errors import UnsupportedError
-from ...format.document import canonical
 from ...format.identity import Identity, Parallel
-from ...weights.checkpoint import read_config
+from ...weights.checkpoint import config_hash, read_config
 from .versions import cpu_group, parallel_groups, vllm_version
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
-
-VOLATILE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
-"""Keys of config.json that do not change the weights' shapes or meaning; the dtype is compared on its own."""
 
 
 def model_directory(model_config: ModelConfig) -> Path | None:
@@ -28,20 +23,6 @@ def model_directory(model_config: ModelConfig) -> Path | None:
 
     found = try_to_load_from_cache(str(model_config.model), "config.json", revision=model_config.revision)
     return Path(found).parent if isinstance(found, str) else None
-
-
-def config_hash(config: Mapping[str, Any], overrides: object) -> str:
-    """BLAKE3 of a model's config.json without VOLATILE keys, and the overrides, in canonical JSON.
-
-    Raises:
-        UnsupportedError: the overrides are a function, which has no canonical form.
-    """
-    from blake3 import blake3
-
-    if callable(overrides):
-        raise UnsupportedError("hf_overrides is a function; give it as a dict, so that a snapshot can name it")
-    kept = {key: value for key, value in config.items() if key not in VOLATILE}
-    return blake3(canonical([kept, overrides or {}])).hexdigest()
 
 
 def this_rank() -> Parallel:

@@ -172,7 +172,8 @@ class ThawModelLoader(BaseModelLoader):
 
     def _freeze(self, model: torch.nn.Module, model_config: ModelConfig, identity: Identity) -> FreezeReport:
         directory = model_directory(model_config)
-        ident = _BackgroundId(directory) if identity.parallel.rank == 0 else None
+        made_up = self.config.source_format == "dummy"  # random weights are nobody's checkpoint
+        ident = _BackgroundId(directory) if identity.parallel.rank == 0 and not made_up else None
         before = audit.take(model)
         self._source().load_weights(model, model_config)
         audit.refuse_unsound(model)
@@ -180,7 +181,7 @@ class ThawModelLoader(BaseModelLoader):
         source: dict[str, Any] = {UNTIED: True} if untied_by_checkpoint(model_config) else {}
         files: list[tuple[str, bytes]] = []
         if directory is not None:
-            source |= source_record(open_checkpoint(directory))
+            source |= {} if made_up else source_record(open_checkpoint(directory))
             files = carried_files(directory) if identity.parallel.rank == 0 else []
         header = Header(
             identity=identity,

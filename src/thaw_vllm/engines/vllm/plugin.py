@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 _WORKER_METHODS = ("thaw_freeze", "thaw_report")
 
 
@@ -10,6 +12,15 @@ def register() -> None:
 
     No environment variable, no default and no security setting of vLLM is touched.
     """
+    from ...errors import ThawError
+
+    try:
+        _register()
+    except ThawError as error:  # vLLM without thaw must start all the same
+        logging.getLogger(__name__).warning("load_format='thaw' is not available: %s", error)
+
+
+def _register() -> None:
     from . import versions
 
     if not versions.loader_registered("thaw"):

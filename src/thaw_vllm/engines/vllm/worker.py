@@ -31,15 +31,16 @@ def thaw_freeze(worker: Any, path: str, force: bool = False) -> dict[str, Any]:
         return _freeze_running(worker, path, force)
     except ThawError as error:
         return {"error": type(error).__name__, "message": str(error)}
+    except Exception as error:
+        return {"error": "ThawError", "message": f"unexpected {type(error).__name__}: {error}"}
 
 
 def _freeze_running(worker: Any, path: str, force: bool) -> dict[str, Any]:
     from ... import __version__
     from ...format.header import Header
     from ...weights.capture import capture, module_tensors
-    from ...weights.checkpoint import carried_files, open_checkpoint
+    from ...weights.checkpoint import carried_files
     from ...weights.freeze import FreezeOptions
-    from ...weights.provenance import checkpoint_id, source_record
     from ...weights.ranks import freeze_rank
     from .exchange import world_exchange
     from .identity import engine_identity, model_directory
@@ -56,15 +57,15 @@ def _freeze_running(worker: Any, path: str, force: bool) -> dict[str, Any]:
         )
     identity = engine_identity(config, config.model_config)
     directory = model_directory(config.model_config)
-    source = source_record(open_checkpoint(directory)) if directory is not None else {}
     files = carried_files(directory) if directory is not None and identity.parallel.rank == 0 else []
-    header = Header(identity=identity, writer=f"thaw {__version__}", source=source)
+    # Neither model id nor source: the weights may have been updated since they were loaded from that directory.
+    header = Header(identity=identity, writer=f"thaw {__version__}")
     report = freeze_rank(
         path,
         header,
         capture(module_tensors(model), files),
         FreezeOptions(force=force),
         world_exchange(),
-        lambda: checkpoint_id(open_checkpoint(directory)) if directory is not None else None,
+        lambda: None,
     )
     return dataclasses.asdict(report)
