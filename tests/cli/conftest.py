@@ -112,7 +112,7 @@ def large_snapshot(tmp_path):
         size = megabytes // 16 * 16 * MIB
         index = Index((Tensor("w", TENSOR, "uint8", (size,), (1,), 0),), (size,))
         chunks: tuple[Chunk, ...] = tuple(dataclasses.replace(c, **sums) for c in lay_out((size,), 16 * MIB))
-        head, preamble = front(Header(Identity(stage="checkpoint"), content="0" * 64), index, chunks)
+        head, preamble = front(Header(Identity(stage="checkpoint"), content="1" * 64), index, chunks)
         with (tmp_path / name).open("wb") as file:
             file.write(head)
             file.truncate(preamble.file_size)
