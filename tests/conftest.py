@@ -14,8 +14,8 @@ import pytest
 from tests.soak import cases
 
 hypothesis.configuration.set_hypothesis_home_dir(cases.ROOT / ".cache" / "hypothesis")
-hypothesis.settings.register_profile("small", max_examples=60, deadline=None, derandomize=True)
-hypothesis.settings.register_profile("full", max_examples=1000, deadline=None)
+hypothesis.settings.register_profile("small", max_examples=cases.EXAMPLES["small"], deadline=None, derandomize=True)
+hypothesis.settings.register_profile("full", max_examples=cases.EXAMPLES["full"], deadline=None)
 hypothesis.settings.load_profile("full" if cases.FULL else "small")
 
 RUN = pytest.StashKey[cases.Run]()
@@ -42,7 +42,7 @@ def soak(request):
     """``for case in soak(small=…, full=…)``: this test's random cases; mark the test with ``pytest.mark.soak``."""
 
     def each(small, full):
-        return request.config.stash[RUN].of(request.node.name, small, full)
+        return request.config.stash[RUN].of(request.node.nodeid.removeprefix("tests/"), small, full)
 
     return each
 

@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import random
+import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ FULL = os.environ.get("THAW_SOAK") == "1"
 SEED = os.environ.get("THAW_SEED", "0")
 RECORD = Path(__file__).with_name("record.jsonl")
 PROGRESS = ROOT / ".cache" / "soak"
+EXAMPLES = {"small": 60, "full": 1000}
+"""Hypothesis's examples of each of its tests."""
 PACKAGES = ("thaw-vllm", "torch", "numpy", "hypothesis", "pytest", "xxhash", "blake3")
 
 
@@ -70,10 +73,20 @@ class Run:
         """The line for the record, as a dict."""
         return {
             "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "commit": _commit(),
             "seed": self.seed,
             "failures": failures,
             "cases": dict(sorted(self.cases.items())),
+            "hypothesis_examples": EXAMPLES["full"],
             "seconds": round(time.time() - self.start),
             "versions": {"python": platform.python_version(), "system": platform.release()}
             | {name: importlib.metadata.version(name) for name in PACKAGES},
         }
+
+
+def _commit():
+    """The commit that was tested, with a ``+`` where the source or the tests differ from it."""
+    git = ["git", "-c", "safe.directory=*", "-C", str(ROOT)]
+    found = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "src", "tests"], capture_output=True)
+    return found.stdout.strip() + "+" * bool(changed.returncode) if found.returncode == 0 else None

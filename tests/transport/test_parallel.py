@@ -1,4 +1,5 @@
 import _thread
+import signal
 import threading
 import time
 
@@ -74,6 +75,8 @@ def test_tasks_in_flight_end_before_the_error_is_raised():
 
 def test_ctrl_c_waits_for_the_tasks_in_flight():
     ended = []
+    # Ignored where these tests run in the background of a script.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def work(task):
         if task == 0:
@@ -81,8 +84,11 @@ def test_ctrl_c_waits_for_the_tasks_in_flight():
         time.sleep(0.05)
         ended.append(task)
 
-    with pytest.raises(KeyboardInterrupt):
-        parallel.run(range(1000), work, 2)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            parallel.run(range(1000), work, 2)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert 1 <= len(ended) <= 8
 
 

@@ -95,6 +95,12 @@ def test_hostile_file_is_refused(kind, tmp_path):
         open_checkpoint(tmp_path)
 
 
+def test_file_without_room_for_a_length(tmp_path):
+    (tmp_path / "m.safetensors").write_bytes(bytes(7))
+    with pytest.raises(FormatError, match=r"'m.safetensors' is too short to be a safetensors file"):
+        open_checkpoint(tmp_path)
+
+
 def test_sound_file_of_the_same_making_is_not(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(raw({"a": entry(), "__metadata__": {"x": "y"}}, bytes(8)))
     assert [t.name for t in open_checkpoint(tmp_path).tensors] == ["a"]

@@ -6,6 +6,7 @@ from tests.attacks import parts
 
 from thaw_vllm import freeze_model
 from thaw_vllm.errors import CorruptionError, FormatError, MismatchError, StorageError
+from thaw_vllm.transport.source import FileSource
 from thaw_vllm.weights.open import open_memory, open_rank, open_snapshot
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
@@ -58,6 +59,21 @@ def test_message_names_the_file_however_it_is_called(name, tmp_path, monkeypatch
         file.write(bytes(300))
     with pytest.raises(FormatError, match=f"^'{name}': not a thaw snapshot"), open_snapshot(name):
         pass
+
+
+def test_message_names_the_file_once(path, monkeypatch):
+    """Also when the source has named it already: here the file ends earlier than it said when it was opened."""
+    read_into = FileSource.read_into
+
+    def shrinking(source, offset, view):
+        if offset:
+            os.truncate(path, 300)
+        read_into(source, offset, view)
+
+    monkeypatch.setattr(FileSource, "read_into", shrinking)
+    with pytest.raises(CorruptionError, match=f"^'{path}' ends at 300, ") as raised, open_snapshot(path):
+        pass
+    assert str(raised.value).count(str(path)) == 1
 
 
 @pytest.mark.parametrize("with_chunks", [True, False])
