@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -35,14 +36,18 @@ class Ran:
 
 @pytest.fixture
 def thaw(capfd):
-    """``thaw("info", path)`` in this process: exit code, standard output, standard error."""
+    """``thaw("info", path)`` in this process: exit code, standard output, standard error.
+
+    What a command sets in the environment, as ``thaw freeze`` does, ends with the test.
+    """
 
     def run(*arguments):
         capfd.readouterr()
         code = main([str(argument) for argument in arguments])
         return Ran(code, *capfd.readouterr())
 
-    return run
+    with mock.patch.dict(os.environ):
+        yield run
 
 
 @pytest.fixture

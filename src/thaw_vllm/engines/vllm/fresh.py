@@ -14,6 +14,8 @@ from typing import Any
 
 from ...errors import ThawError
 
+# The default loader says how long it took at this level only, whatever the caller's own level is.
+READ_FROM_THE_LOG = {"VLLM_LOGGING_LEVEL": "INFO"}
 _WEIGHTS_TOOK = re.compile(r"Loading weights took ([0-9.]+) seconds")
 
 
@@ -56,7 +58,7 @@ def run(
                 stdin=subprocess.DEVNULL,
                 stdout=stream,
                 stderr=subprocess.STDOUT,
-                env=os.environ | (environment or {}),
+                env=os.environ | READ_FROM_THE_LOG | (environment or {}),
                 check=False,
             )
         elapsed = time.perf_counter() - started
