@@ -3,8 +3,8 @@
     python tests/gpu/large_model.py MODEL_DIRECTORY SNAPSHOT RESULT.json [engine_arg=value …]
 
 Prints and writes a JSON object: equal tensors (digests of the raw stage and after post-processing), equal tokens and
-log-probabilities, seconds of each phase, and the peak of anonymous and shared host memory above what the process held
-before its weights were read (the page cache is not in it).
+log-probabilities, seconds of each phase, and the peak of host memory above what was held before the weights were read:
+of the process, and of the whole machine, which should do nothing else. The page cache is in neither.
 """
 
 from __future__ import annotations
@@ -17,29 +17,53 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 
-def host_memory() -> int:
-    """Bytes of anonymous and shared memory of this process; mapped files are the page cache's."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
-    return sum(int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "RssShmem"))
+def process_memory(cached: tuple[str, ...]) -> int:
+    """Bytes this process holds in anonymous and shared memory, in whatever it has mapped but files under ``cached``.
+
+    The pages of a file are the page cache's. On tmpfs the kernel counts them as shared memory, hence not /proc's sum.
+    """
+    held, path = 0, ""
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, value, *rest = line.split(None, 5)
+        if not name.endswith(":"):  # a mapping's first line: range, rights, offset, device, inode, path
+            path = rest[3] if len(rest) == 4 else ""
+        elif name == "Anonymous:" or (name == "Shared_Dirty:" and path.startswith(("/dev/", "/memfd:", "/SYSV"))):
+            held += int(value) * 1024 * (not path.startswith(cached))
+    return held
+
+
+def machine_memory() -> int:
+    """Bytes in use on the whole machine, driver and pinned memory included, page cache and tmpfs not."""
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    size = {name: int(value.split()[0]) * 1024 for name, value in fields.items()}
+    return size["MemTotal"] - size["MemFree"] - size["Buffers"] - size["Cached"] - size["SReclaimable"]
 
 
 class Watch:
-    """The highest ``host_memory`` while the block runs, above its start."""
+    """The highest memory of the process and of the machine while the block runs, above its start."""
+
+    def __init__(self, cached: tuple[str, ...]) -> None:
+        self._cached = cached
+
+    def _now(self) -> tuple[int, int]:
+        return process_memory(self._cached), machine_memory()
 
     def __enter__(self) -> Watch:
-        self._stop, self._start = threading.Event(), host_memory()
-        self.peak = 0
+        self._stop, self._start = threading.Event(), self._now()
+        self.peak = (0, 0)
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
         return self
 
     def _run(self) -> None:
-        while not self._stop.wait(0.005):
-            self.peak = max(self.peak, host_memory() - self._start)
+        while not self._stop.wait(0.02):
+            now = self._now()
+            self.peak = tuple(max(p, n - s) for p, n, s in zip(self.peak, now, self._start, strict=True))
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
@@ -50,16 +74,22 @@ def digests(model: Any) -> dict[str, str]:
     """SHA-256 of every parameter and buffer, by name."""
     import torch
 
-    found = {}
-    for name, t in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
+    def digest(t: torch.Tensor) -> str:
         data = t.detach().contiguous().cpu()
         raw = data.reshape(-1).view(torch.uint8).numpy() if data.numel() else b""
-        found[name] = hashlib.sha256(raw).hexdigest() + f" {t.dtype} {tuple(t.shape)} {t.stride()}"
-    return found
+        return hashlib.sha256(raw).hexdigest() + f" {t.dtype} {tuple(t.shape)} {t.stride()}"
+
+    tensors = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(tensors, pool.map(digest, tensors.values()), strict=True))
 
 
-def load_and_digest(model: str, options: dict[str, Any], answer: Any) -> None:
-    """In a process of its own: vLLM's ``get_model``, digests before and after post-processing, seconds, memory."""
+def load_and_digest(model: str, snapshot: str, options: dict[str, Any], answer: str) -> None:
+    """In a process of its own: vLLM's ``get_model``, digests before and after post-processing, seconds, memory.
+
+    Writes them to the file ``answer`` and ends the process there and then: leaving the process group to the
+    interpreter's own end may hang in NCCL.
+    """
     import torch
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
@@ -86,35 +116,43 @@ def load_and_digest(model: str, options: dict[str, Any], answer: Any) -> None:
     base_loader.process_weights_after_loading = processed
     kinds = [k for k in loader.__subclasses__() if "load_weights" in vars(k)]
     for kind in kinds:
-        kind.load_weights = timed(kind.load_weights, found)
+        kind.load_weights = timed(kind.load_weights, found, (model, snapshot))
     with set_current_vllm_config(config):
         module = get_model(vllm_config=config)
     found["processed"] = digests(module)
-    answer.put(found)
+    Path(answer).write_text(json.dumps(found))
+    os._exit(0)
 
 
-def timed(original: Any, found: dict[str, Any]) -> Any:
+def timed(original: Any, found: dict[str, Any], cached: tuple[str, ...]) -> Any:
     """``load_weights`` with its seconds and its peak of host memory noted; the outermost call wins."""
 
     def load_weights(self: Any, *args: Any) -> None:
         start = time.perf_counter()
-        with Watch() as watch:
+        with Watch(cached) as watch:
             original(self, *args)
         found["seconds"] = time.perf_counter() - start
-        found["peak_host_mib"] = round(watch.peak / 2**20, 1)
+        found["peak_host_mib"] = dict(
+            zip(("process", "machine"), (round(p / 2**20, 1) for p in watch.peak), strict=True)
+        )
 
     return load_weights
 
 
-def in_fresh_process(model: str, options: dict[str, Any]) -> dict[str, Any]:
+def in_fresh_process(model: str, snapshot: str, options: dict[str, Any]) -> dict[str, Any]:
     """``load_and_digest`` in a spawned process."""
-    context = multiprocessing.get_context("spawn")
-    answer = context.Queue()
-    process = context.Process(target=load_and_digest, args=(model, options, answer))
-    process.start()
-    found: dict[str, Any] = answer.get()
-    process.join()
-    return found
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder) / "answer.json"
+        process = multiprocessing.get_context("spawn").Process(
+            target=load_and_digest, args=(model, snapshot, options, str(answer)), daemon=True
+        )
+        process.start()
+        process.join(300)
+        if process.exitcode != 0:
+            sys.exit(f"the process that should load {model} with {options} ended with {process.exitcode}")
+        found: dict[str, Any] = json.loads(answer.read_text())
+        print(found["seconds"], found["peak_host_mib"], flush=True)
+        return found
 
 
 def main(model: str, snapshot: str, result: str, *pairs: str) -> None:
@@ -125,10 +163,10 @@ def main(model: str, snapshot: str, result: str, *pairs: str) -> None:
     args |= {name: json.loads(value) for name, value in (pair.split("=", 1) for pair in pairs)}
     options = {"max_model_len": args["max_model_len"]}
     extra = {"load_format": "thaw", "model_loader_extra_config": {"snapshot": snapshot}}
-    runs = {"default": in_fresh_process(model, options)}
+    runs = {"default": in_fresh_process(model, snapshot, options)}
     freezing = {"snapshot": snapshot, "mode": "freeze", "force": True}
-    runs["freeze"] = in_fresh_process(model, options | extra | {"model_loader_extra_config": freezing})
-    runs["thaw"] = in_fresh_process(model, options | extra)
+    runs["freeze"] = in_fresh_process(model, snapshot, options | extra | {"model_loader_extra_config": freezing})
+    runs["thaw"] = in_fresh_process(model, snapshot, options | extra)
     questions = [list(range(5, 200)), [11, 12, 13]]
     default = fresh.run("ask", model=model, snapshot=None, engine_args=args, questions=questions)
     thawed = fresh.run("ask", model=model, snapshot=snapshot, engine_args=args, questions=questions)

@@ -24,7 +24,7 @@ class Zoo(torch.nn.Module):
             return torch.randn(*shape, generator=generator)
 
         for dtype in DTYPES:
-            self.register_buffer(str(dtype).removeprefix("torch."), random(33, 7).mul(3).to(dtype))
+            self.register_buffer("as_" + str(dtype).removeprefix("torch."), random(33, 7).mul(3).to(dtype))
         self.embedding = torch.nn.Embedding.from_pretrained(random(5000, 64).bfloat16(), freeze=True)
         self.head = torch.nn.Linear(64, 5000, bias=False)
         self.head.weight = self.embedding.weight
