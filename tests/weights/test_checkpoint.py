@@ -12,8 +12,10 @@ from thaw_vllm.format.limits import MAX_FILE
 from thaw_vllm.weights.checkpoint import (
     CARRIED_FILES,
     INDEX,
+    NOT_WEIGHTS,
     SAFETENSORS_DTYPES,
     carried_files,
+    has_weights,
     open_checkpoint,
     read_config,
     read_header,
@@ -159,13 +161,24 @@ def test_directory_without_weights(tmp_path):
         open_checkpoint(tmp_path / "absent")
 
 
-def test_carried_files_are_the_known_names_alone(tmp_path):
+@pytest.mark.parametrize("name", NOT_WEIGHTS)
+def test_what_training_leaves_is_no_weights(name, tmp_path):
+    (tmp_path / name).write_bytes(b"x" * 10)
+    assert not has_weights(tmp_path)
+    with pytest.raises(UsageError, match="holds no weight files"):
+        open_checkpoint(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    assert has_weights(tmp_path) and open_checkpoint(tmp_path).files == ("pytorch_model.bin",)
+
+
+def test_carried_files_are_the_known_names_alone(tmp_path, caplog):
     for name in ("config.json", "vocab.txt", "modeling_x.py", "notes.json", "model.safetensors"):
         (tmp_path / name).write_bytes(name.encode())
     (tmp_path / "tokenizer.json").mkdir()
     with open(tmp_path / "merges.txt", "wb") as file:
         file.truncate(MAX_FILE + 1)
     assert carried_files(tmp_path) == [("config.json", b"config.json"), ("vocab.txt", b"vocab.txt")]
+    assert [r.args[0].name for r in caplog.records] == ["merges.txt"]
     assert len(set(CARRIED_FILES)) == len(CARRIED_FILES)
 
 

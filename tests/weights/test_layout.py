@@ -155,3 +155,9 @@ def test_parameter_subclasses_of_engines_are_not():
             return super().__torch_function__(function, types, arguments, options or {})
 
     check_storable("t", Sharded(torch.zeros(3), output_dim=0))
+
+
+def test_big_endian_machines_are_refused(monkeypatch):
+    monkeypatch.setattr("sys.byteorder", "big")
+    with pytest.raises(UnsupportedError, match="big-endian"):
+        check_storable("w", torch.ones(1))

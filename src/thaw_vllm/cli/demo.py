@@ -35,7 +35,7 @@ def demo(
     snapshot: Annotated[Path | None, typer.Option(help="Keep the snapshot here; default: a temporary file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")] = False,
 ) -> None:
-    """Freeze a model with real vLLM, thaw it in a fresh process, and compare the answers.
+    """Freeze a model, thaw it in a fresh vLLM, compare.
 
     Three processes run one after the other: one freezes while vLLM loads the checkpoint, one starts vLLM as usual and
     answers, one starts it from the snapshot and answers. Every token and every log-probability is compared.

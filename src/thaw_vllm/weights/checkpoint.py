@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from collections.abc import Mapping
@@ -46,6 +47,9 @@ MAX_HEADER = 100_000_000
 """Bytes of a safetensors header; the limit of the safetensors library."""
 
 OTHER_WEIGHTS = ("*.bin", "*.pt", "*.gguf")
+NOT_WEIGHTS = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt")
+"""What training leaves beside a model's weights; vLLM's default loader passes over the same names."""
+
 INDEX = "model.safetensors.index.json"
 
 CARRIED_FILES = (
@@ -119,7 +123,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     directory = Path(path).resolve()
     if not directory.is_dir():
         raise UsageError(f"{os.fspath(path)!r} is not a model directory")
-    names = sorted(p.name for p in directory.glob("*.safetensors"))
+    names = _matching(directory, "*.safetensors")
     if (directory / INDEX).is_file():
         listed = _indexed(directory / INDEX)
         missing = sorted(listed - set(names))
@@ -137,10 +141,18 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         _unique(tensors)
         return Checkpoint(directory, tuple(names), tuple(tensors), headers)
     for pattern in OTHER_WEIGHTS:
-        names = sorted(p.name for p in directory.glob(pattern))
-        if names:
+        if names := _matching(directory, pattern):
             return Checkpoint(directory, tuple(names), (), {})
     raise UsageError(f"{str(directory)!r} holds no weight files (*.safetensors, {', '.join(OTHER_WEIGHTS)})")
+
+
+def has_weights(directory: Path) -> bool:
+    """Whether ``open_checkpoint`` would find weight files there."""
+    return any(_matching(directory, pattern) for pattern in ("*.safetensors", *OTHER_WEIGHTS))
+
+
+def _matching(directory: Path, pattern: str) -> list[str]:
+    return sorted(p.name for p in directory.glob(pattern) if p.name not in NOT_WEIGHTS)
 
 
 def read_header(path: Path) -> tuple[bytes, list[StoredTensor]]:
@@ -163,12 +175,21 @@ def read_header(path: Path) -> tuple[bytes, list[StoredTensor]]:
 
 
 def carried_files(directory: Path) -> list[tuple[str, bytes]]:
-    """Base name and bytes of each file of CARRIED_FILES that the directory has."""
+    """Base name and bytes of each file of CARRIED_FILES that the directory has; warns of one that is too large."""
     found = []
     for name in CARRIED_FILES:
         path = directory / name
-        if path.is_file() and path.stat().st_size <= MAX_FILE:
-            found.append((name, path.read_bytes()))
+        if not path.is_file():
+            continue
+        if (size := path.stat().st_size) > MAX_FILE:
+            logging.getLogger(__name__).warning(
+                "%s has %d bytes, a snapshot carries at most %d of a file; thawing will need the model directory",
+                path,
+                size,
+                MAX_FILE,
+            )
+            continue
+        found.append((name, path.read_bytes()))
     assert all(plain_file_name(name) for name, _ in found)
     return found
 

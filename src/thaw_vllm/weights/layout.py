@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -23,8 +24,10 @@ def check_storable(name: str, tensor: torch.Tensor) -> None:
 
     Raises:
         UnsupportedError: sparse, nested, quantised, lazily conjugated or negated, a wrapper subclass, not initialised,
-            on ``meta``, or with its memory freed.
+            on ``meta``, or with its memory freed; or a machine that stores numbers another way round.
     """
+    if sys.byteorder != "little":
+        raise UnsupportedError("a snapshot holds little-endian numbers, and this machine is big-endian")
     if is_lazy(tensor):
         raise UnsupportedError(f"{name!r} is not initialised yet; run the module once first")
     if tensor.device.type == "meta":

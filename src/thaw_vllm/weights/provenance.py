@@ -19,7 +19,7 @@ from ..format.identity import model_id as checked_id
 from ..format.limits import HASH_BLOCK
 from ..transport import parallel
 from ..transport.source import FileSource, read_bytes
-from .checkpoint import Checkpoint, open_checkpoint
+from .checkpoint import Checkpoint, has_weights, open_checkpoint
 from .digest import bytes_digest, model_id
 
 SAMPLE = 4096
@@ -83,7 +83,7 @@ def check_source(record: dict[str, Any], model: str | None, directory: Path, nam
         MismatchError: naming the file that differs.
     """
     expected = record.get("files")
-    if not isinstance(expected, list) or not directory.is_dir() or not _has_weights(directory):
+    if not isinstance(expected, list) or not directory.is_dir() or not has_weights(directory):
         return
     checkpoint = open_checkpoint(directory)
     known = cached_id(checkpoint, _stamp(checkpoint))
@@ -158,10 +158,6 @@ def _file_record(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
             samples.update(read_bytes(source, at, min(SAMPLE, end - at)))
         size = source.size
     return {"name": name, "size": size, "header": blake3(header).hexdigest(), "samples": samples.hexdigest()}
-
-
-def _has_weights(directory: Path) -> bool:
-    return any(next(directory.glob(pattern), None) for pattern in ("*.safetensors", "*.bin", "*.pt", "*.gguf"))
 
 
 def _stamp(checkpoint: Checkpoint) -> list[list[Any]]:

@@ -266,7 +266,10 @@ class _progress:
             if self._bar is None:
                 from tqdm.auto import tqdm
 
-                self._bar = tqdm(total=total, unit="B", unit_scale=True, desc=self._verb, leave=False, delay=1)
+                # disable=None: shown on a terminal only.
+                self._bar = tqdm(
+                    total=total, unit="B", unit_scale=True, desc=self._verb, leave=False, delay=1, disable=None
+                )
             self._bar.update(done - self._bar.n)
 
     def __exit__(self, *_: object) -> None:
