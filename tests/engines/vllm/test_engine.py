@@ -52,16 +52,17 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("engines")
 
 
+@pytest.fixture(scope="class")
+def manifest(checkpoints: Callable, room: Path) -> Path:
+    path = room / "tp2" / "weights.thaw"
+    path.parent.mkdir()
+    reports = freeze(checkpoints("tied"), path, tensor_parallel_size=2)["reports"]
+    assert len(reports) == 2
+    return path
+
+
 class TestTensorParallel:
     """Two ranks: a manifest, a second file, and an engine equal to the default one."""
-
-    @pytest.fixture(scope="class")
-    def manifest(self, checkpoints: Callable, room: Path) -> Path:
-        path = room / "tp2" / "weights.thaw"
-        path.parent.mkdir()
-        reports = freeze(checkpoints("tied"), path, tensor_parallel_size=2)["reports"]
-        assert len(reports) == 2
-        return path
 
     def test_the_set(self, manifest: Path):
         with open_snapshot(manifest) as first, open_rank(manifest, 1) as second:
@@ -109,35 +110,36 @@ class TestWithoutTheCheckpoint:
         assert list((room / "cache" / "thaw" / "models").iterdir())
 
 
+@pytest.fixture(scope="class")
+def server(checkpoints: Callable, room: Path) -> Iterator[tuple[str, Path]]:
+    model, path = checkpoints("int8"), room / "int8.thaw"
+    freeze(model, path)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    # Not the ``vllm`` script: the CPU wheel's looks for metadata under the name of the CUDA one and ends.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+    command += [
+        "--load-format",
+        "thaw",
+        "--model-loader-extra-config",
+        json.dumps({"snapshot": str(path)}),
+        "--enforce-eager",
+    ]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", "256"]
+    log = room / "server.log"
+    with log.open("wb") as stream:
+        process = subprocess.Popen(command, stdout=stream, stderr=stream, stdin=subprocess.DEVNULL)
+    try:
+        wait_for(f"http://127.0.0.1:{port}/health", process, log)
+        yield f"http://127.0.0.1:{port}/v1", model
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
 class TestServer:
     """vLLM's own server with ``--load-format thaw``, no import by the user."""
-
-    @pytest.fixture(scope="class")
-    def server(self, checkpoints: Callable, room: Path) -> Iterator[tuple[str, Path]]:
-        model, path = checkpoints("int8"), room / "int8.thaw"
-        freeze(model, path)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        # Not the ``vllm`` script: the CPU wheel's looks for metadata under the name of the CUDA one and ends.
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
-        command += [
-            "--load-format",
-            "thaw",
-            "--model-loader-extra-config",
-            json.dumps({"snapshot": str(path)}),
-            "--enforce-eager",
-        ]
-        command += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", "256"]
-        log = room / "server.log"
-        with log.open("wb") as stream:
-            process = subprocess.Popen(command, stdout=stream, stderr=stream, stdin=subprocess.DEVNULL)
-        try:
-            wait_for(f"http://127.0.0.1:{port}/health", process, log)
-            yield f"http://127.0.0.1:{port}/v1", model
-        finally:
-            process.terminate()
-            process.wait(60)
 
     def test_completions_are_equal(self, server: tuple[str, Path]):
         from openai import OpenAI
@@ -202,15 +204,16 @@ class TestBeforeTheEngineStarts:
             ask(checkpoints("untied"), path, dtype="float32")
 
 
+@pytest.fixture(scope="class")
+def smollm2() -> Path:
+    path = Path(os.environ.get("THAW_SMOLLM2", ".cache/models/SmolLM2-135M-Instruct"))
+    if not path.is_dir():
+        pytest.skip("the real model is not here: make model")
+    return path
+
+
 class TestSmolLM2:
     """A real model; made by ``make model``."""
-
-    @pytest.fixture(scope="class")
-    def smollm2(self) -> Path:
-        path = Path(os.environ.get("THAW_SMOLLM2", ".cache/models/SmolLM2-135M-Instruct"))
-        if not path.is_dir():
-            pytest.skip("the real model is not here: make model")
-        return path
 
     def test_every_tensor_is_equal(self, smollm2: Path, load: Callable, thaw_args: Callable, tmp_path: Path):
         snapshot = tmp_path / "smollm2.thaw"
