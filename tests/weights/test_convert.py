@@ -325,6 +325,32 @@ def test_checkpoint_that_changes_meanwhile(checkpoint, tmp_path):
     assert listing(tmp_path) == ["model"]
 
 
+@pytest.mark.parametrize("when", ["opened", "sampled", "read"])
+def test_checkpoint_that_is_replaced_meanwhile(when, tmp_path, monkeypatch):
+    """The new file has the same names at other offsets."""
+    directory, other = tmp_path / "m", tmp_path / "other"
+    directory.mkdir()
+    tensors = [("a", "U8", [4], b"1111"), ("b", "U8", [4], b"2222")]
+    write_safetensors(directory / "model.safetensors", tensors)
+    write_safetensors(other, tensors[::-1])
+
+    def replacing(real):
+        def call(*arguments):
+            answer = real(*arguments)
+            if other.exists():
+                other.rename(directory / "model.safetensors")
+            return answer
+
+        return call
+
+    if when != "read":
+        name = "open_checkpoint" if when == "opened" else "source_record"
+        monkeypatch.setattr(convert, name, replacing(getattr(convert, name)))
+    with pytest.raises(ReplacedError, match=r"model\.safetensors' was replaced while it was being read; run it again"):
+        from_checkpoint(directory, tmp_path / "m.thaw", progress=replacing(lambda *_: None))
+    assert listing(tmp_path) == ["m"]
+
+
 def test_other_formats(tmp_path):
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "pytorch_model.bin").write_bytes(b"x")

@@ -152,6 +152,18 @@ def test_file_that_changes_while_it_is_hashed(model, monkeypatch):
     assert cached_id(open_checkpoint(model)) is None
 
 
+def test_file_that_is_replaced_before_it_is_hashed(model):
+    """Read by the offsets of the old header, the new file would be remembered under a wrong id."""
+    opened = open_checkpoint(model)
+    b, c = torch.randn(3000), torch.tensor(2.0)
+    save_file({"x": b, "y": c}, model / "new")
+    os.replace(model / "new", model / "m-2.safetensors")
+    for read in (checkpoint_id, source_record):
+        with pytest.raises(ReplacedError, match=r"m-2.safetensors' was replaced"):
+            read(opened)
+    assert cached_id(open_checkpoint(model)) is None
+
+
 # --- what is remembered -----------------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from blake3 import blake3
 
-from ..errors import FormatError, StorageError, UnsupportedError, UsageError
+from ..errors import FormatError, ReplacedError, StorageError, UnsupportedError, UsageError
 from ..format.document import JSONObject, array, canonical, integer, mapping, parse, text
 from ..format.dtypes import ITEM_SIZE
 from ..format.index import plain_file_name
@@ -111,6 +111,23 @@ class Checkpoint:
     def bytes(self) -> int:
         """Bytes of the weight files."""
         return sum((self.directory / name).stat().st_size for name in self.files)
+
+    def open_file(self, name: str) -> FileSource:
+        """A weight file, opened again; the offsets of ``tensors`` hold in it.
+
+        Raises:
+            ReplacedError: it does not begin with the header that was read.
+        """
+        source = FileSource(self.directory / name)
+        try:
+            header = self.headers.get(name)
+            expected = b"" if header is None else len(header).to_bytes(8, "little") + header
+            if source.size < len(expected) or read_bytes(source, 0, len(expected)) != expected:
+                raise ReplacedError(f"{source.name!r} was replaced while it was being read; run it again")
+        except BaseException:
+            source.close()
+            raise
+        return source
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..errors import UnsupportedError, UsageError
+from ..errors import ReplacedError, UnsupportedError, UsageError
 from ..format.chunks import Chunk
 from ..format.document import mapping, parse
 from ..format.dtypes import ITEM_SIZE
@@ -128,19 +128,22 @@ def from_checkpoint(directory: str | os.PathLike[str], target: str | os.PathLike
             f"{os.fspath(directory)!r} holds {checkpoint.files[0]!r}; only safetensors can be converted without "
             "running an engine. Load it with transformers and save_pretrained() it first, or use thaw freeze"
         )
-    front = Header(
-        identity=_identity(read_config(checkpoint.directory)),
-        writer=f"thaw {__version__}",
-        source=source_record(checkpoint),
-        metadata=_metadata(checkpoint),
-    )
     with contextlib.ExitStack() as stack:
-        sources = {n: stack.enter_context(FileSource(checkpoint.directory / n)) for n in checkpoint.files}
+        # Before anything else is read, so that one version of each file gives its samples and its tensors.
+        sources = {name: stack.enter_context(checkpoint.open_file(name)) for name in checkpoint.files}
+        front = Header(
+            identity=_identity(read_config(checkpoint.directory)),
+            writer=f"thaw {__version__}",
+            source=source_record(checkpoint),
+            metadata=_metadata(checkpoint),
+        )
         captured = _captured(checkpoint, sources)
 
         def identify(_: Captured, digests: list[str]) -> str:
             for source in sources.values():
                 source.check_unchanged()
+                if source.replaced:
+                    raise ReplacedError(f"{source.name!r} was replaced while it was being read; run it again")
             return model_id(
                 (t.name, t.dtype, t.shape, bytes_digest([]) if t.storage is None else digests[t.storage])
                 for t in captured.index.tensors

@@ -37,14 +37,19 @@ def checkpoint_id(checkpoint: Checkpoint, *, cache: bool = True, progress: Progr
     Args:
         cache: remember the id (and believe a remembered one) in the user's cache directory.
         progress: called as (bytes done, bytes in all) from any thread.
+
+    Raises:
+        StorageError, ReplacedError: a file cannot be read, or changed since the checkpoint was opened.
     """
     stamp = _stamp(checkpoint)
     if cache and (known := cached_id(checkpoint, stamp)) is not None:
         return known
-    spans = [(t.file, t.begin, t.end) for t in checkpoint.tensors]
-    if not spans:
-        spans = [(name, 0, (checkpoint.directory / name).stat().st_size) for name in checkpoint.files]
-    digests = _span_digests(checkpoint.directory, spans, progress)
+    with contextlib.ExitStack() as stack:
+        sources = {name: stack.enter_context(checkpoint.open_file(name)) for name in checkpoint.files}
+        spans = [(t.file, t.begin, t.end) for t in checkpoint.tensors]
+        if not spans:
+            spans = [(name, 0, source.size) for name, source in sources.items()]
+        digests = _span_digests(sources, spans, progress)
     if checkpoint.tensors:
         found = model_id((t.name, t.dtype, t.shape, d) for t, d in zip(checkpoint.tensors, digests, strict=True))
     else:
@@ -59,6 +64,9 @@ def source_record(checkpoint: Checkpoint) -> dict[str, Any]:
     """File sizes, header digests, samples of every tensor, and the hub commit where the path tells it.
 
     Goes into a snapshot's header; ``check_source`` holds a directory against it.
+
+    Raises:
+        StorageError, ReplacedError: a file cannot be read, or changed since the checkpoint was opened.
     """
     record: dict[str, Any] = {"files": [_file_record(checkpoint, name) for name in checkpoint.files]}
     commit = re.search(r"/snapshots/([0-9a-f]{40})(?:/|$)", str(checkpoint.directory))
@@ -118,37 +126,37 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "thaw"
 
 
-def _span_digests(directory: Path, spans: list[tuple[str, int, int]], progress: Progress | None) -> list[str]:
+def _span_digests(
+    sources: dict[str, FileSource], spans: list[tuple[str, int, int]], progress: Progress | None
+) -> list[str]:
     """``bytes_digest`` of each (file, begin, end), blocks hashed by several threads."""
     total, done = sum(end - begin for _, begin, end in spans), 0
     blocks: list[list[bytes]] = [[b""] * -(-(end - begin) // HASH_BLOCK) for _, begin, end in spans]
     lock = threading.Lock()
-    with contextlib.ExitStack() as stack:
-        sources = {name: stack.enter_context(FileSource(directory / name)) for name in {s[0] for s in spans}}
 
-        def work(task: tuple[int, int]) -> None:
-            nonlocal done
-            number, block = task
-            name, begin, end = spans[number]
-            start = begin + block * HASH_BLOCK
-            size = min(HASH_BLOCK, end - start)
-            blocks[number][block] = blake3(read_bytes(sources[name], start, size)).digest()
-            with lock:
-                done += size
-                if progress is not None:
-                    progress(done, total)
+    def work(task: tuple[int, int]) -> None:
+        nonlocal done
+        number, block = task
+        name, begin, end = spans[number]
+        start = begin + block * HASH_BLOCK
+        size = min(HASH_BLOCK, end - start)
+        blocks[number][block] = blake3(read_bytes(sources[name], start, size)).digest()
+        with lock:
+            done += size
+            if progress is not None:
+                progress(done, total)
 
-        tasks = ((i, b) for i, found in enumerate(blocks) for b in range(len(found)))
-        parallel.run(tasks, work, parallel.default_workers())
-        for source in sources.values():
-            source.check_unchanged()
+    tasks = ((i, b) for i, found in enumerate(blocks) for b in range(len(found)))
+    parallel.run(tasks, work, parallel.default_workers())
+    for source in sources.values():
+        source.check_unchanged()
     return [bytes_digest(found) for found in blocks]
 
 
 def _file_record(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
     header = checkpoint.headers.get(name, b"")
     samples = blake3()
-    with FileSource(checkpoint.directory / name) as source:
+    with checkpoint.open_file(name) as source:
         spans = [(t.begin, t.end) for t in checkpoint.tensors if t.file == name and t.end > t.begin]
         if not spans:
             step = max(source.size // SAMPLES_WITHOUT_HEADER, SAMPLE)
