@@ -309,6 +309,28 @@ def test_next_writer_removes_what_a_killed_one_left_of_the_same_target_alone(nam
     assert all(path.exists() for path in others)
 
 
+def test_what_a_writer_of_a_longer_name_left_stays(target, tmp_path):
+    left = tmp_path / ".w.thaw.v2.00000000.thaw-part"
+    left.write_bytes(OLD)
+    write(target)
+    assert left.read_bytes() == OLD
+
+
+@pytest.mark.parametrize("force", [True, False])
+def test_directory_of_the_process_changes_meanwhile(tmp_path, monkeypatch, parts, force):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with StagedFile("w.thaw", len(NEW), force=force) as file:
+        file.write(0, NEW)
+        os.chdir("elsewhere")
+        file.publish()
+    assert (tmp_path / "w.thaw").read_bytes() == NEW
+    os.chdir(tmp_path)
+    with StagedFile("v.thaw", 1, force=force):
+        os.chdir("elsewhere")
+    assert not parts(tmp_path) and not os.listdir(tmp_path / "elsewhere")
+
+
 def test_living_writer_keeps_its_file(target):
     with StagedFile(target, len(NEW)) as first:
         first.write(0, NEW)

@@ -15,6 +15,9 @@ from ..errors import ExistsError, SpaceError, StorageError, UsageError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
+ANY_TOKEN = "[0-9a-f]" * 8
+"""Pattern of what ``secrets.token_hex(4)`` gives, exactly: ``.a.*`` would match the hidden files of ``a.b`` too."""
+
 
 class StagedFile:
     """A file being written; the target is untouched until ``publish``.
@@ -38,7 +41,8 @@ class StagedFile:
         self.size = size
         check_target(self.target, force)
         remove_stale(self.target.parent, glob.escape(self.target.name))
-        self.path = self.target
+        self._place = self.target.absolute()  # the process may change its directory meanwhile
+        self.path = self._place
         self._mode, self._fd = mode, -1
         free = _free_bytes(self.target.parent)
         if free < size:
@@ -58,7 +62,7 @@ class StagedFile:
 
     def _create(self) -> None:
         while True:
-            self.path = self.target.with_name(_staging_name(self.target.name, secrets.token_hex(4)))
+            self.path = self._place.with_name(hidden_name(self.target.name, secrets.token_hex(4)))
             self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -101,10 +105,10 @@ class StagedFile:
             os.fchmod(self._fd, self._mode)
             os.fsync(self._fd)
             if self.force:
-                os.rename(self.path, self.target)
+                os.rename(self.path, self._place)
             else:
                 self._link()
-            sync_directory(self.target.parent)
+            sync_directory(self._place.parent)
         except FileExistsError:
             raise ExistsError(f"{str(self.target)!r} appeared while it was being written; use force") from None
         except OSError as error:
@@ -114,13 +118,13 @@ class StagedFile:
 
     def _link(self) -> None:
         try:
-            os.link(self.path, self.target)
+            os.link(self.path, self._place)
         except FileExistsError:
             raise
         except OSError:  # a file system without hard links
-            if self.target.exists():
+            if self._place.exists():
                 raise FileExistsError from None
-            os.rename(self.path, self.target)
+            os.rename(self.path, self._place)
 
     def discard(self) -> None:
         """Close, and remove the hidden file if it is still there; a second call does nothing."""
@@ -174,7 +178,12 @@ def remove_stale(directory: Path, names: str) -> list[Path]:
 
 def staged(directory: Path, names: str) -> list[Path]:
     """The hidden files of writers, living or killed, whose targets' names match the pattern."""
-    return sorted(directory.glob(_staging_name(names, "*")))
+    return sorted(directory.glob(hidden_name(names, ANY_TOKEN)))
+
+
+def hidden_name(name: str, token: str) -> str:
+    """Under which name a writer of ``name`` writes."""
+    return f".{name}.{token}.thaw-part"
 
 
 def sync_directory(path: Path) -> None:
@@ -185,10 +194,6 @@ def sync_directory(path: Path) -> None:
             os.fsync(fd)
         finally:
             os.close(fd)
-
-
-def _staging_name(name: str, token: str) -> str:
-    return f".{name}.{token}.thaw-part"
 
 
 def _free_bytes(directory: Path) -> int:

@@ -73,7 +73,7 @@ def freeze_rank(
     Raises:
         ThawError: this rank's own failure, or StorageError naming the rank that failed.
     """
-    target = Path(target)
+    target = Path(target).absolute()  # the process may change its directory meanwhile
     rank, world = header.identity.parallel.rank, header.identity.parallel.world
     ranks = _Ranks(exchange, rank)
 
