@@ -1,5 +1,6 @@
 """Where ``to_checkpoint`` writes, and what is there afterwards when it cannot."""
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -7,9 +8,11 @@ import sys
 
 import pytest
 import torch
+from tests.transport.calls import Calls, in_child
 
 from thaw_vllm import freeze_model
-from thaw_vllm.errors import ExistsError, SpaceError, StorageError, UsageError
+from thaw_vllm.errors import CorruptionError, ExistsError, SpaceError, StorageError, UsageError
+from thaw_vllm.transport.swap import swap
 from thaw_vllm.weights import staged_directory
 from thaw_vllm.weights.convert import to_checkpoint
 
@@ -37,6 +40,25 @@ def place(tmp_path):
     return tmp_path / "place"
 
 
+@pytest.fixture
+def two_steps(monkeypatch):
+    """A file system that cannot swap two names."""
+    monkeypatch.setattr(staged_directory, "swap", lambda first, second: False)
+
+
+@pytest.fixture(params=["in one step", "in two"])
+def route(request, tmp_path):
+    """How one directory replaces another."""
+    if request.param == "in two":
+        request.getfixturevalue("two_steps")
+    else:
+        (tmp_path / "a").mkdir()
+        (tmp_path / "b").mkdir()
+        if not swap(tmp_path / "a", tmp_path / "b"):
+            pytest.skip("this file system cannot swap two names")
+    return request.param
+
+
 def test_empty_directory(snapshot, place):
     (place / "out").mkdir()
     to_checkpoint(snapshot, place / "out")
@@ -51,7 +73,7 @@ def test_exists(snapshot, place):
     assert (place / "out" / "config.json").read_text() == "mine" and listing(place) == ["out"]
 
 
-def test_force_replaces_a_checkpoint_whole(snapshot, place):
+def test_force_replaces_a_checkpoint_whole(snapshot, place, route):
     to_checkpoint(snapshot, place / "out", shard_size=100)
     assert len(listing(place / "out")) == 6
     to_checkpoint(snapshot, place / "out", force=True)
@@ -128,7 +150,7 @@ def test_disk_fills_up(snapshot, place, monkeypatch, force):
 
 @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), KeyboardInterrupt()])
 @pytest.mark.parametrize("at", [0, 1])
-def test_rename_that_fails_brings_the_old_one_back(snapshot, place, monkeypatch, at, error):
+def test_rename_that_fails_brings_the_old_one_back(snapshot, place, monkeypatch, two_steps, at, error):
     to_checkpoint(snapshot, place / "out")
     (place / "out" / "config.json").write_text("old")
     real, calls = os.rename, []
@@ -168,6 +190,86 @@ to_checkpoint({str(snapshot)!r}, {str(place / "out")!r}, progress=lambda *_: os.
     assert left.startswith(".out.") and left.endswith(".thaw-part")
     to_checkpoint(snapshot, place / "out")
     assert listing(place) == ["out"]
+
+
+STEPS = [(os, "rename"), (shutil, "rmtree"), (staged_directory, "swap")]
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_killed_while_publishing(snapshot, tmp_path, route, moment):
+    """The old directory or the new one, whole, at the latest when the next writer has begun, even if that one fails."""
+    damaged = tmp_path / "damaged.thaw"
+    data = bytearray(snapshot.read_bytes())
+    data[-4096] ^= 1
+    damaged.write_bytes(data)
+
+    def replace(out, number):
+        Calls(pytest.MonkeyPatch(), number, moment, lambda: os._exit(9), calls=STEPS)
+        to_checkpoint(snapshot, out, force=True, workers=1)
+
+    steps, seen = 0, set()
+    while True:
+        out = tmp_path / f"place{steps}" / "out"
+        out.parent.mkdir()
+        to_checkpoint(snapshot, out, shard_size=100)
+        old = contents(out)
+        status = in_child(lambda out=out, number=steps: replace(out, number))
+        if not status:
+            break
+        assert status == 9
+        missing = not out.exists()
+        with pytest.raises(CorruptionError):
+            to_checkpoint(damaged, out, force=True)
+        assert contents(out) == old or list(contents(out)) == ["model.safetensors"], steps
+        assert listing(out.parent) == ["out"], steps
+        seen.add((contents(out) == old, missing))
+        steps += 1
+    assert (False, False) in seen and ((True, True) in seen) == (route == "in two")
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_other_writer_while_the_old_one_is_aside(snapshot, place, monkeypatch, two_steps, force):
+    """It takes the place; the first one says so, and nothing of any of the three is left beside it."""
+    to_checkpoint(snapshot, place / "out", shard_size=100)
+    real = os.rename
+
+    def rename(source, target):
+        real(source, target)
+        if source == place / "out":
+            monkeypatch.setattr(os, "rename", real)
+            to_checkpoint(snapshot, place / "out", force=force)
+
+    monkeypatch.setattr(os, "rename", rename)
+    with pytest.raises(ExistsError, match=r"out' appeared while it was being written; run it again"):
+        to_checkpoint(snapshot, place / "out", shard_size=200, force=True)
+    assert listing(place / "out") == ["model.safetensors"] and listing(place) == ["out"]
+
+
+def test_what_was_left_aside_beside_its_successor_goes(snapshot, place):
+    to_checkpoint(snapshot, place / "out")
+    for name in (".out.00000000.thaw-old", ".out.v2.00000000.thaw-old", ".out.v2.00000000.thaw-part"):
+        (place / name).mkdir()
+    to_checkpoint(snapshot, place / "out", force=True)
+    assert listing(place) == [".out.v2.00000000.thaw-old", ".out.v2.00000000.thaw-part", "out"]
+
+
+@pytest.mark.parametrize("until", ["open", "flock"])
+def test_taken_for_stale_before_it_was_locked(snapshot, place, monkeypatch, until):
+    """Another writer removes the directory between our making and our locking it; then it is made again."""
+    module = {"open": os, "flock": fcntl}[until]
+    real, made = getattr(module, until), []
+
+    def call(what, *arguments, **options):
+        path = os.readlink(f"/proc/self/fd/{what}") if until == "flock" else str(what)
+        if not made and path.endswith(".thaw-part"):
+            made.append(path)
+            to_checkpoint(snapshot, place / "out")
+            shutil.rmtree(place / "out")
+        return real(what, *arguments, **options)
+
+    monkeypatch.setattr(module, until, call)
+    to_checkpoint(snapshot, place / "out")
+    assert len(made) == 1 and listing(place) == ["out"] and listing(place / "out") == ["model.safetensors"]
 
 
 def test_writer_beside_us_is_left_alone(snapshot, place):

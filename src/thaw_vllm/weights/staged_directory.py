@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import glob
 import os
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 
 from ..errors import ExistsError, SpaceError, StorageError, UsageError
-from ..transport.writer import StagedFile, sync_directory
+from ..transport.swap import swap
+from ..transport.writer import ANY_TOKEN, StagedFile, hidden_name, sync_directory
 
 
 class StagedDirectory:
     """A directory being filled; the target is untouched until ``publish``.
 
     A context manager: leaving it without ``publish`` (also by Ctrl-C) removes what was written. A process that is
-    killed leaves a hidden directory behind that nothing reads; the next writer of the same target removes it.
+    killed leaves a hidden directory behind that nothing reads; the next writer of the same target removes it. Where two
+    names cannot be swapped in one step, one that is killed while it publishes may leave the old directory aside, as
+    ``.NAME.TOKEN.thaw-old``; the next writer puts it back.
 
     Args:
         target: the final path; its parent must exist. An empty directory may be there already.
@@ -37,8 +41,8 @@ class StagedDirectory:
     ) -> None:
         self.target = Path(target).resolve()
         self._ours, self._force = ours, force
-        check_directory(target, force, ours)
         self._remove_stale()
+        check_directory(target, force, ours)
         free = shutil.disk_usage(self.target.parent).free
         if free < size:
             raise SpaceError(
@@ -49,10 +53,7 @@ class StagedDirectory:
         self._fd = -1
         self._files: list[StagedFile] = []
         try:
-            os.mkdir(self.path)
-            self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            with contextlib.suppress(OSError):  # network file systems may lack locks
-                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._create()
             self._mode = os.fstat(self._fd).st_mode & 0o666  # what the user's umask leaves
         except OSError as error:
             self.discard()
@@ -60,6 +61,23 @@ class StagedDirectory:
         except BaseException:
             self.discard()
             raise
+
+    def _create(self) -> None:
+        while True:
+            os.mkdir(self.path)
+            # Another writer may take it for stale, in the moment before it is locked; then it is made again.
+            with contextlib.suppress(FileNotFoundError, BlockingIOError):
+                self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                try:
+                    fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise
+                except OSError:  # network file systems may lack locks; then nobody removes ours either
+                    return
+                if os.path.exists(self.path):
+                    return
+            self.discard()
+            self.path = self._hidden()
 
     def file(self, name: str, size: int) -> StagedFile:
         """A new file of ``size`` bytes in the directory, to be written; ``publish`` closes it."""
@@ -72,23 +90,39 @@ class StagedDirectory:
         for staged in self._files:
             staged.publish()
         check_directory(self.target, self._force, self._ours)
-        old: Path | None = None
         try:
-            if self.target.is_dir() and os.listdir(self.target):
-                old = self._hidden()
-                os.rename(self.target, old)
-            os.rename(self.path, self.target)
-        except BaseException as error:
-            if old is not None and not os.path.lexists(self.target):
-                os.rename(old, self.target)
-            if not isinstance(error, OSError):
-                raise
+            if not self.target.is_dir() or not os.listdir(self.target):
+                os.rename(self.path, self.target)
+            elif not swap(self.path, self.target):
+                self._replace_in_two_steps()
+        except OSError as error:
+            if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+                raise ExistsError(f"{str(self.target)!r} appeared while it was being written; run it again") from None
             raise StorageError(
                 f"cannot put {str(self.target)!r} in place: {error.strerror}; what was there before is untouched"
             ) from None
         sync_directory(self.target.parent)
-        if old is not None:
+        self.discard()  # after a swap, what was there before has our hidden name
+
+    def _replace_in_two_steps(self) -> None:
+        old = self.target.with_name(_aside(self.target.name, secrets.token_hex(4)))
+        with contextlib.ExitStack() as stack:
+            # No other writer may take the old one for stale while it is aside; network file systems may lack locks.
+            with contextlib.suppress(OSError):
+                stack.enter_context(_locked(self.target))
+            try:
+                os.rename(self.target, old)
+                os.rename(self.path, self.target)
+                sync_directory(self.target.parent)
+            finally:
+                self._settle(old)
+
+    def _settle(self, old: Path) -> None:
+        """What was moved aside goes where something has taken its place, and comes back where nothing has."""
+        if os.path.lexists(self.target):
             shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.rename(old, self.target)
 
     def discard(self) -> None:
         """Remove the hidden directory if it is still there; a second call does nothing."""
@@ -108,17 +142,31 @@ class StagedDirectory:
             raise type(value)(str(value).replace(str(self.path), str(self.target))) from None
 
     def _hidden(self) -> Path:
-        return self.target.with_name(f".{self.target.name}.{secrets.token_hex(4)}.thaw-part")
+        return self.target.with_name(hidden_name(self.target.name, secrets.token_hex(4)))
 
     def _remove_stale(self) -> None:
-        for path in self.target.parent.glob(f".{glob.escape(self.target.name)}.*.thaw-part"):
-            with contextlib.suppress(OSError):
-                fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
-                try:
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(path, ignore_errors=True)
-                finally:
-                    os.close(fd)
+        name = glob.escape(self.target.name)
+        for old in self.target.parent.glob(_aside(name, ANY_TOKEN)):
+            with contextlib.suppress(OSError), _locked(old):
+                self._settle(old)
+        for left in self.target.parent.glob(hidden_name(name, ANY_TOKEN)):
+            with contextlib.suppress(OSError), _locked(left):
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def _aside(name: str, token: str) -> str:
+    return f".{name}.{token}.thaw-old"
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Hold the directory's lock; OSError where another writer does, or the file system has none."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(fd)
 
 
 def check_directory(target: str | os.PathLike[str], force: bool, ours: Callable[[str], bool]) -> None:
