@@ -161,7 +161,11 @@ def test_what_the_file_system_says_on_its_own(thaw, failing):
 def test_interrupted_anywhere(thaw, failing):
     failing(KeyboardInterrupt())
     ran = thaw("info", "x")
-    assert (ran.code, ran.out, ran.err.lstrip("\n")) == (130, "", "interrupted; nothing was changed\n")
+    assert (ran.code, ran.out, ran.err.lstrip("\n")) == (
+        130,
+        "",
+        "interrupted; a file that was being replaced is the old one or the new one, whole\n",
+    )
 
 
 def test_interrupted_before_anything_was_imported(thaw, monkeypatch):
@@ -169,7 +173,7 @@ def test_interrupted_before_anything_was_imported(thaw, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(entry, "_run", run)
-    assert thaw("info", "x").err == "interrupted; nothing was changed\n"
+    assert thaw("info", "x").err == "interrupted; a file that was being replaced is the old one or the new one, whole\n"
 
 
 def test_nobody_reads_standard_error(tmp_path):
@@ -206,7 +210,11 @@ def interrupted(process):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     # Older versions of typer begin a new line first.
-    assert (process.returncode, out, err.lstrip("\n")) == (130, "", "interrupted; nothing was changed\n")
+    assert (process.returncode, out, err.lstrip("\n")) == (
+        130,
+        "",
+        "interrupted; a file that was being replaced is the old one or the new one, whole\n",
+    )
 
 
 def test_ctrl_c_while_verifying(start, large_snapshot, tmp_path):
@@ -261,3 +269,11 @@ def test_full_disk_while_converting_to_a_checkpoint(spawn, large_snapshot, tmp_p
     assert ran.code == 6 and "no room for" in one_line(ran) and str(tmp_path / "out") in ran.err
     assert "thaw-part" not in ran.err
     assert os.listdir(tmp_path) == [path.name]
+
+
+def test_standard_output_that_is_closed():
+    code = (
+        "import os, sys; os.close(1); sys.stdout = None; from thaw_vllm.cli.main import main; raise SystemExit(main())"
+    )
+    ran = subprocess.run([sys.executable, "-c", code, "info", "none"], stderr=subprocess.PIPE, text=True)
+    assert (ran.returncode, ran.stderr) == (6, "error: 'none' does not exist\n")

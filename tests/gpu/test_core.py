@@ -88,3 +88,24 @@ def test_a_refusal_leaves_the_gpu_tensors_alone(tmp_path: Path):
     with pytest.raises(MismatchError):
         restore_model(other, tmp_path / "m.thaw")
     assert torch.equal(other.weight, before)
+
+
+def test_work_queued_on_another_stream_is_waited_for(tmp_path: Path):
+    module = torch.nn.Linear(4096, 4096, bias=False).cuda()
+    with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(10**9)
+        module.weight.fill_(7)
+        freeze_model(module, tmp_path / "m.thaw")
+    thawed = torch.nn.Linear(4096, 4096, bias=False)
+    restore_model(thawed, tmp_path / "m.thaw")
+    assert bool((thawed.weight == 7).all())
+
+
+def test_inference_tensors_are_filled(tmp_path: Path):
+    freeze_model(torch.nn.Linear(64, 64), tmp_path / "m.thaw")
+    with torch.inference_mode():
+        thawed = torch.nn.Linear(64, 64).cuda()
+    restore_model(thawed, tmp_path / "m.thaw")
+    frozen = torch.nn.Linear(64, 64)
+    restore_model(frozen, tmp_path / "m.thaw")
+    assert torch.equal(thawed.weight.cpu(), frozen.weight)

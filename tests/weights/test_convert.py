@@ -346,7 +346,7 @@ def test_checkpoint_that_is_replaced_meanwhile(when, tmp_path, monkeypatch):
     if when != "read":
         name = "open_checkpoint" if when == "opened" else "source_record"
         monkeypatch.setattr(convert, name, replacing(getattr(convert, name)))
-    with pytest.raises(ReplacedError, match=r"model\.safetensors' was replaced while it was being read; run it again"):
+    with pytest.raises(ReplacedError, match=r"model\.safetensors' was replaced .*while it was being read; run it again"):
         from_checkpoint(directory, tmp_path / "m.thaw", progress=replacing(lambda *_: None))
     assert listing(tmp_path) == ["m"]
 
@@ -397,3 +397,11 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert int(ran.stdout) < 128 * 1024
+
+
+def test_target_that_is_the_source(tmp_path):
+    safetensors.save_file({"a": torch.ones(4)}, tmp_path / "model.safetensors")
+    before = (tmp_path / "model.safetensors").read_bytes()
+    with pytest.raises(UsageError, match="file of the checkpoint itself"):
+        from_checkpoint(tmp_path, tmp_path / "model.safetensors", force=True)
+    assert (tmp_path / "model.safetensors").read_bytes() == before

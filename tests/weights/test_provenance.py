@@ -4,6 +4,7 @@ import json
 import os
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -389,3 +390,24 @@ def test_hub_revision_is_recorded(tmp_path):
     directory.mkdir(parents=True)
     save_file({"a": torch.zeros(1)}, directory / "m.safetensors")
     assert source_record(open_checkpoint(directory))["revision"] == commit
+
+
+def test_no_home_is_no_cache(tmp_path, monkeypatch):
+    save_file({"a": torch.ones(4)}, tmp_path / "model.safetensors")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", home)
+    found = open_checkpoint(tmp_path)
+    assert checkpoint_id(found) == checkpoint_id(found) and cached_id(found) is None
+
+
+def test_checkpoint_that_changes_has_no_id(tmp_path):
+    save_file({"a": torch.ones(4)}, tmp_path / "model.safetensors")
+    opened = open_checkpoint(tmp_path)
+    save_file({"a": torch.zeros(4)}, tmp_path / "model.safetensors")
+    with pytest.raises(ReplacedError):
+        checkpoint_id(opened)
+    assert cached_id(open_checkpoint(tmp_path)) is None

@@ -456,3 +456,25 @@ def test_freeze_of_one_rank_goes_through_the_same_steps(tmp_path):
     with open_snapshot(tmp_path / "w.thaw") as opened:
         assert opened.snapshot.header.ranks is None
     assert names(tmp_path / "w.thaw") == {"w.thaw"}
+
+
+def test_links_of_others_stay(target):
+    for rank in (1, 8):
+        target.with_name(f"w.rank{rank}.thaw").symlink_to("lora-r8")
+    assert not failed(freeze_threads(target, NEW, WORLD))
+    for rank in (1, 8):
+        assert os.readlink(target.with_name(f"w.rank{rank}.thaw")) == "lora-r8"
+
+
+@pytest.mark.parametrize("damage", ["version", "short"])
+def test_members_of_a_manifest_that_cannot_be_read_stay(target, damage):
+    assert not failed(freeze_threads(target, OLD, WORLD))
+    kept = sorted(target.parent.glob("w.*.rank1.thaw"))
+    manifest = bytearray(target.read_bytes())
+    if damage == "version":
+        manifest[8] = 2
+    else:
+        del manifest[-1]
+    target.with_name("keep.thaw").write_bytes(manifest)
+    assert not failed(freeze_threads(target, NEW, WORLD, force=True))
+    assert kept and all(path.exists() for path in kept)

@@ -333,3 +333,13 @@ def test_any_other_file_is_refused_as_what_it_is(tmp_path):
         with pytest.raises(ThawError) as raised:
             restore_model(module(**other()), path)
         assert str(raised.value).startswith(f"'{path}': ")
+
+
+def test_default_device_of_the_caller_does_not_matter(tmp_path):
+    frozen, thawed = torch.nn.Module(), torch.nn.Module()
+    frozen.register_buffer("b", torch.arange(16.0).view(4, 4))
+    thawed.register_buffer("b", torch.zeros(4, 4).t())
+    freeze_model(frozen, tmp_path / "m.thaw")
+    with torch.device("meta"):
+        restore_model(thawed, tmp_path / "m.thaw", workers=1)
+    assert torch.equal(thawed.b, frozen.b)

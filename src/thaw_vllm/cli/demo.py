@@ -43,9 +43,13 @@ def demo(
     from rich.console import Console
 
     from ..engines.vllm import fresh
-    from ..engines.vllm.api import require_vllm_installed
+    from ..engines.vllm.api import check_model, require_vllm_installed
+    from ..transport.writer import check_target
 
     require_vllm_installed()
+    check_model(model)
+    if snapshot is not None:
+        check_target(snapshot, force=False)
     questions = list(question or QUESTIONS)
     console = Console(stderr=as_json)
     engine_args, note = _engine_args()

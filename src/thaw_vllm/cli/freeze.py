@@ -60,7 +60,11 @@ def freeze(
         "use_tqdm_on_load": sys.stderr.isatty(),
     }
     arguments = {name: value for name, value in given.items() if value is not None}
-    arguments |= dict(parse_engine_arg(text) for text in engine_arg or [])
+    engine_args = dict(parse_engine_arg(text) for text in engine_arg or [])
+    for name in ("model", "path"):
+        if name in engine_args:
+            raise typer.BadParameter(f"--engine-arg cannot set {name}; --model and --output do")
+    arguments |= engine_args
     if not verbose:
         os.environ.setdefault("PYTHONWARNINGS", "ignore")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "CRITICAL")  # our own errors are said once, by us

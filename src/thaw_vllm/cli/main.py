@@ -27,7 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if hasattr(stream, "reconfigure"):  # a path or a name may hold what the terminal's encoding lacks
                 stream.reconfigure(errors="backslashreplace")
         code = _run(sys.argv[1:] if arguments is None else list(arguments))
-        sys.stdout.flush()
+        if sys.stdout is not None:  # None where the process was started without one
+            sys.stdout.flush()
     except KeyboardInterrupt:
         code = INTERRUPTED
     except BrokenPipeError:
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         closed = isinstance(exit.__context__, BrokenPipeError)
         code = PIPE_CLOSED if closed else exit.code if isinstance(exit.code, int) else 1
     if code == INTERRUPTED:
-        _say("interrupted; nothing was changed")
+        _say("interrupted; a file that was being replaced is the old one or the new one, whole")
     if code:
         _let_go_of_output()
     return code
@@ -100,12 +101,14 @@ def _refused(error: OSError) -> int:
 
 
 def _let_go_of_output() -> None:
-    """Where standard output takes no more, Python would complain about that when it flushes at its end."""
-    try:
-        sys.stdout.flush()
-    except (OSError, ValueError):
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    """A stream that takes no more would make Python complain at its end, and end with a code of its own."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _debugging() -> bool:

@@ -52,6 +52,9 @@ def plain(text: str) -> str:
 @contextlib.contextmanager
 def stdout_to_stderr() -> Iterator[None]:
     """Send what libraries and child processes print to standard error meanwhile, so that an answer stays clean."""
+    if sys.stdout is None:  # started with standard output closed
+        yield
+        return
     sys.stdout.flush()
     kept = os.dup(1)
     try:

@@ -10,7 +10,7 @@ import torch
 
 from ..errors import UnsupportedError
 from ..format.index import BUFFER, PARAMETER, File, Index, Tensor
-from .layout import byte_view, check_storable, dense, dtype_name, extent, host_bytes, integers, ordered, runs
+from .layout import byte_view, check_storable, dense, dtype_name, extent, host_bytes, integers, ordered, runs, settle
 
 Named = tuple[str, str, torch.Tensor]
 """Name, kind and tensor."""
@@ -103,6 +103,7 @@ def capture(named: Iterable[Named], files: Iterable[tuple[str, bytes]] = ()) -> 
     given = list(named)
     for name, _, tensor in given:
         check_storable(name, tensor)
+    settle(tensor for _, _, tensor in given)
     entries: list[Tensor] = []
     tensors: list[torch.Tensor] = []
     storages: list[Storage] = []

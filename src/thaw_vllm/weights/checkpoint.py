@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,8 @@ CARRIED_FILES = (
 )
 """The files an engine reads beside the weights; names fixed here, never code."""
 
+CONFIG_FILES = ("config.json", "quantize_config.json", "hf_quant_config.json")
+
 VOLATILE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
 """Keys of config.json that do not change the weights' shapes or meaning; the dtype is compared on its own."""
 
@@ -100,12 +102,25 @@ class Checkpoint:
         files: weight files, base names in order.
         tensors: of safetensors files; empty for other formats.
         headers: of safetensors files, the raw header by base name.
+        stamp: each file's name, size, times and inode from before anything of it was read.
     """
 
     directory: Path
     files: tuple[str, ...]
     tensors: tuple[StoredTensor, ...]
     headers: dict[str, bytes]
+    stamp: list[list[Any]]
+
+    def check_unchanged(self) -> None:
+        """Raise ReplacedError when a weight file was replaced or written to since the checkpoint was opened."""
+        try:
+            now = _stamp(self.directory, self.files)
+        except OSError as error:
+            raise ReplacedError(f"{error.filename!r} was removed while it was being read; run it again") from None
+        for ours, theirs in zip(self.stamp, now, strict=True):
+            if ours != theirs:
+                path = str(self.directory / ours[0])
+                raise ReplacedError(f"{path!r} was replaced or written to while it was being read; run it again")
 
     @property
     def bytes(self) -> int:
@@ -150,22 +165,32 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     elif len(names) > 1:
         names = [name for name in names if not name.startswith("consolidated")] or names
     if names:
+        stamp = _stamp(directory, names)
         headers: dict[str, bytes] = {}
         tensors: list[StoredTensor] = []
         for name in names:
             headers[name], found = read_header(directory / name)
             tensors += found
         _unique(tensors)
-        return Checkpoint(directory, tuple(names), tuple(tensors), headers)
+        return Checkpoint(directory, tuple(names), tuple(tensors), headers, stamp)
     for pattern in OTHER_WEIGHTS:
         if names := _matching(directory, pattern):
-            return Checkpoint(directory, tuple(names), (), {})
+            return Checkpoint(directory, tuple(names), (), {}, _stamp(directory, names))
     raise UsageError(f"{str(directory)!r} holds no weight files (*.safetensors, {', '.join(OTHER_WEIGHTS)})")
 
 
 def has_weights(directory: Path) -> bool:
     """Whether ``open_checkpoint`` would find weight files there."""
     return any(_matching(directory, pattern) for pattern in ("*.safetensors", *OTHER_WEIGHTS))
+
+
+def _stamp(directory: Path, names: Iterable[str]) -> list[list[Any]]:
+    found: list[list[Any]] = []
+    for name in names:
+        status = (directory / name).stat()
+        # ctime too: copying tools restore the other one, and some set it alike for all files.
+        found.append([name, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino])
+    return found
 
 
 def _matching(directory: Path, pattern: str) -> list[str]:
@@ -191,11 +216,15 @@ def read_header(path: Path) -> tuple[bytes, list[StoredTensor]]:
     return raw, sorted(tensors, key=lambda t: t.begin)
 
 
-def carried_files(directory: Path) -> list[tuple[str, bytes]]:
-    """Base name and bytes of each file of CARRIED_FILES that the directory has; warns of one that is too large."""
+def carried_files(directory: Path, config_directory: Path | None = None) -> list[tuple[str, bytes]]:
+    """Base name and bytes of each file of CARRIED_FILES that the directory has; warns of one that is too large.
+
+    Args:
+        config_directory: where config.json and how the model is quantised are read, if not in ``directory``.
+    """
     found = []
     for name in CARRIED_FILES:
-        path = directory / name
+        path = (config_directory or directory if name in CONFIG_FILES else directory) / name
         if not path.is_file():
             continue
         if (size := path.stat().st_size) > MAX_FILE:
@@ -211,9 +240,9 @@ def carried_files(directory: Path) -> list[tuple[str, bytes]]:
     return found
 
 
-def read_config(directory: Path) -> dict[str, Any]:
-    """The directory's config.json; empty when there is none."""
-    path = directory / "config.json"
+def read_config(directory: Path, name: str = "config.json") -> dict[str, Any]:
+    """The directory's config.json, or another JSON object beside it; empty when there is none."""
+    path = directory / name
     if not path.is_file():
         return {}
     try:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..errors import ReplacedError, UnsupportedError, UsageError
+from ..errors import UnsupportedError, UsageError
 from ..format.chunks import Chunk
 from ..format.document import mapping, parse
 from ..format.dtypes import ITEM_SIZE
@@ -123,6 +123,9 @@ def from_checkpoint(directory: str | os.PathLike[str], target: str | os.PathLike
     parsed = FreezeOptions(**options)
     check_target(Path(target), parsed.force)
     checkpoint = open_checkpoint(directory)
+    place = Path(os.path.realpath(target))
+    if place.parent == checkpoint.directory and (place.name in checkpoint.files or _of_checkpoint(place.name)):
+        raise UsageError(f"{os.fspath(target)!r} is a file of the checkpoint itself; choose another name")
     if not checkpoint.headers:
         raise UnsupportedError(
             f"{os.fspath(directory)!r} holds {checkpoint.files[0]!r}; only safetensors can be converted without "
@@ -140,10 +143,7 @@ def from_checkpoint(directory: str | os.PathLike[str], target: str | os.PathLike
         captured = _captured(checkpoint, sources)
 
         def identify(_: Captured, digests: list[str]) -> str:
-            for source in sources.values():
-                source.check_unchanged()
-                if source.replaced:
-                    raise ReplacedError(f"{source.name!r} was replaced while it was being read; run it again")
+            checkpoint.check_unchanged()
             return model_id(
                 (t.name, t.dtype, t.shape, bytes_digest([]) if t.storage is None else digests[t.storage])
                 for t in captured.index.tensors

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch.nn.parameter import is_lazy
@@ -47,6 +47,15 @@ def check_storable(name: str, tensor: torch.Tensor) -> None:
         stop = tensor.storage_offset() * tensor.element_size() + extent(tensor)[1] - extent(tensor)[0]
         if not tensor.data_ptr() or stop > tensor.untyped_storage().nbytes():
             raise UnsupportedError(f"{name!r} has no memory of its own at present (freed, sharded or offloaded)")
+
+
+def settle(tensors: Iterable[torch.Tensor]) -> None:
+    """Wait until every device of ``tensors`` has done what was asked of it on any stream; starts its context too.
+
+    Other threads copy on streams of their own, which know nothing of work still queued on the caller's.
+    """
+    for device in {t.device for t in tensors if t.device.type == "cuda"}:
+        torch.cuda.synchronize(device)
 
 
 def unrepeated(tensor: torch.Tensor) -> torch.Tensor:

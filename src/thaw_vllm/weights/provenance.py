@@ -41,7 +41,7 @@ def checkpoint_id(checkpoint: Checkpoint, *, cache: bool = True, progress: Progr
     Raises:
         StorageError, ReplacedError: a file cannot be read, or changed since the checkpoint was opened.
     """
-    stamp = _stamp(checkpoint)
+    stamp = checkpoint.stamp
     if cache and (known := cached_id(checkpoint, stamp)) is not None:
         return known
     with contextlib.ExitStack() as stack:
@@ -55,7 +55,8 @@ def checkpoint_id(checkpoint: Checkpoint, *, cache: bool = True, progress: Progr
     else:
         entries = [[name, end, digest] for (name, _, end), digest in zip(spans, digests, strict=True)]
         found = "files-blake3:" + blake3(canonical(sorted(entries))).hexdigest()
-    if cache and _stamp(checkpoint) == stamp:
+    checkpoint.check_unchanged()
+    if cache:
         _remember(checkpoint, stamp, found)
     return found
 
@@ -94,7 +95,7 @@ def check_source(record: dict[str, Any], model: str | None, directory: Path, nam
     if not isinstance(expected, list) or not directory.is_dir() or not has_weights(directory):
         return
     checkpoint = open_checkpoint(directory)
-    known = cached_id(checkpoint, _stamp(checkpoint))
+    known = cached_id(checkpoint, checkpoint.stamp)
     if known is not None and model is not None and known.split(":")[0] == model.split(":")[0]:
         if known != model:
             raise MismatchError(f"{name!r} was frozen from other weights than {str(directory)!r} holds; freeze again")
@@ -114,9 +115,9 @@ def check_source(record: dict[str, Any], model: str | None, directory: Path, nam
 
 def cached_id(checkpoint: Checkpoint, stamp: list[list[Any]] | None = None) -> str | None:
     """The remembered model id of an unchanged checkpoint, or None."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError, FormatError):
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RuntimeError, FormatError):
         remembered = json.loads(_cache_file(checkpoint).read_bytes())
-        if remembered["files"] == (stamp or _stamp(checkpoint)):
+        if remembered["files"] == (stamp or checkpoint.stamp):
             return checked_id(remembered["id"], "id")
     return None
 
@@ -168,24 +169,19 @@ def _file_record(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
     return {"name": name, "size": size, "header": blake3(header).hexdigest(), "samples": samples.hexdigest()}
 
 
-def _stamp(checkpoint: Checkpoint) -> list[list[Any]]:
-    found: list[list[Any]] = []
-    for name in checkpoint.files:
-        status = (checkpoint.directory / name).stat()
-        # ctime too: copying tools restore the other one, and some set it alike for all files.
-        found.append([name, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino])
-    return found
-
-
 def _cache_file(checkpoint: Checkpoint) -> Path:
     name = blake3(os.fsencode(checkpoint.directory)).hexdigest()[:32]
     return cache_directory() / "ids" / f"{name}.json"
 
 
 def _remember(checkpoint: Checkpoint, stamp: list[list[Any]], found: str) -> None:
-    path = _cache_file(checkpoint)
-    with contextlib.suppress(OSError):  # a read-only home costs speed, not correctness
+    # A home that is read-only, full or unknown (RuntimeError) costs speed, not correctness.
+    with contextlib.suppress(OSError, RuntimeError):
+        path = _cache_file(checkpoint)
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         staged = path.with_suffix(f".{os.getpid()}.part")
-        staged.write_text(json.dumps({"directory": str(checkpoint.directory), "files": stamp, "id": found}))
-        os.replace(staged, path)
+        try:
+            staged.write_text(json.dumps({"directory": str(checkpoint.directory), "files": stamp, "id": found}))
+            os.replace(staged, path)
+        finally:
+            staged.unlink(missing_ok=True)

@@ -22,6 +22,8 @@ from typing import Any
 
 from ..errors import FormatError, StorageError, ThawError, UsageError
 from ..format.header import Header, Member, RankSet, plain_member_name
+from ..format.preamble import MAGIC
+from ..transport.source import FileSource, read_bytes
 from ..transport.writer import check_target, remove_stale, staged, sync_directory
 from .capture import Captured
 from .freeze import FreezeOptions, FreezeReport, SnapshotWriter
@@ -211,11 +213,20 @@ def _superseded(target: Path, own: Path) -> list[str]:
 
 
 def _members(path: Path) -> set[str]:
-    """Names of the other ranks' files that a manifest speaks of; none for any other file."""
-    with contextlib.suppress(FormatError), open_snapshot(path, with_chunks=False) as opened:
-        if opened.snapshot.header.ranks is not None:
-            return {m.name for m in opened.snapshot.header.ranks.members}
-    return set()
+    """Names of the other ranks' files that a manifest speaks of; none for any other file.
+
+    Raises:
+        StorageError: a snapshot that cannot be read, of a later version or not all there yet: it could name any file.
+    """
+    with FileSource(path) as source:
+        if source.size < len(MAGIC) or read_bytes(source, 0, len(MAGIC)) != MAGIC:
+            return set()
+    try:
+        with open_snapshot(path, with_chunks=False) as opened:
+            ranks = opened.snapshot.header.ranks
+    except FormatError as error:
+        raise StorageError(str(error)) from None
+    return set() if ranks is None else {m.name for m in ranks.members}
 
 
 def _any_member(target: Path) -> str:
@@ -233,22 +244,27 @@ def _current_set(target: Path) -> str:
 def _relink(target: Path, names: list[str]) -> None:
     """Point ``weights.rank1.thaw`` … to the current set; skipped where the file system has no links.
 
-    A file of that name that is no link is not ours and stays.
+    A file of that name that is no link, or a link to anything but a set's file, is not ours and stays.
     """
+    stem, suffix = re.escape(target.stem), re.escape(target.suffix)
+    member = re.compile(rf"{stem}\.[0-9a-f]{{12}}\.rank[0-9]+{suffix}")
+
+    def ours(link: str | os.PathLike[str]) -> bool:
+        return os.path.islink(link) and member.fullmatch(os.readlink(link)) is not None
+
     for rank, name in enumerate(names, 1):
         link = target.with_name(link_name(target, rank))
-        if link.exists() and not link.is_symlink():
+        if os.path.lexists(link) and not ours(link):
             continue
         new = link.with_name(f".{link.name}.{secrets.token_hex(4)}.thaw-part")
         with contextlib.suppress(OSError):
             os.symlink(name, new)
             os.rename(new, link)
-    stem, suffix = re.escape(target.stem), re.escape(target.suffix)
     pattern = re.compile(rf"{stem}\.rank([0-9]+){suffix}|\.{stem}\.rank[0-9]+{suffix}\.[0-9a-f]{{8}}\.thaw-part")
     for entry in list(os.scandir(target.parent)):
         found = pattern.fullmatch(entry.name)
         # The hidden ones are links of a writer that was killed before it could rename them.
-        if found and entry.is_symlink() and (found[1] is None or int(found[1]) > len(names)):
+        if found and entry.is_symlink() and (found[1] is None or (ours(entry.path) and int(found[1]) > len(names))):
             with contextlib.suppress(OSError):
                 os.unlink(entry.path)
     sync_directory(target.parent)

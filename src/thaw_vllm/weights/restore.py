@@ -17,7 +17,7 @@ from ..format.snapshot import Snapshot
 from ..transport import parallel
 from ..transport.read import Piece, read
 from ..transport.source import FileSource, Source
-from .layout import byte_view, check_storable, dense, dtype_name, extent, host_bytes, integers, ordered, runs
+from .layout import byte_view, check_storable, dense, dtype_name, extent, host_bytes, integers, ordered, runs, settle
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def restore(
                 options.progress(done, total)
 
     pieces = list(_pieces(snapshot, targets))
-    _staging_free_devices(targets)
+    settle(targets.values())
     with torch.no_grad():
         read(
             source,
@@ -112,6 +112,7 @@ def restore(
             verify=options.verify,
             progress=advance,
         )
+    settle(targets.values())
     source.check_unchanged()
     end = time.perf_counter()
     return RestoreReport(
@@ -233,7 +234,8 @@ def _direct(entry: Tensor, target: torch.Tensor) -> tuple[torch.Tensor, memoryvi
 
 def _copy(view: torch.Tensor) -> Callable[[memoryview], None]:
     def deliver(data: memoryview) -> None:
-        view.copy_(torch.frombuffer(data, dtype=torch.uint8))
+        with torch.inference_mode():  # holds for one thread, and tensors made under it can be written under it only
+            view.copy_(torch.frombuffer(data, dtype=torch.uint8))
 
     return deliver
 
@@ -244,8 +246,8 @@ def _scatter(entry: Tensor, target: torch.Tensor, chunk: Chunk) -> Callable[[mem
     item = target.element_size()
 
     def deliver(data: memoryview) -> None:
-        with torch.inference_mode():  # holds for one thread, and tensors made under it can be written under it only
-            elements = torch.empty(chunk.length // item, dtype=seen.dtype)
+        with torch.inference_mode():  # as in _copy
+            elements = torch.empty(chunk.length // item, dtype=seen.dtype, device="cpu")
             host_bytes(byte_view(elements))[:] = data
             position = 0
             for part in runs(seen, chunk.at // item, (chunk.at + chunk.length) // item):
@@ -253,12 +255,6 @@ def _scatter(entry: Tensor, target: torch.Tensor, chunk: Chunk) -> Callable[[mem
                 position += part.numel()
 
     return deliver
-
-
-def _staging_free_devices(targets: Mapping[str, torch.Tensor]) -> None:
-    """Create the accelerator's context in this thread before reader threads use it."""
-    for device in {t.device for t in targets.values() if t.device.type == "cuda"}:
-        torch.cuda.synchronize(device)
 
 
 def _listed(names: list[str]) -> str:

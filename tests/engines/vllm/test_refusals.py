@@ -230,8 +230,67 @@ class TestLoadAudit:
             model.model.norm.weight.quant_state = {"scale": torch.ones(1)}
 
         while_loading(hang)
-        with pytest.raises(UnsupportedError, match=r"hung a dict on the parameter 'model\.norm\.weight\.quant_state'"):
+        with pytest.raises(
+            UnsupportedError, match=r"hung dict\(.*\) on the parameter 'model\.norm\.weight\.quant_state'"
+        ):
             load(checkpoints("untied"), **thaw_args(tmp_path / "w.thaw", mode="freeze"))
+
+    @pytest.mark.parametrize(
+        "effect",
+        [
+            lambda model: model.model.norm._loaded.add("bias"),
+            lambda model: setattr(model.model.norm, "_names", ["a"]),
+            lambda model: setattr(model.model.norm.weight, "is_loaded", True),
+            lambda model: setattr(model.model.norm, "_plain", 2),
+            lambda model: model.register_parameter("score_bias", torch.nn.Parameter(torch.ones(2))),
+            lambda model: model.register_buffer("score", torch.ones(2)),
+            lambda model: delattr(model.model.norm, "weight"),
+            lambda model: setattr(model.model.norm, "weight", torch.nn.Parameter(model.model.norm.weight[:2])),
+        ],
+        ids=["set", "list", "on-a-parameter", "was-no-value", "parameter", "buffer", "removed", "reshaped"],
+    )
+    def test_what_a_fresh_model_would_not_have_is_refused(
+        self,
+        effect: Callable[[torch.nn.Module], None],
+        while_loading: Callable,
+        checkpoints: Callable,
+        load: Callable,
+        thaw_args: Callable,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ):
+        from thaw_vllm.engines.vllm import audit
+
+        original, first = audit.take, []
+
+        def take(model: torch.nn.Module) -> audit.State:
+            if not first:  # as a model's own initialisation would have left them
+                model.model.norm._loaded, model.model.norm._plain = set(), object()
+            first.append(model)
+            return original(model)
+
+        monkeypatch.setattr(audit, "take", take)
+        while_loading(effect)
+        with pytest.raises(UnsupportedError, match=r"loading (changed|hung|set|turned) "):
+            load(checkpoints("untied"), **thaw_args(tmp_path / "w.thaw", mode="freeze"))
+        assert list(tmp_path.iterdir()) == []
+
+    def test_an_attribute_over_a_plain_default_of_the_class_is_stored(
+        self,
+        while_loading: Callable,
+        checkpoints: Callable,
+        load: Callable,
+        thaw_args: Callable,
+        tmp_path: Path,
+        monkeypatch: Any,
+    ):
+        from vllm.model_executor.layers.layernorm import RMSNorm
+
+        monkeypatch.setattr(RMSNorm, "is_scaled", False, raising=False)
+        path = tmp_path / "w.thaw"
+        while_loading(lambda model: setattr(model.model.norm, "is_scaled", True))
+        load(checkpoints("untied"), **thaw_args(path, mode="freeze"))
+        assert load(checkpoints("untied"), **thaw_args(path)).model.model.norm.is_scaled is True
 
     def test_random_weights_get_no_model_id(
         self, checkpoints: Callable, load: Callable, thaw_args: Callable, tmp_path: Path

@@ -53,6 +53,7 @@ def load(
         model = str(carried_directory(path))
     vllm = require_vllm()
     extra = {"snapshot": path, **llm_kwargs.pop("model_loader_extra_config", {})}
+    _check_options(extra)
     llm_kwargs["load_format"] = "thaw"
     with reported() as folder:
         llm: LLM = vllm.LLM(model=model, model_loader_extra_config=extra | {"failures": folder}, **llm_kwargs)
@@ -93,6 +94,9 @@ def freeze_checkpoint(model: str, path: str | os.PathLike[str], **engine_args: A
     """
     from ...transport.writer import check_target
 
+    taken = sorted({"load_format", "model_loader_extra_config", "enforce_eager"} & engine_args.keys())
+    if taken:
+        raise UsageError(f"freezing sets {taken[0]} itself; leave it out (source_format names vLLM's load format)")
     path = os.path.abspath(os.fspath(path))
     extra: dict[str, Any] = {"snapshot": path, "mode": "freeze"}
     extra |= {name: engine_args.pop(name) for name in ("force", "source_format", "workers") if name in engine_args}
@@ -100,6 +104,7 @@ def freeze_checkpoint(model: str, path: str | os.PathLike[str], **engine_args: A
     check_model(model)
     versions.vllm_version()
     require_vllm()
+    _check_options(extra)
     with reported() as folder:
         return _freeze(model, extra | {"failures": folder}, engine_args)
 
@@ -111,6 +116,11 @@ def _freeze(model: str, extra: dict[str, Any], engine_args: dict[str, Any]) -> l
     options = engine_args | {"enforce_eager": True, "load_format": "thaw", "model_loader_extra_config": extra}
     try:
         config = EngineArgs(model=model, **options).create_engine_config()
+    except OSError as error:
+        raise UsageError(
+            f"vLLM finds no model {model!r}: {' '.join(str(error).split())[:200]}; give a model directory, or a name "
+            "on the hub that can be downloaded or is cached"
+        ) from error
     except (TypeError, ValueError) as error:
         raise UsageError(f"vLLM does not accept these engine arguments: {' '.join(str(error).split())}") from error
     executor = None
@@ -120,6 +130,13 @@ def _freeze(model: str, extra: dict[str, Any], engine_args: dict[str, Any]) -> l
     finally:
         if executor is not None:
             executor.shutdown()
+
+
+def _check_options(extra: dict[str, Any]) -> None:
+    """What the loader will check in a worker, checked here first, where the error reaches the caller as it is."""
+    from .loader import LoaderConfig
+
+    LoaderConfig.parse(extra)
 
 
 def check_model(model: str) -> None:

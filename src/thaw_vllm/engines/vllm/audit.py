@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -25,14 +26,20 @@ class State:
     Attributes:
         buffers: name → digest of the bytes.
         attributes: ``module path|attribute`` → plain value.
+        others: ``module path|attribute`` of every other value.
+        containers: ``module path|attribute`` of lists, tuples, sets and dicts → what they hold, spelt out.
         hidden: ``module path|attribute`` of tensors that are neither parameter nor buffer → (address, digest).
-        marks: ``parameter name|attribute`` of what hangs on parameters and is no plain value → its type.
+        marks: ``parameter name|attribute`` of what hangs on parameters → its value, spelt out.
+        shapes: parameter or buffer → shape and dtype.
     """
 
     buffers: dict[str, bytes] = field(default_factory=dict)
     attributes: dict[str, Any] = field(default_factory=dict)
+    others: set[str] = field(default_factory=set)
+    containers: dict[str, str] = field(default_factory=dict)
     hidden: dict[str, tuple[int, bytes]] = field(default_factory=dict)
-    marks: dict[str, type] = field(default_factory=dict)
+    marks: dict[str, str] = field(default_factory=dict)
+    shapes: dict[str, str] = field(default_factory=dict)
 
 
 def take(model: torch.nn.Module) -> State:
@@ -40,10 +47,11 @@ def take(model: torch.nn.Module) -> State:
     state = State()
     for name, buffer in model.named_buffers(remove_duplicate=False):
         state.buffers[name] = _digest(buffer)
-    for name, parameter in model.named_parameters():
+        state.shapes[name] = f"{tuple(buffer.shape)} {buffer.dtype}"
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        state.shapes[name] = f"{tuple(parameter.shape)} {parameter.dtype}"
         for attribute, value in vars(parameter).items():
-            if not isinstance(value, SCALARS):
-                state.marks[f"{name}|{attribute}"] = type(value)
+            state.marks[f"{name}|{attribute}"] = _spelt(value)
     for path, owner in _owners(model):
         for attribute, value in vars(owner).items():
             if attribute in ("_parameters", "_buffers"):
@@ -52,13 +60,17 @@ def take(model: torch.nn.Module) -> State:
             for suffix, tensor in _tensors(value):
                 address = tensor.data_ptr() if tensor.device.type != "meta" else 0
                 state.hidden[key + suffix] = (address, _digest(tensor))
-            if isinstance(value, SCALARS) and not attribute.startswith("__") and attribute != "training":
+            if isinstance(value, _CONTAINERS):
+                state.containers[key] = _spelt(value)
+            if not isinstance(value, SCALARS):
+                state.others.add(key)
+            elif not attribute.startswith("__") and attribute != "training":
                 state.attributes[key] = value
     return state
 
 
 def changed_buffers(before: State, after: State) -> set[str]:
-    """Buffers that loading filled or made."""
+    """Buffers that loading filled."""
     return {name for name, digest in after.buffers.items() if before.buffers.get(name) != digest}
 
 
@@ -66,20 +78,33 @@ def changed_attributes(before: State, after: State) -> dict[str, Any]:
     """Plain attributes that loading set or changed.
 
     Raises:
-        UnsupportedError: loading made or filled a tensor that is neither parameter nor buffer, removed an attribute,
-            or set one whose path cannot be stored.
+        UnsupportedError: loading made, removed or reshaped a parameter or buffer; made or filled a tensor that is
+            neither; changed a list, set or dict; or removed an attribute, or set one that cannot be stored.
     """
+    for name in sorted(before.shapes.keys() | after.shapes.keys()):
+        held, found_shape = (state.shapes.get(name, "nothing") for state in (before, after))
+        if held != found_shape:
+            raise UnsupportedError(
+                f"loading turned {name!r} from {held} into {found_shape}, so a fresh model would have no place for it; "
+                "this model cannot be frozen at the raw stage, serve it from its checkpoint"
+            )
     for key, found in after.hidden.items():
         if before.hidden.get(key) != found:
             raise UnsupportedError(
                 f"loading left a tensor in {key.replace('|', '.')!r} that is neither a parameter nor a buffer; this "
                 "model cannot be frozen exactly at the raw stage"
             )
-    for key, kind in after.marks.items():
-        if before.marks.get(key) is not kind:
+    for key, held in after.marks.items():
+        if before.marks.get(key) != held:
             raise UnsupportedError(
-                f"loading hung a {kind.__name__} on the parameter {key.replace('|', '.')!r}; this model cannot be "
-                "frozen exactly at the raw stage, serve it from its checkpoint"
+                f"loading hung {held[:80]} on the parameter {key.replace('|', '.')!r}; this model cannot be frozen "
+                "exactly at the raw stage, serve it from its checkpoint"
+            )
+    for key in sorted(before.containers.keys() | after.containers.keys()):
+        if before.containers.get(key) != after.containers.get(key):
+            raise UnsupportedError(
+                f"loading changed what {key.replace('|', '.')!r} holds to {after.containers.get(key, 'nothing')[:80]}; "
+                "this model cannot be frozen exactly at the raw stage, serve it from its checkpoint"
             )
     gone = sorted(set(before.attributes) - set(after.attributes))
     if gone:
@@ -87,7 +112,7 @@ def changed_attributes(before: State, after: State) -> dict[str, Any]:
     changed = {}
     for key, value in after.attributes.items():
         if key not in before.attributes or not _same(before.attributes[key], value):
-            if "__" in key or (isinstance(value, float) and not math.isfinite(value)):
+            if "__" in key or key in before.others or (isinstance(value, float) and not math.isfinite(value)):
                 raise UnsupportedError(
                     f"loading set {key.replace('|', '.')!r} to {value!r}, which a snapshot cannot store; this model "
                     "cannot be frozen exactly at the raw stage"
@@ -108,8 +133,10 @@ def attribute_owners(model: torch.nn.Module, attributes: dict[str, Any]) -> dict
         path, _, attribute = key.partition("|")
         owner = owners.get(path)
         plain = owner is not None and isinstance(vars(owner).get(attribute), SCALARS)
-        if plain and attribute not in vars(owner):  # new names are fine, unless a parameter, child or method has it
-            plain = not hasattr(owner, attribute)
+        if plain and attribute not in vars(owner):
+            # New names and plain defaults of the class are fine; names of parameters, children and methods are not.
+            default = inspect.getattr_static(type(owner), attribute, owner)
+            plain = not hasattr(owner, attribute) or isinstance(default, SCALARS)
         if not plain or "__" in attribute:
             raise UnsupportedError(f"the snapshot sets {key.replace('|', '.')!r}, which this model does not have")
         found[key] = owner
@@ -148,6 +175,25 @@ def _owners(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
             if owner is not None and hasattr(owner, "__dict__") and id(owner) not in seen:
                 seen.add(id(owner))
                 yield f"{path}.{host}" if path else host, owner
+
+
+_CONTAINERS = (list, tuple, set, frozenset, dict)
+_DEPTH = 4
+
+
+def _spelt(value: Any, depth: int = _DEPTH) -> str:
+    """Plain values and what containers hold of them, equal only where they are equal; else the type's name."""
+    if isinstance(value, SCALARS):
+        return f"{type(value).__name__} {value!r}"
+    if isinstance(value, _CONTAINERS) and depth:
+        if isinstance(value, dict):
+            parts = [f"{_spelt(k, depth - 1)}: {_spelt(v, depth - 1)}" for k, v in value.items()]
+        else:
+            parts = [_spelt(item, depth - 1) for item in value]
+        if isinstance(value, (set, frozenset)):
+            parts.sort()
+        return f"{type(value).__name__}({', '.join(parts)})"
+    return type(value).__name__
 
 
 def _tensors(value: Any) -> Iterator[tuple[str, torch.Tensor]]:

@@ -1,4 +1,4 @@
-"""An error of ours on its way from a worker to the caller, who would otherwise see only that a worker failed."""
+"""An error on its way from a worker to the caller, who would otherwise see only that a worker failed."""
 
 from __future__ import annotations
 
@@ -27,16 +27,20 @@ def reported() -> Iterator[str]:
             if not noted or isinstance(failure, ThawError):
                 raise
             chosen = min(noted, key=lambda entry: entry["message"].startswith("rank "))
-            kind = getattr(errors, chosen["error"], ThawError)
+            if chosen["error"] == type(failure).__name__:  # it came here by itself
+                raise
+            kind = getattr(errors, chosen["error"], None)
+            if kind is None:
+                raise ThawError(f"vLLM could not load the model: {chosen['error']}: {chosen['message']}") from failure
             raise kind(chosen["message"]) from failure
 
 
 @contextlib.contextmanager
 def noted(folder: str | None) -> Iterator[None]:
-    """Writes an error of ours that passes through to ``folder``, one file a process, and lets it pass."""
+    """Writes an error that passes through to ``folder``, one file a process, and lets it pass."""
     try:
         yield
-    except ThawError as error:
+    except Exception as error:
         if folder is not None:
             with contextlib.suppress(OSError):
                 note = json.dumps({"error": type(error).__name__, "message": str(error)})

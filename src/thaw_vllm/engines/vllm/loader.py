@@ -21,11 +21,11 @@ from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from ... import __version__
-from ...errors import ThawError, UnsupportedError, UsageError
+from ...errors import UnsupportedError, UsageError
 from ...format.header import Header
 from ...format.identity import Identity, require
 from ...weights.capture import capture, module_tensors
-from ...weights.checkpoint import carried_files, open_checkpoint
+from ...weights.checkpoint import Checkpoint, carried_files, has_weights, open_checkpoint
 from ...weights.freeze import FreezeOptions, FreezeReport
 from ...weights.open import open_rank
 from ...weights.provenance import check_source, checkpoint_id, source_record
@@ -34,7 +34,7 @@ from ...weights.restore import RestoreOptions, RestoreReport, restore
 from . import audit
 from .exchange import world_exchange
 from .failures import noted
-from .identity import engine_identity, model_directory
+from .identity import config_directory, engine_identity, model_directory
 from .versions import untie, untied_by_checkpoint
 
 if TYPE_CHECKING:
@@ -44,6 +44,9 @@ logger = init_logger(f"vllm.{__name__}")
 
 last_report: FreezeReport | RestoreReport | None = None
 """Of this worker process; ``thaw_report`` hands it to the engine's caller."""
+
+OTHER_FILES = ("pt", "npcache", "mistral")
+"""Load formats that pass over ``*.safetensors`` files beside their own."""
 
 UNTIED = "untied_by_checkpoint"
 """Key in the header's source: the checkpoint had an lm_head that its config does not announce."""
@@ -121,7 +124,9 @@ class ThawModelLoader(BaseModelLoader):
 
     def _prepare(self, vllm_config: VllmConfig, model_config: ModelConfig) -> None:
         speculative = vllm_config.speculative_config
-        if speculative is not None and model_config is getattr(speculative, "draft_model_config", None):
+        draft = getattr(speculative, "draft_model_config", None)
+        # Methods without a draft model, such as ngram, name the target there.
+        if draft is model_config and draft is not vllm_config.model_config:
             raise UnsupportedError(
                 "draft models are not in a snapshot in this version; give the draft a loader of its own "
                 """(--speculative-config '{"draft_load_config": {"load_format": "auto"}, ...}')"""
@@ -146,7 +151,7 @@ class ThawModelLoader(BaseModelLoader):
             header = opened.snapshot.header
             require(header.identity, identity, config.snapshot)
             _warn_version(header.identity, identity)
-            directory = model_directory(model_config)
+            directory = model_directory(model_config, self.load_config.download_dir)
             if config.check_source and directory is not None:
                 check_source(header.source, header.identity.model, directory, config.snapshot)
             owners = audit.attribute_owners(model, header.attributes)
@@ -171,18 +176,20 @@ class ThawModelLoader(BaseModelLoader):
         return report
 
     def _freeze(self, model: torch.nn.Module, model_config: ModelConfig, identity: Identity) -> FreezeReport:
-        directory = model_directory(model_config)
-        made_up = self.config.source_format == "dummy"  # random weights are nobody's checkpoint
-        ident = _BackgroundId(directory) if identity.parallel.rank == 0 and not made_up else None
+        directory = model_directory(model_config, self.load_config.download_dir)
+        checkpoint = self._checkpoint(directory)
+        ident = _BackgroundId(checkpoint) if identity.parallel.rank == 0 else None
         before = audit.take(model)
         self._source().load_weights(model, model_config)
         audit.refuse_unsound(model)
         after = audit.take(model)
         source: dict[str, Any] = {UNTIED: True} if untied_by_checkpoint(model_config) else {}
         files: list[tuple[str, bytes]] = []
-        if directory is not None:
-            source |= {} if made_up else source_record(open_checkpoint(directory))
-            files = carried_files(directory) if identity.parallel.rank == 0 else []
+        if checkpoint is not None:
+            source |= source_record(checkpoint)
+            checkpoint.check_unchanged()
+        if directory is not None and identity.parallel.rank == 0:
+            files = carried_files(directory, config_directory(model_config))
         header = Header(
             identity=identity,
             writer=f"thaw {__version__}",
@@ -203,6 +210,22 @@ class ThawModelLoader(BaseModelLoader):
         logger.info("froze %d tensors, %.2f GB to %s", report.tensors, report.bytes / 1e9, report.path)
         return report
 
+    def _checkpoint(self, directory: Path | None) -> Checkpoint | None:
+        """What vLLM's loader is about to read, as it is now; None where that has no files of its own here."""
+        kind = self.config.source_format
+        if kind == "dummy" or directory is None or not has_weights(directory):
+            return None  # random weights are nobody's checkpoint
+        checkpoint = open_checkpoint(directory)
+        consolidated = kind == "auto" and any(directory.glob("consolidated*.safetensors"))
+        others = consolidated and not checkpoint.files[0].startswith("consolidated")
+        if checkpoint.headers and (others or kind in OTHER_FILES):
+            raise UnsupportedError(
+                f"with the load format {kind!r} vLLM reads other files of {str(directory)!r} than "
+                f"{checkpoint.files[0]!r}, of which the model id would be made; freeze with "
+                "source_format='safetensors', or move the files that are not meant elsewhere"
+            )
+        return checkpoint
+
     def _source(self) -> Any:
         """vLLM's own loader for the checkpoint."""
         return get_model_loader(
@@ -217,18 +240,18 @@ class ThawModelLoader(BaseModelLoader):
 class _BackgroundId:
     """The checkpoint's model id, computed while vLLM loads it."""
 
-    def __init__(self, directory: Any) -> None:
-        self._directory = directory
+    def __init__(self, checkpoint: Checkpoint | None) -> None:
+        self._checkpoint = checkpoint
         self._found: str | None = None
-        self._failure: ThawError | None = None
+        self._failure: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="thaw-model-id", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         try:
-            if self._directory is not None:
-                self._found = checkpoint_id(open_checkpoint(self._directory))
-        except ThawError as error:
+            if self._checkpoint is not None:
+                self._found = checkpoint_id(self._checkpoint)
+        except Exception as error:  # raised by result(): a snapshot must not lose its id in silence
             self._failure = error
 
     def result(self) -> str | None:

@@ -43,7 +43,7 @@ def _freeze_running(worker: Any, path: str, force: bool) -> dict[str, Any]:
     from ...weights.freeze import FreezeOptions
     from ...weights.ranks import freeze_rank
     from .exchange import world_exchange
-    from .identity import engine_identity, model_directory
+    from .identity import config_directory, engine_identity, model_directory
     from .versions import identity_processing, untied_by_checkpoint
 
     model, config = worker.get_model(), worker.vllm_config
@@ -57,7 +57,11 @@ def _freeze_running(worker: Any, path: str, force: bool) -> dict[str, Any]:
         )
     identity = engine_identity(config, config.model_config)
     directory = model_directory(config.model_config)
-    files = carried_files(directory) if directory is not None and identity.parallel.rank == 0 else []
+    files = (
+        carried_files(directory, config_directory(config.model_config))
+        if directory is not None and identity.parallel.rank == 0
+        else []
+    )
     # Neither model id nor source: the weights may have been updated since they were loaded from that directory.
     header = Header(identity=identity, writer=f"thaw {__version__}")
     report = freeze_rank(
