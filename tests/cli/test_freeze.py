@@ -6,7 +6,7 @@ import pytest
 
 from thaw_vllm.cli.freeze import parse_engine_arg
 from thaw_vllm.engines.vllm import api
-from thaw_vllm.errors import ExistsError
+from thaw_vllm.errors import ExistsError, UsageError
 from thaw_vllm.weights.freeze import FreezeReport
 
 
@@ -146,3 +146,25 @@ def test_real_engine(spawn, tmp_path):
     assert spawn("verify", "w.thaw", "--content").code == 0
     assert spawn("id", "w.thaw", "--json").document["model"] == spawn("id", model, "--json").document["model"]
     assert not [p for p in tmp_path.iterdir() if p.name.endswith(".thaw-part")]
+
+
+@pytest.mark.parametrize("name", ["model", "path"])
+def test_engine_arg_cannot_say_what_an_option_says(thaw, freezing, name):
+    ran = thaw("freeze", "--model", "M", "--output", "w.thaw", "--engine-arg", f"{name}=x")
+    assert ran.code == 2 and f"cannot set {name}" in ran.err and not freezing
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("name", ["load_format", "enforce_eager", "model_loader_extra_config"])
+def test_what_freezing_sets_itself(name, tmp_path):
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    with pytest.raises(UsageError, match=name):
+        api.freeze_checkpoint("M", tmp_path / "w.thaw", **{name: True})
+
+
+def test_demo_keeps_what_is_there(thaw, tmp_path, monkeypatch):
+    monkeypatch.setattr(api, "require_vllm_installed", lambda: None)
+    (tmp_path / "w.thaw").write_text("mine")
+    ran = thaw("demo", "--model", tmp_path, "--snapshot", tmp_path / "w.thaw")
+    assert ran.code != 0 and "exists" in ran.err
+    assert (tmp_path / "w.thaw").read_text() == "mine"

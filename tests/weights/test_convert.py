@@ -346,7 +346,9 @@ def test_checkpoint_that_is_replaced_meanwhile(when, tmp_path, monkeypatch):
     if when != "read":
         name = "open_checkpoint" if when == "opened" else "source_record"
         monkeypatch.setattr(convert, name, replacing(getattr(convert, name)))
-    with pytest.raises(ReplacedError, match=r"model\.safetensors' was replaced .*while it was being read; run it again"):
+    with pytest.raises(
+        ReplacedError, match=r"model\.safetensors' was replaced .*while it was being read; run it again"
+    ):
         from_checkpoint(directory, tmp_path / "m.thaw", progress=replacing(lambda *_: None))
     assert listing(tmp_path) == ["m"]
 

@@ -43,6 +43,46 @@ def test_another_config(snapshot: Path, copied: Path, load: Callable, thaw_args:
         load(copied, **thaw_args(snapshot))
 
 
+def test_a_config_that_vllm_reads_elsewhere(
+    snapshot: Path, checkpoints: Callable, copied: Path, load: Callable, thaw_args: Callable
+):
+    edit_config(copied, rms_norm_eps=0.5)
+    with pytest.raises(MismatchError, match="config"):
+        load(checkpoints("untied"), hf_config_path=str(copied), **thaw_args(snapshot))
+
+
+def test_how_a_model_is_quantised_counts(snapshot: Path, copied: Path, load: Callable, thaw_args: Callable):
+    (copied / "quantize_config.json").write_text(json.dumps({"bits": 4}))
+    with pytest.raises(MismatchError, match="config"):
+        load(copied, **thaw_args(snapshot))
+
+
+def test_the_format_of_mistral(copied: Path, load: Callable, thaw_args: Callable, tmp_path: Path):
+    from vllm.config import ModelConfig
+
+    from thaw_vllm.engines.vllm.identity import canonical_config
+
+    config = ModelConfig(model=str(copied))
+    assert canonical_config(config)
+    (copied / "params.json").write_text("{}")
+    shutil.copy(copied / "model.safetensors", copied / "consolidated.safetensors")
+    with pytest.raises(UnsupportedError, match=r"Mistral's own format.*config_format='hf'"):
+        canonical_config(config)
+    (copied / "params.json").unlink()
+    with pytest.raises(UnsupportedError, match="vLLM reads other files"):
+        load(copied, **thaw_args(tmp_path / "w.thaw", mode="freeze"))
+    with pytest.raises(UnsupportedError, match="vLLM reads other files"):
+        load(copied, **thaw_args(tmp_path / "w.thaw", mode="freeze", source_format="npcache"))
+    load(copied, **thaw_args(tmp_path / "w.thaw", mode="freeze", source_format="safetensors"))
+
+
+def test_speculation_without_a_draft_model_is_no_draft(
+    snapshot: Path, checkpoints: Callable, load: Callable, thaw_args: Callable
+):
+    ngram = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
+    load(checkpoints("untied"), speculative_config=ngram, **thaw_args(snapshot))
+
+
 def test_another_architecture(snapshot: Path, checkpoints: Callable, load: Callable, thaw_args: Callable):
     with pytest.raises(MismatchError, match="holds architecture 'LlamaForCausalLM'"):
         load(checkpoints("moe"), **thaw_args(snapshot))

@@ -1,0 +1,36 @@
+"""Errors on their way from a worker to the caller."""
+
+import pytest
+
+from thaw_vllm.engines.vllm.failures import noted, reported
+from thaw_vllm.errors import MismatchError, ThawError
+
+
+def fail_in_a_worker(error, seen):
+    """``error`` inside a worker, and what the caller's own process sees of it."""
+    with reported() as folder:
+        with pytest.raises(type(error)), noted(folder):
+            raise error
+        raise seen
+
+
+def test_an_error_of_ours_comes_as_itself():
+    with pytest.raises(MismatchError, match="another rank"):
+        fail_in_a_worker(MismatchError("another rank"), RuntimeError("a worker failed"))
+
+
+def test_an_error_of_the_engine_is_named():
+    with pytest.raises(ThawError, match="could not load the model: MemoryError: 16 GB"):
+        fail_in_a_worker(MemoryError("16 GB"), RuntimeError("a worker failed"))
+
+
+def test_an_error_that_came_by_itself_stays():
+    error = ValueError("twice")
+    with pytest.raises(ValueError, match="twice") as caught:
+        fail_in_a_worker(error, error)
+    assert caught.value is error
+
+
+def test_no_note_leaves_the_failure():
+    with pytest.raises(RuntimeError, match="something else"), reported():
+        raise RuntimeError("something else")
