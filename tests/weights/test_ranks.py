@@ -394,6 +394,23 @@ def test_ranks_that_lose_each_other(number, memory_path):
         assert is_tidy(target)
 
 
+@pytest.mark.parametrize("call", ["fsync", "rename"])
+def test_others_are_told_what_may_be_in_place(call, old):
+    """Rank 0 fails in the step that publishes: the others cannot tell whether before or after the rename."""
+
+    def fail():
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        counts = lambda: threading.current_thread().name == "rank-0"  # noqa: E731
+        Calls(patch, 0, "after", fail, calls=[(os, call)], counts=counts)
+        outcomes = freeze_threads(old, NEW, WORLD)
+    assert loaded(old, WORLD) == (NEW if call == "rename" else OLD)
+    assert {str(outcome) for outcome in outcomes[1:]} == {
+        "rank 0 could not freeze: KeyboardInterrupt: ; the old snapshot or the new one is in place, whole"
+    }
+
+
 def test_model_id_that_cannot_be_computed(old):
     def fail():
         raise MismatchError("the checkpoint changed")

@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         closed = isinstance(exit.__context__, BrokenPipeError)
         code = PIPE_CLOSED if closed else exit.code if isinstance(exit.code, int) else 1
     if code == INTERRUPTED:
-        _say("interrupted; a file that was being replaced is the old one or the new one, whole")
+        _say("interrupted; nothing is left half-written")
     if code:
         _let_go_of_output()
     return code

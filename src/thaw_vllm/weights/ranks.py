@@ -138,7 +138,7 @@ def freeze_rank(
 
         try:
             ranks.step(publish_member)
-            ranks.step(publish_manifest)
+            ranks.step(publish_manifest, "the old snapshot or the new one is in place, whole")
         except BaseException:
             # Rank 0 knows whether it published. Another rank may remove its file only when it has rank 0's word that
             # the set failed: when it merely lost the others, rank 0 may be about to publish.
@@ -162,7 +162,8 @@ class _Ranks:
         self._exchange, self._rank = exchange, rank
         self.agreed = False
 
-    def step(self, work: Callable[[], dict[str, Any]]) -> list[dict[str, Any]]:
+    def step(self, work: Callable[[], dict[str, Any]], outcome: str = "nothing was published") -> list[dict[str, Any]]:
+        """Every rank's answer; raises where one failed, saying the outcome."""
         failure: BaseException | None = None
         self.agreed = False
         try:
@@ -175,7 +176,7 @@ class _Ranks:
             raise failure
         for rank, said in enumerate(answers):
             if "error" in said:
-                raise StorageError(f"rank {rank} could not freeze: {said['error']}; nothing was published")
+                raise StorageError(f"rank {rank} could not freeze: {said['error']}; {outcome}")
         return answers
 
 
