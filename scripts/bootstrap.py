@@ -41,7 +41,7 @@ PYTHON = VENV / "bin" / "python"
 STAMPS = VENV / "bootstrap"
 CACHE = ROOT / ".cache"
 LOG = CACHE / "bootstrap.log"
-CONSTRAINTS = CACHE / "constraints.txt"
+CONSTRAINTS = STAMPS / "constraints.txt"
 MODEL = CACHE / "models" / "SmolLM2-135M-Instruct"
 
 TORCH = "2.13.0"

@@ -155,7 +155,7 @@ def test_engine_arg_cannot_say_what_an_option_says(thaw, freezing, name):
 
 
 @pytest.mark.vllm
-@pytest.mark.parametrize("name", ["load_format", "enforce_eager", "model_loader_extra_config"])
+@pytest.mark.parametrize("name", ["load_format", "model_loader_extra_config"])
 def test_what_freezing_sets_itself(name, tmp_path):
     pytest.importorskip("vllm", reason="vLLM is not installed")
     with pytest.raises(UsageError, match=name):

@@ -70,7 +70,10 @@ def test_everything_a_header_can_say(thaw, tmp_path):
             stage="raw", engine="vllm", engine_version="0.32.0", quantization="fp8", parallel=Parallel(tp_size=1)
         ),
         writer="thaw 9",
-        source={"files": [{"name": "model.safetensors", "size": 12_345_678}, "odd"], "revision": "ab12"},
+        source={
+            "files": [{"name": "model.safetensors", "size": 12_345_678}, {"name": "vast", "size": 10**400}, "odd"],
+            "revision": "ab12",
+        },
         attributes={"layers.0|scale": 0.5},
         metadata={"model": "Llama\x1b[31m", "who": "we"},
     )
@@ -85,6 +88,7 @@ def test_everything_a_header_can_say(thaw, tmp_path):
         "config.json (2 bytes)",
         "vocab.txt (0 bytes)",
         "model.safetensors (12.3 MB)",
+        "vast (unknown size)",
         "revision ab12",
         "layers.0.scale = 0.5",
         "thaw 9",

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from thaw_vllm.engines.vllm import fresh
+from thaw_vllm.errors import UsageError
 from thaw_vllm.weights.open import open_snapshot
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
@@ -49,10 +50,16 @@ def test_a_running_engine_freezes_to_the_same_content(checkpoints: Callable, tmp
     directory = str(checkpoints("untied"))
     args: dict[str, Any] = {"max_model_len": 256, "enforce_eager": True, "gpu_memory_utilization": 0.2}
     fresh.run("freeze", model=directory, snapshot=tmp_path / "loading.thaw", engine_args=args)
-    llm = LLM(directory, **args)
+    llm = LLM(directory, enable_sleep_mode=True, **args)
     thaw_vllm.freeze_model_tp(llm, tmp_path / "running.thaw")
+    llm.sleep(level=1)
+    with pytest.raises(UsageError, match="asleep"):
+        thaw_vllm.freeze_model_tp(llm, tmp_path / "asleep.thaw")
+    assert not (tmp_path / "asleep.thaw").exists()
+    llm.wake_up()
+    thaw_vllm.freeze_model_tp(llm, tmp_path / "awake.thaw")
     found = []
-    for name in ("loading.thaw", "running.thaw"):
+    for name in ("loading.thaw", "running.thaw", "awake.thaw"):
         with open_snapshot(tmp_path / name) as opened:
             found.append(opened.snapshot.header.content)
-    assert found[0] == found[1]
+    assert found[0] == found[1] == found[2]

@@ -54,7 +54,7 @@ APART = {
 @pytest.mark.parametrize("turned", [False, True])
 def test_tensors_that_share_in_part_are_refused(kind, turned, tmp_path):
     first, second = APART[kind][:: -1 if turned else 1]
-    with pytest.raises(UnsupportedError, match=r"^'first', 'second' overlap in memory .* clone\(\) them apart first"):
+    with pytest.raises(UnsupportedError, match=r"^'first', 'second' share memory .* clone\(\) them apart first"):
         captured(first=first, second=second)
     module = torch.nn.Module()
     module.register_buffer("first", first)

@@ -280,6 +280,35 @@ def snapshot_of(path, tensors, identity, files=()):
     write_snapshot(path, Header(identity=identity), captured, FreezeOptions())
 
 
+def test_shape_that_safetensors_cannot_count(tmp_path):
+    """Empty, but the library multiplies from the left and stops where the product is beyond 64 bits."""
+    snapshot_of(tmp_path / "m.thaw", [("vast", torch.ones(0).reshape(1 << 40, 1 << 20, 0))], Identity("checkpoint"))
+    with pytest.raises(UnsupportedError, match=r"'vast' has the shape .*cannot count"):
+        to_checkpoint(tmp_path / "m.thaw", tmp_path / "out")
+
+
+def test_notes_beyond_the_limits_of_a_header(checkpoint, tmp_path):
+    path = checkpoint / "model-00002-of-00002.safetensors"
+    write_safetensors(path, every_dtype()[7:], {"calibration": "x" * (17 << 20)})
+    with pytest.raises(UnsupportedError, match=r"a snapshot cannot hold this: too large .* header 178\d+ of 16777216"):
+        from_checkpoint(checkpoint, tmp_path / "m.thaw")
+    assert listing(tmp_path) == ["model"]
+
+
+def test_name_that_is_not_unicode(checkpoint, tmp_path):
+    odd = checkpoint.rename(os.fsdecode(os.fsencode(tmp_path) + b"/m\xff"))
+    from_checkpoint(odd, tmp_path / "m.thaw")
+    with open_snapshot(tmp_path / "m.thaw") as opened:
+        assert opened.snapshot.header.metadata["model"] == "m\\xff"
+
+
+def test_without_tensors(tmp_path):
+    (tmp_path / "m").mkdir()
+    write_safetensors(tmp_path / "m" / "model.safetensors", [])
+    report = from_checkpoint(tmp_path / "m", tmp_path / "m.thaw")
+    assert checkpoint_id(open_checkpoint(tmp_path / "m"), cache=False) == report.model
+
+
 def test_raw_stage(tmp_path):
     snapshot_of(tmp_path / "raw.thaw", [("w", torch.ones(2))], Identity(stage="raw", engine="vllm"))
     with pytest.raises(UnsupportedError, match=r"'raw' stage of vllm.*Convert the checkpoint it was frozen from"):
@@ -375,6 +404,9 @@ def test_no_checkpoint(tmp_path):
 def test_bad_options(checkpoint, tmp_path):
     with pytest.raises(UsageError, match="chunk_size"):
         from_checkpoint(checkpoint, tmp_path / "model.thaw", chunk_size=5)
+    for mode in (-1, 0o1600):
+        with pytest.raises(UsageError, match="permission bits"):
+            from_checkpoint(checkpoint, tmp_path / "model.thaw", mode=mode)
     from_checkpoint(checkpoint, tmp_path / "model.thaw")
     with pytest.raises(UsageError, match="shard_size"):
         to_checkpoint(tmp_path / "model.thaw", tmp_path / "out", shard_size=0)

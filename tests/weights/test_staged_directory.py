@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from thaw_vllm import freeze_model
 from thaw_vllm.errors import CorruptionError, ExistsError, SpaceError, StorageError, UsageError
 from thaw_vllm.transport.swap import swap
 from thaw_vllm.weights import staged_directory
-from thaw_vllm.weights.convert import to_checkpoint
+from thaw_vllm.weights.convert import from_checkpoint, to_checkpoint
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -99,6 +100,23 @@ def test_file(snapshot, place):
     with pytest.raises(UsageError, match="is a file; name a directory"):
         to_checkpoint(snapshot, place / "out", force=True)
     assert (place / "out").read_text() == "mine"
+
+
+def test_mount_point(snapshot):
+    if not os.path.ismount("/dev/shm"):
+        pytest.skip("nothing is mounted at /dev/shm")
+    before = listing(Path("/dev/shm"))
+    with pytest.raises(UsageError, match="mount point, which cannot be replaced"):
+        to_checkpoint(snapshot, "/dev/shm", force=True)
+    assert listing(Path("/dev/shm")) == before
+
+
+def test_links_in_a_circle(snapshot, place):
+    (place / "out").symlink_to("out")
+    with pytest.raises(UsageError, match="is a file; name a directory"):
+        to_checkpoint(snapshot, place / "out")
+    with pytest.raises(UsageError, match="not a model directory"):
+        from_checkpoint(place / "out", place / "w.thaw")
 
 
 def test_no_parent(snapshot, place):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..format.limits import MAX_BYTES
 from .output import Json, document, pairs, plain, size, table
 
 if TYPE_CHECKING:
@@ -132,7 +133,8 @@ def _source(source: dict[str, Any]) -> list[str]:
     for entry in files if isinstance(files, list) else []:
         if isinstance(entry, dict):
             count = entry.get("size")
-            lines.append(f"{entry.get('name')} ({size(count) if isinstance(count, int) else 'unknown size'})")
+            known = size(count) if isinstance(count, int) and 0 <= count <= MAX_BYTES else "unknown size"
+            lines.append(f"{entry.get('name')} ({known})")
     if "revision" in source:
         lines.append(f"revision {source['revision']}")
     return lines

@@ -177,7 +177,7 @@ def _owner(group: list[Named]) -> tuple[Named, tuple[int, ...]]:
     if any(_view(t) != _view(first[2]) for _, _, t in group):
         names = ", ".join(repr(name) for name, _, _ in group[:4])
         raise UnsupportedError(
-            f"{names} overlap in memory and none of them covers the others without gaps; clone() them apart first"
+            f"{names} share memory and none of them covers the others without gaps; clone() them apart first"
         )
     return first, _packed(first[2])
 

@@ -152,8 +152,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         UsageError: not a directory, or no weight files in it.
         FormatError: a damaged safetensors header or index.
     """
-    directory = Path(path).resolve()
-    if not directory.is_dir():
+    directory = Path(os.path.realpath(path))
+    if not os.path.isdir(directory):
         raise UsageError(f"{os.fspath(path)!r} is not a model directory")
     names = _matching(directory, "*.safetensors")
     if (directory / INDEX).is_file():

@@ -250,7 +250,7 @@ def _text(value: Any) -> str | None:
 
 def _metadata(checkpoint: Checkpoint) -> dict[str, str]:
     """Free text of the safetensors files; what quantisers note there is kept for the way back."""
-    found = {"model": checkpoint.directory.name}
+    found = {"model": os.fsencode(checkpoint.directory.name).decode(errors="backslashreplace")}
     for name, raw in checkpoint.headers.items():
         notes = mapping(parse(raw, f"safetensors header of {name!r}").get("__metadata__", {}), "__metadata__")
         for key, value in notes.items():

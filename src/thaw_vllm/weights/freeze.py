@@ -37,7 +37,7 @@ class FreezeOptions:
 
     Attributes:
         force: replace an existing file.
-        mode: permission bits of the file.
+        mode: permission bits of the file, 0 to 0o777.
         chunk_size: bytes, a multiple of 4 MiB up to 64 MiB.
         workers: threads; None for what the machine bears.
         progress: called as (bytes done, bytes in all) from any thread.
@@ -52,6 +52,8 @@ class FreezeOptions:
     def __post_init__(self) -> None:
         if self.chunk_size % HASH_BLOCK or not 0 < self.chunk_size <= MAX_CHUNK:
             raise UsageError(f"chunk_size must be a multiple of {HASH_BLOCK} up to {MAX_CHUNK}, not {self.chunk_size}")
+        if not 0 <= self.mode <= 0o777:
+            raise UsageError(f"mode must be permission bits up to 0o777, not {self.mode:#o}")
         if self.workers is not None and self.workers < 1:
             raise UsageError(f"workers must be at least 1, not {self.workers}")
 
@@ -109,13 +111,12 @@ class SnapshotWriter:
         try:  # what a reader would refuse
             Identity.from_json(header.identity.to_json())
             from_json(captured.index.to_json())
-            dump(header.to_json())
+            self._header_size = len(dump(header.to_json())) + _SEAL_ROOM + members * _MEMBER_ROOM
+            self._chunks = lay_out(captured.index.storages, options.chunk_size)
+            _, preamble = front(header, captured.index, self._chunks, self._header_size)
         except FormatError as error:
             raise UnsupportedError(f"a snapshot cannot hold this: {error}") from None
         self._header, self._captured, self._options = header, captured, options
-        self._chunks = lay_out(captured.index.storages, options.chunk_size)
-        self._header_size = len(dump(header.to_json())) + _SEAL_ROOM + members * _MEMBER_ROOM
-        _, preamble = front(header, captured.index, self._chunks, self._header_size)
         self._payload_at = preamble.payload_at
         self.size = preamble.file_size
         self.content = ""

@@ -47,10 +47,10 @@ def checkpoint_id(checkpoint: Checkpoint, *, cache: bool = True, progress: Progr
     with contextlib.ExitStack() as stack:
         sources = {name: stack.enter_context(checkpoint.open_file(name)) for name in checkpoint.files}
         spans = [(t.file, t.begin, t.end) for t in checkpoint.tensors]
-        if not spans:
+        if not checkpoint.headers:
             spans = [(name, 0, source.size) for name, source in sources.items()]
         digests = _span_digests(sources, spans, progress)
-    if checkpoint.tensors:
+    if checkpoint.headers:
         found = model_id((t.name, t.dtype, t.shape, d) for t, d in zip(checkpoint.tensors, digests, strict=True))
     else:
         entries = [[name, end, digest] for (name, _, end), digest in zip(spans, digests, strict=True)]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import accumulate
+from operator import mul
 from typing import Any
 
 from ..errors import UnsupportedError
@@ -15,6 +17,10 @@ SHARD = 5_000_000_000
 """Bytes of tensors in one file, as transformers splits them."""
 
 SAFETENSORS_NAMES = {torch_name: name for name, torch_name in SAFETENSORS_DTYPES.items()}
+
+
+_MAX_ELEMENTS = (1 << 56) - 1
+"""Of any leading part of a shape: the safetensors library multiplies them up, then by 8 bits an element."""
 
 
 def shards(tensors: Iterable[Tensor], limit: int) -> dict[str, list[Tensor]]:
@@ -41,12 +47,14 @@ def header(name: str, tensors: list[Tensor], metadata: dict[str, str]) -> bytes:
     """What stands before the tensors of the file ``name``: its length in eight bytes, JSON, spaces to align them.
 
     Raises:
-        UnsupportedError: longer than the safetensors library reads.
+        UnsupportedError: longer than the safetensors library reads, or an empty tensor of a size it cannot count.
     """
     document: dict[str, Any] = {"__metadata__": metadata}
     at = 0
     for tensor in tensors:
         end = at + tensor.bytes
+        if any(n > _MAX_ELEMENTS for n in accumulate(tensor.shape, mul)):
+            raise UnsupportedError(f"{tensor.name!r} has the shape {tensor.shape}, which safetensors cannot count")
         kind = SAFETENSORS_NAMES[tensor.dtype]
         document[tensor.name] = {"dtype": kind, "shape": tensor.shape, "data_offsets": [at, end]}
         at = end

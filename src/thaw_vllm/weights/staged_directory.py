@@ -39,7 +39,7 @@ class StagedDirectory:
     def __init__(
         self, target: str | os.PathLike[str], size: int, *, force: bool = False, ours: Callable[[str], bool]
     ) -> None:
-        self.target = Path(target).resolve()
+        self.target = Path(os.path.realpath(target))
         self._ours, self._force = ours, force
         self._remove_stale()
         check_directory(target, force, ours)
@@ -171,8 +171,10 @@ def _locked(directory: Path) -> Iterator[None]:
 
 def check_directory(target: str | os.PathLike[str], force: bool, ours: Callable[[str], bool]) -> None:
     """Refuse a target that cannot be written, or whose replacement would lose a file that is not ``ours``."""
-    shown, path = repr(os.fspath(target)), Path(target).resolve()
-    if path.is_dir():
+    shown, path = repr(os.fspath(target)), Path(os.path.realpath(target))
+    if os.path.ismount(path):
+        raise UsageError(f"{shown} is a mount point, which cannot be replaced; name a directory in it")
+    if os.path.isdir(path):
         entries = sorted(os.scandir(path), key=lambda entry: entry.name)
         if entries and not force:
             raise ExistsError(f"{shown} exists and is not empty; use --force (force=True) to replace it")

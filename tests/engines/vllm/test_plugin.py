@@ -6,12 +6,13 @@ import ast
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import thaw_vllm.engines.vllm as package
-from thaw_vllm.engines.vllm import plugin, versions
+from thaw_vllm.engines.vllm import plugin, versions, worker
 from thaw_vllm.errors import MissingDependencyError, UnsupportedError
 
 pytestmark = pytest.mark.vllm
@@ -109,3 +110,13 @@ def test_every_private_name_is_documented():
     assert len(names) >= 5
     for name in names:
         assert re.search(rf"`[\w.]*\b{name}\b[\w.()]*`", documented), name
+
+
+def test_lora_adapters_keep_a_running_engine_from_being_frozen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """The worker is a stand-in: a real one whose post-processing changes nothing needs a GPU."""
+    monkeypatch.setattr(versions, "identity_processing", lambda model: None)
+    config = SimpleNamespace(lora_config=object(), model_config=SimpleNamespace())
+    standin = SimpleNamespace(get_model=lambda: None, vllm_config=config)
+    answer = worker.thaw_freeze(standin, str(tmp_path / "w.thaw"))
+    assert answer["error"] == "UnsupportedError" and "LoRA adapters" in answer["message"]
+    assert not list(tmp_path.iterdir())

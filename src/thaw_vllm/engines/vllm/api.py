@@ -69,9 +69,13 @@ def freeze_model_tp(llm: LLM, path: str | os.PathLike[str], *, force: bool = Fal
         force: replace an existing snapshot.
 
     Raises:
-        UnsupportedError: weights were changed after loading; freeze while loading (``freeze_checkpoint``).
+        UsageError: the engine is asleep.
+        UnsupportedError: weights were changed after loading, or LoRA adapters are enabled; freeze while loading
+            (``freeze_checkpoint``).
         StorageError: see FreezeOptions; nothing was published.
     """
+    if llm.llm_engine.is_sleeping():
+        raise UsageError("the engine is asleep and its weights are not in its memory; call llm.wake_up() first")
     answers = llm.collective_rpc("thaw_freeze", args=(os.path.abspath(os.fspath(path)), force))
     for answer in sorted(answers, key=lambda a: "rank " in a.get("message", "")):
         if "error" in answer:
@@ -87,14 +91,14 @@ def freeze_checkpoint(model: str, path: str | os.PathLike[str], **engine_args: A
         model: model directory or hub name.
         path: the snapshot's path, the manifest's when there are several ranks.
         engine_args: vLLM's engine arguments (``tensor_parallel_size``, ``dtype``, ``quantization``, …), and
-            ``force``, ``source_format``, ``workers`` of LoaderConfig.
+            ``force``, ``source_format``, ``workers`` of LoaderConfig. ``enforce_eager`` makes no difference here.
 
     Returns:
         One report a rank.
     """
     from ...transport.writer import check_target
 
-    taken = sorted({"load_format", "model_loader_extra_config", "enforce_eager"} & engine_args.keys())
+    taken = sorted({"load_format", "model_loader_extra_config"} & engine_args.keys())
     if taken:
         raise UsageError(f"freezing sets {taken[0]} itself; leave it out (source_format names vLLM's load format)")
     path = os.path.abspath(os.fspath(path))

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ... import errors
 from ...errors import ThawError
 
 # The default loader says how long it took at this level only, whatever the caller's own level is.
@@ -36,7 +37,7 @@ def run(
         environment: added to this process's environment.
 
     Raises:
-        ThawError: the process failed; the message ends with the last error it printed.
+        ThawError: the process failed; of the class of the last error it printed where that is one of thaw's.
     """
     with tempfile.TemporaryDirectory(prefix="thaw-") as folder:
         request, answer, log = (Path(folder) / name for name in ("request.json", "answer.json", "log.txt"))
@@ -64,7 +65,7 @@ def run(
         elapsed = time.perf_counter() - started
         printed = log.read_text(errors="replace")
         if done.returncode or not answer.exists():
-            raise ThawError(f"the process that should {action} failed (exit {done.returncode}): {_last_error(printed)}")
+            raise _failure(f"the process that should {action} failed (exit {done.returncode})", _last_error(printed))
         found: dict[str, Any] = json.loads(answer.read_text())
     found["seconds"]["total"] = elapsed
     if found["reports"]:
@@ -72,6 +73,13 @@ def run(
     elif took := _WEIGHTS_TOOK.findall(printed):
         found["seconds"]["weights"] = max(float(t) for t in took)
     return found
+
+
+def _failure(what: str, line: str) -> ThawError:
+    ours = re.search(r"thaw_vllm\.errors\.(\w+): (.*)", line)
+    kind = getattr(errors, ours[1], ThawError) if ours else ThawError
+    said: ThawError = kind(f"{what}: {ours[2] if ours else line}")
+    return said
 
 
 def _last_error(printed: str) -> str:

@@ -48,6 +48,8 @@ def _freeze_running(worker: Any, path: str, force: bool) -> dict[str, Any]:
 
     model, config = worker.get_model(), worker.vllm_config
     why = identity_processing(model)
+    if why is None and config.lora_config is not None:
+        why = "LoRA adapters are wrapped around its modules"
     if why is None and untied_by_checkpoint(config.model_config):
         why = "vLLM may have tied its embeddings after loading"
     if why is not None:
