@@ -16,6 +16,7 @@ _HOMES = {
     "freeze_model_pipelined": "weights.module",
     "freeze_model_tp": "engines.vllm.api",
     "load": "engines.vllm.api",
+    "pin": "weights.pinned",
     "restore_model": "weights.module",
     "restore_model_from_ram": "weights.module",
     "restore_model_pipelined": "weights.module",
@@ -28,6 +29,7 @@ __all__ = [
     "freeze_model_pipelined",
     "freeze_model_tp",
     "load",
+    "pin",
     "restore_model",
     "restore_model_from_ram",
     "restore_model_pipelined",
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
         restore_model_from_ram,
         restore_model_pipelined,
     )
+    from .weights.pinned import pin
 
 
 def __getattr__(name: str) -> Any:

@@ -11,6 +11,7 @@
         * ExistsError       the target is there and ``force`` was not given
         * SpaceError        not enough room, or the disk filled up
         * ReplacedError     the file changed while it was being read
+    * DeviceError           the accelerator or its driver said no
     * MissingDependencyError  an optional package is not installed
 
 Each carries an ``exit_code`` that the command line uses; docs/cli.md lists them.
@@ -73,6 +74,12 @@ class SpaceError(StorageError):
 
 class ReplacedError(StorageError):
     """The snapshot changed while it was being read."""
+
+
+class DeviceError(ThawError):
+    """The accelerator or its driver refused."""
+
+    exit_code = 8
 
 
 class MissingDependencyError(ThawError):

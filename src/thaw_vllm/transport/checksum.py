@@ -31,7 +31,8 @@ def weight(position: int) -> int:
 
 
 @cache
-def _lane_weights() -> NDArray[np.uint64]:
+def lane_weights() -> NDArray[np.uint64]:
+    """``weight`` of every lane, shape (LANES,)."""
     import numpy as np
 
     with np.errstate(over="ignore"):
@@ -57,7 +58,7 @@ def wordsum(data: memoryview) -> int:
     if whole != size:
         tail = np.frombuffer(bytes(data[whole:]).ljust(4, b"\0"), dtype="<u4")
         words = np.concatenate([words, tail])
-    weights, total = _lane_weights(), 0
+    weights, total = lane_weights(), 0
     for row, start in enumerate(range(0, len(words), LANES)):
         lanes = words[start : start + LANES].astype(np.uint64)
         total += int(np.dot(lanes, weights[: len(lanes)])) * weight(LANES + row)

@@ -10,6 +10,9 @@ from typing import Protocol
 
 from ..errors import CorruptionError, ReplacedError, StorageError
 
+_LARGE = 1 << 16
+"""Bytes from which importing numpy and letting other threads run is worth it."""
+
 
 class Source(Protocol):
     """A readable sequence of bytes; safe to read from several threads.
@@ -30,6 +33,16 @@ class Source(Protocol):
 
     def close(self) -> None:
         """Let go of the file or memory."""
+
+
+def copy(into: memoryview, data: memoryview) -> None:
+    """Copy bytes; many of them without holding the interpreter lock, which a memoryview's own assignment holds."""
+    if into.nbytes < _LARGE:
+        into[:] = data
+        return
+    import numpy as np
+
+    np.copyto(np.frombuffer(into, dtype=np.uint8), np.frombuffer(data, dtype=np.uint8))
 
 
 def read_bytes(source: Source, offset: int, length: int) -> bytes:
@@ -59,6 +72,11 @@ class FileSource:
         self.size = status.st_size
         self._stamp = (status.st_size, status.st_mtime_ns)
         self._inode = (status.st_dev, status.st_ino)
+
+    @property
+    def descriptor(self) -> int:
+        """The open file's; this object's to close."""
+        return self._fd
 
     def read_into(self, offset: int, view: memoryview) -> None:
         """See Source; also raises StorageError when the device fails."""
@@ -112,7 +130,7 @@ class MemorySource:
         """See Source."""
         if offset + len(view) > self.size:
             raise CorruptionError(f"{self.name} ends at {self.size}, {offset + len(view)} bytes were needed")
-        view[:] = self._view[offset : offset + len(view)]
+        copy(view, self._view[offset : offset + len(view)])
 
     def check_unchanged(self) -> None:
         """Memory is the caller's; nothing to compare."""

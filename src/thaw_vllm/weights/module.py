@@ -54,23 +54,30 @@ def restore_model(model: torch.nn.Module, path: str | os.PathLike[str], **option
     Args:
         model: the module it was frozen from, or one of the same names, shapes, dtypes and ties, on any device.
         path: the file.
-        options: fields of RestoreOptions (``verify``, ``workers``, ``progress``).
+        options: fields of RestoreOptions (``verify``, ``route``, ``workers``, ``progress``).
 
     Raises:
         MismatchError: the file is for another module; nothing was copied.
-        FormatError, CorruptionError, StorageError: the file is unsound. When a checksum fails the module is partly
-            filled and must not be used.
+        FormatError, CorruptionError, StorageError, DeviceError: the file is unsound, or a device failed. When a
+            checksum fails the module is partly filled and must not be used.
 
     Notes:
-        Host tensors are read into directly; device tensors through one staging chunk a thread. The library picks the
-        route, so ``restore_model_pipelined`` is this function.
+        The library picks the route and the report says which, and why. Host tensors are read into directly. To a GPU,
+        threads read into page-locked slots and copy from there, whatever is cached from memory and the rest directly
+        from the disk; each chunk is verified on the GPU after it arrived.
     """
     start = time.perf_counter()
     with open_snapshot(path) as opened:
-        return _restore(model, opened, RestoreOptions(**options), start)
+        return restore_opened(model, opened, RestoreOptions(**options), start)
 
 
-restore_model_pipelined = restore_model
+def restore_model_pipelined(model: torch.nn.Module, path: str | os.PathLike[str], **options: Any) -> RestoreReport:
+    """``restore_model`` by the disk's route: direct I/O past the page cache, where the file system has it.
+
+    For files that were not read lately and will not be soon: nothing else is pushed out of memory. On tmpfs, and where
+    direct I/O is refused, it is ``restore_model``, and the report says so.
+    """
+    return restore_model(model, path, **{"route": "direct", **options})
 
 
 def restore_model_from_ram(
@@ -81,10 +88,11 @@ def restore_model_from_ram(
         return restore_model(model, snapshot, **options)
     start = time.perf_counter()
     with open_memory(snapshot) as opened:
-        return _restore(model, opened, RestoreOptions(**options), start)
+        return restore_opened(model, opened, RestoreOptions(**options), start)
 
 
-def _restore(model: torch.nn.Module, opened: Opened, options: RestoreOptions, start: float) -> RestoreReport:
+def restore_opened(model: torch.nn.Module, opened: Opened, options: RestoreOptions, start: float) -> RestoreReport:
+    """``restore_model`` from what is open already; ``start`` is when the clock began (``time.perf_counter``)."""
     stage = opened.snapshot.header.identity.stage
     if stage not in ("module", "checkpoint"):
         raise MismatchError(

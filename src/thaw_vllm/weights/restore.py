@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +16,11 @@ from ..format.chunks import Chunk
 from ..format.index import Tensor
 from ..format.snapshot import Snapshot
 from ..transport import parallel
+from ..transport.links import CudaLink, Place, link_to
+from ..transport.pipeline import Range, deliver
 from ..transport.read import Piece, read
+from ..transport.readers import ROUTES, Reader, Through, choose
+from ..transport.resident import Resident
 from ..transport.source import FileSource, Source
 from .layout import byte_view, check_storable, dense, dtype_name, extent, host_bytes, integers, ordered, runs, settle
 
@@ -26,17 +31,21 @@ class RestoreOptions:
 
     Attributes:
         verify: hold every chunk against its checksum.
+        route: ``auto`` looks at the medium and chooses; ``cached`` reads through the page cache, ``direct`` past it.
         workers: threads; None for what the machine bears.
         progress: called as (bytes done, bytes in all) from any thread.
     """
 
     verify: bool = True
+    route: str = "auto"
     workers: int | None = None
     progress: Callable[[int, int], None] | None = None
 
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 1:
             raise UsageError(f"workers must be at least 1, not {self.workers}")
+        if self.route not in ROUTES:
+            raise UsageError(f"route must be one of {', '.join(ROUTES)}, not {self.route!r}")
 
 
 @dataclass(frozen=True)
@@ -47,9 +56,13 @@ class RestoreReport:
         path: where from.
         bytes: original bytes read.
         tensors: names filled, ties included.
-        verified: ``xxh3`` when every chunk was held against its checksum, else ``none``.
-        seconds: by phase (``open``, ``match``, ``read``, ``total``).
+        verified: by which checksum every chunk was verified: ``xxh3`` (on the host), ``wordsum`` (on the device),
+            ``xxh3+wordsum`` (each its part), or ``none``.
+        seconds: by phase, in order (``open``, ``match``, ``plan``, ``read``, ``settle``), and ``total``.
         replaced: the path names another file by now; what was read is the earlier one, whole.
+        route: how the bytes moved.
+        why: why that way.
+        sources: bytes by where they came from (``cached``, ``direct``), where that was told apart.
     """
 
     path: str
@@ -58,6 +71,9 @@ class RestoreReport:
     verified: str
     seconds: dict[str, float] = field(default_factory=dict)
     replaced: bool = False
+    route: str = ""
+    why: str = ""
+    sources: dict[str, int] = field(default_factory=dict)
 
     @property
     def gb_per_s(self) -> float:
@@ -102,27 +118,60 @@ def restore(
             if options.progress is not None:
                 options.progress(done, total)
 
-    pieces = list(_pieces(snapshot, targets))
+    work = sort(snapshot, targets)
+    workers = options.workers or parallel.default_workers()
+    planned = time.perf_counter()
     settle(targets.values())
-    with torch.no_grad():
-        read(
-            source,
-            pieces,
-            workers=options.workers or parallel.default_workers(),
-            verify=options.verify,
-            progress=advance,
-        )
+    with contextlib.closing(choose(source, options.route, staged=bool(work.devices))) as reader:
+        names = []
+        if work.host:
+            through = Through(source, reader) if reader.margin else source
+            with torch.no_grad():
+                read(through, work.host, workers=workers, verify=options.verify, progress=advance)
+            names.append("into host memory")
+        for ranges, places in work.devices.values():
+            names.append(_to_device(source, reader, ranges, places, workers, options.verify, advance))
+        sources = reader.summary()
+    arrived = time.perf_counter()
     settle(targets.values())
     source.check_unchanged()
     end = time.perf_counter()
+    checks = (["xxh3"] if work.host else []) + (["wordsum"] if work.devices else [])
     return RestoreReport(
         source.name,
         total,
         len(snapshot.index.tensors),
-        "xxh3" if options.verify else "none",
-        {"match": matched - start, "read": end - matched, "total": end - start},
+        "+".join(checks or ["xxh3"]) if options.verify else "none",
+        {
+            "match": matched - start,
+            "plan": planned - matched,
+            "read": arrived - planned,
+            "settle": end - arrived,
+            "total": end - start,
+        },
         isinstance(source, FileSource) and source.replaced,
+        " → ".join([reader.route, *names]),
+        reader.why,
+        sources,
     )
+
+
+def _to_device(
+    source: Source,
+    reader: Reader,
+    ranges: list[Range],
+    places: list[Place],
+    workers: int,
+    verify: bool,
+    progress: Callable[[int], None],
+) -> str:
+    """Bring chunks to one device; returns what reports call the way."""
+    with contextlib.closing(link_to(places)) as link:
+        if isinstance(link, CudaLink) and isinstance(source, Resident) and source.locked is not None:
+            source.send(link.context, ranges, link.runs, verify=verify, progress=progress)
+            return f"page-locked memory to cuda:{link.context.device}"
+        deliver(reader, source.name, ranges, link, workers=workers, verify=verify, progress=progress)
+        return link.name
 
 
 def match(snapshot: Snapshot, targets: Mapping[str, torch.Tensor], required: Collection[str], name: str) -> None:
@@ -198,30 +247,47 @@ def _same_strides(stride: tuple[int, ...], entry: Tensor) -> bool:
     return all(a == b for a, b, size in zip(stride, entry.stride, entry.shape, strict=True) if size > 1)
 
 
-def _pieces(snapshot: Snapshot, targets: Mapping[str, torch.Tensor]) -> Iterator[Piece]:
+@dataclass
+class Work:
+    """A snapshot's chunks by how they reach their tensors.
+
+    Attributes:
+        host: those that go into host memory, or through it into a tensor whose strides differ from the file's.
+        devices: by device, those that can be copied straight to where they belong, and their places.
+    """
+
+    host: list[Piece] = field(default_factory=list)
+    devices: dict[torch.device, tuple[list[Range], list[Place]]] = field(default_factory=dict)
+
+
+def sort(snapshot: Snapshot, targets: Mapping[str, torch.Tensor]) -> Work:
+    """The chunks of every tensor, in order of their place in the file; ``match`` has passed."""
     owners: dict[int, Tensor] = {}
     for entry in snapshot.index.tensors:
         if entry.storage is not None:
             owners.setdefault(entry.storage, entry)
     base = snapshot.preamble.payload_at
-    views: dict[int, tuple[torch.Tensor, memoryview | None] | None] = {}
+    found = Work()
+    storage, direct, label = -1, None, ""
     for chunk in snapshot.chunks:
         owner = owners.get(chunk.storage)
         if owner is None:  # a carried file
             continue
         target = targets[owner.name]
-        if chunk.storage not in views:
-            views[chunk.storage] = _direct(owner, target)
-        direct = views[chunk.storage]
-        label = f"{owner.name!r}"
-        into, deliver = None, None
+        if chunk.storage != storage:
+            storage, direct, label = chunk.storage, _direct(owner, target), repr(owner.name)
+        place = base + chunk.stored_at
         if direct is None:
-            deliver = _scatter(owner, target, chunk)
+            scatter = _scatter(owner, target, chunk)
+            found.host.append(Piece(place, chunk.length, chunk.xxh3, label, None, scatter))
         elif direct[1] is not None:
             into = direct[1][chunk.at : chunk.at + chunk.length]
+            found.host.append(Piece(place, chunk.length, chunk.xxh3, label, into))
         else:
-            deliver = _copy(direct[0][chunk.at : chunk.at + chunk.length])
-        yield Piece(base + chunk.stored_at, chunk.length, chunk.xxh3, label, into, deliver)
+            ranges, places = found.devices.setdefault(target.device, ([], []))
+            ranges.append(Range(place, chunk.length, chunk.wordsum, label))
+            places.append(Place(direct[0], chunk.at, chunk.length))
+    return found
 
 
 def _direct(entry: Tensor, target: torch.Tensor) -> tuple[torch.Tensor, memoryview | None] | None:
@@ -232,21 +298,13 @@ def _direct(entry: Tensor, target: torch.Tensor) -> tuple[torch.Tensor, memoryvi
     return view, host_bytes(view) if view.device.type == "cpu" else None
 
 
-def _copy(view: torch.Tensor) -> Callable[[memoryview], None]:
-    def deliver(data: memoryview) -> None:
-        with torch.inference_mode():  # holds for one thread, and tensors made under it can be written under it only
-            view.copy_(torch.frombuffer(data, dtype=torch.uint8))
-
-    return deliver
-
-
 def _scatter(entry: Tensor, target: torch.Tensor, chunk: Chunk) -> Callable[[memoryview], None]:
     """Element by element into a target whose strides differ from the storage's."""
     seen = ordered(integers(target), entry.stride)
     item = target.element_size()
 
     def deliver(data: memoryview) -> None:
-        with torch.inference_mode():  # as in _copy
+        with torch.inference_mode():  # holds for one thread; tensors made under it can be written under it only
             elements = torch.empty(chunk.length // item, dtype=seen.dtype, device="cpu")
             host_bytes(byte_view(elements))[:] = data
             position = 0

@@ -1,0 +1,38 @@
+"""What a file lies on, as far as it decides how to read and write it."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+
+IN_MEMORY = frozenset({"tmpfs", "ramfs", "hugetlbfs"})
+"""File systems whose files are memory: reading them is copying, and there is nothing to read directly."""
+
+
+def file_system(descriptor: int) -> str:
+    """Type of the file system that an open file is on (``tmpfs``, ``ext4``, ``nfs4``, …); empty when not known."""
+    device = os.fstat(descriptor).st_dev
+    return _mounts().get(f"{os.major(device)}:{os.minor(device)}", "") or _mounts_now().get(
+        f"{os.major(device)}:{os.minor(device)}", ""
+    )
+
+
+def in_memory(descriptor: int) -> bool:
+    """Whether an open file's bytes are memory already."""
+    return file_system(descriptor) in IN_MEMORY
+
+
+def _mounts_now() -> dict[str, str]:
+    """File system types by device number, from the kernel's table (proc(5), mountinfo)."""
+    found = {}
+    try:
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as table:
+            for line in table:
+                fields, _, rest = line.partition(" - ")
+                found[fields.split()[2]] = rest.split()[0]
+    except (OSError, IndexError):
+        return {}
+    return found
+
+
+_mounts = cache(_mounts_now)

@@ -1,0 +1,241 @@
+"""How ranges of a source get into staging memory: one class a way, and the choice among them."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import threading
+from types import TracebackType
+from typing import Protocol
+
+from ..errors import CorruptionError, StorageError, UsageError
+from .medium import IN_MEMORY, file_system
+from .plan import BLOCK
+from .source import FileSource, Source, copy
+
+ROUTES = ("auto", "cached", "direct")
+"""``auto`` lets the library choose, ``cached`` reads through the page cache, ``direct`` past it."""
+
+_NO_WAIT = getattr(os, "RWF_NOWAIT", None)
+_DIRECT = getattr(os, "O_DIRECT", 0)
+_REFUSED = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
+
+
+class Reader(Protocol):
+    """Brings ranges of one source into memory; safe in several threads; close it before the source.
+
+    Attributes:
+        route: what reports call it.
+        why: why it was chosen, for reports.
+        margin: how much longer than the range the memory has to be.
+    """
+
+    route: str
+    why: str
+    margin: int
+
+    def read(self, offset: int, length: int, view: memoryview) -> int:
+        """Bring ``length`` bytes from ``offset`` into ``view``.
+
+        Args:
+            view: writable, at least ``length + margin`` bytes; aligned to BLOCK where ``margin`` is not 0.
+
+        Returns:
+            Where in ``view`` the first of them is.
+
+        Raises:
+            CorruptionError: the source ends before them.
+            StorageError: the device failed.
+        """
+
+    def summary(self) -> dict[str, int]:
+        """Bytes by where they came from, so far."""
+
+    def close(self) -> None:
+        """Let go of what the reader itself opened."""
+
+
+class Cached:
+    """Plain reads of any source: the page cache for files, a copy for memory. Works everywhere."""
+
+    margin = 0
+
+    def __init__(self, source: Source, route: str, why: str) -> None:
+        self._source, self.route, self.why = source, route, why
+
+    def read(self, offset: int, length: int, view: memoryview) -> int:
+        """See Reader."""
+        self._source.read_into(offset, view[:length])
+        return 0
+
+    def summary(self) -> dict[str, int]:
+        """Nothing to tell apart."""
+        return {}
+
+    def close(self) -> None:
+        """Nothing of its own is open."""
+
+
+class Direct:
+    """Reads that bypass the page cache (O_DIRECT), for cold files on disks; with ``peek``, only what is not cached.
+
+    What lies in the page cache is recognised by a read that may not wait (RWF_NOWAIT): it gives the bytes or says that
+    there are none. So a file that is cached in part is read at memory's speed where it is and at the disk's elsewhere,
+    and what was not cached stays uncached: nothing else is pushed out of memory.
+    """
+
+    margin = 2 * BLOCK
+
+    def __init__(self, source: FileSource, why: str, *, peek: bool) -> None:
+        """
+        Raises:
+            OSError: the file system has no direct I/O.
+        """
+        self._source, self.why, self._peek = source, why, peek
+        self.route = "page cache, else direct" if peek else "direct"
+        self._file = os.open(f"/proc/self/fd/{source.descriptor}", os.O_RDONLY | os.O_CLOEXEC | _DIRECT)
+        self._lock = threading.Lock()
+        self._bytes = {"cached": 0, "direct": 0}
+
+    def read(self, offset: int, length: int, view: memoryview) -> int:
+        """See Reader."""
+        cached = self._cached(offset, length, view) if self._peek else 0
+        if cached == length:
+            head = 0
+        else:
+            head = self._direct(offset, length, view)
+            cached = 0
+        with self._lock:
+            self._bytes["cached"] += cached
+            self._bytes["direct"] += length - cached
+        return head
+
+    def _cached(self, offset: int, length: int, view: memoryview) -> int:
+        assert _NO_WAIT is not None
+        done = 0
+        while done < length:
+            try:
+                count = os.preadv(self._source.descriptor, [view[done:length]], offset + done, _NO_WAIT)
+            except OSError as error:
+                if error.errno == errno.EAGAIN:
+                    return done
+                raise self._failed(offset + done, error) from None
+            if not count:
+                return done
+            done += count
+        return done
+
+    def _direct(self, offset: int, length: int, view: memoryview) -> int:
+        low = offset // BLOCK * BLOCK
+        head = offset - low
+        want = -(-(head + length) // BLOCK) * BLOCK
+        done = 0
+        while done < head + length:
+            try:
+                count = os.preadv(self._file, [view[done:want]], low + done)
+            except OSError as error:
+                raise self._failed(low + done, error) from None
+            done += count
+            # A short read ends on a block and is gone on with, or at the file's end.
+            if not count or done % BLOCK:
+                break
+        if done < head + length:
+            raise CorruptionError(
+                f"{self._source.name!r} ends at {low + done}, {offset + length} bytes were needed; copy the file again"
+            )
+        return head
+
+    def _failed(self, offset: int, error: OSError) -> StorageError:
+        return StorageError(f"reading {self._source.name!r} at {offset} failed: {error.strerror}")
+
+    def summary(self) -> dict[str, int]:
+        """Bytes from the page cache and from the device."""
+        with self._lock:
+            return dict(self._bytes)
+
+    def close(self) -> None:
+        """Close the second descriptor; a second call does nothing."""
+        if self._file >= 0:
+            file, self._file = self._file, -1
+            os.close(file)
+
+    def __enter__(self) -> Direct:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+class Through:
+    """A source that reads by a reader which wants aligned memory, through a block of such memory for each thread."""
+
+    STEP = 1 << 20
+
+    def __init__(self, source: Source, reader: Reader) -> None:
+        """Borrows both."""
+        self._source, self._reader = source, reader
+        self.name, self.size = source.name, source.size
+        self._local = threading.local()
+
+    def read_into(self, offset: int, view: memoryview) -> None:
+        """See Source."""
+        room: mmap.mmap | None = getattr(self._local, "room", None)
+        if room is None:
+            room = self._local.room = mmap.mmap(-1, self.STEP + self._reader.margin)
+        with memoryview(room) as block:
+            for at in range(0, len(view), self.STEP):
+                part = view[at : at + self.STEP]
+                head = self._reader.read(offset + at, len(part), block)
+                copy(part, block[head : head + len(part)])
+
+    def check_unchanged(self) -> None:
+        """See Source."""
+        self._source.check_unchanged()
+
+    def close(self) -> None:
+        """Nothing: the source is somebody else's."""
+
+
+def choose(source: Source, route: str = "auto", *, staged: bool = True) -> Reader:
+    """The reader for a source, probing the medium; ``why`` says what was found.
+
+    Args:
+        source: stays the caller's.
+        route: one of ROUTES. ``direct`` falls back to plain reads where there is no direct I/O, and says so.
+        staged: whether the bytes pass through staging memory anyhow. If not, the page cache saves a copy.
+
+    Raises:
+        UsageError: an unknown route.
+    """
+    if route not in ROUTES:
+        raise UsageError(f"route must be one of {', '.join(ROUTES)}, not {route!r}")
+    if not isinstance(source, FileSource):
+        return Cached(source, "memory", "the bytes are in memory already")
+    kind = file_system(source.descriptor)
+    if kind in IN_MEMORY:
+        return Cached(source, "tmpfs", f"the file is on {kind}: its bytes are memory already")
+    if route == "cached":
+        return Cached(source, "page cache", "the page cache was asked for")
+    if route == "auto" and not staged:
+        return Cached(source, "page cache", "it is read into host memory, and the page cache saves a copy")
+    named = kind or "this file system"
+    try:
+        if route == "direct":
+            return Direct(source, f"direct reads were asked for, and {named} has them", peek=False)
+        if not _peeks(source):
+            return Cached(source, "page cache", f"{named} does not tell what is cached")
+        return Direct(source, f"{named} tells what is cached and reads the rest directly", peek=True)
+    except OSError as error:
+        return Cached(source, "page cache", f"{named} refuses direct reads: {error.strerror}")
+
+
+def _peeks(source: FileSource) -> bool:
+    """Whether the file system answers reads that may not wait."""
+    if _NO_WAIT is None or not source.size:
+        return False
+    try:
+        os.preadv(source.descriptor, [bytearray(1)], 0, _NO_WAIT)
+    except OSError as error:
+        return error.errno not in _REFUSED
+    return True
