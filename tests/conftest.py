@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import signal
 import tempfile
 import threading
 import time
@@ -78,6 +79,17 @@ def no_leaks():
     if new():  # perhaps of the test's own making, in a cycle; collecting takes long, so only now
         gc.collect()
     assert not new()
+
+
+@pytest.fixture
+def interruptible():
+    """Ctrl-C reaches this test and the processes that it starts.
+
+    A script's background jobs begin with SIGINT ignored, and so does everything that they start.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

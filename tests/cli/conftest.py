@@ -51,7 +51,7 @@ def thaw(capfd):
 
 
 @pytest.fixture
-def start(tmp_path):
+def start(tmp_path, interruptible):
     """``start("info", path)``: the command in a process of its own, its standard streams piped."""
     started = []
 

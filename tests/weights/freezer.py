@@ -1,14 +1,15 @@
 """A process that freezes on demand, each time in a copy of itself that can be killed.
 
-``python -m tests.weights.freezer TARGET`` prints ``ready``. For each line ``VALUE`` on its input it freezes a module
-whose every element is VALUE to TARGET, with force, and prints the id of the process that does it. That id stays taken
-until another line comes; then it prints the exit status: 0, or 130 after Ctrl-C. Forking spares each freeze the seconds
-that importing torch takes.
+``python -m tests.weights.freezer TARGET`` prints ``ready``. For each line ``VALUE`` on its input a process begins that
+freezes a module whose every element is VALUE to TARGET, with force. It prints ``begun ID``, its id, once it can be
+interrupted; when it ends, ``ended STATUS`` is printed: 0, or 130 after Ctrl-C. The id stays taken until another line
+comes. Forking spares each freeze the seconds that importing torch takes.
 """
 
 import os
 import signal
 import sys
+import traceback
 
 import torch
 
@@ -33,18 +34,22 @@ def main():
         frozen = module(line)
         child = os.fork()
         if not child:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
             status = 1
             try:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                print("begun", os.getpid(), flush=True)
                 freeze_model(frozen, target, force=True)
                 status = 0
             except KeyboardInterrupt:
                 status = 130
+            except BaseException:
+                traceback.print_exc()
             finally:
                 os._exit(status)
-        print(child, flush=True)
+        ended = os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+        print("ended", ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status, flush=True)
         sys.stdin.readline()
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        os.waitpid(child, 0)
 
 
 if __name__ == "__main__":
