@@ -10,6 +10,7 @@ import torch
 
 from ..errors import UnsupportedError
 from ..format.index import BUFFER, PARAMETER, File, Index, Tensor
+from ..transport.drain import Run
 from .layout import byte_view, check_storable, dense, dtype_name, extent, host_bytes, integers, ordered, runs, settle
 
 Named = tuple[str, str, torch.Tensor]
@@ -27,6 +28,9 @@ class Storage(Protocol):
 
     def read(self, at: int, length: int) -> memoryview:
         """``length`` bytes from ``at``; safe from several threads, good until the same thread reads again."""
+
+    def run(self, at: int, length: int) -> Run | None:
+        """Where those bytes lie in a GPU's memory, in order and without gaps; None where they do not."""
 
 
 class StorageBytes:
@@ -46,6 +50,12 @@ class StorageBytes:
         packed = torch.cat([part.reshape(-1) for part in parts]).cpu()
         return host_bytes(byte_view(packed))
 
+    def run(self, at: int, length: int) -> Run | None:
+        """See Storage."""
+        if self._view is None or self._view.device.type != "cuda" or torch.version.cuda is None:
+            return None
+        return Run(self._view.device.index, self._view.data_ptr() + at, length)
+
 
 class HeldBytes:
     """A storage whose bytes are at hand (a carried file)."""
@@ -57,6 +67,10 @@ class HeldBytes:
     def read(self, at: int, length: int) -> memoryview:
         """``length`` bytes from ``at``."""
         return self._data[at : at + length]
+
+    def run(self, at: int, length: int) -> Run | None:
+        """They are in host memory."""
+        return None
 
 
 @dataclass(frozen=True)

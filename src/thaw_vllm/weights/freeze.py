@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import threading
@@ -20,10 +21,14 @@ from ..format.limits import DEFAULT_CHUNK, HASH_BLOCK, MAX_CHUNK
 from ..format.snapshot import front, lay_out, read
 from ..transport import parallel
 from ..transport.checksum import wordsum, xxh3
+from ..transport.drain import Drain, DrainLane
 from ..transport.writer import StagedFile
 from .capture import Captured
 from .digest import block_digests, bytes_digest, content_id, model_id
 from .layout import byte_view, host_bytes, integers
+
+STAGING = 256 << 20
+"""Most bytes of page-locked slots, one a thread and a chunk long: with more a freeze takes fewer threads."""
 
 _SEAL_ROOM = 512
 """Bytes a header may grow by when the ids are filled in, beside its set's members."""
@@ -70,6 +75,8 @@ class FreezeReport:
         content: the content id.
         model: the model id, when it is known.
         seconds: by phase (``payload``, ``publish``, ``total``).
+        route: how the bytes were written.
+        why: why that way.
     """
 
     path: str
@@ -79,6 +86,8 @@ class FreezeReport:
     content: str
     model: str | None
     seconds: dict[str, float]
+    route: str = ""
+    why: str = ""
 
     @property
     def gb_per_s(self) -> float:
@@ -125,28 +134,55 @@ class SnapshotWriter:
         self._file = StagedFile(target, self.size, force=options.force, mode=options.mode)
 
     def write_payload(self) -> str:
-        """Write and checksum every chunk; returns the content id."""
-        options, storages = self._options, self._captured.storages
+        """Write and checksum every chunk; returns the content id.
+
+        Each thread takes a chunk, brings it from the device into its slot, hashes it while it is hot, and writes it,
+        while other threads do the same with others.
+        """
+        options, storages, file = self._options, self._captured.storages, self._file
         total = sum(self._captured.index.storages)
+        runs = {n: run for n, c in enumerate(self._chunks) if (run := storages[c.storage].run(c.at, c.length))}
+        longest = max((chunk.length for chunk in self._chunks), default=0)
+        workers = min(options.workers or parallel.default_workers(), max(1, len(self._chunks)))
+        if runs:
+            workers = max(1, min(workers, STAGING // longest))
+        staged = bool(runs) or file.bulk.aligned
         blocks: dict[tuple[int, int], list[bytes]] = {}
         sums: dict[int, Chunk] = {}
         lock = threading.Lock()
+        pending = parallel.Shared(enumerate(self._chunks))
         done = 0
 
-        def work(item: tuple[int, Chunk]) -> None:
+        def write(number: int, chunk: Chunk, lane: DrainLane | None) -> None:
             nonlocal done
-            number, chunk = item
-            data = storages[chunk.storage].read(chunk.at, chunk.length)
-            self._file.write(self._payload_at + chunk.stored_at, data)
+            if number in runs and lane is not None:
+                padded = lane.bring(runs[number])
+            else:
+                padded = storages[chunk.storage].read(chunk.at, chunk.length)
+                if file.bulk.aligned and lane is not None:
+                    padded = lane.hold(padded)
+            data = padded[: chunk.length]
             digests = block_digests(data)
-            summed = dataclasses.replace(chunk, xxh3=xxh3(data), wordsum=wordsum(data))
+            found = on_device[number] if number in on_device else wordsum(data)
+            summed = dataclasses.replace(chunk, xxh3=xxh3(data), wordsum=found)
+            file.write_bulk(self._payload_at + chunk.stored_at, padded)
             with lock:
                 sums[number], blocks[chunk.storage, chunk.at] = summed, digests
                 done += chunk.length
                 if options.progress is not None:
                     options.progress(done, total)
 
-        parallel.run(enumerate(self._chunks), work, options.workers or parallel.default_workers())
+        def body(stop: threading.Event) -> None:
+            with drain.lane() if staged else contextlib.nullcontext() as lane:
+                for number, chunk in pending:
+                    if stop.is_set():
+                        return
+                    write(number, chunk, lane)
+
+        devices = sorted({run.device for run in runs.values()})
+        with Drain(workers if staged else 1, longest or 1, devices) as drain:
+            on_device = dict(zip(runs, drain.sums(list(runs.values())), strict=True))
+            parallel.crew(body, workers)
         self._chunks = tuple(sums[i] for i in range(len(self._chunks)))
         by_storage: list[list[bytes]] = [[] for _ in storages]
         for (storage, _), digests in sorted(blocks.items()):
@@ -177,6 +213,8 @@ class SnapshotWriter:
             self.content,
             header.identity.model,
             self.seconds,
+            self._file.bulk.route,
+            self._file.bulk.why,
         )
 
     @property

@@ -13,6 +13,7 @@ from .. import __version__
 from ..errors import MismatchError
 from ..format.header import Header
 from ..format.identity import Identity
+from ..transport.collector import collection_paused
 from .capture import capture, module_tensors, persistent_buffers
 from .freeze import FreezeOptions, FreezeReport, tensors_id, write_snapshot
 from .open import Opened, open_memory, open_snapshot
@@ -67,7 +68,7 @@ def restore_model(model: torch.nn.Module, path: str | os.PathLike[str], **option
         from the disk; each chunk is verified on the GPU after it arrived.
     """
     start = time.perf_counter()
-    with open_snapshot(path) as opened:
+    with collection_paused(), open_snapshot(path) as opened:
         return restore_opened(model, opened, RestoreOptions(**options), start)
 
 
@@ -87,7 +88,7 @@ def restore_model_from_ram(
     if isinstance(snapshot, (str, os.PathLike)):
         return restore_model(model, snapshot, **options)
     start = time.perf_counter()
-    with open_memory(snapshot) as opened:
+    with collection_paused(), open_memory(snapshot) as opened:
         return restore_opened(model, opened, RestoreOptions(**options), start)
 
 

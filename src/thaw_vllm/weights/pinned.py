@@ -13,6 +13,7 @@ import torch
 
 from ..errors import UsageError
 from ..transport import parallel
+from ..transport.collector import collection_paused
 from ..transport.cuda import Context
 from ..transport.readers import choose
 from ..transport.resident import Resident
@@ -98,7 +99,8 @@ class Pinned:
         if self._closed:
             raise UsageError(f"{self.path!r} is not held any more; pin it again")
         start = time.perf_counter()
-        report = restore_opened(model, self._opened, RestoreOptions(**options), start)
+        with collection_paused():
+            report = restore_opened(model, self._opened, RestoreOptions(**options), start)
         return replace(report, why=self.why)
 
     def close(self) -> None:

@@ -24,6 +24,7 @@ from ... import __version__
 from ...errors import UnsupportedError, UsageError
 from ...format.header import Header
 from ...format.identity import Identity, require
+from ...transport.collector import collection_paused
 from ...weights.capture import capture, module_tensors
 from ...weights.checkpoint import Checkpoint, carried_files, has_weights, open_checkpoint
 from ...weights.freeze import FreezeOptions, FreezeReport
@@ -147,7 +148,7 @@ class ThawModelLoader(BaseModelLoader):
     def _thaw(self, model: torch.nn.Module, model_config: ModelConfig, identity: Identity) -> RestoreReport:
         config = self.config
         start = time.perf_counter()
-        with open_rank(config.snapshot, identity.parallel.rank) as opened:
+        with collection_paused(), open_rank(config.snapshot, identity.parallel.rank) as opened:
             header = opened.snapshot.header
             require(header.identity, identity, config.snapshot)
             _warn_version(header.identity, identity)

@@ -1,0 +1,128 @@
+"""Bytes on their way out: from device memory, or the host's, into a slot of the thread that hashes and writes them."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+
+from .cuda import Context, Stream
+from .numa import near, pinned_to
+from .plan import BLOCK
+from .source import copy
+from .staging import Slot, Staging
+from .wordsum_cuda import CudaSums
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """``length`` bytes at ``address`` in the memory of a CUDA device, by torch's ordinal."""
+
+    device: int
+    address: int
+    length: int
+
+
+class Drain:
+    """Staging memory of one slot a thread, and the GPUs that bytes come from; owns both until closed."""
+
+    def __init__(self, workers: int, size: int, devices: Sequence[int] = ()) -> None:
+        """
+        Args:
+            workers: threads that will each enter ``lane`` once.
+            size: bytes of the longest piece.
+            devices: the GPUs that runs will name.
+
+        Raises:
+            DeviceError: a GPU or its driver refused.
+        """
+        self._stack = contextlib.ExitStack()
+        with contextlib.ExitStack() as stack:
+            self._contexts = {device: stack.enter_context(contextlib.closing(Context(device))) for device in devices}
+            staging = stack.enter_context(Staging(workers, -(-size // BLOCK) * BLOCK))
+            self._stack = stack.pop_all()
+        self._spare, self._lock = list(staging.slots), threading.Lock()
+        cores = [near(context.bus) for context in self._contexts.values()]
+        self._cores = frozenset[int]().union(*cores) if all(cores) else frozenset[int]()
+
+    def sums(self, runs: Sequence[Run]) -> list[int]:
+        """The word sum of each run, taken where it lies; waits for them. 16 GB take some 6 ms on an H100."""
+        found = [0] * len(runs)
+        for device, context in self._contexts.items():
+            numbers = [number for number, run in enumerate(runs) if run.device == device]
+            context.enter()
+            with CudaSums(context, len(numbers)) as sums:
+                sums.add([(runs[number].address, runs[number].length) for number in numbers])
+                for number, result in zip(numbers, sums.results(), strict=True):
+                    found[number] = result
+        return found
+
+    @contextlib.contextmanager
+    def lane(self) -> Iterator[DrainLane]:
+        """A slot for the calling thread; leaving it waits for what is under way, also after an error."""
+        with self._lock:
+            slot = self._spare.pop()
+        with pinned_to(self._cores):
+            lane = DrainLane(self._contexts, slot)
+            try:
+                yield lane
+            finally:
+                lane.close()
+
+    def close(self) -> None:
+        """Return the memory; every lane has been left. A second call does nothing."""
+        self._stack.close()
+
+    def __enter__(self) -> Drain:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+class DrainLane:
+    """One thread's slot; what it holds is good until the next call."""
+
+    def __init__(self, contexts: dict[int, Context], slot: Slot) -> None:
+        self._contexts, self._slot = contexts, slot
+        self._streams: dict[int, Stream] = {}
+        self._locked: Context | None = None
+
+    def bring(self, run: Run) -> memoryview:
+        """A run's bytes in the slot, filled up with zeros to whole blocks."""
+        context = self._contexts[run.device]
+        context.enter()
+        if self._locked is None:
+            # Written first, so that the pages are there, and near this thread's core.
+            for at in range(0, len(self._slot.view), BLOCK):
+                self._slot.view[at] = 0
+            context.driver.call("cuMemHostRegister_v2", self._slot.address, self._slot.view.nbytes, 1)
+            self._locked = context
+        if run.device not in self._streams:
+            self._streams[run.device] = Stream(context)
+        stream = self._streams[run.device]
+        context.driver.call("cuMemcpyDtoHAsync_v2", self._slot.address, run.address, run.length, stream.handle)
+        stream.synchronize()
+        return self._padded(run.length)
+
+    def hold(self, data: memoryview) -> memoryview:
+        """A copy of host bytes in the slot, filled up likewise."""
+        copy(self._slot.view[: len(data)], data)
+        return self._padded(len(data))
+
+    def _padded(self, length: int) -> memoryview:
+        end = -(-length // BLOCK) * BLOCK
+        self._slot.view[length:end] = bytes(end - length)
+        return self._slot.view[:end]
+
+    def close(self) -> None:
+        """Wait for what is under way, and unlock the slot."""
+        for device, stream in self._streams.items():
+            self._contexts[device].enter()
+            stream.close()
+        if self._locked is not None:
+            self._locked.enter()
+            self._locked.driver["cuMemHostUnregister"](self._slot.address)
+            self._locked = None
