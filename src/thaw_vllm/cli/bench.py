@@ -12,27 +12,55 @@ from .commands import examples, plain_app
 from .output import Json, document, plain, table
 
 if TYPE_CHECKING:
+    from ..bench.ceilings import Settings
+    from ..bench.outcome import Outcome
     from ..bench.restore import Comparison
 
 EXAMPLES = """
 thaw bench restore
 thaw bench restore --size-mb 4000 --dir /dev/shm --dir /mnt/nvme --rounds 9
+thaw bench limits --dir /dev/shm --dir /mnt/nvme
+thaw bench weights --dir /dev/shm --dir /mnt/nvme --record
+thaw bench weights --size-gb 2 --dir /dev/shm --system thaw --system safetensors --device cpu
+thaw bench freeze --dir /dev/shm --dir /mnt/nvme --runs 3 --record
+thaw bench cold-start --model Llama-3-8B/ --snapshot /dev/shm/W.thaw --mode eager --record
+thaw bench report
 """
+
+
+def _examples(name: str) -> str | None:
+    """Those of one command."""
+    lines = [line for line in EXAMPLES.strip().splitlines() if line.split()[2] == name]
+    return examples(SimpleNamespace(EXAMPLES="\n".join(lines)))
+
+
+Directories = Annotated[
+    list[Path] | None, typer.Option("--dir", help="Where files go; repeat for more. [default: /dev/shm and .]")
+]
+Device = Annotated[
+    str | None, typer.Option(help="cuda, cuda:N or cpu. [default: cuda where torch finds a GPU]", metavar="NAME")
+]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads of limits. [default: what thaw chooses]")]
+Recording = Annotated[bool, typer.Option("--record", help="Append to benchmarks/results/<date>.jsonl.")]
+LimitSize = Annotated[float, typer.Option("--limit-gb", min=0.01, help="GB moved in a run of a limit.")]
+Systems = Annotated[
+    list[str] | None, typer.Option("--system", help="Only this system; repeat for more. [default: all]", metavar="NAME")
+]
 
 app = plain_app(add_completion=False)
 
 
 @app.callback(invoke_without_command=True)
 def bench(ctx: typer.Context) -> None:
-    """Measure thaw, the hardware's limit and a rival.
+    """Measure thaw, the hardware's limit and rivals.
 
-    Each benchmark runs them in one process, in alternation. Without a name, all of them run.
+    Without a name, restore runs. docs/benchmarks.md has the method, and results made from what --record kept.
     """
     if ctx.invoked_subcommand is None:
         restore()
 
 
-@app.command(epilog=examples(SimpleNamespace(EXAMPLES=EXAMPLES)))
+@app.command(epilog=_examples("restore"))
 def restore(
     size_mb: Annotated[int, typer.Option(min=1, help="Size of the made-up model.")] = 1000,
     directory: Annotated[
@@ -40,7 +68,7 @@ def restore(
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="How often each is measured.")] = 7,
     workers: Annotated[int | None, typer.Option(min=1, help="Threads. [default: what thaw chooses]")] = None,
-    record: Annotated[bool, typer.Option("--record", help="Append to benchmarks/results/<date>.jsonl.")] = False,
+    record: Recording = False,
     as_json: Json = False,
 ) -> None:
     """Restore a model into host memory.
@@ -62,7 +90,236 @@ def restore(
         document([_plain(comparison) for comparison in found])
     if record:
         path = append(record for comparison in found for record in comparison.records.values())
-        typer.echo(f"recorded in {path}", err=True)
+        _tell(f"recorded in {path}")
+
+
+@app.command(epilog=_examples("limits"))
+def limits(
+    directory: Directories = None,
+    size_gb: Annotated[float, typer.Option(min=0.01, help="GB moved in a run.")] = 4.0,
+    runs: Annotated[int, typer.Option(min=1, help="How often each is measured.")] = 3,
+    work: Annotated[
+        list[str] | None,
+        typer.Option(help="h2d, d2h, disk-write, disk-read, tmpfs-write or memory-read; repeat. [default: all]"),
+    ] = None,
+    threads: Threads = None,
+    device: Device = None,
+    record: Recording = False,
+    as_json: Json = False,
+) -> None:
+    """Measure what the hardware bears: link, disk, memory.
+
+    Page-locked copies to and from the GPU, direct reads and writes of a disk, writes to tmpfs by two routes, reads of
+    files in memory. Memory is touched before it is measured: a fresh virtual machine gets it from its host at the
+    first touch only, which takes several times as long.
+    """
+    from ..bench import ceilings
+
+    settings = _limits(device, size_gb, runs, threads)
+    works = _chosen(work, ceilings.WORKS, "work")
+    _finish(ceilings.measure(works, _places(directory), settings, _tell), record, as_json)
+
+
+@app.command(epilog=_examples("weights"))
+def weights(
+    directory: Directories = None,
+    size_gb: Annotated[float, typer.Option(min=0.001, help="About how large the made-up model is.")] = 16.06,
+    runs: Annotated[int, typer.Option(min=1, help="Fresh processes for each system.")] = 3,
+    cold_runs: Annotated[int | None, typer.Option(min=1, help="The same for cold disks. [default: --runs]")] = None,
+    work: Annotated[
+        list[str] | None,
+        typer.Option(help="restore-tmpfs, restore-pagecache, restore-disk or restore-warm; repeat. [default: all]"),
+    ] = None,
+    only: Systems = None,
+    device: Device = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Leave the files for the next run of the same size.")] = False,
+    limit_gb: LimitSize = 4.0,
+    threads: Threads = None,
+    record: Recording = False,
+    as_json: Json = False,
+) -> None:
+    """Restore a model by thaw and every rival installed.
+
+    Each run is a fresh process. Afterwards every tensor is compared with the source. A directory on tmpfs gives
+    restore-tmpfs, another one restore-pagecache and, with the page cache emptied and proved empty, restore-disk.
+    A rival that is missing or fails is a line; the others go on.
+    """
+    from ..bench import weights as measuring
+
+    settings = measuring.Settings(
+        tuple(_places(directory)),
+        _chosen(work, measuring.WORKS, "work"),
+        _chosen(only, measuring.ALL_SYSTEMS, "system"),
+        size_gb,
+        runs,
+        cold_runs or runs,
+        keep,
+        _limits(device, limit_gb, runs, threads),
+    )
+    _finish(measuring.measure(settings, _tell), record, as_json)
+
+
+@app.command(epilog=_examples("freeze"))
+def freeze(
+    directory: Directories = None,
+    size_gb: Annotated[float, typer.Option(min=0.001, help="About how large the made-up model is.")] = 16.06,
+    runs: Annotated[int, typer.Option(min=1, help="Fresh processes for each system.")] = 3,
+    only: Systems = None,
+    device: Device = None,
+    limit_gb: LimitSize = 4.0,
+    threads: Threads = None,
+    record: Recording = False,
+    as_json: Json = False,
+) -> None:
+    """Freeze a model by thaw and the rivals that can write.
+
+    The file is synced within the time counted, then verified, read back and compared, and removed.
+    """
+    from ..bench import freezing, weights
+
+    settings = freezing.Settings(
+        tuple(_places(directory)),
+        _chosen(only, weights.ALL_SYSTEMS, "system"),
+        size_gb,
+        runs,
+        _limits(device, limit_gb, runs, threads),
+    )
+    _finish(freezing.measure(settings, _tell), record, as_json)
+
+
+@app.command("cold-start", epilog=_examples("cold-start"))
+def cold_start(
+    model: Annotated[Path, typer.Option(help="A model directory with safetensors files.")],
+    snapshot: Annotated[Path | None, typer.Option(help="Its snapshot, made by thaw freeze.")] = None,
+    mode: Annotated[list[str] | None, typer.Option(help="eager or graphs; repeat. [default: both]")] = None,
+    loader: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="default-loader, snapshot, checkpoint or one of vLLM's load formats; repeat. [default: all]",
+            metavar="NAME",
+        ),
+    ] = None,
+    runs: Annotated[int, typer.Option(min=1, help="Fresh processes for each loader and mode.")] = 1,
+    engine_arg: Annotated[
+        list[str] | None, typer.Option(help="An engine argument, its value in JSON; repeat.", metavar="KEY=VALUE")
+    ] = None,
+    record: Recording = False,
+    as_json: Json = False,
+) -> None:
+    """Start vLLM by every loader, from the process to its first token.
+
+    vLLM's own loader, thaw from a snapshot, thaw from the checkpoint, and vLLM's load formats whose packages are
+    installed. Tokens are compared. The first start on a machine also compiles kernels: make one before.
+    """
+    from ..bench import cold_start as measuring
+    from ..bench.summary import failures, seconds_table
+    from ..bench.summary import plain as plainly
+    from ..engines.vllm.api import require_vllm_installed
+    from .freeze import parse_engine_arg
+
+    settings = measuring.Settings(
+        model,
+        snapshot,
+        _chosen(mode, tuple(measuring.MODES), "mode"),
+        tuple(loader or ()),
+        runs,
+        {"max_model_len": 2048} | dict(parse_engine_arg(text) for text in engine_arg or []),
+    )
+    require_vllm_installed()
+    outcome = measuring.measure(settings, _tell)
+    if as_json:
+        document(plainly(outcome))
+    elif outcome.records:
+        table(seconds_table(outcome.records), right=frozenset({2, 3, 4}))
+    if not as_json:
+        print("\n".join(failures(outcome.missed)))
+    _end(outcome, record)
+
+
+@app.command(epilog=_examples("report"))
+def report(
+    results: Annotated[Path, typer.Option(help="The directory with the recorded lines.")] = Path("benchmarks/results"),
+    output: Annotated[Path, typer.Option(help="The page; its plots go into plots/ beside it.")] = Path(
+        "docs/benchmarks.md"
+    ),
+    plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Draw them (needs matplotlib).")] = True,
+    as_json: Json = False,
+) -> None:
+    """Make docs/benchmarks.md and its plots from what was recorded.
+
+    The notes in it come from benchmarks-notes.md beside it.
+    """
+    from ..bench.report.write import report as write
+
+    made = write(results, output, plots)
+    if as_json:
+        document({"page": str(made.page), "plots": [str(path) for path in made.plots], "runs": made.runs})
+    else:
+        print(f"{plain(str(made.page))}: {made.runs} runs, {len(made.plots)} plot files")
+
+
+def _tell(line: str) -> None:
+    typer.echo(line, err=True)
+
+
+def _places(directories: list[Path] | None) -> list[Path]:
+    from ..errors import StorageError
+
+    for place in directories or ():
+        if not place.is_dir():
+            raise StorageError(f"there is no directory {str(place)!r}; make it, or give another --dir")
+    return directories or [place for place in (Path("/dev/shm"), Path(".")) if place.is_dir()]
+
+
+def _chosen(given: list[str] | None, known: tuple[str, ...], what: str) -> tuple[str, ...]:
+    from ..errors import UsageError
+
+    for name in given or ():
+        if name not in known:
+            raise UsageError(f"there is no {what} {name!r}; there are {', '.join(known)}")
+    return tuple(dict.fromkeys(given)) if given else known
+
+
+def _limits(device: str | None, size_gb: float, runs: int, threads: int | None) -> Settings:
+    import torch
+
+    from ..bench.ceilings import Settings
+    from ..errors import UsageError
+    from ..transport.parallel import default_workers
+
+    there = torch.cuda.is_available()
+    chosen = device or ("cuda" if there else "cpu")
+    if chosen != "cpu" and (chosen.partition(":")[0] != "cuda" or not there):
+        raise UsageError(f"there is no device {chosen!r} here; --device takes cuda, cuda:N or cpu")
+    return Settings(chosen, int(size_gb * 1e9), runs, threads or default_workers())
+
+
+def _finish(outcome: Outcome, record: bool, as_json: bool) -> None:
+    from ..bench.summary import failures, tables
+    from ..bench.summary import plain as plainly
+
+    if as_json:
+        document(plainly(outcome))
+    else:
+        for title, rows in tables(outcome).items():
+            print(f"{plain(title)}\n")
+            table(rows, right=frozenset(range(1, 6)))
+            print()
+        print("\n".join(failures(outcome.missed)))
+    _end(outcome, record)
+
+
+def _end(outcome: Outcome, record: bool) -> None:
+    """Keep the records; exit code 1 when a system gave other bytes or tokens."""
+    from ..bench.record import append
+
+    if record and outcome.records:
+        _tell(f"recorded in {append(outcome.records)}")
+    for wrong in outcome.wrong:
+        what = wrong.extra.get("different") or "tokens"
+        _tell(f"NOT EQUAL: {wrong.work}, {wrong.system} ({wrong.route}): {what}")
+    if outcome.wrong:
+        raise typer.Exit(1)
 
 
 def _plain(comparison: Comparison) -> dict[str, Any]:

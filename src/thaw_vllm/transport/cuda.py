@@ -9,7 +9,9 @@ it (``CDLL``).
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+from collections.abc import Iterator
 from functools import cache
 from types import TracebackType
 from typing import Any
@@ -24,15 +26,13 @@ POINTER, SIZE, ADDRESS, INT, UINT = (
     ctypes.c_uint,
 )
 
-NOT_READY = 600
-"""CUDA_ERROR_NOT_READY: what a query says of work that is still under way."""
-
 _NON_BLOCKING = 1
 """CU_STREAM_NON_BLOCKING: not ordered with the default stream."""
 _NO_TIMING = 2
 """CU_EVENT_DISABLE_TIMING."""
 
 _SIGNATURES: dict[str, list[Any]] = {
+    "cuCtxGetCurrent": [POINTER],
     "cuCtxSetCurrent": [POINTER],
     "cuDeviceGet": [POINTER, INT],
     "cuDeviceGetPCIBusId": [POINTER, INT, INT],
@@ -40,9 +40,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     "cuDevicePrimaryCtxRelease_v2": [INT],
     "cuEventCreate": [POINTER, UINT],
     "cuEventDestroy_v2": [POINTER],
-    "cuEventQuery": [POINTER],
     "cuEventRecord": [POINTER, POINTER],
-    "cuEventSynchronize": [POINTER],
     "cuGetErrorName": [INT, POINTER],
     "cuInit": [UINT],
     "cuLaunchKernel": [POINTER, UINT, UINT, UINT, UINT, UINT, UINT, UINT, POINTER, POINTER, POINTER],
@@ -64,7 +62,6 @@ _SIGNATURES: dict[str, list[Any]] = {
 
 _WAITING = {
     "cuDevicePrimaryCtxRetain",
-    "cuEventSynchronize",
     "cuMemFree_v2",
     "cuMemHostRegister_v2",
     "cuMemHostUnregister",
@@ -147,6 +144,16 @@ class Context:
     def enter(self) -> None:
         """Make it the calling thread's."""
         self.driver.call("cuCtxSetCurrent", self._handle)
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        """Make it the calling thread's meanwhile: for threads that are not ours, where it says which GPU is current."""
+        before = self.driver.made("cuCtxGetCurrent")
+        self.enter()
+        try:
+            yield
+        finally:
+            self.driver.call("cuCtxSetCurrent", before)
 
     @property
     def bus(self) -> str:

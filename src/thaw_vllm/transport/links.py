@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from .cuda import NOT_READY, Context, Stream
+from .cuda import Context, Stream
 from .numa import near, pinned_to
 from .plan import Step
 from .staging import Slot
@@ -17,21 +17,12 @@ from .wordsum_torch import wordsum
 if TYPE_CHECKING:
     import torch
 
-Landed = Callable[[Step], None]
-"""Called in a lane's thread once a step's bytes are in the memory they are for."""
-
 
 class Lane(Protocol):
-    """One thread's slots and its way to the device; ``take``, fill, ``send``, again and again."""
-
-    def take(self) -> Slot:
-        """The next slot, once what it held has been copied."""
+    """One thread's slot and its way to the device; fill the slot, ``send``, again and again."""
 
     def send(self, step: Step, head: int) -> None:
-        """Copy what is wanted of a step from the slot taken last, in which the step begins at ``head``."""
-
-    def finish(self) -> None:
-        """Wait until everything sent has landed."""
+        """Copy what is wanted of a step from the slot, in which the step begins at ``head``; returns once it landed."""
 
 
 class Sums(Protocol):
@@ -53,11 +44,11 @@ class Link(Protocol):
 
     name: str
 
-    def lane(self, slots: Sequence[Slot], landed: Landed) -> contextlib.AbstractContextManager[Lane]:
+    def lane(self, slot: Slot) -> contextlib.AbstractContextManager[Lane]:
         """For the calling thread; leaving it waits for what is under way, also after an error."""
 
-    def sums(self) -> contextlib.AbstractContextManager[Sums]:
-        """For the calling thread."""
+    def sums(self, count: int) -> contextlib.AbstractContextManager[Sums]:
+        """For the calling thread, of at most ``count`` ranges."""
 
     def close(self) -> None:
         """Let go of the device."""
@@ -87,22 +78,27 @@ def link_to(places: Sequence[Place]) -> Link:
     device = places[0].view.device
     if device.type == "cuda" and torch.version.cuda is not None:
         return CudaLink(device.index or 0, [(place.view.data_ptr() + place.begin, place.length) for place in places])
-    return TorchLink(places)
+    return TorchLink(places, device.type)
 
 
 class TorchLink:
     """Copies that have ended when ``copy_`` returns; for every device that torch knows, the host among them."""
 
-    def __init__(self, places: Sequence[Place]) -> None:
-        self.name, self._places = f"torch copies to {places[0].view.device.type}", places
+    def __init__(self, places: Sequence[Place], device: str) -> None:
+        """
+        Args:
+            places: of each range; may grow, a place is needed when its range begins to be sent.
+            device: type of the places' device, for the name.
+        """
+        self.name, self._places = f"torch copies to {device}", places
 
     @contextlib.contextmanager
-    def lane(self, slots: Sequence[Slot], landed: Landed) -> Iterator[Lane]:
+    def lane(self, slot: Slot) -> Iterator[Lane]:
         """See Link."""
-        yield _TorchLane(self._places, slots, landed)
+        yield _TorchLane(self._places, slot)
 
     @contextlib.contextmanager
-    def sums(self) -> Iterator[Sums]:
+    def sums(self, count: int) -> Iterator[Sums]:
         """See Link."""
         yield _TorchSums(self._places)
 
@@ -111,11 +107,8 @@ class TorchLink:
 
 
 class _TorchLane:
-    def __init__(self, places: Sequence[Place], slots: Sequence[Slot], landed: Landed) -> None:
-        self._places, self._slot, self._landed = places, slots[0], landed
-
-    def take(self) -> Slot:
-        return self._slot
+    def __init__(self, places: Sequence[Place], slot: Slot) -> None:
+        self._places, self._slot = places, slot
 
     def send(self, step: Step, head: int) -> None:
         import torch
@@ -125,10 +118,6 @@ class _TorchLane:
                 at = head + cut.at
                 data = torch.frombuffer(self._slot.view[at : at + cut.length], dtype=torch.uint8)
                 self._places[cut.range].bytes()[cut.begin : cut.begin + cut.length].copy_(data)
-        self._landed(step)
-
-    def finish(self) -> None:
-        """Every copy has ended."""
 
 
 class _TorchSums:
@@ -158,29 +147,33 @@ class CudaLink:
         """
         Args:
             device: ordinal, as torch counts.
-            runs: address and bytes of each range in that device's memory; the caller's.
+            runs: address and bytes of each range in that device's memory, the caller's; may grow, a run is needed
+                when its range begins to be sent.
         """
         self.context = Context(device)
         self.name = f"page-locked slots to cuda:{device}"
         self.runs = runs
-        self._cores = near(self.context.bus)
+        try:
+            self._cores = near(self.context.bus)
+        except BaseException:
+            self.context.close()
+            raise
 
     @contextlib.contextmanager
-    def lane(self, slots: Sequence[Slot], landed: Landed) -> Iterator[Lane]:
-        """See Link. Page-locks each slot when it is first sent: its pages are there by then, and other threads copy."""
+    def lane(self, slot: Slot) -> Iterator[Lane]:
+        """See Link. Page-locks the slot when it is first sent: its pages are there by then, and other threads copy."""
         with pinned_to(self._cores):
             self.context.enter()
-            lane = _CudaLane(self.context, self.runs, slots, landed)
+            lane = _CudaLane(self.context, self.runs, slot)
             try:
                 yield lane
             finally:
                 lane.close()
 
     @contextlib.contextmanager
-    def sums(self) -> Iterator[Sums]:
+    def sums(self, count: int) -> Iterator[Sums]:
         """See Link."""
-        self.context.enter()
-        with CudaSums(self.context, len(self.runs)) as sums:
+        with self.context.entered(), CudaSums(self.context, count) as sums:
             yield _CudaRanges(sums, self.runs)
 
     def close(self) -> None:
@@ -189,63 +182,34 @@ class CudaLink:
 
 
 class _CudaLane:
-    def __init__(
-        self, context: Context, runs: Sequence[tuple[int, int]], slots: Sequence[Slot], landed: Landed
-    ) -> None:
-        self._driver, self._runs, self._slots, self._landed = context.driver, runs, slots, landed
-        self._held: list[Step | None] = [None] * len(slots)
-        self._locked = [False] * len(slots)
-        self._next = 0
-        self._stream = Stream(context, events=len(slots))
+    def __init__(self, context: Context, runs: Sequence[tuple[int, int]], slot: Slot) -> None:
+        self._driver, self._runs, self._slot, self._locked = context.driver, runs, slot, False
+        self._stream = Stream(context)
         self._copy = self._driver["cuMemcpyHtoDAsync_v2"]
-        self._record = self._driver["cuEventRecord"]
-        self._query = self._driver["cuEventQuery"]
-
-    def take(self) -> Slot:
-        number = self._next
-        step = self._held[number]
-        if step is not None:
-            event = self._stream.events[number]
-            result = self._query(event)
-            if result == NOT_READY:
-                result = self._driver["cuEventSynchronize"](event)
-            if result:
-                self._driver.check("cuEventSynchronize", result)
-            self._held[number] = None
-            self._landed(step)
-        return self._slots[number]
+        self._wait = self._driver["cuStreamSynchronize"]
 
     def send(self, step: Step, head: int) -> None:
-        number = self._next
-        slot, stream = self._slots[number], self._stream.handle
-        if not self._locked[number]:
+        slot, stream = self._slot, self._stream.handle
+        if not self._locked:
             self._driver.call("cuMemHostRegister_v2", slot.address, slot.view.nbytes, 0)
-            self._locked[number] = True
+            self._locked = True
         base = slot.address + head
         for cut in step.cuts:
             result = self._copy(self._runs[cut.range][0] + cut.begin, base + cut.at, cut.length, stream)
             if result:
                 self._driver.check("cuMemcpyHtoDAsync_v2", result)
-        result = self._record(self._stream.events[number], stream)
+        result = self._wait(stream)
         if result:
-            self._driver.check("cuEventRecord", result)
-        self._held[number] = step
-        self._next = (number + 1) % len(self._slots)
-
-    def finish(self) -> None:
-        for _ in self._slots:
-            self.take()
-            self._next = (self._next + 1) % len(self._slots)
+            self._driver.check("cuStreamSynchronize", result)
 
     def close(self) -> None:
-        """Wait for what is under way, and unlock the slots."""
+        """Wait for what is under way, and unlock the slot."""
         try:
             self._stream.close()
         finally:
-            for slot, locked in zip(self._slots, self._locked, strict=True):
-                if locked:
-                    self._driver["cuMemHostUnregister"](slot.address)
-            self._locked = [False] * len(self._slots)
+            if self._locked:
+                self._locked = False
+                self._driver["cuMemHostUnregister"](self._slot.address)
 
 
 class _CudaRanges:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from functools import cache
 
 IN_MEMORY = frozenset({"tmpfs", "ramfs", "hugetlbfs"})
 """File systems whose files are memory: reading them is copying, and there is nothing to read directly."""
@@ -12,9 +11,7 @@ IN_MEMORY = frozenset({"tmpfs", "ramfs", "hugetlbfs"})
 def file_system(descriptor: int) -> str:
     """Type of the file system that an open file is on (``tmpfs``, ``ext4``, ``nfs4``, …); empty when not known."""
     device = os.fstat(descriptor).st_dev
-    return _mounts().get(f"{os.major(device)}:{os.minor(device)}", "") or _mounts_now().get(
-        f"{os.major(device)}:{os.minor(device)}", ""
-    )
+    return _mounts().get(f"{os.major(device)}:{os.minor(device)}", "")
 
 
 def in_memory(descriptor: int) -> bool:
@@ -22,7 +19,7 @@ def in_memory(descriptor: int) -> bool:
     return file_system(descriptor) in IN_MEMORY
 
 
-def _mounts_now() -> dict[str, str]:
+def _mounts() -> dict[str, str]:
     """File system types by device number, from the kernel's table (proc(5), mountinfo)."""
     found = {}
     try:
@@ -33,6 +30,3 @@ def _mounts_now() -> dict[str, str]:
     except (OSError, IndexError):
         return {}
     return found
-
-
-_mounts = cache(_mounts_now)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, TypeVar
@@ -11,6 +13,9 @@ T = TypeVar("T")
 
 POLL = 0.004
 """Seconds between two calls of ``meanwhile``: at 54 GB/s some 200 MB arrive in between."""
+
+_GLANCE = 0.1
+"""Seconds after which a waiting thread looks for itself, should Ctrl-C have taken the news from it."""
 
 
 def default_workers() -> int:
@@ -36,44 +41,63 @@ class Shared(Generic[T]):
             return next(self._items)
 
 
-def crew(body: Callable[[threading.Event], None], workers: int, meanwhile: Callable[[], None] | None = None) -> None:
+def crew(
+    body: Callable[[threading.Event], None],
+    workers: int,
+    meanwhile: Callable[[], None] | None = None,
+    *,
+    stop: threading.Event | None = None,
+) -> None:
     """Run ``body`` in ``workers`` threads at once and wait for all of them.
 
     Args:
         body: called with an event; once that is set it should end soon.
         workers: threads.
         meanwhile: called by the calling thread every POLL seconds until all have ended.
+        stop: the event, for those who have to see it elsewhere.
 
     Raises:
         The first exception of any ``body`` or of ``meanwhile``, or KeyboardInterrupt, once every thread has ended.
     """
     failures: list[BaseException] = []
-    stop = threading.Event()
+    stop = stop or threading.Event()
+    # Not by ``Thread.join``: up to Python 3.12 one that Ctrl-C interrupts takes the thread for ended while it runs on,
+    # and the memory that it writes to is freed next. The queue only wakes; what counts is the two lists.
+    begun: list[None] = []
+    ended: list[None] = []
+    wake: queue.SimpleQueue[None] = queue.SimpleQueue()
 
     def guarded() -> None:
+        begun.append(None)
         try:
-            body(stop)
+            if not stop.is_set():  # started in the moment of an error, and waited for by nobody
+                body(stop)
         except BaseException as error:
             failures.append(error)
             stop.set()
+        finally:
+            ended.append(None)
+            wake.put(None)
 
     threads = [threading.Thread(target=guarded, name=f"thaw-{i}", daemon=True) for i in range(workers)]
     try:
         for thread in threads:
             thread.start()
-        for thread in threads:
-            if meanwhile is None:
-                thread.join()
-            while thread.is_alive():
-                thread.join(POLL)
-                if meanwhile is not None:
-                    meanwhile()
+        while len(ended) < workers:
+            with contextlib.suppress(queue.Empty):
+                wake.get(timeout=_GLANCE if meanwhile is None else POLL)
+            if meanwhile is not None:
+                meanwhile()
     except BaseException:
         stop.set()
-        for thread in threads:
-            if thread.ident is not None:
-                thread.join()
+        while len(ended) < len(begun):
+            with contextlib.suppress(queue.Empty, KeyboardInterrupt):
+                wake.get(timeout=_GLANCE)
         raise
+    finally:
+        for thread in threads:
+            if thread.is_alive():
+                thread.join()
     if failures:
         raise failures[0]
 

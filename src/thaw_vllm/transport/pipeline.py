@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from ..errors import CorruptionError
+from ..errors import CorruptionError, ThawError
 from . import parallel
 from .links import Link, Sums
 from .plan import Step, steps
 from .readers import Reader
 from .staging import Staging
 
-SLOT = 3 << 20
-"""Bytes of a slot. Smaller ones stay in faster caches, but every step takes the interpreter lock twice, some 60 µs
-among 16 threads: with 1 MiB that is the limit (14 GB/s), with 8 MiB memory is (33 to 47 GB/s, by the host). On two
-H100 hosts 3 MiB with two slots a thread reached 46 to 47 GB/s, of 54 that the link bears."""
-DEPTH = 2
-"""Slots of one thread: one is being filled while the other is being copied."""
+SLOT = 6 << 20
+RING = 84 << 20
+"""Bytes of a thread's slot, and of all slots together.
+
+Measured on five H100 hosts with 16 cores, 16 GB from tmpfs. Every step of a thread takes the interpreter lock two or
+three times, 60 to 100 µs among 16 threads: with slots of 1 MiB that is the limit (14 GB/s), with 3 MiB it can be (20 to
+47, by the host). Beyond about 100 MiB in all, what was read is in memory and no longer in the processor's cache when it
+is copied, and memory is the limit (16 slots of 8 MiB: 33 to 47). 12 to 14 threads with 6 MiB each were among the best
+everywhere (38 to 45); a second slot a thread gained nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +52,11 @@ def deliver(
     workers: int,
     verify: bool = True,
     progress: Callable[[int], None] | None = None,
+    admit: Callable[[int], bool] | None = None,
+    landed: Callable[[int], None] | None = None,
     slot: int = SLOT,
 ) -> None:
-    """Bring every range to its place and check it there. Staging memory is ``workers * DEPTH`` slots.
+    """Bring every range to its place and check it there. Staging memory is a slot a thread, RING in all.
 
     Args:
         reader: reads the source.
@@ -60,6 +66,9 @@ def deliver(
         workers: threads.
         verify: hold every range against its word sum, on the device, while others arrive.
         progress: called with the bytes that landed since the last call, in the calling thread.
+        admit: asked before the first byte of a range is read, by its number, in order, one call at a time, in any
+            thread; a range that is refused is asked for again. Once admitted its place must be known to the link.
+        landed: called with the number of a range that is in place, in the calling thread; not checked yet.
         slot: bytes of a slot.
 
     Raises:
@@ -71,10 +80,25 @@ def deliver(
     complete: list[int] = []
     lock = threading.Lock()
     arrived = told = 0
-    plan = parallel.Shared(steps(((r.offset, r.length) for r in ranges), slot - reader.margin))
-    workers = max(1, min(workers, -(-sum(left) // slot)))
+    workers = max(1, min(workers, RING // slot, -(-sum(left) // slot)))
 
-    def landed(step: Step) -> None:
+    stop = threading.Event()
+
+    def admitted() -> Iterator[tuple[int, int] | None]:
+        for number, found in enumerate(ranges):
+            while admit is not None and not admit(number):
+                if stop.is_set():
+                    return
+                yield None  # what has been admitted is read meanwhile: it may be what makes room
+                time.sleep(parallel.POLL / 4)
+            if not found.length:
+                with lock:
+                    complete.append(number)
+            yield found.offset, found.length
+
+    plan = parallel.Shared(steps(admitted(), slot - reader.margin))
+
+    def arrive(step: Step) -> None:
         nonlocal arrived
         with lock:
             for cut in step.cuts:
@@ -83,38 +107,41 @@ def deliver(
                 if not left[cut.range]:
                     complete.append(cut.range)
 
-    def body(stop: threading.Event) -> None:
+    def body(_: threading.Event) -> None:
         with lock:
             mine = spare.pop()
-        with link.lane(mine, landed) as lane:
+        with link.lane(mine) as lane:
             for step in plan:
                 if stop.is_set():
                     return
-                room = lane.take()
-                lane.send(step, reader.read(step.offset, step.length, room.view))
-            lane.finish()
+                lane.send(step, reader.read(step.offset, step.length, mine.view))
+                arrive(step)
 
-    with Staging(workers * DEPTH, slot) as staging, contextlib.ExitStack() as stack:
+    with Staging(workers, slot) as staging, contextlib.ExitStack() as stack:
         sums: Sums | None = None
-        spare = [staging.slots[at : at + DEPTH] for at in range(0, workers * DEPTH, DEPTH)]
+        spare = list(staging.slots)
 
         def meanwhile() -> None:
             nonlocal sums, told
             if verify and sums is None:  # made while the first bytes are on their way
-                sums = stack.enter_context(link.sums())
+                sums = stack.enter_context(link.sums(len(ranges)))
             with lock:
                 ready, here = complete[:], arrived
                 complete.clear()
             if sums is not None and ready:
                 sums.add(ready)
+            if landed is not None:
+                for number in ready:
+                    landed(number)
             if progress is not None and here > told:
                 progress(here - told)
             told = here
 
-        parallel.crew(body, workers, meanwhile)
+        parallel.crew(body, workers, meanwhile, stop=stop)
         meanwhile()
         found = sums.results() if sums is not None else {}
-    assert not any(left) and (not verify or len(found) == len(ranges)), "a range was passed over"
+    if any(left) or (verify and len(found) != len(ranges)):
+        raise ThawError(f"{name!r} was not read whole, through a fault of thaw; please report it")
     for number, sum_ in sorted(found.items()):
         if sum_ != ranges[number].wordsum:
             raise damaged(name, ranges[number])

@@ -35,14 +35,15 @@ class Step:
     cuts: tuple[Cut, ...]
 
 
-def steps(ranges: Iterable[tuple[int, int]], slot: int, join: int = BLOCK) -> Iterator[Step]:
+def steps(ranges: Iterable[tuple[int, int] | None], slot: int, join: int = BLOCK) -> Iterator[Step]:
     """Cover ranges with reads of at most ``slot`` bytes.
 
     Small neighbours share a read, long ranges are cut. A range is cut where the next read then begins at a multiple of
     BLOCK, if there is such a place in it.
 
     Args:
-        ranges: offset and length of each, in order of offset, none overlapping another; empty ones are passed over.
+        ranges: offset and length of each, in order of offset, none overlapping another; empty ones are passed over. At
+            a None, which counts for none, what was joined so far is given at once.
         slot: bytes, at least 2 * BLOCK.
         join: neighbours with at most this many unwanted bytes between them are read together.
 
@@ -59,7 +60,14 @@ def steps(ranges: Iterable[tuple[int, int]], slot: int, join: int = BLOCK) -> It
         cuts.clear()
         return found
 
-    for number, (offset, length) in enumerate(ranges):
+    number = -1
+    for item in ranges:
+        if item is None:
+            if cuts:
+                yield made()
+            continue
+        number += 1
+        offset, length = item
         if offset < end and length:
             raise ValueError(f"range {number} begins at {offset}, the one before it ends at {end}")
         begin = 0

@@ -9,17 +9,16 @@ import threading
 from types import TracebackType
 from typing import Protocol
 
-from ..errors import CorruptionError, StorageError, UsageError
+from ..errors import StorageError, UsageError
 from .medium import IN_MEMORY, file_system
 from .plan import BLOCK
+from .residency import Residency
 from .source import FileSource, Source, copy
 
 ROUTES = ("auto", "cached", "direct")
 """``auto`` lets the library choose, ``cached`` reads through the page cache, ``direct`` past it."""
 
-_NO_WAIT = getattr(os, "RWF_NOWAIT", None)
 _DIRECT = getattr(os, "O_DIRECT", 0)
-_REFUSED = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
 
 
 class Reader(Protocol):
@@ -80,9 +79,8 @@ class Cached:
 class Direct:
     """Reads that bypass the page cache (O_DIRECT), for cold files on disks; with ``peek``, only what is not cached.
 
-    What lies in the page cache is recognised by a read that may not wait (RWF_NOWAIT): it gives the bytes or says that
-    there are none. So a file that is cached in part is read at memory's speed where it is and at the disk's elsewhere,
-    and what was not cached stays uncached: nothing else is pushed out of memory.
+    So a file that is cached in part is read at memory's speed where it is and at the disk's elsewhere, and what was not
+    cached stays uncached: nothing else is pushed out of memory.
     """
 
     margin = 2 * BLOCK
@@ -92,59 +90,51 @@ class Direct:
         Raises:
             OSError: the file system has no direct I/O.
         """
-        self._source, self.why, self._peek = source, why, peek
+        self._source, self.why = source, why
         self.route = "page cache, else direct" if peek else "direct"
         self._file = os.open(f"/proc/self/fd/{source.descriptor}", os.O_RDONLY | os.O_CLOEXEC | _DIRECT)
+        try:
+            self._residency = Residency(source.descriptor, source.size) if peek else None
+        except BaseException:
+            os.close(self._file)
+            raise
         self._lock = threading.Lock()
         self._bytes = {"cached": 0, "direct": 0}
 
     def read(self, offset: int, length: int, view: memoryview) -> int:
         """See Reader."""
-        cached = self._cached(offset, length, view) if self._peek else 0
-        if cached == length:
-            head = 0
+        if self._residency is not None and self._residency.whole(offset, length):
+            self._source.read_into(offset, view[:length])
+            head, cached = 0, length
         else:
-            head = self._direct(offset, length, view)
-            cached = 0
+            head, direct = self._direct(offset, length, view)
+            cached = length - direct
         with self._lock:
             self._bytes["cached"] += cached
             self._bytes["direct"] += length - cached
         return head
 
-    def _cached(self, offset: int, length: int, view: memoryview) -> int:
-        assert _NO_WAIT is not None
-        done = 0
-        while done < length:
-            try:
-                count = os.preadv(self._source.descriptor, [view[done:length]], offset + done, _NO_WAIT)
-            except OSError as error:
-                if error.errno == errno.EAGAIN:
-                    return done
-                raise self._failed(offset + done, error) from None
-            if not count:
-                return done
-            done += count
-        return done
-
-    def _direct(self, offset: int, length: int, view: memoryview) -> int:
+    def _direct(self, offset: int, length: int, view: memoryview) -> tuple[int, int]:
+        """Where the first byte is, and how many came past the page cache."""
         low = offset // BLOCK * BLOCK
         head = offset - low
         want = -(-(head + length) // BLOCK) * BLOCK
         done = 0
-        while done < head + length:
+        # A short read that ends on a block is gone on with.
+        while done < head + length and not done % BLOCK:
             try:
                 count = os.preadv(self._file, [view[done:want]], low + done)
             except OSError as error:
-                raise self._failed(low + done, error) from None
-            done += count
-            # A short read ends on a block and is gone on with, or at the file's end.
-            if not count or done % BLOCK:
+                if error.errno != errno.EINVAL:  # blocks larger than ours
+                    raise self._failed(low + done, error) from None
                 break
-        if done < head + length:
-            raise CorruptionError(
-                f"{self._source.name!r} ends at {low + done}, {offset + length} bytes were needed; copy the file again"
-            )
-        return head
+            if not count:
+                break
+            done += count
+        direct = min(max(done - head, 0), length)
+        if direct < length:  # plain reads know whether the file ends here or only direct reads do
+            self._source.read_into(offset + direct, view[head + direct : head + length])
+        return head, direct
 
     def _failed(self, offset: int, error: OSError) -> StorageError:
         return StorageError(f"reading {self._source.name!r} at {offset} failed: {error.strerror}")
@@ -159,6 +149,8 @@ class Direct:
         if self._file >= 0:
             file, self._file = self._file, -1
             os.close(file)
+        if self._residency is not None:
+            self._residency.close()
 
     def __enter__(self) -> Direct:
         return self
@@ -223,19 +215,8 @@ def choose(source: Source, route: str = "auto", *, staged: bool = True) -> Reade
     try:
         if route == "direct":
             return Direct(source, f"direct reads were asked for, and {named} has them", peek=False)
-        if not _peeks(source):
-            return Cached(source, "page cache", f"{named} does not tell what is cached")
-        return Direct(source, f"{named} tells what is cached and reads the rest directly", peek=True)
+        if not source.size:
+            return Cached(source, "page cache", "the file is empty")
+        return Direct(source, f"{named} has direct reads for what is not cached", peek=True)
     except OSError as error:
         return Cached(source, "page cache", f"{named} refuses direct reads: {error.strerror}")
-
-
-def _peeks(source: FileSource) -> bool:
-    """Whether the file system answers reads that may not wait."""
-    if _NO_WAIT is None or not source.size:
-        return False
-    try:
-        os.preadv(source.descriptor, [bytearray(1)], 0, _NO_WAIT)
-    except OSError as error:
-        return error.errno not in _REFUSED
-    return True

@@ -41,9 +41,9 @@ class Locked:
         parts = [(address + at, min(LOCK, size - at)) for at in range(0, size, LOCK)]
 
         def lock(part: tuple[int, int]) -> None:
-            context.enter()
-            context.driver.call("cuMemHostRegister_v2", *part, flags)
-            self._parts.append(part[0])
+            with context.entered():
+                context.driver.call("cuMemHostRegister_v2", *part, flags)
+                self._parts.append(part[0])
 
         try:
             parallel.run(parts, lock, min(workers, len(parts)))
@@ -65,8 +65,8 @@ class Locked:
         parts, self._parts = self._parts, []
 
         def unlock(address: int) -> None:
-            self._context.enter()
-            self._context.driver["cuMemHostUnregister"](address)
+            with self._context.entered():
+                self._context.driver["cuMemHostUnregister"](address)
 
         parallel.run(parts, unlock, min(len(parts), parallel.default_workers()))
 
@@ -106,7 +106,10 @@ class Resident(MemorySource):
 
     def _map(self, context: Context | None, workers: int) -> bool:
         size = self._file.size
-        held = mmap.mmap(self._file.descriptor, size, mmap.MAP_SHARED, mmap.PROT_READ)
+        try:
+            held = mmap.mmap(self._file.descriptor, size, mmap.MAP_SHARED, mmap.PROT_READ)
+        except (OSError, ValueError):  # no mappings here, or the file is shorter by now: reading will tell
+            return False
         if context is not None:
             try:
                 self.locked = Locked(context, address_of(held), size, workers, _PORTABLE | _READ_ONLY)
@@ -139,6 +142,11 @@ class Resident(MemorySource):
         self.why = f"read into memory of its own; {reader.why}"
         super().__init__(memoryview(self._held)[first : first + size], self._file.name)
 
+    def read_into(self, offset: int, view: memoryview) -> None:
+        """See Source; asks first, since touching what was cut off a mapped file would end this process (SIGBUS)."""
+        self.check_unchanged()
+        super().read_into(offset, view)
+
     def check_unchanged(self) -> None:
         """A mapped file shows what is written to it; memory of its own does not change."""
         if self._shared:
@@ -156,7 +164,7 @@ class Resident(MemorySource):
         """Copy ranges straight to a GPU, and hold each against its word sum there; returns when all are in place.
 
         Args:
-            context: that GPU's; this thread enters it.
+            context: that GPU's; this thread is in it meanwhile.
             ranges: of this source, which is ``locked``.
             runs: address in the GPU's memory and bytes of each.
             verify: whether to check.
@@ -167,10 +175,9 @@ class Resident(MemorySource):
             DeviceError: the GPU or its driver refused.
         """
         assert self.locked is not None
-        context.enter()
         call, results = context.driver.call, []
         groups = range(0, len(ranges), GROUP)
-        with contextlib.ExitStack() as stack:
+        with context.entered(), contextlib.ExitStack() as stack:
             stream = Stream(context, events=len(groups))
             stack.callback(stream.close)
             sums = stack.enter_context(CudaSums(context, len(ranges))) if verify else None
@@ -188,7 +195,7 @@ class Resident(MemorySource):
                     progress(sum(found.length for found in ranges[some]))
             stream.synchronize()
             results = sums.results() if sums is not None else []
-        for found, result in zip(ranges, results, strict=False):
+        for found, result in zip(ranges if verify else (), results, strict=True):
             if result != found.wordsum:
                 raise damaged(self.name, found)
 
@@ -203,5 +210,6 @@ class Resident(MemorySource):
             self.locked.close()
             self.locked = None
         if self._held is not None:
-            self._held.close()
+            with contextlib.suppress(BufferError):  # see Staging.close
+                self._held.close()
             self._held = None

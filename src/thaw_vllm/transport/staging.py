@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from dataclasses import dataclass
 from types import TracebackType
@@ -54,7 +55,8 @@ class Staging:
             slot.view.release()
         self.slots = []
         self._view.release()
-        self._memory.close()
+        with contextlib.suppress(BufferError):  # the frames of an error on its way hold views; memory goes with them
+            self._memory.close()
 
     def __enter__(self) -> Staging:
         return self

@@ -28,7 +28,7 @@ def wordsum(view: torch.Tensor) -> int:
         step = ROWS * LANES * 4
         for at in range(0, size, step):
             part = view[at : at + step]
-            if part.data_ptr() % 4 or part.numel() % (LANES * 4):
+            if part.data_ptr() % 4 or part.storage_offset() % 4 or part.numel() % (LANES * 4):
                 padded = torch.zeros(-(-part.numel() // (LANES * 4)) * LANES * 4, dtype=torch.uint8, device=view.device)
                 padded[: part.numel()] = part
                 part = padded

@@ -84,7 +84,7 @@ class Pinned:
                 self._resident = Resident(file, reader, context, workers)
             stack.callback(self._resident.close)
             self._stack = stack.pop_all()
-        self._opened = Opened(self._resident, opened.snapshot)
+        self._opened, self._file = Opened(self._resident, opened.snapshot), file
         self.path, self.bytes, self.why = str(path), file.size, self._resident.why
         self.seconds = time.perf_counter() - start
         self._closed = False
@@ -101,7 +101,7 @@ class Pinned:
         start = time.perf_counter()
         with collection_paused():
             report = restore_opened(model, self._opened, RestoreOptions(**options), start)
-        return replace(report, why=self.why)
+        return replace(report, why=self.why, replaced=self._file.replaced)
 
     def close(self) -> None:
         """Unlock and return the memory; a second call does nothing."""

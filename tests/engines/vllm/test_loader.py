@@ -24,3 +24,32 @@ def test_every_tensor_is_equal(kind: str, checkpoints: Callable, load: Callable,
     assert frozen.raw == default.raw
     assert thawed.raw == default.raw
     assert thawed.processed() == default.processed()
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_a_checkpoint_without_a_snapshot_is_streamed(kind: str, checkpoints: Callable, load: Callable):
+    if kind == "int8" and not (torch.cuda.is_available() or hasattr(torch.ops._C, "release_dnnl_matmul_handler")):
+        pytest.skip("this vLLM's int8 kernels are not loaded")
+    from thaw_vllm.engines.vllm import loader
+    from thaw_vllm.weights.stream import StreamReport
+
+    default = load(checkpoints(kind))
+    streamed = load(checkpoints(kind), load_format="thaw")
+    assert isinstance(loader.last_report, StreamReport) and loader.last_report.tensors
+    assert streamed.raw == default.raw
+    assert streamed.processed() == default.processed()
+
+
+def test_what_cannot_be_streamed_is_left_to_vllm(checkpoints: Callable, load: Callable, tmp_path: Path):
+    from thaw_vllm.engines.vllm import loader
+
+    directory = checkpoints("untied")
+    for file in directory.iterdir():
+        if file.suffix != ".safetensors":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    from safetensors.torch import load_file
+
+    torch.save(load_file(directory / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    loaded = load(tmp_path, load_format="thaw")
+    assert loader.last_report is None
+    assert loaded.raw == load(directory).raw

@@ -32,7 +32,8 @@ from ...weights.open import open_rank
 from ...weights.provenance import check_source, checkpoint_id, source_record
 from ...weights.ranks import freeze_rank
 from ...weights.restore import RestoreOptions, RestoreReport, restore
-from . import audit
+from ...weights.stream import StreamReport
+from . import audit, streaming
 from .exchange import world_exchange
 from .failures import noted
 from .identity import config_directory, engine_identity, model_directory
@@ -43,8 +44,10 @@ if TYPE_CHECKING:
 
 logger = init_logger(f"vllm.{__name__}")
 
-last_report: FreezeReport | RestoreReport | None = None
+last_report: FreezeReport | RestoreReport | StreamReport | None = None
 """Of this worker process; ``thaw_report`` hands it to the engine's caller."""
+
+MODES = ("thaw", "freeze", "stream")
 
 OTHER_FILES = ("pt", "npcache", "mistral")
 """Load formats that pass over ``*.safetensors`` files beside their own."""
@@ -58,8 +61,9 @@ class LoaderConfig:
     """``model_loader_extra_config`` of ``load_format="thaw"``.
 
     Attributes:
-        snapshot: path of the snapshot, or of its set's manifest.
-        mode: ``thaw`` to fill the model from it, ``freeze`` to load the checkpoint and write it.
+        snapshot: path of the snapshot, or of its set's manifest; empty to stream the model directory's own safetensors.
+        mode: ``thaw`` to fill the model from it, ``freeze`` to load the checkpoint and write it, ``stream`` to load the
+            checkpoint through thaw's transport. Without a snapshot it is ``stream``.
         verify: thaw: hold every chunk against its checksum.
         check_source: thaw: refuse a model directory whose weight files are not the snapshot's.
         force: freeze: replace an existing snapshot.
@@ -69,8 +73,8 @@ class LoaderConfig:
         failures: directory in which a worker notes its error for the caller; set by ``load`` and ``freeze_checkpoint``.
     """
 
-    snapshot: str
-    mode: str = "thaw"
+    snapshot: str = ""
+    mode: str = ""
     verify: bool = True
     check_source: bool = True
     force: bool = False
@@ -83,19 +87,25 @@ class LoaderConfig:
     def parse(cls, given: object) -> LoaderConfig:
         """Checked; an unknown key, a wrong type or a missing snapshot raises UsageError."""
         example = """--model-loader-extra-config '{"snapshot": "weights.thaw"}'"""
-        if not isinstance(given, dict) or not isinstance(given.get("snapshot"), str) or not given["snapshot"]:
-            raise UsageError(f"load_format='thaw' needs the snapshot's path: {example}")
+        given = {} if given is None else given
+        if not isinstance(given, dict) or not isinstance(given.get("snapshot", ""), str):
+            raise UsageError(f"load_format='thaw' takes the snapshot's path: {example}")
         unknown = sorted(set(given) - {f.name for f in dataclasses.fields(cls)})
         if unknown:
             raise UsageError(f"load_format='thaw' knows no option {unknown[0]!r}; example: {example}")
-        found = cls(**given)
+        if not given.get("snapshot") and (given.get("mode", "stream") != "stream" or "snapshot" in given):
+            raise UsageError(f"load_format='thaw' needs the snapshot's path: {example}")
+        options: dict[str, Any] = {"mode": "thaw" if given.get("snapshot") else "stream"}
+        found = cls(**options | given)
         for name in ("verify", "check_source", "force"):
             if not isinstance(getattr(found, name), bool):
                 raise UsageError(f"load_format='thaw': {name} must be true or false")
         if found.workers is not None and (type(found.workers) is not int or found.workers < 1):
             raise UsageError("load_format='thaw': workers must be a whole number from 1")
-        if found.mode not in ("thaw", "freeze"):
-            raise UsageError(f"load_format='thaw': mode must be 'thaw' or 'freeze', not {found.mode!r}")
+        if found.mode not in MODES:
+            raise UsageError(f"load_format='thaw': mode must be one of {', '.join(MODES)}, not {found.mode!r}")
+        if found.mode == "stream" and found.snapshot:
+            raise UsageError("load_format='thaw': mode 'stream' reads the model directory; leave snapshot out")
         if found.source_format == "thaw" or not isinstance(found.source_config, dict):
             raise UsageError("load_format='thaw': source_format must be one of vLLM's own, source_config an object")
         return found
@@ -109,8 +119,8 @@ class ThawModelLoader(BaseModelLoader):
         self.config = LoaderConfig.parse(load_config.model_loader_extra_config)
 
     def download_model(self, model_config: ModelConfig) -> None:
-        """Fetch the checkpoint when freezing; thawing needs its config and tokenizer only."""
-        if self.config.mode == "freeze":
+        """Fetch the checkpoint when it is read; thawing needs its config and tokenizer only."""
+        if self.config.mode != "thaw":
             self._source().download_model(model_config)
 
     def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> torch.nn.Module:
@@ -138,8 +148,11 @@ class ThawModelLoader(BaseModelLoader):
                     untie(model_config)
 
     def load_weights(self, model: torch.nn.Module, model_config: ModelConfig) -> None:
-        """Fill ``model``'s raw parameters from the snapshot, or from the checkpoint and freeze them."""
+        """Fill ``model``'s raw parameters from the snapshot, or from the checkpoint and maybe freeze them."""
         global last_report
+        if self.config.mode == "stream":
+            last_report = self._stream(model, model_config)
+            return
         audit.refuse_unsound(model)
         identity = engine_identity(get_current_vllm_config(), model_config)
         work = self._freeze if self.config.mode == "freeze" else self._thaw
@@ -210,6 +223,15 @@ class ThawModelLoader(BaseModelLoader):
             )
         logger.info("froze %d tensors, %.2f GB to %s", report.tensors, report.bytes / 1e9, report.path)
         return report
+
+    def _stream(self, model: torch.nn.Module, model_config: ModelConfig) -> StreamReport | None:
+        directory = model_directory(model_config, self.load_config.download_dir)
+        why = streaming.unsuited(model, model_config, directory)
+        if why is not None or directory is None:
+            logger.warning("vLLM's own loader reads the checkpoint: %s", why)
+            self._source().load_weights(model, model_config)
+            return None
+        return streaming.load(model, model_config, directory, self.config.workers)
 
     def _checkpoint(self, directory: Path | None) -> Checkpoint | None:
         """What vLLM's loader is about to read, as it is now; None where that has no files of its own here."""

@@ -1,0 +1,185 @@
+"""``thaw bench cold-start``: vLLM from process start to its first token, by loader, each in a fresh process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ..engines.vllm import fresh
+from ..errors import StorageError, ThawError, UsageError
+from .outcome import Missed, Outcome, Say
+from .record import Record, file_system_of
+
+LOAD, EAGER, GRAPHS = "vllm-load-weights", "start-eager", "start-graphs"
+MODES = {"eager": EAGER, "graphs": GRAPHS}
+DEFAULT, SNAPSHOT, STREAMED = "default-loader", "snapshot", "checkpoint"
+FORMATS = {
+    "fastsafetensors": "fastsafetensors",
+    "instanttensor": "instanttensor",
+    "runai_streamer": "runai-model-streamer",
+}
+"""vLLM's own load formats → the distribution that each needs."""
+QUESTIONS: list[Any] = [list(range(5, 200)), [11, 12, 13]]
+"""Token ids: a model of random weights needs no tokenizer and no chat template."""
+BEFORE_FIRST_TOKEN = ("process", "imports", "engine", "first_token")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured.
+
+    Attributes:
+        model: a model directory.
+        snapshot: of it, for vLLM; None to leave that line out.
+        modes: of MODES.
+        loaders: of ``loaders``' names, empty for all.
+        runs: fresh processes each loader gets in each mode.
+        engine_args: further ones of vLLM.
+        max_tokens: of each answer.
+    """
+
+    model: Path
+    snapshot: Path | None
+    modes: tuple[str, ...]
+    loaders: tuple[str, ...]
+    runs: int
+    engine_args: dict[str, Any]
+    max_tokens: int = 16
+
+
+@dataclass(frozen=True)
+class Loader:
+    """One way of getting the weights.
+
+    Attributes:
+        system: ``vllm`` for its default loader, ``thaw``, or the rival's distribution.
+        route: DEFAULT, SNAPSHOT, STREAMED or vLLM's load format.
+        engine_args: that choose it.
+        snapshot: for ``fresh.run``.
+    """
+
+    system: str
+    route: str
+    engine_args: dict[str, Any]
+    snapshot: Path | None = None
+
+
+def measure(settings: Settings, say: Say) -> Outcome:
+    """Every loader in every mode; a loader that fails is a line, the others go on.
+
+    Raises:
+        StorageError: there is no such model or snapshot.
+        UsageError: an unknown loader.
+    """
+    size = _weights(settings.model)
+    if settings.snapshot is not None and not settings.snapshot.is_file():
+        raise StorageError(
+            f"there is no snapshot {str(settings.snapshot)!r}; make it: "
+            f"thaw freeze --model {settings.model} --output {settings.snapshot}"
+        )
+    chosen = [loader for loader in loaders(settings) if not settings.loaders or loader.route in settings.loaders]
+    unknown = sorted(set(settings.loaders) - {loader.route for loader in loaders(settings)})
+    if unknown:
+        raise UsageError(
+            f"there is no loader {unknown[0]!r}; there are {', '.join(x.route for x in loaders(settings))}"
+        )
+    outcome = Outcome()
+    for mode in settings.modes:
+        outcome += _mode(mode, chosen, size, settings, say)
+    return outcome
+
+
+def loaders(settings: Settings) -> list[Loader]:
+    """In the order of their first round."""
+    found = [Loader("vllm", DEFAULT, {})]
+    if settings.snapshot is not None:
+        found.append(Loader("thaw", SNAPSHOT, {}, settings.snapshot))
+    found.append(Loader("thaw", STREAMED, {"load_format": "thaw"}))
+    return found + [Loader(package, name, {"load_format": name}) for name, package in FORMATS.items()]
+
+
+def _mode(mode: str, chosen: Sequence[Loader], size: int, settings: Settings, say: Say) -> Outcome:
+    outcome, work = Outcome(), MODES[mode]
+    found: dict[str, list[dict[str, Any]]] = {loader.route: [] for loader in chosen}
+    failed: dict[str, str] = {}
+    for number in range(settings.runs):
+        shift = number % max(1, len(chosen))
+        for loader in [*chosen[shift:], *chosen[:shift]]:
+            if loader.route in failed:
+                continue
+            answer = _start(loader, mode, settings)
+            if isinstance(answer, str):
+                failed[loader.route] = answer
+            else:
+                found[loader.route].append(answer)
+            told = answer if isinstance(answer, str) else f"{answer['seconds']['total']:.1f} s"
+            say(f"{work}, round {number + 1} of {settings.runs}, {loader.system} ({loader.route}): {told}")
+    outcome.missed += [Missed(work, x.system, x.route, failed[x.route]) for x in chosen if x.route in failed]
+    # vLLM's own loader is what the others are held against; without it, the first that answered.
+    reference = next((answers[0]["outputs"] for answers in found.values() if answers), None)
+    for loader in chosen:
+        if found[loader.route]:
+            outcome.records += _records(work, loader, found[loader.route], size, settings.model, reference)
+    return outcome
+
+
+def _start(loader: Loader, mode: str, settings: Settings) -> dict[str, Any] | str:
+    """The answer, or why there is none."""
+    package = FORMATS.get(loader.route)
+    if package is not None:
+        try:
+            metadata.version(package)
+        except metadata.PackageNotFoundError:
+            return f"not installed: pip install {package}"
+    args = {"enforce_eager": mode == "eager"} | settings.engine_args | loader.engine_args
+    try:
+        return fresh.run(
+            "ask",
+            model=str(settings.model),
+            snapshot=loader.snapshot,
+            engine_args=args,
+            questions=QUESTIONS,
+            max_tokens=settings.max_tokens,
+            environment={"VLLM_NO_USAGE_STATS": "1"},
+        )
+    except (ThawError, OSError) as error:
+        return " ".join(str(error).split())[:300]
+
+
+def _records(
+    work: str, loader: Loader, answers: Sequence[dict[str, Any]], size: int, model: Path, reference: Any
+) -> Iterator[Record]:
+    phases = [answer["seconds"] for answer in answers]
+    equal = all(_tokens(answer["outputs"]) == _tokens(reference) for answer in answers)
+    verified = bool(answers[-1]["reports"]) and answers[-1]["reports"][0].get("verified", "none") != "none"
+    shown = {name: [round(p[name], 3) for p in phases if name in p] for name in phases[-1]}
+    place = file_system_of(loader.snapshot or model)
+    extra = {"phases": shown, "logprobs_equal": all(answer["outputs"] == reference for answer in answers)}
+    starts = [sum(p.get(name, 0.0) for name in BEFORE_FIRST_TOKEN) for p in phases]
+    yield Record(work, loader.system, loader.route, size, starts, "warm", verified, equal, None, extra, place)
+    loads = [p["weights"] for p in phases if "weights" in p]
+    if loads:
+        mode = {"start": work}
+        yield Record(LOAD, loader.system, loader.route, size, loads, "warm", verified, equal, None, mode, place)
+
+
+def _tokens(outputs: Any) -> list[list[int]]:
+    return [output["tokens"] for output in outputs]
+
+
+def _weights(model: Path) -> int:
+    """Bytes of the checkpoint's weight files.
+
+    Raises:
+        StorageError: it is no directory, or has none.
+    """
+    if not model.is_dir():
+        raise StorageError(f"there is no model directory {str(model)!r}")
+    size = sum(os.path.getsize(path) for path in model.glob("*.safetensors"))
+    if not size:
+        raise StorageError(f"{str(model)!r} has no *.safetensors files to load")
+    return size

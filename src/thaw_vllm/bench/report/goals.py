@@ -1,0 +1,104 @@
+"""What thaw is meant to reach, held against what was recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from ..outcome import Outcome
+from ..record import Record
+from ..summary import best_rival, limit_of
+from .results import Run
+
+FULL = 15 * 10**9
+"""Bytes from which on a run says something about the goals."""
+ONE_SHOT = ("restore-tmpfs", "restore-pagecache", "restore-disk")
+
+Value = Callable[[Record, Outcome], "float | None"]
+
+
+def of_limit(record: Record, outcome: Outcome) -> float | None:
+    """Speed over the limit's of the same run."""
+    limit = limit_of(record, outcome)
+    return None if limit is None else record.gb_per_s / limit.gb_per_s
+
+
+def of_rival(record: Record, outcome: Outcome) -> float | None:
+    """Speed over the best rival's of the same run."""
+    rival = best_rival(record, outcome.records)
+    return None if rival is None else record.gb_per_s / rival.gb_per_s
+
+
+def peak(record: Record, outcome: Outcome) -> float | None:
+    """MiB."""
+    return record.peak_host_mib
+
+
+def seconds(record: Record, outcome: Outcome) -> float | None:
+    """Median."""
+    return record.median
+
+
+@dataclass(frozen=True)
+class Goal:
+    """One line of the table.
+
+    Attributes:
+        text: what is to be reached.
+        works: where it is looked for.
+        verified: which of thaw's two records counts; None for both.
+        value: of a record, None where it cannot be told.
+        bound: the value to reach; to stay below when ``at_most``.
+        at_most: see ``bound``.
+        unit: follows the figure.
+        route: which route counts; empty for all.
+    """
+
+    text: str
+    works: tuple[str, ...]
+    verified: bool | None
+    value: Value
+    bound: float
+    at_most: bool = False
+    unit: str = ""
+    route: str = ""
+
+    def reached(self, runs: Sequence[Run]) -> tuple[str, str]:
+        """Figure and verdict by the latest full run that tells; the worst record of it counts."""
+        for run in runs:
+            found = [
+                value
+                for record in run.outcome.records
+                if record.system == "thaw" and record.work in self.works and record.bytes >= FULL
+                if self.verified in (None, record.verified) and self.route in ("", record.route)
+                if (value := self.value(record, run.outcome)) is not None
+            ]
+            if found:
+                worst = max(found) if self.at_most else min(found)
+                met = worst <= self.bound if self.at_most else worst >= self.bound
+                return f"{worst:.2f}{self.unit} ({run.date[:10]})", "reached" if met else "**missed**"
+        return "–", "not measured"
+
+    @property
+    def goal(self) -> str:
+        """The bound as it is written."""
+        return f"{'≤' if self.at_most else '≥'} {self.bound:g}{self.unit}"
+
+
+GOALS = (
+    Goal("restore from tmpfs, verified: of the h2d limit", ("restore-tmpfs",), True, of_limit, 0.90),
+    Goal("restore from tmpfs, unverified: of the h2d limit", ("restore-tmpfs",), False, of_limit, 0.95),
+    Goal("restore from tmpfs, verified: of the best rival", ("restore-tmpfs",), True, of_rival, 1.6, unit=" ×"),
+    Goal("restore from the page cache, verified: of the h2d limit", ("restore-pagecache",), True, of_limit, 0.85),
+    Goal("restore from disk, cold, verified: of the direct-read limit", ("restore-disk",), True, of_limit, 0.98),
+    Goal("warm restore, verified: of the h2d limit", ("restore-warm",), True, of_limit, 0.97),
+    Goal("freeze to tmpfs: of the slower of link and parallel writes", ("freeze-tmpfs",), None, of_limit, 0.9),
+    Goal("freeze to disk: of the slower of link and parallel writes", ("freeze-disk",), None, of_limit, 0.9),
+    Goal("host memory while restoring, at most", ONE_SHOT, None, peak, 512, at_most=True, unit=" MiB"),
+    Goal(
+        *("vLLM's load_weights from a snapshot on tmpfs, 16 GB", ("vllm-load-weights",), None, seconds, 0.6),
+        at_most=True,
+        unit=" s",
+        route="snapshot",
+    ),
+)

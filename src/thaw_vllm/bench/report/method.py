@@ -1,0 +1,52 @@
+"""The part of docs/benchmarks.md that says how the figures come about; it changes when the benchmarks do."""
+
+METHOD = """
+This page is made by `thaw bench report` from `benchmarks/results/*.jsonl`; nothing in it is written by hand but the
+notes, which are in [benchmarks-notes.md](benchmarks-notes.md). Every result names its command: run it and add a line
+with `--record`.
+
+## Method
+
+**One run, one comparison.** Limits, thaw and rivals are measured in the same run on the same machine, and ratios are
+taken within it only. The order of the systems turns with every round.
+
+**Fresh processes.** Each run of each system is a process of its own. Before the clock starts it has imported
+everything and its CUDA context is up. A round's processes do that together; afterwards each runs alone while the others
+wait for a line of input. Warm restores (`restore-warm`) are the exception, since a process that stays is their point:
+one process, pinned once (the seconds that took are recorded too), several restores.
+
+**What is counted.** From the call to the moment the device has finished: opening files, reading headers, staging memory
+and its registration, the copies, the checksums where it says *verified*. thaw and thaw-native fill tensors that exist
+already, as in an engine, so those are allocated before the clock. The other systems make their tensors themselves, as
+part of their call, and that counts. On the host, safetensors hands out mappings of its files; they are cloned, so that
+it ends with memory like the others. A freeze ends when the file has been synced, whoever did not sync it himself.
+
+**The model** has the shapes of Llama 3 8B (291 tensors, 16.06 GB in bfloat16, smaller with `--size-gb`), random bits.
+The rivals read it as safetensors shards of up to 5 GB, thaw as one `.thaw`, thaw-native as the file it froze itself.
+
+**Cold is proved.** Before a cold run the files are synced and dropped from the page cache, and the kernel is asked how
+much of them is still there (`cachestat`, else `mincore`): over 1 % and the run does not count. Before a warm one they
+are read until at least 99 % is there. Both shares are in the record. What a hypervisor or a storage box caches cannot
+be seen from inside.
+
+**Equal is checked after the clock,** for every tensor of every run: a 64-bit sum of all words, each weighted by its
+position, with dtype and shape, computed where the tensor lies and compared with the source's. Tensors that are filled
+in place hold a pattern beforehand, so that bytes which nobody wrote are found. Frozen files are read back and compared;
+thaw's own are verified chunk by chunk as well.
+
+**Host memory** is watched from outside: anonymous and shared memory of the process beyond what it held when the clock
+started, without pages of files, and on the host without the restored tensors themselves. Page-locked memory that the
+driver allocates itself (`cudaHostAlloc`) is in no process's account; the growth of the whole machine is recorded beside
+it (`machine_mib`).
+
+**Limits.** `h2d` and `d2h`: 16 MiB copies from and to a region in huge pages, touched and registered. `disk-read` and
+`disk-write`: direct I/O of 8 MiB by all threads, fsync included. `tmpfs-write`: a new file by `pwrite` of all threads,
+and by stores into a shared mapping; the faster counts. `memory-read`: all threads read a file in memory into small
+buffers. Memory is touched before it is measured, because a fresh virtual machine gets its memory from the host only at
+the first touch, several times slower. A limit is what this method reached, not what a data sheet promises.
+
+**Figures.** GB/s are decimal, of the model's bytes, from the median of the runs. *Spread* is the difference of the
+slowest and the fastest run over the median, and how many runs there were. *Of the limit* is the speed over that of the
+slowest part that the bytes must pass: the link, and for a cold disk or a freeze the medium too; on the host, reads of
+the file in memory into small buffers, which no restore can quite reach.
+"""

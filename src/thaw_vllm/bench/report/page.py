@@ -1,0 +1,157 @@
+"""docs/benchmarks.md as text: a pure function of the runs and the hand-written notes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..outcome import spread
+from ..record import Record
+from ..summary import best_rival, group, label, limit_of
+from .goals import FULL, GOALS
+from .method import METHOD
+from .results import Run
+
+TITLES = {
+    "h2d": "Limit: host to device",
+    "d2h": "Limit: device to host",
+    "disk-read": "Limit: direct reads from disk",
+    "disk-write": "Limit: direct writes to disk",
+    "tmpfs-write": "Limit: writes to tmpfs",
+    "memory-read": "Limit: reads of files in memory",
+    "restore-tmpfs": "Restore from tmpfs",
+    "restore-pagecache": "Restore from the page cache",
+    "restore-disk": "Restore from a cold disk",
+    "restore-warm": "Restore from pinned memory, again and again",
+    "restore-cpu": "Restore into host memory",
+    "freeze-tmpfs": "Freeze to tmpfs",
+    "freeze-disk": "Freeze to disk",
+    "vllm-load-weights": "vLLM: loading the weights",
+    "start-eager": "vLLM: process start to first token, eager",
+    "start-graphs": "vLLM: process start to first token, with CUDA graphs",
+}
+"""Headings in the page's order; a work that is not here comes after them under its own name."""
+PLOTTED = ("restore-tmpfs", "restore-pagecache", "restore-disk", "restore-warm", "freeze-tmpfs", "freeze-disk")
+HEAD = "| system: route | GB/s | seconds | spread | of the limit | of the best rival | peak MiB | equal |"
+RULE = "|---|---:|---:|---:|---:|---:|---:|---|"
+
+
+def page(runs: Sequence[Run], notes: str) -> str:
+    """The whole page.
+
+    Args:
+        runs: the latest first.
+        notes: the text of the notes file, without a heading of its own; may be empty.
+    """
+    parts = ["# Benchmarks", METHOD.strip(), _goals(runs)]
+    if not runs:
+        parts.append(
+            "## Results\n\nNothing has been recorded yet: `thaw bench weights --record`, then `thaw bench report`."
+        )
+    if notes.strip():
+        parts.append("## Notes on these results\n\n" + notes.strip())
+    parts += [_work(work, runs) for work in works(runs)]
+    return "\n\n".join(parts) + "\n"
+
+
+def works(runs: Sequence[Run]) -> list[str]:
+    """Those with records, in the page's order."""
+    found = {work for run in runs for work in run.works}
+    return [work for work in TITLES if work in found] + sorted(found - set(TITLES))
+
+
+def _goals(runs: Sequence[Run]) -> str:
+    lines = ["## Goals", "", "| | goal | latest full-size run | |", "|---|---:|---:|---|"]
+    for goal in GOALS:
+        figure, verdict = goal.reached(runs)
+        lines.append(f"| {goal.text} | {goal.goal} | {figure} | {verdict} |")
+    return "\n".join(lines)
+
+
+def first(work: str, runs: Sequence[Run]) -> list[Run]:
+    """The runs with this work, the latest of full size before all others: a quick small one does not stand for it."""
+    found = [run for run in runs if work in run.works]
+    return sorted(found, key=lambda run: all(r.bytes < FULL for r in run.outcome.records if r.work == work))
+
+
+def _work(work: str, runs: Sequence[Run]) -> str:
+    latest, *older = first(work, runs)
+    lines = [f"## {TITLES.get(work, work)}", ""]
+    if work in PLOTTED:
+        lines += [f"![{TITLES[work]}](plots/{work}.svg)", ""]
+    lines += _run(work, latest)
+    if older:
+        lines += ["", "Earlier runs:", ""]
+        lines += [f"- {run.date[:10]}, {_short_machine(run.machine)}: {_short(work, run)}" for run in older]
+    return "\n".join(lines)
+
+
+def _run(work: str, run: Run) -> list[str]:
+    sized = [record.bytes for record in run.outcome.records if record.work == work and record.bytes]
+    lines = [f"`{work}`, {run.date[:10]}" + (f", {max(sized) / 1e9:.2f} GB" if sized else "") + "."]
+    lines += [f"Machine: {_machine(run.machine)}. Versions: {_versions(run.versions)}.", f"Command: `{run.command}`."]
+    groups: dict[tuple[str, str, str], list[Record]] = {}
+    for record in run.outcome.records:
+        if record.work == work:
+            groups.setdefault(group(record), []).append(record)
+    for (_, kind, directory), records in groups.items():
+        told = " ".join(filter(None, (kind, f"in `{directory}`" if directory else "")))
+        lines += ["", *([told[0].upper() + told[1:] + ":", ""] if told else []), HEAD, RULE]
+        lines += [_row(record, run) for record in sorted(records, key=lambda r: -r.gb_per_s)]
+    return lines
+
+
+def _row(record: Record, run: Run) -> str:
+    limit, rival = limit_of(record, run.outcome), best_rival(record, run.outcome.records)
+    cells = (
+        f"**{label(record)}**" if record.system == "thaw" else label(record),
+        f"{record.gb_per_s:.2f}" if record.bytes else "",
+        f"{record.median:.3f}",
+        f"{spread(record):.0%} of {len(record.seconds)}",
+        "" if limit is None or record.system == "limit" else f"{record.gb_per_s / limit.gb_per_s:.3f}",
+        "" if rival is None or record.system != "thaw" else f"{rival.median / record.median:.2f}",
+        "" if record.peak_host_mib is None else f"{record.peak_host_mib:.0f}",
+        "" if record.equal is None else "yes" if record.equal else "**no**",
+    )
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _short(work: str, run: Run) -> str:
+    told = []
+    for record in run.outcome.records:
+        if record.work == work and record.system in ("thaw", "limit"):
+            limit = limit_of(record, run.outcome) if record.system == "thaw" else None
+            share = f" ({record.gb_per_s / limit.gb_per_s:.2f} of the limit)" if limit is not None else ""
+            figure = f"{record.gb_per_s:.2f} GB/s" if record.bytes else f"{record.median:.3f} s"
+            told.append(f"{label(record)} {figure}{share}")
+    rival = max(
+        (
+            record
+            for record in run.outcome.records
+            if record.work == work and record.system not in ("thaw", "limit") and record.equal is not False
+        ),
+        key=lambda record: record.gb_per_s,
+        default=None,
+    )
+    if rival is not None:
+        told.append(f"best rival {rival.system} {rival.gb_per_s:.2f} GB/s")
+    return "; ".join(told)
+
+
+def _short_machine(machine: dict[str, Any]) -> str:
+    return str(machine.get("gpu") or machine.get("cpu") or "unknown machine")
+
+
+def _machine(machine: dict[str, Any]) -> str:
+    parts = []
+    if machine.get("gpu"):
+        parts.append(f"{machine['gpu']} ({machine.get('gpu_memory_gib')} GiB, driver {machine.get('driver')})")
+    parts.append(f"{machine.get('cpu')}, {machine.get('cores')} cores, {machine.get('memory_gib')} GiB")
+    parts.append(f"Linux {machine.get('kernel')}")
+    if machine.get("file_systems"):
+        parts.append("files on " + " and ".join(machine["file_systems"]))
+    return "; ".join(parts)
+
+
+def _versions(versions: dict[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items())

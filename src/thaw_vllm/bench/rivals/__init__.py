@@ -1,0 +1,37 @@
+"""The systems thaw is compared with, one file each; a file is imported in the process that runs it."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from ...errors import UsageError
+
+if TYPE_CHECKING:
+    from ..systems import System
+
+RIVALS = {
+    "safetensors": "safetensors",
+    "fastsafetensors": "fastsafetensors",
+    "instanttensor": "instanttensor",
+    "runai-model-streamer": "runai",
+    "thaw-native": "native",
+}
+"""Name → the file here with its ``SYSTEM``. A new rival is one file and one line."""
+OURS = "thaw"
+
+
+def system(name: str) -> System:
+    """The system of that name, not yet prepared.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if name == OURS:
+        from ..ours import Thaw
+
+        return Thaw()
+    if name not in RIVALS:
+        raise UsageError(f"there is no system {name!r}; there are {', '.join([OURS, *RIVALS])}")
+    found: System = import_module(f"{__name__}.{RIVALS[name]}").SYSTEM
+    return found

@@ -1,0 +1,76 @@
+"""A plain checkpoint through thaw's transport: vLLM's own ``load_weights`` gets tensors that are on the device already.
+
+For whoever has no snapshot yet: nothing is converted and nothing written.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.logger import init_logger
+
+from ...errors import MismatchError, UsageError
+from ...weights.checkpoint import open_checkpoint
+from ...weights.stream import StreamReport, stream
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig
+
+logger = init_logger(f"vllm.{__name__}")
+
+OWN_LOADERS = ("bitsandbytes", "gguf", "torchao")
+"""Quantisations for which vLLM reads the files in a way of its own."""
+
+
+def unsuited(model: torch.nn.Module, model_config: ModelConfig, directory: Path | None) -> str | None:
+    """Why this checkpoint is left to vLLM's own loader, or None."""
+    if directory is None:
+        return f"{model_config.model!r} is no local directory and not in the hub's cache"
+    if model_config.quantization in OWN_LOADERS:
+        return f"vLLM reads {model_config.quantization} checkpoints in a way of its own"
+    if getattr(model, "secondary_weights", ()) or getattr(model, "allow_patterns_overrides", None):
+        return "the model names further weight files itself"
+    try:
+        checkpoint = open_checkpoint(directory)
+    except UsageError as error:
+        return str(error)
+    if not checkpoint.headers:
+        return "its weights are not safetensors files"
+    if any(name.startswith("consolidated") for name in checkpoint.files):
+        return "its weights are in Mistral's own format"
+    return None
+
+
+def load(model: torch.nn.Module, model_config: ModelConfig, directory: Path, workers: int | None) -> StreamReport:
+    """Give every tensor of the checkpoint to ``model.load_weights``.
+
+    Raises:
+        MismatchError: the checkpoint lacks a parameter of an unquantised model, as vLLM's own loader has it.
+        FormatError, StorageError, ReplacedError, DeviceError: see ``stream``.
+    """
+    start = time.perf_counter()
+    checkpoint, report = open_checkpoint(directory), StreamReport()
+    device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+    wanted = {name for name, _ in model.named_parameters()}
+    into: Any = model
+    loaded = into.load_weights(stream(checkpoint, device, workers=workers, report=report))
+    missing = sorted(wanted - set(loaded)) if loaded is not None and model_config.quantization is None else []
+    if missing:
+        raise MismatchError(
+            f"{str(directory)!r} lacks weights of the model: {', '.join(missing[:5])}; is it the right checkpoint?"
+        )
+    report.seconds = seconds = time.perf_counter() - start
+    logger.info(
+        "streamed %d tensors, %.2f GB in %.2f s (%.2f GB/s) from %s: %s (%s)",
+        report.tensors,
+        report.bytes / 1e9,
+        seconds,
+        report.bytes / 1e9 / max(seconds, 1e-9),
+        directory,
+        report.route,
+        report.why,
+    )
+    return report

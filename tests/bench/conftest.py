@@ -1,0 +1,38 @@
+"""The command in this process, as in tests/cli; small results to make a page of."""
+
+import dataclasses
+import json
+
+import pytest
+
+from thaw_vllm.cli.main import main
+
+
+@dataclasses.dataclass
+class Ran:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def document(self):
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def thaw(capfd, tmp_path, monkeypatch):
+    """``thaw("bench", "limits")`` in this process, in a directory of its own."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        capfd.readouterr()
+        code = main([str(argument) for argument in arguments])
+        return Ran(code, *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def cpu(monkeypatch):
+    """As on a machine without a GPU."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)

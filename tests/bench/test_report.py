@@ -1,0 +1,172 @@
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from thaw_vllm.bench.record import FIELDS, Record
+from thaw_vllm.bench.report import goals, plots
+from thaw_vllm.bench.report.page import TITLES, page
+from thaw_vllm.bench.report.results import load
+from thaw_vllm.bench.report.write import NOTES, text
+from thaw_vllm.errors import MissingDependencyError, UsageError
+
+ROOT = Path(__file__).resolve().parents[2]
+SIZE = 16_060_000_000
+MACHINE = {"cpu": "CPU", "cores": 16, "memory_gib": 125.0, "kernel": "6.1", "file_system": "tmpfs"}
+GPU = {"gpu": "H100", "gpus": 1, "gpu_memory_gib": 79.6, "driver": "580"}
+
+
+def line(work, system, speed, *, run="a", date="2026-11-20T10:00:00+00:00", size=SIZE, **fields):
+    seconds = fields.pop("seconds", None) or [size / 1e9 / speed]
+    values = {
+        "work": work,
+        "system": system,
+        "route": fields.pop("route", "route"),
+        "bytes": size,
+        "seconds": seconds,
+        "gb_per_s": speed,
+        "cache": "warm",
+        "verified": fields.pop("verified", False),
+        "equal": None if system == "limit" else fields.pop("equal", True),
+        "peak_host_mib": fields.pop("peak", None),
+        "run": run,
+        "machine": MACHINE | GPU,
+        "versions": {"python": "3.12", "thaw": "0.1.0"},
+        "command": "thaw bench weights --record",
+        "date": date,
+    }
+    assert set(values) == set(FIELDS)
+    return values | fields
+
+
+RESULTS = [
+    line("h2d", "limit", 54.0),
+    line("disk-read", "limit", 1.65, directory="/mnt"),
+    line("restore-tmpfs", "thaw", 48.6, verified=True, peak=270.0, medium="tmpfs", directory="/dev/shm"),
+    line("restore-tmpfs", "thaw", 50.0, medium="tmpfs", directory="/dev/shm"),
+    line("restore-tmpfs", "instanttensor", 28.0, medium="tmpfs", directory="/dev/shm"),
+    line("restore-tmpfs", "fastsafetensors", 90.0, medium="tmpfs", directory="/dev/shm", equal=False),
+    line("restore-disk", "thaw", 1.64, verified=True, peak=600.0, medium="disk", directory="/mnt"),
+    line("vllm-load-weights", "thaw", 30.0, route="snapshot", start="start-eager"),
+    line("vllm-load-weights", "thaw", 5.0, route="checkpoint", start="start-eager"),
+    line("restore-tmpfs", "thaw", 40.0, run="b", date="2026-11-10T10:00:00+00:00", verified=True, medium="tmpfs"),
+    line("restore-tmpfs", "thaw", 1.0, run="c", date="2026-11-22T10:00:00+00:00", size=10**7, verified=True),
+    line("kv-restore", "thaw", 0, size=0, seconds=[0.1]),
+]
+
+
+@pytest.fixture
+def results(tmp_path):
+    folder = tmp_path / "results"
+    folder.mkdir()
+    for number, part in enumerate((RESULTS[:5], RESULTS[5:])):
+        text = "".join(json.dumps(found) + "\n" for found in part)
+        (folder / f"2026-11-2{number}.jsonl").write_text(text + "\n")
+    return folder
+
+
+def test_committed_page_is_what_the_command_makes():
+    made = text(ROOT / "benchmarks" / "results", ROOT / "docs" / NOTES)
+    assert (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8") == made, "run: thaw bench report"
+
+
+def test_runs_latest_first(results):
+    runs = load(results)
+    assert [run.id for run in runs] == ["c", "a", "b"]
+    assert len(runs[1].outcome.records) == 10 and runs[1].machine["file_systems"] == ["tmpfs"]
+    assert runs[1].works == [
+        *("h2d", "disk-read", "restore-tmpfs", "restore-disk", "vllm-load-weights", "kv-restore"),
+    ]
+
+
+def test_a_line_comes_back_as_it_was():
+    record = Record.from_json(RESULTS[2])
+    assert record.extra == {"medium": "tmpfs", "directory": "/dev/shm"}
+    again = record.to_json()
+    known = [name for name in RESULTS[2] if name not in ("seconds", "run", "machine", "versions", "command", "date")]
+    assert {name: again[name] for name in known} == {name: RESULTS[2][name] for name in known}
+    assert again["seconds"] == pytest.approx(RESULTS[2]["seconds"], abs=1e-6)
+
+
+@pytest.mark.parametrize("bad", ["{", "[]", '{"work": "h2d"}', json.dumps(RESULTS[0] | {"seconds": []})])
+def test_a_line_that_is_no_record(results, bad):
+    path = results / "2026-11-20.jsonl"
+    path.write_text(json.dumps(RESULTS[0]) + "\n" + bad + "\n")
+    with pytest.raises(UsageError, match=r"2026-11-20\.jsonl:2 is not a record"):
+        load(results)
+
+
+def test_goals(results):
+    runs = load(results)
+    found = {goal.text: goal.reached(runs) for goal in goals.GOALS}
+    of = {key.partition(":")[0]: value for key, value in found.items()}
+    assert found["restore from tmpfs, verified: of the h2d limit"] == ("0.90 (2026-11-20)", "reached")
+    assert of["restore from tmpfs, unverified"] == ("0.93 (2026-11-20)", "**missed**")
+    assert found["restore from tmpfs, verified: of the best rival"] == ("1.74 × (2026-11-20)", "reached")
+    assert of["restore from disk, cold, verified"] == ("0.99 (2026-11-20)", "reached")
+    assert of["host memory while restoring, at most"] == ("600.00 MiB (2026-11-20)", "**missed**")
+    assert of["vLLM's load_weights from a snapshot on tmpfs, 16 GB"] == ("0.54 s (2026-11-20)", "reached")
+    assert of["warm restore, verified"] == ("–", "not measured")
+
+
+def test_page(results):
+    made = page(load(results), "Why it is so.\n")
+    assert made.startswith("# Benchmarks\n") and made.endswith("\n") and not made.endswith("\n\n")
+    assert "## Notes on these results\n\nWhy it is so.\n" in made
+    section = made.partition("## Restore from tmpfs\n")[2].partition("\n## ")[0]
+    assert section.startswith(
+        "\n![Restore from tmpfs](plots/restore-tmpfs.svg)\n\n`restore-tmpfs`, 2026-11-20, 16.06 GB."
+    )
+    assert "Earlier runs:" in section and section.count("\n- 2026-11-") == 2
+    assert "- 2026-11-22, H100: thaw, verified: route 1.00 GB/s\n" in section
+    assert "| instanttensor: route | 28.00 |" in section
+    headings = [h for h in made.splitlines() if h.startswith("## ")]
+    wanted = [TITLES[w] for w in ("h2d", "disk-read", "restore-tmpfs", "restore-disk", "vllm-load-weights")]
+    assert [h[3:] for h in headings][3:] == [*wanted, "kv-restore"]
+    assert made == page(load(results), "Why it is so.")
+
+
+def test_rows(results):
+    made = page([run for run in load(results) if run.id == "a"], "")
+    assert "| **thaw, verified: route** | 48.60 | 0.330 | 0% of 1 | 0.900 | 1.74 | 270 | yes |" in made
+    assert "| fastsafetensors: route | 90.00 | 0.178 | 0% of 1 | 1.667 |  |  | **no** |" in made
+    assert "| **thaw: route** |  | 0.100 | 0% of 1 |  |  |  | yes |" in made
+    assert "H100 (79.6 GiB, driver 580); CPU, 16 cores, 125.0 GiB; Linux 6.1; files on tmpfs" in made
+
+
+def test_nothing_recorded(tmp_path):
+    assert "Nothing has been recorded yet" in text(tmp_path / "none", tmp_path / "none.md")
+
+
+def test_command(thaw, results, tmp_path):
+    (tmp_path / NOTES).write_text("# A title\n\nSaid by hand.\n")
+    ran = thaw("bench", "report", "--results", results, "--output", tmp_path / "page.md", "--no-plots", "--json")
+    assert ran.code == 0 and ran.document == {"page": str(tmp_path / "page.md"), "plots": [], "runs": 3}
+    made = (tmp_path / "page.md").read_text()
+    assert "Said by hand." in made and "A title" not in made
+
+
+def test_plots_want_matplotlib(thaw, results, tmp_path, monkeypatch):
+    def missing():
+        raise MissingDependencyError("the plots need matplotlib: pip install matplotlib")
+
+    monkeypatch.setattr(plots, "require", missing)
+    ran = thaw("bench", "report", "--results", results, "--output", tmp_path / "page.md")
+    assert ran.code == 7 and "pip install matplotlib" in ran.err
+    assert not (tmp_path / "page.md").exists()
+
+
+def test_matplotlib_is_asked_for_by_name(monkeypatch):
+    if find_spec("matplotlib") is not None:
+        pytest.skip("matplotlib is installed")
+    with pytest.raises(MissingDependencyError, match="pip install matplotlib"):
+        plots.require()
+
+
+def test_plots(results, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    made = plots.draw(load(results), tmp_path / "plots")
+    assert {path.name for path in made} == {f"restore-{w}.{e}" for w in ("tmpfs", "disk") for e in ("png", "svg")}
+    before = [path.read_bytes() for path in made]
+    assert before == [path.read_bytes() for path in plots.draw(load(results), tmp_path / "plots")]

@@ -1,0 +1,198 @@
+"""A made-up NVIDIA driver whose GPU is this process's memory, and which does everything as late as it may.
+
+A copy from page-locked memory happens when somebody waits for it, and not before. So a slot that is filled again too
+early, memory that is unlocked or freed under a copy, and a sum of bytes that have not arrived all show as wrong bytes
+or in ``wrong``.
+"""
+
+import collections
+import ctypes
+import threading
+
+from thaw_vllm.transport import cuda
+from thaw_vllm.transport.checksum import wordsum
+
+BUS = b"0000:3b:00.0"
+REFUSED = 999
+
+
+def u64(address):
+    return ctypes.c_uint64.from_address(address)
+
+
+class Driver(cuda.Driver):
+    """Attributes: ``wrong`` (what was done against the rules), ``calls`` (names), ``refuse`` (name: which call)."""
+
+    def __init__(self):
+        self.lock = threading.RLock()
+        self.current = threading.local()
+        self.handles = iter(range(0x1000, 1 << 40))
+        self.streams, self.events, self.locked, self.memory = {}, {}, {}, {}
+        self.modules, self.contexts, self.wrong, self.calls, self.refuse = set(), 0, [], [], {}
+        self.functions = {name: self.function(name) for name in cuda._SIGNATURES}
+
+    def function(self, name):
+        work = getattr(self, name.partition("_")[0])
+
+        def call(*arguments):
+            with self.lock:
+                if name == "cuGetErrorName":
+                    return work(*arguments)
+                self.calls.append(name)
+                left = self.refuse.get(name)
+                if left is not None:
+                    self.refuse[name] = left - 1
+                    if not left:
+                        return REFUSED
+                return work(*arguments) or 0
+
+        return call
+
+    def idle(self):
+        """Whether everything was given back, and nothing was done against the rules."""
+        assert self.wrong == []
+        assert not any((self.streams, self.events, self.locked, self.memory, self.modules, self.contexts))
+        return True
+
+    def make(self, handle):
+        handle._obj.value = next(self.handles)
+        return handle._obj.value
+
+    def inside(self):
+        if not getattr(self.current, "context", 0):
+            self.wrong.append("called outside a context")
+
+    # contexts
+
+    def cuInit(self, flags):
+        pass
+
+    def cuGetErrorName(self, result, text):
+        text._obj.value = b"CUDA_ERROR_MADE_UP"
+
+    def cuDeviceGet(self, number, device):
+        number._obj.value = device
+
+    def cuDeviceGetPCIBusId(self, text, size, device):
+        ctypes.memmove(text, BUS + b"\0", len(BUS) + 1)
+
+    def cuDevicePrimaryCtxRetain(self, handle, device):
+        self.contexts += 1
+        handle._obj.value = 0x100 + device
+
+    def cuDevicePrimaryCtxRelease(self, device):
+        self.contexts -= 1
+
+    def cuCtxSetCurrent(self, handle):
+        self.current.context = handle
+
+    def cuCtxGetCurrent(self, handle):
+        handle._obj.value = getattr(self.current, "context", None)
+
+    # streams and events
+
+    def cuStreamCreate(self, handle, flags):
+        self.inside()
+        self.streams[self.make(handle)] = collections.deque()
+
+    def cuStreamDestroy(self, stream):
+        if self.streams.pop(stream):
+            self.wrong.append("a stream was destroyed with work in it")
+
+    def cuStreamSynchronize(self, stream):
+        while self.streams[stream]:
+            self.streams[stream].popleft()[1]()
+
+    def cuStreamWaitEvent(self, stream, event, flags):
+        self.streams[stream].append((None, lambda: self.cuEventSynchronize(event)))
+
+    def cuEventCreate(self, handle, flags):
+        self.inside()
+        self.events[self.make(handle)] = True
+
+    def cuEventDestroy(self, event):
+        del self.events[event]
+
+    def cuEventRecord(self, event, stream):
+        self.events[event] = False
+        self.streams[stream].append((event, lambda: self.events.update({event: True})))
+
+    def cuEventSynchronize(self, event):
+        while not self.events[event]:
+            queue = next(queue for queue in self.streams.values() if any(mark == event for mark, _ in queue))
+            queue.popleft()[1]()
+
+    # memory
+
+    def cuMemHostRegister(self, address, size, flags):
+        self.inside()
+        if any(address < other + length and other < address + size for other, length in self.locked.items()):
+            self.wrong.append("locked twice")
+        if address % 4096:
+            self.wrong.append("locked across the middle of a page")
+        self.locked[address] = size
+
+    def cuMemHostUnregister(self, address):
+        del self.locked[address]
+
+    def is_locked(self, address, size):
+        return any(at <= address and address + size <= at + length for at, length in self.locked.items())
+
+    def cuMemAlloc(self, handle, size):
+        self.inside()
+        if not size:
+            return 1
+        memory = ctypes.create_string_buffer(b"\xee" * size, size)
+        handle._obj.value = ctypes.addressof(memory)
+        self.memory[handle._obj.value] = memory
+
+    def cuMemFree(self, address):
+        del self.memory[address]
+
+    def cuMemcpyHtoDAsync(self, to, source, size, stream):
+        if self.is_locked(source, size):
+
+            def move():
+                if not self.is_locked(source, size):
+                    self.wrong.append("memory was unlocked under a copy")
+                    return
+                ctypes.memmove(to, source, size)
+
+            self.streams[stream].append((None, move))
+        elif any(source < at + length and at < source + size for at, length in self.locked.items()):
+            self.wrong.append("a copy crosses the end of locked memory")
+        else:
+            taken = ctypes.string_at(source, size)
+            self.streams[stream].append((None, lambda: ctypes.memmove(to, taken, size)))
+
+    def cuMemcpyDtoHAsync(self, to, source, size, stream):
+        self.cuStreamSynchronize(stream)
+        ctypes.memmove(to, source, size)
+
+    def cuMemsetD8Async(self, to, value, size, stream):
+        self.streams[stream].append((None, lambda: ctypes.memset(to, value, size)))
+
+    # the kernel
+
+    def cuModuleLoadData(self, handle, text):
+        self.inside()
+        assert b".entry wordsum(" in text
+        self.modules.add(self.make(handle))
+
+    def cuModuleGetFunction(self, handle, module, name):
+        assert name == b"wordsum"
+        self.make(handle)
+
+    def cuModuleUnload(self, module):
+        self.modules.remove(module)
+
+    def cuLaunchKernel(self, function, x, y, z, a, b, c, shared, stream, parameters, extra):
+        assert (y, z, a, b, c) == (32, 1, 256, 1, 1)
+        table, sums = (u64(parameters[number]).value for number in range(2))
+
+        def launch():
+            for number in range(x):
+                data = ctypes.string_at(u64(table + 16 * number).value, u64(table + 16 * number + 8).value)
+                u64(sums + 8 * number).value += wordsum(memoryview(data))
+
+        self.streams[stream].append((None, launch))
