@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 import torch
-from tests.engines.vllm.conftest import checkpoints, load, thaw_args, vllm_process
 
-__all__ = ["checkpoints", "load", "thaw_args", "vllm_process"]
+if find_spec("vllm") is not None:
+    from tests.engines.vllm.conftest import checkpoints, load, thaw_args, vllm_process
+
+    __all__ = ["checkpoints", "load", "thaw_args", "vllm_process"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

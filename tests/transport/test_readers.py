@@ -413,7 +413,9 @@ def test_what_is_asked_for(file):
     assert chosen(file, "direct", staged=False)[0] is Direct
 
 
-def test_the_librarys_choice(file):
+def test_the_librarys_choice(file, monkeypatch):
+    assert chosen(file) == (Cached, "page cache", f"it is in the page cache: all of {readers.SAMPLES} samples are")
+    monkeypatch.setattr(readers, "_cached", lambda _: False)
     assert chosen(file) == (Direct, "page cache, else direct", "ext4 has direct reads for what is not cached")
     assert chosen(file, staged=False)[:2] == (Cached, "page cache")
     assert "saves a copy" in chosen(file, staged=False)[2]
@@ -422,9 +424,36 @@ def test_the_librarys_choice(file):
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.EOPNOTSUPP, errno.EACCES])
 @pytest.mark.parametrize("route", ["auto", "direct"])
 def test_no_direct_io(file, monkeypatch, route, number):
+    monkeypatch.setattr(readers, "_cached", lambda _: False)
     refusing(monkeypatch, number)
     expected = (Cached, "page cache", f"ext4 refuses direct reads: {os.strerror(number)}")
     assert chosen(file, route) == expected
+
+
+def test_samples_are_all_over_the_file(file, monkeypatch):
+    """The first and the last page among them, and one that is missing is enough."""
+    asked = []
+
+    class Known:
+        def __init__(self, descriptor, size):
+            assert size == file.size
+
+        def whole(self, offset, length):
+            asked.append(offset)
+            return len(asked) <= held
+
+        def close(self):
+            asked.append("closed")
+
+    monkeypatch.setattr(readers, "Residency", Known)
+    held = readers.SAMPLES
+    assert readers._cached(file)
+    assert asked[0] == 0 and asked[-2:] == [file.size - 1, "closed"] and len(asked) == readers.SAMPLES + 1
+    for missing in (0, 1, readers.SAMPLES - 1):
+        asked.clear()
+        held = missing
+        assert not readers._cached(file)
+        assert asked[-1] == "closed"
 
 
 def test_file_that_cannot_be_mapped(file, monkeypatch):

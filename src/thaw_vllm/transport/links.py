@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from .cuda import Context, Stream
 from .numa import near, pinned_to
@@ -54,16 +53,18 @@ class Link(Protocol):
         """Let go of the device."""
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a range goes: ``length`` bytes from ``begin`` of a uint8 tensor of shape ``(bytes,)``; borrows it."""
+class Place(NamedTuple):
+    """Where a range goes: ``length`` bytes from byte ``begin`` of a tensor's memory; borrows the tensor.
+
+    For CUDA the tensor is any whose bytes lie without gaps, for other devices a uint8 one of shape ``(bytes,)``.
+    """
 
     view: torch.Tensor
     begin: int
     length: int
 
     def bytes(self) -> torch.Tensor:
-        """The range alone."""
+        """The range alone, of a uint8 tensor."""
         return self.view[self.begin : self.begin + self.length]
 
 

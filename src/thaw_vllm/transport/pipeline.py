@@ -6,7 +6,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..errors import CorruptionError, ThawError
 from . import parallel
@@ -26,8 +26,7 @@ is copied, and memory is the limit (16 slots of 8 MiB: 33 to 47). 12 to 14 threa
 everywhere (38 to 45); a second slot a thread gained nothing."""
 
 
-@dataclass(frozen=True, slots=True)
-class Range:
+class Range(NamedTuple):
     """A run of the source that goes to the link's range of the same number.
 
     Attributes:

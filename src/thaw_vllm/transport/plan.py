@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 BLOCK = 4096
 """Direct reads begin and end at multiples of this: the largest logical block that disks have."""
 
 
-@dataclass(frozen=True, slots=True)
-class Cut:
+class Cut(NamedTuple):
     """A run of one range inside a step.
 
     Attributes:
@@ -26,8 +25,7 @@ class Cut:
     length: int
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(NamedTuple):
     """One read: ``length`` bytes of the source from ``offset``, and what is wanted of them, in order."""
 
     offset: int

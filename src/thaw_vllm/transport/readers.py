@@ -18,6 +18,9 @@ from .source import FileSource, Source, copy
 ROUTES = ("auto", "cached", "direct")
 """``auto`` lets the library choose, ``cached`` reads through the page cache, ``direct`` past it."""
 
+SAMPLES = 256
+"""Pages that are looked at to see whether a file is cached as a whole; asking about all of 16 GB takes 0.2 s."""
+
 _DIRECT = getattr(os, "O_DIRECT", 0)
 
 
@@ -217,6 +220,18 @@ def choose(source: Source, route: str = "auto", *, staged: bool = True) -> Reade
             return Direct(source, f"direct reads were asked for, and {named} has them", peek=False)
         if not source.size:
             return Cached(source, "page cache", "the file is empty")
+        if _cached(source):
+            return Cached(source, "page cache", f"it is in the page cache: all of {SAMPLES} samples are")
         return Direct(source, f"{named} has direct reads for what is not cached", peek=True)
     except OSError as error:
         return Cached(source, "page cache", f"{named} refuses direct reads: {error.strerror}")
+
+
+def _cached(source: FileSource) -> bool:
+    """Whether every one of SAMPLES pages all over the file is in the page cache; wrong guesses cost speed alone."""
+    residency = Residency(source.descriptor, source.size)
+    try:
+        last = source.size - 1
+        return all(residency.whole(last * number // (SAMPLES - 1), 1) for number in range(SAMPLES))
+    finally:
+        residency.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from ..errors import DeviceError, StorageError
 from . import parallel
@@ -69,6 +69,20 @@ class Locked:
                 self._context.driver["cuMemHostUnregister"](address)
 
         parallel.run(parts, unlock, min(len(parts), parallel.default_workers()))
+
+
+def joined(ranges: Sequence[Range], runs: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
+    """Destination address, offset in the source and length of copies, neighbours in both made one."""
+    address = offset = length = 0
+    for found, (begin, _) in zip(ranges, runs, strict=True):
+        if length and found.offset == offset + length and begin == address + length:
+            length += found.length
+            continue
+        if length:
+            yield address, offset, length
+        address, offset, length = begin, found.offset, found.length
+    if length:
+        yield address, offset, length
 
 
 class Resident(MemorySource):
@@ -180,21 +194,21 @@ class Resident(MemorySource):
         with context.entered(), contextlib.ExitStack() as stack:
             stream = Stream(context, events=len(groups))
             stack.callback(stream.close)
-            sums = stack.enter_context(CudaSums(context, len(ranges))) if verify else None
             for event, first in zip(stream.events, groups, strict=True):
-                some = slice(first, first + GROUP)
-                for found, (address, _) in zip(ranges[some], runs[some], strict=True):
-                    for held, size in self.locked.pieces(found.offset, found.length):
+                for address, offset, length in joined(ranges[first : first + GROUP], runs[first : first + GROUP]):
+                    for held, size in self.locked.pieces(offset, length):
                         call("cuMemcpyHtoDAsync_v2", address, held, size, stream.handle)
                         address += size
-                if sums is not None:
-                    call("cuEventRecord", event, stream.handle)
-                    sums.after(event)
-                    sums.add(runs[some])
+                call("cuEventRecord", event, stream.handle)
                 if progress is not None:
-                    progress(sum(found.length for found in ranges[some]))
+                    progress(sum(found.length for found in ranges[first : first + GROUP]))
+            if verify:  # asked for while the copies are under way
+                sums = stack.enter_context(CudaSums(context, len(ranges)))
+                for event, first in zip(stream.events, groups, strict=True):
+                    sums.after(event)
+                    sums.add(runs[first : first + GROUP])
+                results = sums.results()
             stream.synchronize()
-            results = sums.results() if sums is not None else []
         for found, result in zip(ranges if verify else (), results, strict=True):
             if result != found.wordsum:
                 raise damaged(self.name, found)

@@ -27,7 +27,7 @@ from .capture import Captured
 from .digest import block_digests, bytes_digest, content_id, model_id
 from .layout import byte_view, host_bytes, integers
 
-STAGING = 256 << 20
+STAGING = 384 << 20
 """Most bytes of page-locked slots, one a thread and a chunk long: with more a freeze takes fewer threads."""
 
 _SEAL_ROOM = 512
@@ -143,9 +143,11 @@ class SnapshotWriter:
         total = sum(self._captured.index.storages)
         runs = {n: run for n, c in enumerate(self._chunks) if (run := storages[c.storage].run(c.at, c.length))}
         longest = max((chunk.length for chunk in self._chunks), default=0)
-        workers = min(options.workers or parallel.default_workers(), max(1, len(self._chunks)))
+        workers = options.workers or parallel.default_workers()
         if runs:
-            workers = max(1, min(workers, STAGING // longest))
+            # More than cores: some wait for the device or for the file system's locks while others hash.
+            workers = max(1, min(options.workers or workers * 3 // 2, STAGING // longest))
+        workers = min(workers, max(1, len(self._chunks)))
         staged = bool(runs) or file.bulk.aligned
         blocks: dict[tuple[int, int], list[bytes]] = {}
         sums: dict[int, Chunk] = {}

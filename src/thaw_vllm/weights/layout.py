@@ -73,6 +73,8 @@ def memory_order(stride: tuple[int, ...]) -> list[int]:
 
 def dense(tensor: torch.Tensor) -> bool:
     """Whether the elements fill one range of memory without gap or overlap, in whatever order of dimensions."""
+    if tensor.is_contiguous():  # nearly all are, and asking is quick
+        return True
     once = unrepeated(tensor)
     return once.permute(memory_order(once.stride())).is_contiguous()
 

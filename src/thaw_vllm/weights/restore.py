@@ -244,7 +244,9 @@ def _match_tie(owner: Tensor, entry: Tensor, targets: Mapping[str, torch.Tensor]
 
 
 def _same_strides(stride: tuple[int, ...], entry: Tensor) -> bool:
-    return all(a == b for a, b, size in zip(stride, entry.stride, entry.shape, strict=True) if size > 1)
+    return stride == entry.stride or all(
+        a == b for a, b, size in zip(stride, entry.stride, entry.shape, strict=True) if size > 1
+    )
 
 
 @dataclass
@@ -291,9 +293,14 @@ def sort(snapshot: Snapshot, targets: Mapping[str, torch.Tensor]) -> Work:
 
 
 def _direct(entry: Tensor, target: torch.Tensor) -> tuple[torch.Tensor, memoryview | None] | None:
-    """The target's bytes when they lie as the storage's do, with their host memory if it is on the host."""
+    """The target's bytes when they lie as the storage's do, with their host memory if it is on the host.
+
+    On a CUDA device the target itself stands for them: its address is all that is needed.
+    """
     if not (dense(target) and _same_strides(target.stride(), entry)):
         return None
+    if target.device.type == "cuda" and torch.version.cuda is not None:
+        return target, None
     view = byte_view(target.detach())
     return view, host_bytes(view) if view.device.type == "cpu" else None
 
