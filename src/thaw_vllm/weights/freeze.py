@@ -26,6 +26,7 @@ from ..transport.writer import StagedFile
 from .capture import Captured
 from .digest import block_digests, bytes_digest, content_id, model_id
 from .layout import byte_view, host_bytes, integers
+from .waterfall import waterfall
 
 STAGING = 384 << 20
 """Most bytes of page-locked slots, one a thread and a chunk long: with more a freeze takes fewer threads."""
@@ -93,6 +94,10 @@ class FreezeReport:
     def gb_per_s(self) -> float:
         """Decimal gigabytes of original bytes a second, everything counted."""
         return self.bytes / 1e9 / max(self.seconds["total"], 1e-9)
+
+    def waterfall(self) -> str:
+        """The phases as lines of text with bars."""
+        return waterfall(self.seconds)
 
 
 class SnapshotWriter:

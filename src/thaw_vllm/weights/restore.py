@@ -23,6 +23,7 @@ from ..transport.readers import ROUTES, Reader, Through, choose
 from ..transport.resident import Resident
 from ..transport.source import FileSource, Source
 from .layout import byte_view, check_storable, dense, dtype_name, extent, host_bytes, integers, ordered, runs, settle
+from .waterfall import waterfall
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,10 @@ class RestoreReport:
     def gb_per_s(self) -> float:
         """Decimal gigabytes a second, everything counted."""
         return self.bytes / 1e9 / max(self.seconds["total"], 1e-9)
+
+    def waterfall(self) -> str:
+        """The phases as lines of text with bars."""
+        return waterfall(self.seconds)
 
 
 def restore(

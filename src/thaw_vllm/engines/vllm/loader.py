@@ -168,6 +168,7 @@ class ThawModelLoader(BaseModelLoader):
             directory = model_directory(model_config, self.load_config.download_dir)
             if config.check_source and directory is not None:
                 check_source(header.source, header.identity.model, directory, config.snapshot)
+            checked = time.perf_counter()
             owners = audit.attribute_owners(model, header.attributes)
             targets: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
             required = set(targets)
@@ -176,7 +177,7 @@ class ThawModelLoader(BaseModelLoader):
                 options = RestoreOptions(verify=config.verify, workers=config.workers, progress=progress)
                 report = restore(opened.source, opened.snapshot, targets, required, options)
             audit.apply_attributes(owners, header.attributes)
-        seconds = report.seconds | {"total": time.perf_counter() - start}
+        seconds = {"open": checked - start} | report.seconds | {"total": time.perf_counter() - start}
         report = dataclasses.replace(report, seconds=seconds)
         logger.info(
             "thawed %d tensors, %.2f GB in %.2f s (%.2f GB/s, %s) from %s",
@@ -187,6 +188,7 @@ class ThawModelLoader(BaseModelLoader):
             "every chunk verified" if config.verify else "not verified",
             config.snapshot,
         )
+        logger.info("%s (%s)\n%s", report.route, report.why, report.waterfall())
         return report
 
     def _freeze(self, model: torch.nn.Module, model_config: ModelConfig, identity: Identity) -> FreezeReport:
