@@ -170,3 +170,12 @@ def test_plots(results, tmp_path):
     assert {path.name for path in made} == {f"restore-{w}.{e}" for w in ("tmpfs", "disk") for e in ("png", "svg")}
     before = [path.read_bytes() for path in made]
     assert before == [path.read_bytes() for path in plots.draw(load(results), tmp_path / "plots")]
+
+
+def test_plot_of_two_directories(tmp_path):
+    """Two bars, although one system by one route made both."""
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    lines = [line("freeze-disk", "thaw", speed, directory=place) for speed, place in ((2.0, "/fast"), (1.0, "/slow"))]
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
+    _, drawn = plots.draw(load(tmp_path), tmp_path / "plots")
+    assert all(f"thaw: route, {place}" in drawn.read_text() for place in ("/fast", "/slow"))

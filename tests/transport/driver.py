@@ -99,9 +99,18 @@ class Driver(cuda.Driver):
         if self.streams.pop(stream):
             self.wrong.append("a stream was destroyed with work in it")
 
+    def queue(self, stream):
+        """A stream's work; each thread has a default stream of its own."""
+        if stream != cuda.PER_THREAD:
+            return self.streams[stream]
+        if not hasattr(self.current, "queue"):
+            self.current.queue = collections.deque()
+        return self.current.queue
+
     def cuStreamSynchronize(self, stream):
-        while self.streams[stream]:
-            self.streams[stream].popleft()[1]()
+        queue = self.queue(stream)
+        while queue:
+            queue.popleft()[1]()
 
     def cuStreamWaitEvent(self, stream, event, flags):
         self.streams[stream].append((None, lambda: self.cuEventSynchronize(event)))
@@ -158,12 +167,17 @@ class Driver(cuda.Driver):
                     return
                 ctypes.memmove(to, source, size)
 
-            self.streams[stream].append((None, move))
+            self.queue(stream).append((None, move))
         elif any(source < at + length and at < source + size for at, length in self.locked.items()):
             self.wrong.append("a copy crosses the end of locked memory")
         else:
             taken = ctypes.string_at(source, size)
-            self.streams[stream].append((None, lambda: ctypes.memmove(to, taken, size)))
+            self.queue(stream).append((None, lambda: ctypes.memmove(to, taken, size)))
+
+    def cuMemcpyHtoD(self, to, source, size):
+        self.inside()
+        self.cuMemcpyHtoDAsync(to, source, size, cuda.PER_THREAD)
+        self.cuStreamSynchronize(cuda.PER_THREAD)
 
     def cuMemcpyDtoHAsync(self, to, source, size, stream):
         self.cuStreamSynchronize(stream)

@@ -68,7 +68,7 @@ def test_flipped_byte_is_found(seed, driver):
     assert driver.idle()
 
 
-CALLS = ["cuMemcpyHtoDAsync_v2", "cuMemHostRegister_v2", "cuStreamSynchronize", "cuStreamCreate", "cuMemAlloc_v2"]
+CALLS = ["cuMemcpyHtoD_v2_ptds", "cuStreamSynchronize", "cuStreamCreate", "cuMemAlloc_v2"]
 CALLS += ["cuModuleLoadData", "cuModuleGetFunction", "cuLaunchKernel", "cuMemsetD8Async", "cuMemcpyDtoHAsync_v2"]
 CALLS += ["cuDeviceGetPCIBusId", "cuDevicePrimaryCtxRetain"]
 
@@ -77,13 +77,28 @@ CALLS += ["cuDeviceGetPCIBusId", "cuDevicePrimaryCtxRetain"]
 @pytest.mark.parametrize("call", CALLS)
 def test_driver_that_refuses(call, number, driver):
     """Everything is given back, and nothing is unlocked or freed under a copy."""
-    if number and call not in ("cuMemcpyHtoDAsync_v2", "cuStreamSynchronize", "cuStreamCreate"):
+    if number and call != "cuMemcpyHtoD_v2_ptds":
         pytest.skip("called once, or as luck has it")
     driver.refuse[call] = number
     work = Work([(0, ROOM)] * 30)
     with pytest.raises(DeviceError, match=f"CUDA's {call.partition('_')[0]} failed: CUDA_ERROR_MADE_UP"):
         sent(work, workers=3)
     assert driver.idle()
+
+
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("number", [0, 1, 100])
+def test_memory_that_may_not_be_locked(number, beside, driver):
+    """The bytes arrive all the same, and the name tells."""
+    driver.refuse["cuMemHostRegister_v2"] = number
+    work = Work(LAYOUTS["of every kind"])
+    with (
+        contextlib.closing(MemorySource(work.data)) as source,
+        contextlib.closing(CudaLink(0, runs_of(work), beside=beside)) as link,
+    ):
+        deliver(Cached(source, "memory", "a test"), "it", work.ranges, link, workers=3, slot=ROOM)
+        assert ("not page-locked" in link.name) == (driver.refuse["cuMemHostRegister_v2"] < 0)
+    assert work.arrived()
 
 
 @pytest.mark.parametrize("error", [StorageError("device"), KeyboardInterrupt()])
@@ -202,3 +217,21 @@ def test_memory_that_cannot_be_locked(number, workers, held, driver):
     assert "memory of its own" in found.why
     found.send(context, work.ranges, runs_of(work), verify=True)
     assert work.arrived()
+
+
+@pytest.mark.parametrize("number", [0, 3])
+def test_ctrl_c_leaves_nothing_locked(number, held, driver):
+    found, _ = held(Work(LAYOUTS["larger than every slot"]))
+    unlock, calls = driver["cuMemHostUnregister"], []
+
+    def interrupted(address):
+        calls.append(address)
+        if len(calls) == number + 1:
+            raise KeyboardInterrupt
+        return unlock(address)
+
+    driver.functions["cuMemHostUnregister"] = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        found.close()
+    assert not driver.locked
+    found.close()

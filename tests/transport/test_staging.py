@@ -64,5 +64,10 @@ def test_kernel_without_huge_pages():
         def madvise(self, advice):
             raise OSError(22, "Invalid argument")
 
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        advise_huge(Memory())
+    advise_huge(Memory())
+
+
+def test_system_without_huge_pages(monkeypatch):
+    monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
+    with Staging(1, 4096) as staging:
+        staging.slots[0].view[:] = bytes(4096)

@@ -140,6 +140,14 @@ def test_without_a_gpu_it_is_the_host(path):
     assert state(target) == state(module(**base()))
 
 
+def test_gpu_of_amd_needs_no_nvidia_driver(path, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.2")
+    with pin(path, "cuda:0") as pinned:
+        target = module(**other())
+        pinned.restore(target)
+    assert state(target) == state(module(**base()))
+
+
 def test_path_that_is_no_snapshot(tmp_path):
     with pytest.raises(StorageError, match="does not exist"):
         pin(tmp_path / "absent", "cpu")

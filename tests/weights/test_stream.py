@@ -2,11 +2,14 @@
 
 import json
 import os
+import subprocess
+import sys
 import threading
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from thaw_vllm.errors import CorruptionError, ReplacedError, StorageError, UnsupportedError
 from thaw_vllm.weights import stream as streaming
@@ -77,6 +80,28 @@ def test_no_more_than_the_window_is_outstanding(directory, monkeypatch):
             made_now[0] -= tensor.numel() * tensor.element_size()
     assert max(window, 12_000_004) <= made_now[1] + window
     assert made_now[1] <= 12_000_004 + window
+
+
+def test_memory_of_a_tensor_that_was_dropped_is_free_at_once(directory):
+    """And not only when the rest of its file is there."""
+    earlier = []
+    for _, tensor in stream(open_checkpoint(directory), CPU, workers=3):
+        assert all(storage.expired() for storage in earlier)
+        earlier.append(StorageWeakRef(tensor.untyped_storage()))
+        del tensor
+
+
+def test_interpreter_that_ends_in_the_middle(directory):
+    """A generator that the interpreter itself takes down waits for a thread that will not run again."""
+    program = (
+        "import sys, torch\n"
+        "from thaw_vllm.weights.checkpoint import open_checkpoint\n"
+        "from thaw_vllm.weights.stream import stream\n"
+        "taken = stream(open_checkpoint(sys.argv[1]), torch.device('cpu'), workers=2, window=10_000)\n"
+        "next(taken)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(directory)], timeout=60, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_abandoned_in_the_middle(directory):

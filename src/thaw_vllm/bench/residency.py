@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..transport import parallel
+from ..transport.residency import Residency
 
 COLD, WARM = 0.01, 0.99
 """A file counts as cold with at most, as warm with at least this share of its pages in memory."""
@@ -61,26 +62,8 @@ def by_cachestat(descriptor: int) -> int | None:
 def by_mincore(descriptor: int) -> int:
     """The same from a mapping: slower, on every kernel. Other users' files count as resident (mincore(2))."""
     size = os.fstat(descriptor).st_size
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mmap.restype = ctypes.c_void_p
-    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-    libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
-    found = 0
-    for at in range(0, size, _WINDOW):
-        length = min(_WINDOW, size - at)
-        # Not mmap.mmap: it tells no address of a mapping that may only be read.
-        address = libc.mmap(None, length, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, at)
-        if address in (None, ctypes.c_void_p(-1).value):
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-        try:
-            states = ctypes.create_string_buffer(-(-length // PAGE))
-            if libc.mincore(address, length, states):
-                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-            found += sum(state & 1 for state in states.raw)
-        finally:
-            libc.munmap(address, length)
-    return found
+    with contextlib.closing(Residency(descriptor, size)) as found:
+        return sum(found.pages(at, min(_WINDOW, size - at)) for at in range(0, size, _WINDOW))
 
 
 def drop(paths: Sequence[Path]) -> float:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
+from ..errors import DeviceError
 from .cuda import Context, Stream
 from .numa import near, pinned_to
 from .plan import BLOCK
@@ -41,10 +43,11 @@ class Drain:
         self._stack = contextlib.ExitStack()
         with contextlib.ExitStack() as stack:
             self._contexts = {device: stack.enter_context(contextlib.closing(Context(device))) for device in devices}
-            staging = stack.enter_context(Staging(workers, -(-size // BLOCK) * BLOCK))
+            # Whole pages, which may be larger than a block: each slot is page-locked on its own.
+            staging = stack.enter_context(Staging(workers, -(-size // mmap.PAGESIZE) * mmap.PAGESIZE))
+            cores = [near(context.bus) for context in self._contexts.values()]
             self._stack = stack.pop_all()
         self._spare, self._lock = list(staging.slots), threading.Lock()
-        cores = [near(context.bus) for context in self._contexts.values()]
         self._cores = frozenset[int]().union(*cores) if all(cores) else frozenset[int]()
 
     def sums(self, runs: Sequence[Run]) -> list[int]:
@@ -52,8 +55,7 @@ class Drain:
         found = [0] * len(runs)
         for device, context in self._contexts.items():
             numbers = [number for number, run in enumerate(runs) if run.device == device]
-            context.enter()
-            with CudaSums(context, len(numbers)) as sums:
+            with context.entered(), CudaSums(context, len(numbers)) as sums:
                 sums.add([(runs[number].address, runs[number].length) for number in numbers])
                 for number, result in zip(numbers, sums.results(), strict=True):
                     found[number] = result
@@ -89,17 +91,20 @@ class DrainLane:
         self._contexts, self._slot = contexts, slot
         self._streams: dict[int, Stream] = {}
         self._locked: Context | None = None
+        self._tried = False
 
     def bring(self, run: Run) -> memoryview:
         """A run's bytes in the slot, filled up with zeros to whole blocks."""
         context = self._contexts[run.device]
         context.enter()
-        if self._locked is None:
+        if not self._tried:
+            self._tried = True
             # Written first, so that the pages are there, and near this thread's core.
             for at in range(0, len(self._slot.view), BLOCK):
                 self._slot.view[at] = 0
-            context.driver.call("cuMemHostRegister_v2", self._slot.address, self._slot.view.nbytes, 1)
-            self._locked = context
+            with contextlib.suppress(DeviceError):  # where locking is forbidden the driver copies by its own memory
+                context.driver.call("cuMemHostRegister_v2", self._slot.address, self._slot.view.nbytes, 1)
+                self._locked = context
         if run.device not in self._streams:
             self._streams[run.device] = Stream(context)
         stream = self._streams[run.device]
@@ -119,10 +124,11 @@ class DrainLane:
 
     def close(self) -> None:
         """Wait for what is under way, and unlock the slot."""
-        for device, stream in self._streams.items():
-            self._contexts[device].enter()
-            stream.close()
-        if self._locked is not None:
-            self._locked.enter()
-            self._locked.driver["cuMemHostUnregister"](self._slot.address)
-            self._locked = None
+        with contextlib.ExitStack() as stack:  # all of it, also where a GPU refuses
+            if self._locked is not None:
+                stack.callback(self._locked.driver["cuMemHostUnregister"], self._slot.address)
+                stack.callback(self._locked.enter)
+                self._locked = None
+            for device, stream in self._streams.items():
+                stack.callback(stream.close)
+                stack.callback(self._contexts[device].enter)

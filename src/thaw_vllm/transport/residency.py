@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import mmap
+import os
 import threading
 from functools import cache
 from typing import Any
@@ -38,15 +39,30 @@ class Residency:
         """Whether every page of a range is in memory at this moment; never for one that leaves the file."""
         if offset + length > self._size:
             return False
+        states = self._states(offset, length)
+        return states is not None and states == b"\1" * len(states)
+
+    def pages(self, offset: int, length: int) -> int:
+        """How many pages of a range inside the file are in memory at this moment.
+
+        Raises:
+            OSError: the kernel does not tell.
+        """
+        states = self._states(offset, length)
+        if states is None:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        return states.count(b"\1")
+
+    def _states(self, offset: int, length: int) -> bytes | None:
+        """A byte for each page: its lowest bit says whether it is in memory, the others are reserved and zero."""
         low = offset // mmap.PAGESIZE * mmap.PAGESIZE
         pages = -(-(offset + length - low) // mmap.PAGESIZE)
         states: ctypes.Array[ctypes.c_char] | None = getattr(self._local, "states", None)
         if states is None or len(states) < pages:
             states = self._local.states = ctypes.create_string_buffer(pages)
         if _mincore()(self._address + low, offset + length - low, states):
-            return False
-        # The lowest bit says it, the others are reserved and zero.
-        return states.raw[:pages] == b"\1" * pages
+            return None
+        return states.raw[:pages]
 
     def close(self) -> None:
         """Unmap; a second call does nothing."""

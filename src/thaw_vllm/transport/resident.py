@@ -61,14 +61,21 @@ class Locked:
         return found
 
     def close(self) -> None:
-        """Unlock; a second call does nothing."""
-        parts, self._parts = self._parts, []
+        """Unlock all of it, Ctrl-C or not, since it is unmapped next; a second call does nothing."""
+        interrupted: KeyboardInterrupt | None = None
 
         def unlock(address: int) -> None:
             with self._context.entered():
                 self._context.driver["cuMemHostUnregister"](address)
+            self._parts.remove(address)
 
-        parallel.run(parts, unlock, min(len(parts), parallel.default_workers()))
+        while self._parts:
+            try:
+                parallel.run(tuple(self._parts), unlock, min(len(self._parts), parallel.default_workers()))
+            except KeyboardInterrupt as error:
+                interrupted = error
+        if interrupted is not None:
+            raise interrupted
 
 
 def joined(ranges: Sequence[Range], runs: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
@@ -220,10 +227,12 @@ class Resident(MemorySource):
             self._release()
 
     def _release(self) -> None:
-        if self.locked is not None:
-            self.locked.close()
-            self.locked = None
-        if self._held is not None:
-            with contextlib.suppress(BufferError):  # see Staging.close
-                self._held.close()
-            self._held = None
+        locked, self.locked = self.locked, None
+        held, self._held = self._held, None
+        try:
+            if locked is not None:
+                locked.close()
+        finally:
+            if held is not None:
+                with contextlib.suppress(BufferError):  # see Staging.close
+                    held.close()

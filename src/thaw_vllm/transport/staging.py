@@ -13,7 +13,7 @@ HUGE = 2 << 20
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """Writable memory, aligned to 4 KiB, and its address; the Staging's, and valid until that is closed."""
+    """Writable memory, aligned to a page, and its address; the Staging's, and valid until that is closed."""
 
     view: memoryview
     address: int
@@ -24,16 +24,16 @@ class Staging:
 
     Notes:
         One thread should be the first to write to a slot and the one that uses it: the memory then lies near its core.
-        Page-locking is the business of whoever copies from a slot. Slots of 2 to 3 MiB stay in the processor's caches,
-        so that staging does not triple the traffic to memory: on one H100 host, 16 threads read tmpfs at 74 GB/s into
-        2 MiB each and at 46 GB/s into 16 MiB each.
+        Page-locking is the business of whoever copies from a slot. What all slots together hold should stay in the
+        processor's caches, so that staging does not triple the traffic to memory: on one H100 host, 16 threads read
+        tmpfs at 74 GB/s into 2 MiB each and at 46 GB/s into 16 MiB each.
     """
 
     def __init__(self, count: int, size: int) -> None:
         """
         Args:
             count: slots.
-            size: bytes of each, a multiple of 4 KiB.
+            size: bytes of each, a multiple of the kernel's pages.
 
         Raises:
             ValueError: another size.
@@ -44,8 +44,7 @@ class Staging:
         self._memory = mmap.mmap(-1, count * size + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         base = address_of(self._memory)
         first = -base % HUGE
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            advise_huge(self._memory)
+        advise_huge(self._memory)
         self._view = memoryview(self._memory)
         self.slots = [Slot(self._view[at : at + size], base + at) for at in range(first, first + count * size, size)]
 
@@ -74,7 +73,6 @@ def address_of(buffer: mmap.mmap | memoryview) -> int:
 
 def advise_huge(memory: mmap.mmap) -> None:
     """Ask for huge pages; kernels without them are asked in vain, which costs speed alone."""
-    try:
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    except OSError:
-        return
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):
+            memory.madvise(mmap.MADV_HUGEPAGE)

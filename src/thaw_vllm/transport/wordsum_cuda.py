@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from types import TracebackType
+from typing import Any
 
 from .checksum import LANES
 from .cuda import ADDRESS, UINT, Context, Stream
@@ -160,6 +161,7 @@ class CudaSums:
         """
         self._driver, self._count, self._asked = context.driver, count, 0
         self._memory = self._module = 0
+        self._tables: list[Any] = []
         self._stream = Stream(context)
         try:
             self._module = self._driver.made("cuModuleLoadData", source())
@@ -186,7 +188,8 @@ class CudaSums:
         table = (ADDRESS * (2 * len(runs)))(*[number for run in runs for number in run])
         at, out = self._memory + self._asked * 16, self._sums + self._asked * 8
         call, stream = self._driver.call, self._stream.handle
-        # From memory that is not page-locked: the driver has taken the bytes when the call returns.
+        # Kept: GPUs that read the host's pages as they are may not have taken the bytes when the call returns.
+        self._tables.append(table)
         call("cuMemcpyHtoDAsync_v2", at, ctypes.addressof(table), ctypes.sizeof(table), stream)
         values = (ADDRESS(at), ADDRESS(out))
         parameters = (ctypes.c_void_p * 2)(*[ctypes.addressof(value) for value in values])

@@ -57,7 +57,6 @@ class StagedFile:
         try:
             self._create()
             self._reserve(size)
-            self._bulk = bulk.choose(self._fd, size)
         except OSError as error:
             self.discard()
             raise _storage_error(error, self.target) from None
@@ -109,8 +108,9 @@ class StagedFile:
 
     @property
     def bulk(self) -> Bulk:
-        """How ``write_bulk`` writes."""
-        assert self._bulk is not None
+        """How ``write_bulk`` writes; chosen when first asked, by one thread."""
+        if self._bulk is None:
+            self._bulk = bulk.choose(self._fd, self.size)
         return self._bulk
 
     def write_bulk(self, offset: int, view: memoryview) -> None:

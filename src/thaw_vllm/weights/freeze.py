@@ -153,7 +153,8 @@ class SnapshotWriter:
             # More than cores: some wait for the device or for the file system's locks while others hash.
             workers = max(1, min(options.workers or workers * 3 // 2, STAGING // longest))
         workers = min(workers, max(1, len(self._chunks)))
-        staged = bool(runs) or file.bulk.aligned
+        aligned = file.bulk.aligned
+        staged = bool(runs) or aligned
         blocks: dict[tuple[int, int], list[bytes]] = {}
         sums: dict[int, Chunk] = {}
         lock = threading.Lock()
@@ -166,7 +167,7 @@ class SnapshotWriter:
                 padded = lane.bring(runs[number])
             else:
                 padded = storages[chunk.storage].read(chunk.at, chunk.length)
-                if file.bulk.aligned and lane is not None:
+                if aligned and lane is not None:
                     padded = lane.hold(padded)
             data = padded[: chunk.length]
             digests = block_digests(data)

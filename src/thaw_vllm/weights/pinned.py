@@ -37,7 +37,7 @@ def pin(
     Args:
         path: the snapshot, one file.
         device: a GPU, for its driver; the memory serves every GPU of the process. None: the current one where there is
-            one. ``"cpu"`` locks nothing and keeps the bytes at hand.
+            one. ``"cpu"``, and any GPU of AMD, locks nothing and keeps the bytes at hand.
         workers: threads; None for what the machine bears.
 
     Returns:
@@ -77,7 +77,7 @@ class Pinned:
             file = opened.source
             assert isinstance(file, FileSource)
             context = None
-            if device.type == "cuda":
+            if device.type == "cuda" and torch.version.hip is None:
                 context = Context(torch.cuda.current_device() if device == torch.device("cuda") else device.index)
                 stack.callback(context.close)
             with contextlib.closing(choose(file)) as reader:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import queue
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -32,15 +33,15 @@ class StreamReport:
         route: how the bytes moved.
         why: why that way.
         sources: bytes by where they came from, where that was told apart.
-        seconds: set by whoever takes the tensors.
+        seconds: as in a RestoreReport; set by whoever takes the tensors.
     """
 
     bytes: int = 0
     tensors: int = 0
-    seconds: float = 0.0
     route: str = ""
     why: str = ""
     sources: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
 class _Abandoned(Exception):
@@ -79,8 +80,8 @@ def stream(
     work = _Stream(
         checkpoint, device, workers or parallel.default_workers(), window, report or StreamReport(), progress
     )
-    threading.Thread(target=work.run, name="thaw-stream", daemon=True).start()
     try:
+        work.start()
         yield from work.arrived()
     finally:
         work.abandon()
@@ -88,7 +89,7 @@ def stream(
 
 
 class _Stream:
-    """One thread brings (``run``), another takes (``arrived``); between them a window of device memory."""
+    """One thread brings (``start``), another takes (``arrived``); between them a window of device memory."""
 
     def __init__(
         self,
@@ -102,12 +103,22 @@ class _Stream:
         self._checkpoint, self._device, self._workers = checkpoint, device, workers
         self._window, self._report, self._progress = window, report, progress
         self._lock, self._ended = threading.Lock(), threading.Event()
+        self._ended.set()
         self._outstanding, self._abandoned = 0, False
         self._ready: queue.SimpleQueue[tuple[str, torch.Tensor] | BaseException | None] = queue.SimpleQueue()
         # What the caller asked the device to do with a tensor is done when this has been waited for.
         self._consumer = torch.cuda.current_stream(device) if device.type == "cuda" else None
 
-    def run(self) -> None:
+    def start(self) -> None:
+        """Begin to bring."""
+        self._ended.clear()
+        try:
+            threading.Thread(target=self._run, name="thaw-stream", daemon=True).start()
+        except RuntimeError:
+            self._ended.set()
+            raise
+
+    def _run(self) -> None:
         try:
             for name in self._checkpoint.files:
                 self._file(name, [t for t in self._checkpoint.tensors if t.file == name])
@@ -124,6 +135,7 @@ class _Stream:
         tensors = [stored for stored in every if stored.begin < stored.end]
         given: list[torch.Tensor | None] = [None] * len(tensors)
         places: list[Place] = []
+        nowhere = Place(torch.empty(0, dtype=torch.uint8), 0, 0)
         runs: list[tuple[int, int]] = []
         ranges = [Range(t.begin, t.end - t.begin, 0, repr(t.name)) for t in tensors]
 
@@ -147,6 +159,7 @@ class _Stream:
 
         def landed(number: int) -> None:
             tensor, given[number] = given[number], None
+            places[number] = nowhere  # which would keep the memory until the whole file is there
             assert tensor is not None
             self._ready.put((tensors[number].name, tensor))
 
@@ -155,7 +168,7 @@ class _Stream:
             reader = stack.enter_context(contextlib.closing(choose(source)))
             link: Link
             if self._device.type == "cuda" and torch.version.cuda is not None:
-                link = CudaLink(self._device.index or 0, runs)
+                link = CudaLink(self._device.index or 0, runs, beside=True)
             else:
                 link = TorchLink(places, self._device.type)
             stack.callback(link.close)
@@ -188,6 +201,8 @@ class _Stream:
             name, tensor = found
             size = tensor.numel() * tensor.element_size()
             del found
+            if self._consumer is not None:  # it was made on another stream
+                tensor.record_stream(self._consumer)
             yield name, tensor
             del tensor
             with self._lock:
@@ -198,7 +213,7 @@ class _Stream:
         interrupted: KeyboardInterrupt | None = None
         with self._lock:
             self._abandoned = True
-        while not self._ended.is_set():
+        while not self._ended.is_set() and not sys.is_finalizing():  # then no other thread runs, ever
             try:
                 self._ended.wait(1)
             except KeyboardInterrupt as error:

@@ -158,8 +158,11 @@ def test_an_existing_snapshot_stays(snapshot: Path, checkpoints: Callable, load:
 @pytest.mark.parametrize(
     "extra",
     [
-        {},
+        {"snapshot": ""},
         {"snapshot": 3},
+        {"mode": "freeze"},
+        {"mode": "melt"},
+        {"snapshot": "w.thaw", "mode": "stream"},
         {"snapshot": "w.thaw", "mode": "melt"},
         {"snapshot": "w.thaw", "verfy": True},
         {"snapshot": "w.thaw", "verify": "yes"},

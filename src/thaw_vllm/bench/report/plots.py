@@ -46,7 +46,11 @@ def _draw(work: str, records: list[Record], outcome: Outcome, folder: Path) -> l
     bars = sorted(records, key=lambda record: record.gb_per_s)
     figure, axes = pyplot.subplots(figsize=(8, 0.8 + 0.42 * len(bars)), layout="constrained")
     colours = [WRONG if r.equal is False else OURS if r.system == "thaw" else THEIRS for r in bars]
-    drawn = axes.barh([label(record) for record in bars], [record.gb_per_s for record in bars], color=colours)
+    places = [str(record.extra.get("directory", "")) for record in bars]
+    names = [label(record) for record in bars]
+    if len(set(places)) > 1:  # bars of one name would lie upon each other
+        names = [f"{name}, {place}" for name, place in zip(names, places, strict=True)]
+    drawn = axes.barh(names, [record.gb_per_s for record in bars], color=colours)
     axes.bar_label(drawn, fmt="%.1f", label_type="center")  # at the end of a bar the limit's line would cross it
     limit = limit_of(bars[-1], outcome)
     if limit is not None:

@@ -61,7 +61,7 @@ class LoaderConfig:
     """``model_loader_extra_config`` of ``load_format="thaw"``.
 
     Attributes:
-        snapshot: path of the snapshot, or of its set's manifest; empty to stream the model directory's own safetensors.
+        snapshot: path of the snapshot, or of its set's manifest; left out to stream the model directory's own weights.
         mode: ``thaw`` to fill the model from it, ``freeze`` to load the checkpoint and write it, ``stream`` to load the
             checkpoint through thaw's transport. Without a snapshot it is ``stream``.
         verify: thaw: hold every chunk against its checksum.
@@ -93,6 +93,8 @@ class LoaderConfig:
         unknown = sorted(set(given) - {f.name for f in dataclasses.fields(cls)})
         if unknown:
             raise UsageError(f"load_format='thaw' knows no option {unknown[0]!r}; example: {example}")
+        if given.get("mode", MODES[0]) not in MODES:
+            raise UsageError(f"load_format='thaw': mode must be one of {', '.join(MODES)}, not {given['mode']!r}")
         if not given.get("snapshot") and (given.get("mode", "stream") != "stream" or "snapshot" in given):
             raise UsageError(f"load_format='thaw' needs the snapshot's path: {example}")
         options: dict[str, Any] = {"mode": "thaw" if given.get("snapshot") else "stream"}
@@ -102,8 +104,6 @@ class LoaderConfig:
                 raise UsageError(f"load_format='thaw': {name} must be true or false")
         if found.workers is not None and (type(found.workers) is not int or found.workers < 1):
             raise UsageError("load_format='thaw': workers must be a whole number from 1")
-        if found.mode not in MODES:
-            raise UsageError(f"load_format='thaw': mode must be one of {', '.join(MODES)}, not {found.mode!r}")
         if found.mode == "stream" and found.snapshot:
             raise UsageError("load_format='thaw': mode 'stream' reads the model directory; leave snapshot out")
         if found.source_format == "thaw" or not isinstance(found.source_config, dict):
@@ -137,7 +137,7 @@ class ThawModelLoader(BaseModelLoader):
         speculative = vllm_config.speculative_config
         draft = getattr(speculative, "draft_model_config", None)
         # Methods without a draft model, such as ngram, name the target there.
-        if draft is model_config and draft is not vllm_config.model_config:
+        if self.config.mode != "stream" and draft is model_config and draft is not vllm_config.model_config:
             raise UnsupportedError(
                 "draft models are not in a snapshot in this version; give the draft a loader of its own "
                 """(--speculative-config '{"draft_load_config": {"load_format": "auto"}, ...}')"""
@@ -228,12 +228,12 @@ class ThawModelLoader(BaseModelLoader):
 
     def _stream(self, model: torch.nn.Module, model_config: ModelConfig) -> StreamReport | None:
         directory = model_directory(model_config, self.load_config.download_dir)
-        why = streaming.unsuited(model, model_config, directory)
-        if why is not None or directory is None:
-            logger.warning("vLLM's own loader reads the checkpoint: %s", why)
+        found = streaming.suited(model, model_config, directory)
+        if isinstance(found, str):
+            logger.warning("vLLM's own loader reads the checkpoint: %s", found)
             self._source().load_weights(model, model_config)
             return None
-        return streaming.load(model, model_config, directory, self.config.workers)
+        return streaming.load(model, model_config, found, self.config.workers)
 
     def _checkpoint(self, directory: Path | None) -> Checkpoint | None:
         """What vLLM's loader is about to read, as it is now; None where that has no files of its own here."""

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.logger import init_logger
 
-from ...errors import MismatchError, UsageError
-from ...weights.checkpoint import open_checkpoint
+from ...errors import FormatError, MismatchError, UsageError
+from ...weights.checkpoint import Checkpoint, open_checkpoint
 from ...weights.stream import StreamReport, stream
 
 if TYPE_CHECKING:
@@ -25,8 +25,8 @@ OWN_LOADERS = ("bitsandbytes", "gguf", "torchao")
 """Quantisations for which vLLM reads the files in a way of its own."""
 
 
-def unsuited(model: torch.nn.Module, model_config: ModelConfig, directory: Path | None) -> str | None:
-    """Why this checkpoint is left to vLLM's own loader, or None."""
+def suited(model: torch.nn.Module, model_config: ModelConfig, directory: Path | None) -> Checkpoint | str:
+    """The checkpoint, opened, or why it is left to vLLM's own loader."""
     if directory is None:
         return f"{model_config.model!r} is no local directory and not in the hub's cache"
     if model_config.quantization in OWN_LOADERS:
@@ -35,24 +35,29 @@ def unsuited(model: torch.nn.Module, model_config: ModelConfig, directory: Path 
         return "the model names further weight files itself"
     try:
         checkpoint = open_checkpoint(directory)
-    except UsageError as error:
+    except (UsageError, FormatError) as error:
         return str(error)
     if not checkpoint.headers:
         return "its weights are not safetensors files"
     if any(name.startswith("consolidated") for name in checkpoint.files):
         return "its weights are in Mistral's own format"
-    return None
+    strange = next((t for t in checkpoint.tensors if not hasattr(torch, t.dtype)), None)
+    if strange is not None:
+        return f"this torch has no {strange.dtype}, which {strange.name!r} is"
+    return checkpoint
 
 
-def load(model: torch.nn.Module, model_config: ModelConfig, directory: Path, workers: int | None) -> StreamReport:
+def load(
+    model: torch.nn.Module, model_config: ModelConfig, checkpoint: Checkpoint, workers: int | None
+) -> StreamReport:
     """Give every tensor of the checkpoint to ``model.load_weights``.
 
     Raises:
         MismatchError: the checkpoint lacks a parameter of an unquantised model, as vLLM's own loader has it.
-        FormatError, StorageError, ReplacedError, DeviceError: see ``stream``.
+        StorageError, ReplacedError, CorruptionError, DeviceError: see ``stream``.
     """
     start = time.perf_counter()
-    checkpoint, report = open_checkpoint(directory), StreamReport()
+    report = StreamReport()
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
     wanted = {name for name, _ in model.named_parameters()}
     into: Any = model
@@ -60,16 +65,17 @@ def load(model: torch.nn.Module, model_config: ModelConfig, directory: Path, wor
     missing = sorted(wanted - set(loaded)) if loaded is not None and model_config.quantization is None else []
     if missing:
         raise MismatchError(
-            f"{str(directory)!r} lacks weights of the model: {', '.join(missing[:5])}; is it the right checkpoint?"
+            f"{str(checkpoint.directory)!r} lacks weights of the model ({', '.join(missing[:5])}); give all of it"
         )
-    report.seconds = seconds = time.perf_counter() - start
+    seconds = time.perf_counter() - start
+    report.seconds = {"total": seconds}
     logger.info(
         "streamed %d tensors, %.2f GB in %.2f s (%.2f GB/s) from %s: %s (%s)",
         report.tensors,
         report.bytes / 1e9,
         seconds,
         report.bytes / 1e9 / max(seconds, 1e-9),
-        directory,
+        checkpoint.directory,
         report.route,
         report.why,
     )

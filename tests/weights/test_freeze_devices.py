@@ -1,0 +1,97 @@
+"""A model partly on GPUs and partly on the host, with carried files, against a made-up driver (tests/transport)."""
+
+import dataclasses
+
+import pytest
+import torch
+from tests.transport.driver import Driver
+from tests.weights.modules import state
+
+from thaw_vllm import restore_model
+from thaw_vllm.errors import DeviceError
+from thaw_vllm.format.header import Header
+from thaw_vllm.format.identity import Identity
+from thaw_vllm.transport import bulk, cuda
+from thaw_vllm.transport.drain import Run
+from thaw_vllm.weights.capture import capture, module_tensors
+from thaw_vllm.weights.freeze import FreezeOptions, write_snapshot
+from thaw_vllm.weights.open import open_snapshot
+from thaw_vllm.weights.restore import filled
+from thaw_vllm.weights.verify import verify
+
+pytestmark = pytest.mark.usefixtures("no_leaks")
+
+MIB = 1 << 20
+OTHERS = 0x107
+HEADER = Header(identity=Identity(stage="module", architecture="Module"), writer="a test")
+FILES = [("config.json", b"{}" * 3000), ("vocab.txt", b"")]
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    made = Driver()
+    made.current.context = OTHERS
+    monkeypatch.setattr(cuda, "driver", lambda: made)
+    yield made
+    assert made.idle()
+    assert made.current.context == OTHERS
+
+
+class Elsewhere:
+    """A storage of a host tensor that says it lies on a GPU, and cannot be read in another way."""
+
+    def __init__(self, storage, tensor, device):
+        self.length, self._at, self._device = storage.length, tensor.data_ptr(), device
+
+    def read(self, at, length):
+        raise AssertionError("read on the host")
+
+    def run(self, at, length):
+        return Run(self._device, self._at + at, length)
+
+
+def model(seed):
+    generator, found = torch.Generator().manual_seed(seed), torch.nn.Module()
+    for number, size in enumerate((9 * MIB + 3, 1, 4096, 100, 5 * MIB, 33)):
+        found.register_buffer(f"t{number}", torch.randint(0, 255, (size,), dtype=torch.uint8, generator=generator))
+    found.register_buffer("gaps", torch.randn(300, 70, generator=generator)[:, ::3])
+    return found
+
+
+def captured(module):
+    """Of those without gaps every third on one GPU, every third on another."""
+    found = capture(module_tensors(module), FILES)
+    owners = {entry.storage: tensor for entry, tensor in zip(found.index.tensors, found.tensors, strict=True)}
+    storages = [
+        Elsewhere(storage, owners[number], number % 3)
+        if number % 3 < 2 and number in owners and owners[number].is_contiguous()
+        else storage
+        for number, storage in enumerate(found.storages)
+    ]
+    return dataclasses.replace(found, storages=tuple(storages))
+
+
+@pytest.mark.parametrize("place", ["memory", "disk"])
+@pytest.mark.parametrize("large", [0, bulk.LARGE])
+@pytest.mark.parametrize("workers", [1, 4])
+def test_every_byte_and_file(workers, large, place, driver, tmp_path, memory_path, monkeypatch):
+    monkeypatch.setattr(bulk, "LARGE", large)
+    path = (memory_path if place == "memory" else tmp_path) / "w.thaw"
+    report = write_snapshot(path, HEADER, captured(model(1)), FreezeOptions(chunk_size=4 * MIB, workers=workers))
+    assert report.file_size == path.stat().st_size
+    verify(path)
+    target = model(2)
+    restore_model(target, path)
+    assert state(target) == state(model(1))
+    with open_snapshot(path) as opened:
+        files = {f.name: f.storage for f in opened.snapshot.index.files}
+        assert files.keys() == {"config.json", "vocab.txt"} and files["vocab.txt"] is None
+        assert filled(opened.snapshot, opened.source, files["config.json"]) == FILES[0][1]
+
+
+@pytest.mark.parametrize("call", ["cuMemcpyDtoHAsync_v2", "cuLaunchKernel", "cuStreamCreate"])
+def test_gpu_that_refuses_leaves_no_file(call, driver, tmp_path):
+    driver.refuse[call] = 2 if call == "cuMemcpyDtoHAsync_v2" else 1
+    with pytest.raises(DeviceError, match="CUDA_ERROR_MADE_UP"):
+        write_snapshot(tmp_path / "w.thaw", HEADER, captured(model(1)), FreezeOptions(chunk_size=4 * MIB, workers=3))
+    assert list(tmp_path.iterdir()) == []
