@@ -99,16 +99,8 @@ class Driver(cuda.Driver):
         if self.streams.pop(stream):
             self.wrong.append("a stream was destroyed with work in it")
 
-    def queue(self, stream):
-        """A stream's work; each thread has a default stream of its own."""
-        if stream != cuda.PER_THREAD:
-            return self.streams[stream]
-        if not hasattr(self.current, "queue"):
-            self.current.queue = collections.deque()
-        return self.current.queue
-
     def cuStreamSynchronize(self, stream):
-        queue = self.queue(stream)
+        queue = self.streams[stream]
         while queue:
             queue.popleft()[1]()
 
@@ -167,17 +159,12 @@ class Driver(cuda.Driver):
                     return
                 ctypes.memmove(to, source, size)
 
-            self.queue(stream).append((None, move))
+            self.streams[stream].append((None, move))
         elif any(source < at + length and at < source + size for at, length in self.locked.items()):
             self.wrong.append("a copy crosses the end of locked memory")
         else:
             taken = ctypes.string_at(source, size)
-            self.queue(stream).append((None, lambda: ctypes.memmove(to, taken, size)))
-
-    def cuMemcpyHtoD(self, to, source, size):
-        self.inside()
-        self.cuMemcpyHtoDAsync(to, source, size, cuda.PER_THREAD)
-        self.cuStreamSynchronize(cuda.PER_THREAD)
+            self.streams[stream].append((None, lambda: ctypes.memmove(to, taken, size)))
 
     def cuMemcpyDtoHAsync(self, to, source, size, stream):
         self.cuStreamSynchronize(stream)

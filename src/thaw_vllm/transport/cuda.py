@@ -26,9 +26,6 @@ POINTER, SIZE, ADDRESS, INT, UINT = (
     ctypes.c_uint,
 )
 
-PER_THREAD = 2
-"""CU_STREAM_PER_THREAD: the calling thread's own default stream, which functions that end in ``_ptds`` use."""
-
 _NON_BLOCKING = 1
 """CU_STREAM_NON_BLOCKING: not ordered with the default stream."""
 _NO_TIMING = 2
@@ -53,7 +50,6 @@ _SIGNATURES: dict[str, list[Any]] = {
     "cuMemHostUnregister": [POINTER],
     "cuMemcpyDtoHAsync_v2": [POINTER, ADDRESS, SIZE, POINTER],
     "cuMemcpyHtoDAsync_v2": [ADDRESS, POINTER, SIZE, POINTER],
-    "cuMemcpyHtoD_v2_ptds": [ADDRESS, POINTER, SIZE],
     "cuMemsetD8Async": [ADDRESS, ctypes.c_ubyte, SIZE, POINTER],
     "cuModuleGetFunction": [POINTER, POINTER, ctypes.c_char_p],
     "cuModuleLoadData": [POINTER, ctypes.c_char_p],
@@ -69,7 +65,6 @@ _WAITING = {
     "cuMemFree_v2",
     "cuMemHostRegister_v2",
     "cuMemHostUnregister",
-    "cuMemcpyHtoD_v2_ptds",
     "cuModuleLoadData",
     "cuStreamSynchronize",
 }

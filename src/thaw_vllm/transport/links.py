@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from ..errors import DeviceError
-from .cuda import PER_THREAD, Context, Stream
+from .cuda import Context, Stream
 from .numa import near, pinned_to
 from .plan import Step
 from .staging import Slot
@@ -145,18 +145,16 @@ class CudaLink:
         runs: address and bytes of each range.
     """
 
-    def __init__(self, device: int, runs: Sequence[tuple[int, int]], *, beside: bool = False) -> None:
+    def __init__(self, device: int, runs: Sequence[tuple[int, int]]) -> None:
         """
         Args:
             device: ordinal, as torch counts.
             runs: address and bytes of each range in that device's memory, the caller's; may grow, a run is needed
                 when its range begins to be sent.
-            beside: copies need not wait for kernels that torch has queued on its default stream, nor these for them.
-                It costs a call more for each step.
         """
         self.context = Context(device)
         self.name = f"page-locked slots to cuda:{device}"
-        self.runs, self._beside = runs, beside
+        self.runs = runs
         try:
             self._cores = near(self.context.bus)
         except BaseException:
@@ -168,14 +166,12 @@ class CudaLink:
         """See Link. Page-locks the slot when it is first sent: its pages are there by then, and other threads copy."""
         with pinned_to(self._cores):
             self.context.enter()
-            with contextlib.ExitStack() as stack:
-                stream = None
-                if self._beside:
-                    stream = Stream(self.context)
-                    stack.callback(stream.close)
+            with contextlib.closing(Stream(self.context)) as stream:
                 lane = _CudaLane(self, slot, stream)
-                stack.callback(lane.close)
-                yield lane
+                try:
+                    yield lane
+                finally:
+                    lane.close()
 
     def refused(self, error: DeviceError) -> None:
         """A slot cannot be page-locked (some containers forbid it): it works without, slower, and the name says so."""
@@ -193,33 +189,22 @@ class CudaLink:
 
 
 class _CudaLane:
-    """On the thread's own default stream one call of the driver copies and waits, without the interpreter lock."""
+    """On a stream of its own, which waits for nothing that torch has queued."""
 
-    def __init__(self, link: CudaLink, slot: Slot, stream: Stream | None) -> None:
-        self._link, self._driver, self._slot = link, link.context.driver, slot
-        self._stream = PER_THREAD if stream is None else stream.handle
-        self._begin = self._driver["cuMemcpyHtoDAsync_v2"]
-        self._copy = self._driver["cuMemcpyHtoD_v2_ptds"] if stream is None else None
-        self._tried, self._locked, self._waited = False, False, True
+    def __init__(self, link: CudaLink, slot: Slot, stream: Stream) -> None:
+        self._link, self._driver, self._slot, self._stream = link, link.context.driver, slot, stream
+        self._copy = self._driver["cuMemcpyHtoDAsync_v2"]
+        self._tried, self._locked = False, False
 
     def send(self, step: Step, head: int) -> None:
         if not self._tried:
             self._lock()
-        runs, base = self._link.runs, self._slot.address + head
-        *others, last = step.cuts if self._copy is not None else (*step.cuts, None)
-        self._waited = False
-        for cut in others:
-            assert cut is not None
-            result = self._begin(runs[cut.range][0] + cut.begin, base + cut.at, cut.length, self._stream)
+        runs, base, stream = self._link.runs, self._slot.address + head, self._stream.handle
+        for cut in step.cuts:
+            result = self._copy(runs[cut.range][0] + cut.begin, base + cut.at, cut.length, stream)
             if result:
                 self._driver.check("cuMemcpyHtoDAsync_v2", result)
-        if last is not None and self._copy is not None:
-            result = self._copy(runs[last.range][0] + last.begin, base + last.at, last.length)
-            if result:
-                self._driver.check("cuMemcpyHtoD_v2_ptds", result)
-        else:
-            self._driver.call("cuStreamSynchronize", self._stream)
-        self._waited = True
+        self._stream.synchronize()
 
     def _lock(self) -> None:
         self._tried = True
@@ -231,10 +216,9 @@ class _CudaLane:
 
     def close(self) -> None:
         """Wait for what an error left under way, and unlock the slot."""
-        if not self._waited:
-            self._driver["cuStreamSynchronize"](self._stream)
         if self._locked:
             self._locked = False
+            self._driver["cuStreamSynchronize"](self._stream.handle)
             self._driver["cuMemHostUnregister"](self._slot.address)
 
 

@@ -28,7 +28,7 @@ from .digest import block_digests, bytes_digest, content_id, model_id
 from .layout import byte_view, host_bytes, integers
 from .waterfall import waterfall
 
-STAGING = 384 << 20
+STAGING = 256 << 20
 """Most bytes of page-locked slots, one a thread and a chunk long: with more a freeze takes fewer threads."""
 
 _SEAL_ROOM = 512
@@ -150,8 +150,7 @@ class SnapshotWriter:
         longest = max((chunk.length for chunk in self._chunks), default=0)
         workers = options.workers or parallel.default_workers()
         if runs:
-            # More than cores: some wait for the device or for the file system's locks while others hash.
-            workers = max(1, min(options.workers or workers * 3 // 2, STAGING // longest))
+            workers = max(1, min(workers, STAGING // longest))
         workers = min(workers, max(1, len(self._chunks)))
         aligned = file.bulk.aligned
         staged = bool(runs) or aligned

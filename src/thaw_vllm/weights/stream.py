@@ -168,7 +168,7 @@ class _Stream:
             reader = stack.enter_context(contextlib.closing(choose(source)))
             link: Link
             if self._device.type == "cuda" and torch.version.cuda is not None:
-                link = CudaLink(self._device.index or 0, runs, beside=True)
+                link = CudaLink(self._device.index or 0, runs)
             else:
                 link = TorchLink(places, self._device.type)
             stack.callback(link.close)
