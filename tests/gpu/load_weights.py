@@ -1,0 +1,115 @@
+"""vLLM's ``load_weights`` of one large checkpoint by each loader, in turn in one process, every tensor compared.
+
+    python tests/gpu/load_weights.py MODEL_DIRECTORY SNAPSHOT
+
+Freezes MODEL_DIRECTORY to SNAPSHOT on the way. Appends records of the work ``vllm-load-weights`` to
+benchmarks/results: seconds of ``load_weights`` until the GPU is idle, warm. Tensors are compared by their word sums on
+the GPU, before post-processing, with those after vLLM's default loader.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+THAW, DEFAULT, STREAM, FREEZE = "snapshot", "default-loader", "checkpoint", "freeze"
+"""Routes, as in ``thaw bench cold-start``; ``checkpoint`` is thaw without a snapshot."""
+ORDER = (DEFAULT, FREEZE, THAW, STREAM, THAW, STREAM, DEFAULT, THAW)
+
+
+def sums(model: torch.nn.Module) -> list[int]:
+    """The word sum of every tensor that is on the GPU."""
+    from thaw_vllm.transport.cuda import Context
+    from thaw_vllm.transport.wordsum_cuda import CudaSums
+
+    torch.cuda.synchronize()
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_cuda and t.numel()]
+    with Context(tensors[0].device.index) as context, CudaSums(context, len(tensors)) as found:
+        found.add([(t.data_ptr(), t.numel() * t.element_size()) for t in tensors])
+        return found.results()
+
+
+def timed(real: Callable[..., None], note: Callable[[float], None], inside: list[bool]) -> Callable[..., None]:
+    """``load_weights`` with its seconds noted; one that runs within another is part of it."""
+
+    def load_weights(self: Any, *args: Any) -> None:
+        if inside:
+            return real(self, *args)
+        inside.append(True)
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        real(self, *args)
+        torch.cuda.synchronize()
+        note(time.perf_counter() - start)
+        inside.clear()
+
+    return load_weights
+
+
+def main(model: str, snapshot: str) -> None:
+    """See the module's docstring; ends the process, since NCCL may hang when the interpreter does."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.model_loader import base_loader, get_model
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+    from vllm.plugins import load_general_plugins
+
+    from thaw_vllm.bench.record import Record, append
+    from thaw_vllm.engines.vllm.loader import ThawModelLoader
+
+    load_general_plugins()
+    torch.zeros(1, device="cuda")
+    with tempfile.TemporaryDirectory() as folder, set_current_vllm_config(VllmConfig()):
+        init_distributed_environment(1, 0, f"file://{folder}/rendezvous", 0, "nccl")
+        ensure_model_parallel_initialized(1, 1)
+    route, size, inside = "", 0, list[bool]()
+    seconds: dict[str, list[float]] = {route: [] for route in ORDER}
+    raw: dict[str, list[list[int]]] = {route: [] for route in ORDER}
+    for loader in (DefaultModelLoader, ThawModelLoader):
+        loader.load_weights = timed(loader.load_weights, lambda taken: seconds[route].append(taken), inside)
+    process = base_loader.process_weights_after_loading
+
+    def processed(module: torch.nn.Module, *args: Any) -> None:
+        raw[route].append(sums(module))
+        process(module, *args)
+
+    base_loader.process_weights_after_loading = processed
+    extra = {THAW: {"snapshot": snapshot}, FREEZE: {"snapshot": snapshot, "mode": "freeze", "force": True}, STREAM: {}}
+    for route in ORDER:
+        options = {} if route == DEFAULT else {"load_format": "thaw", "model_loader_extra_config": extra[route]}
+        arguments = EngineArgs(model=model, enforce_eager=True, max_model_len=2048, **options)
+        config = arguments.create_engine_config()
+        with set_current_vllm_config(config):
+            module = get_model(vllm_config=config)
+        size = sum(p.numel() * p.element_size() for p in module.parameters())
+        print(f"{route}: {seconds[route][-1]:.3f} s, equal: {raw[route][-1] == raw[DEFAULT][0]}", flush=True)
+        del module
+        gc.collect()
+        torch.cuda.empty_cache()
+    wrong = [route for route, found in raw.items() if any(one != raw[DEFAULT][0] for one in found)]
+    append(
+        Record(
+            "vllm-load-weights",
+            "vllm" if route == DEFAULT else "thaw",
+            route,
+            size,
+            seconds[route],
+            "warm",
+            route == THAW,
+            route not in wrong,
+        )
+        for route in (DEFAULT, THAW, STREAM)
+    )
+    os._exit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
