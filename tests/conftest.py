@@ -106,3 +106,17 @@ def memory_path(tmp_path):
 def parts():
     """``parts(directory)``: the hidden files that writers left in it."""
     return lambda directory: sorted(path.name for path in Path(directory).iterdir() if path.name.endswith(".thaw-part"))
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    """A made-up NVIDIA driver (tests/transport/driver.py), to which everything has been given back in the end."""
+    from tests.transport.driver import OTHERS, Driver
+
+    from thaw_vllm.transport import cuda
+
+    made = Driver()
+    made.current.context = OTHERS
+    monkeypatch.setattr(cuda, "driver", lambda: made)
+    yield made
+    assert made.idle()

@@ -1,22 +1,9 @@
 """The command in this process, as in tests/cli; small results to make a page of."""
 
-import dataclasses
-import json
-
 import pytest
+from tests.cli.conftest import Ran
 
 from thaw_vllm.cli.main import main
-
-
-@dataclasses.dataclass
-class Ran:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def document(self):
-        return json.loads(self.out)
 
 
 @pytest.fixture

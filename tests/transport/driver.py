@@ -12,6 +12,8 @@ import threading
 from thaw_vllm.transport import cuda
 from thaw_vllm.transport.checksum import wordsum
 
+OTHERS = 0x107
+"""The context of another GPU, in which the fixture ``driver`` leaves the calling thread."""
 BUS = b"0000:3b:00.0"
 REFUSED = 999
 

@@ -5,27 +5,14 @@ import random
 
 import pytest
 import torch
-from tests.transport.driver import Driver
+from tests.transport.driver import OTHERS
 
 from thaw_vllm.errors import DeviceError
-from thaw_vllm.transport import cuda
 from thaw_vllm.transport.checksum import wordsum
 from thaw_vllm.transport.drain import Drain, Run
 from thaw_vllm.transport.plan import BLOCK
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
-
-OTHERS = 0x107
-"""The context of another GPU, in which the calling thread is."""
-
-
-@pytest.fixture
-def driver(monkeypatch):
-    made = Driver()
-    made.current.context = OTHERS
-    monkeypatch.setattr(cuda, "driver", lambda: made)
-    yield made
-    assert made.idle()
 
 
 DATA = torch.frombuffer(bytearray(random.Random(5).randbytes(9 * BLOCK)), dtype=torch.uint8)

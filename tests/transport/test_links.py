@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from tests.transport.driver import Driver
+from tests.transport.driver import OTHERS
 from tests.transport.test_pipeline import LAYOUTS, ROOM, Work
 
 from thaw_vllm.errors import CorruptionError, DeviceError, StorageError
@@ -21,18 +21,13 @@ from thaw_vllm.transport.wordsum_cuda import CudaSums
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
 OURS = 0x100
-OTHERS = 0x107
-"""The context of another GPU, in which the calling thread is."""
 
 
-@pytest.fixture
-def driver(monkeypatch):
-    made = Driver()
-    made.current.context = OTHERS
-    monkeypatch.setattr(cuda, "driver", lambda: made)
-    yield made
-    assert made.idle()
-    assert made.current.context == OTHERS
+@pytest.fixture(autouse=True)
+def unmoved(driver):
+    """The calling thread stays in the context that it was in."""
+    yield
+    assert driver.current.context == OTHERS
 
 
 def runs_of(work):

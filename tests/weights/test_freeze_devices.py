@@ -4,14 +4,14 @@ import dataclasses
 
 import pytest
 import torch
-from tests.transport.driver import Driver
+from tests.transport.driver import OTHERS
 from tests.weights.modules import state
 
 from thaw_vllm import restore_model
 from thaw_vllm.errors import DeviceError
 from thaw_vllm.format.header import Header
 from thaw_vllm.format.identity import Identity
-from thaw_vllm.transport import bulk, cuda
+from thaw_vllm.transport import bulk
 from thaw_vllm.transport.drain import Run
 from thaw_vllm.weights.capture import capture, module_tensors
 from thaw_vllm.weights.freeze import FreezeOptions, write_snapshot
@@ -22,19 +22,15 @@ from thaw_vllm.weights.verify import verify
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
 MIB = 1 << 20
-OTHERS = 0x107
 HEADER = Header(identity=Identity(stage="module", architecture="Module"), writer="a test")
 FILES = [("config.json", b"{}" * 3000), ("vocab.txt", b"")]
 
 
-@pytest.fixture
-def driver(monkeypatch):
-    made = Driver()
-    made.current.context = OTHERS
-    monkeypatch.setattr(cuda, "driver", lambda: made)
-    yield made
-    assert made.idle()
-    assert made.current.context == OTHERS
+@pytest.fixture(autouse=True)
+def unmoved(driver):
+    """The calling thread stays in the context that it was in."""
+    yield
+    assert driver.current.context == OTHERS
 
 
 class Elsewhere:

@@ -37,7 +37,7 @@ from . import audit, streaming
 from .exchange import world_exchange
 from .failures import noted
 from .identity import config_directory, engine_identity, model_directory
-from .versions import untie, untied_by_checkpoint
+from .versions import parallel_groups, untie, untied_by_checkpoint
 
 if TYPE_CHECKING:
     from vllm.config import LoadConfig, ModelConfig, VllmConfig
@@ -173,7 +173,7 @@ class ThawModelLoader(BaseModelLoader):
             targets: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
             required = set(targets)
             targets |= dict(model.named_buffers(remove_duplicate=False))
-            with _progress("thaw", identity) as progress:
+            with _progress("thaw", first=identity.parallel.rank == 0) as progress:
                 options = RestoreOptions(verify=config.verify, workers=config.workers, progress=progress)
                 report = restore(opened.source, opened.snapshot, targets, required, options)
             audit.apply_attributes(owners, header.attributes)
@@ -214,7 +214,7 @@ class ThawModelLoader(BaseModelLoader):
             metadata={"model": Path(model_config.model).name if directory is not None else str(model_config.model)},
         )
         captured = capture(module_tensors(model, also=audit.changed_buffers(before, after)), files)
-        with _progress("freeze", identity) as progress:
+        with _progress("freeze", first=identity.parallel.rank == 0) as progress:
             report = freeze_rank(
                 self.config.snapshot,
                 header,
@@ -233,7 +233,8 @@ class ThawModelLoader(BaseModelLoader):
             logger.warning("vLLM's own loader reads the checkpoint: %s", found)
             self._source().load_weights(model, model_config)
             return None
-        return streaming.load(model, model_config, found, self.config.workers)
+        with _progress("stream", first=all(rank == 0 for rank, _ in parallel_groups().values())) as progress:
+            return streaming.load(model, model_config, found, self.config.workers, progress)
 
     def _checkpoint(self, directory: Path | None) -> Checkpoint | None:
         """What vLLM's loader is about to read, as it is now; None where that has no files of its own here."""
@@ -299,10 +300,10 @@ def _warn_version(found: Identity, wanted: Identity) -> None:
 
 
 class _progress:
-    """A tqdm bar like vLLM's own on rank 0, or nothing; a context manager that gives the callback."""
+    """A tqdm bar like vLLM's own on the first rank, or nothing; a context manager that gives the callback."""
 
-    def __init__(self, verb: str, identity: Identity) -> None:
-        self._verb, self._show = verb, identity.parallel.rank == 0
+    def __init__(self, verb: str, *, first: bool) -> None:
+        self._verb, self._show = verb, first
         self._bar: Any = None
         self._lock = threading.Lock()
 

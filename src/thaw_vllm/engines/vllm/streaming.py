@@ -6,6 +6,7 @@ For whoever has no snapshot yet: nothing is converted and nothing written.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,9 +49,16 @@ def suited(model: torch.nn.Module, model_config: ModelConfig, directory: Path | 
 
 
 def load(
-    model: torch.nn.Module, model_config: ModelConfig, checkpoint: Checkpoint, workers: int | None
+    model: torch.nn.Module,
+    model_config: ModelConfig,
+    checkpoint: Checkpoint,
+    workers: int | None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> StreamReport:
     """Give every tensor of the checkpoint to ``model.load_weights``.
+
+    Args:
+        progress: called as (bytes done, bytes in all), in a thread of its own.
 
     Raises:
         MismatchError: the checkpoint lacks a parameter of an unquantised model, as vLLM's own loader has it.
@@ -60,8 +68,16 @@ def load(
     report = StreamReport()
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
     wanted = {name for name, _ in model.named_parameters()}
+    total, done = sum(tensor.end - tensor.begin for tensor in checkpoint.tensors), 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(done, total)
+
     into: Any = model
-    loaded = into.load_weights(stream(checkpoint, device, workers=workers, report=report))
+    loaded = into.load_weights(stream(checkpoint, device, workers=workers, report=report, progress=advance))
     missing = sorted(wanted - set(loaded)) if loaded is not None and model_config.quantization is None else []
     if missing:
         raise MismatchError(
