@@ -92,7 +92,7 @@ def test_memory_of_a_tensor_that_was_dropped_is_free_at_once(directory):
 
 
 def test_interpreter_that_ends_in_the_middle(directory):
-    """A generator that the interpreter itself takes down waits for a thread that will not run again."""
+    """The threads have ended by then; one in the midst of torch's code would make it abort."""
     program = (
         "import sys, torch\n"
         "from thaw_vllm.weights.checkpoint import open_checkpoint\n"

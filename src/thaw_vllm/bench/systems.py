@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..errors import UsageError
 from .llama import Model
 
 SAFETENSORS, THAW, NATIVE = "safetensors", "thaw", "native"
@@ -81,9 +82,9 @@ class System(ABC):
     def pinned(
         self, paths: list[Path], device: torch.device
     ) -> AbstractContextManager[Callable[[Model, bool], Restored]]:
-        """Keep the files in registered memory meanwhile; gives a function that restores from there."""
-        raise NotImplementedError(self.name)
+        """Keep the files in registered memory meanwhile; gives a function that restores from there. Where ``pins``."""
+        raise UsageError(f"{self.name} keeps nothing pinned")
 
     def freeze(self, model: Model, path: Path) -> Mapping[str, Any]:
-        """Write the model to ``path``; returns what the record's extra fields say. The caller syncs."""
-        raise NotImplementedError(self.name)
+        """Write the model to ``path``; returns the record's extra fields. The caller syncs. Where ``freezes``."""
+        raise UsageError(f"{self.name} writes nothing")

@@ -69,16 +69,21 @@ class Place(NamedTuple):
         return self.view[self.begin : self.begin + self.length]
 
 
+def by_driver(device: torch.device) -> bool:
+    """Whether a device is an NVIDIA GPU, whose driver is used; torch's ROCm builds call theirs ``cuda`` too."""
+    import torch
+
+    return device.type == "cuda" and torch.version.cuda is not None
+
+
 def link_to(places: Sequence[Place]) -> Link:
     """The link for ranges that go to places on one device.
 
     Raises:
         DeviceError: the GPU or its driver refused.
     """
-    import torch
-
     device = places[0].view.device
-    if device.type == "cuda" and torch.version.cuda is not None:
+    if by_driver(device):
         return CudaLink(device.index or 0, [(place.view.data_ptr() + place.begin, place.length) for place in places])
     return TorchLink(places, device.type)
 

@@ -11,6 +11,7 @@ import torch
 from ..errors import UnsupportedError
 from ..format.index import BUFFER, PARAMETER, File, Index, Tensor
 from ..transport.drain import Run
+from ..transport.links import by_driver
 from .layout import byte_view, check_storable, dense, dtype_name, extent, host_bytes, integers, ordered, runs, settle
 
 Named = tuple[str, str, torch.Tensor]
@@ -52,7 +53,7 @@ class StorageBytes:
 
     def run(self, at: int, length: int) -> Run | None:
         """See Storage."""
-        if self._view is None or self._view.device.type != "cuda" or torch.version.cuda is None:
+        if self._view is None or not by_driver(self._view.device):
             return None
         return Run(self._view.device.index, self._view.data_ptr() + at, length)
 

@@ -15,6 +15,7 @@ from ..errors import UsageError
 from ..transport import parallel
 from ..transport.collector import collection_paused
 from ..transport.cuda import Context
+from ..transport.links import by_driver
 from ..transport.readers import choose
 from ..transport.resident import Resident
 from ..transport.source import FileSource
@@ -77,7 +78,7 @@ class Pinned:
             file = opened.source
             assert isinstance(file, FileSource)
             context = None
-            if device.type == "cuda" and torch.version.hip is None:
+            if by_driver(device):
                 context = Context(torch.cuda.current_device() if device == torch.device("cuda") else device.index)
                 stack.callback(context.close)
             with contextlib.closing(choose(file)) as reader:

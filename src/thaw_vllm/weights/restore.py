@@ -16,7 +16,7 @@ from ..format.chunks import Chunk
 from ..format.index import Tensor
 from ..format.snapshot import Snapshot
 from ..transport import parallel
-from ..transport.links import CudaLink, Place, link_to
+from ..transport.links import CudaLink, Place, by_driver, link_to
 from ..transport.pipeline import Range, deliver
 from ..transport.read import Piece, read
 from ..transport.readers import ROUTES, Reader, Through, choose
@@ -304,7 +304,7 @@ def _direct(entry: Tensor, target: torch.Tensor) -> tuple[torch.Tensor, memoryvi
     """
     if not (dense(target) and _same_strides(target.stride(), entry)):
         return None
-    if target.device.type == "cuda" and torch.version.cuda is not None:
+    if by_driver(target.device):
         return target, None
     view = byte_view(target.detach())
     return view, host_bytes(view) if view.device.type == "cpu" else None

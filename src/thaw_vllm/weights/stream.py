@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import queue
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ import torch
 
 from ..errors import UnsupportedError
 from ..transport import parallel
-from ..transport.links import CudaLink, Link, Place, TorchLink
+from ..transport.links import CudaLink, Link, Place, TorchLink, by_driver
 from ..transport.pipeline import Range, deliver
 from ..transport.readers import choose
 from .checkpoint import Checkpoint, StoredTensor
@@ -80,11 +80,14 @@ def stream(
     work = _Stream(
         checkpoint, device, workers or parallel.default_workers(), window, report or StreamReport(), progress
     )
+    # Threads that the interpreter finds in torch's code when it ends would end it with an abort.
+    atexit.register(work.abandon)
     try:
         work.start()
         yield from work.arrived()
     finally:
         work.abandon()
+        atexit.unregister(work.abandon)
     checkpoint.check_unchanged()
 
 
@@ -167,7 +170,7 @@ class _Stream:
             source = stack.enter_context(self._checkpoint.open_file(name))
             reader = stack.enter_context(contextlib.closing(choose(source)))
             link: Link
-            if self._device.type == "cuda" and torch.version.cuda is not None:
+            if by_driver(self._device):
                 link = CudaLink(self._device.index or 0, runs)
             else:
                 link = TorchLink(places, self._device.type)
@@ -213,7 +216,7 @@ class _Stream:
         interrupted: KeyboardInterrupt | None = None
         with self._lock:
             self._abandoned = True
-        while not self._ended.is_set() and not sys.is_finalizing():  # then no other thread runs, ever
+        while not self._ended.is_set():
             try:
                 self._ended.wait(1)
             except KeyboardInterrupt as error:
