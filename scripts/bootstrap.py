@@ -77,7 +77,7 @@ CURES = (
         "again: it goes on where it stopped.",
     ),
     (
-        rf"No matching distribution found for torch=={re.escape(TORCH)}\+cpu",
+        rf"(No matching distribution found for|Cannot install) torch=={re.escape(TORCH)}\+cpu",
         "The package index that pip uses has no CPU build of torch. PyTorch publishes them on an index of its own:\n"
         "choose pip and CPU on PyTorch's 'Get Started' page, and set PIP_EXTRA_INDEX_URL to the index URL it shows\n"
         "(or PIP_FIND_LINKS to a directory that holds the wheel). Then run this again.",

@@ -1,6 +1,7 @@
 """Starts of an engine that is not there: ``fresh.run`` is replaced."""
 
 import pytest
+from tests.cli.ranks import freeze_set
 
 from thaw_vllm.bench import cold_start
 from thaw_vllm.errors import UsageError
@@ -29,7 +30,7 @@ class Engine:
 def model(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "model.safetensors").write_bytes(bytes(1000))
-    (tmp_path / "W.thaw").write_bytes(bytes(10))
+    freeze_set(tmp_path / "W.thaw", 1)
     return tmp_path / "model"
 
 
@@ -115,3 +116,34 @@ def test_packages_that_are_not_installed(thaw, model, engine, monkeypatch):
     ran = thaw("bench", "cold-start", "--model", model, "--mode", "eager")
     assert ran.code == 0 and [name for name, _ in started.asked] == ["default", "thaw"]
     assert "runai-model-streamer (runai_streamer): not installed: pip install runai-model-streamer" in ran.out
+
+
+@pytest.mark.parametrize(
+    ("content", "code", "said"), [(b"text", 3, "not a thaw snapshot"), (None, 4, "thaw freeze --model M")]
+)
+def test_snapshot_that_no_engine_can_take(content, code, said, thaw, model, engine, tmp_path):
+    """Told before anything is started."""
+    import torch
+
+    from thaw_vllm import freeze_model
+
+    started = engine()
+    if content is None:
+        freeze_model(torch.nn.Linear(2, 2), tmp_path / "W.thaw", force=True)
+    else:
+        (tmp_path / "W.thaw").write_bytes(content * 100)
+    ran = thaw("bench", "cold-start", "--model", model, "--snapshot", tmp_path / "W.thaw")
+    assert ran.code == code and said in ran.err, ran.err
+    assert not started.asked
+
+
+def test_snapshot_loader_without_a_snapshot(thaw, model, engine):
+    engine()
+    ran = thaw("bench", "cold-start", "--model", model, "--loader", "snapshot")
+    assert ran.code == 2 and "needs --snapshot" in ran.err
+
+
+def test_nothing_measured_is_no_success(thaw, model, engine):
+    engine(failing=("thaw",))
+    ran = thaw("bench", "cold-start", "--model", model, "--mode", "eager", "--loader", "checkpoint")
+    assert ran.code == 1 and "checkpoint" in ran.out

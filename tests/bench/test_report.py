@@ -179,3 +179,16 @@ def test_plot_of_two_directories(tmp_path):
     (tmp_path / "r.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
     _, drawn = plots.draw(load(tmp_path), tmp_path / "plots")
     assert all(f"thaw: route, {place}" in drawn.read_text() for place in ("/fast", "/slow"))
+
+
+@pytest.mark.parametrize("what", ["absent", "a file", "empty"])
+def test_page_stays_where_there_are_no_records(what, thaw, tmp_path):
+    results, output = tmp_path / "results", tmp_path / "page.md"
+    output.write_text("as it was")
+    if what == "a file":
+        results.write_text("no directory")
+    if what == "empty":
+        results.mkdir()
+    ran = thaw("bench", "report", "--results", results, "--output", output, "--no-plots")
+    assert ran.code == (2 if what == "empty" else 6), ran.err
+    assert output.read_text() == "as it was"

@@ -55,7 +55,8 @@ def test_bar_is_on_standard_error_alone(snapshot):
         "import thaw_vllm.cli.progress as p; p.DELAY = 0; from thaw_vllm.cli.main import main; "
         f"raise SystemExit(main(['verify', {str(snapshot)!r}, '--json']))"
     )
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=theirs) as process:
+    terminal = os.environ | {"TERM": "xterm"}  # a dumb one has no bars
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=theirs, env=terminal) as process:
         os.close(theirs)
         out = process.stdout.read()
         seen = b""

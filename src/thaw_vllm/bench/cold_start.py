@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..engines.vllm import fresh
+from ..engines.vllm.api import check_sizes
 from ..errors import StorageError, ThawError, UsageError
 from .outcome import Missed, Outcome, Say
 from .record import Record, file_system_of
@@ -73,6 +74,7 @@ def measure(settings: Settings, say: Say) -> Outcome:
 
     Raises:
         StorageError: there is no such model or snapshot.
+        FormatError, MismatchError: it is no snapshot for vLLM.
         UsageError: an unknown loader.
     """
     size = _weights(settings.model)
@@ -81,6 +83,10 @@ def measure(settings: Settings, say: Say) -> Outcome:
             f"there is no snapshot {str(settings.snapshot)!r}; make it: "
             f"thaw freeze --model {settings.model} --output {settings.snapshot}"
         )
+    if settings.snapshot is not None:
+        check_sizes(os.path.abspath(settings.snapshot), settings.engine_args)
+    elif SNAPSHOT in settings.loaders:
+        raise UsageError(f"the loader {SNAPSHOT!r} needs --snapshot FILE, made by thaw freeze")
     chosen = [loader for loader in loaders(settings) if not settings.loaders or loader.route in settings.loaders]
     unknown = sorted(set(settings.loaders) - {loader.route for loader in loaders(settings)})
     if unknown:

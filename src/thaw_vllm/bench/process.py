@@ -50,6 +50,8 @@ class Child:
                 stderr=subprocess.STDOUT,
                 pass_fds=(writing,),
                 start_new_session=True,
+                # Or what a library said long before comes after the error that ended it.
+                env=os.environ | {"PYTHONUNBUFFERED": "1"},
             )
         except OSError as error:
             os.close(reading)

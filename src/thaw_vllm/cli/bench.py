@@ -310,7 +310,7 @@ def _finish(outcome: Outcome, record: bool, as_json: bool) -> None:
 
 
 def _end(outcome: Outcome, record: bool) -> None:
-    """Keep the records; exit code 1 when a system gave other bytes or tokens."""
+    """Keep the records; exit code 1 when a system gave other bytes or tokens, or nothing could be measured."""
     from ..bench.record import append
 
     if record and outcome.records:
@@ -318,7 +318,7 @@ def _end(outcome: Outcome, record: bool) -> None:
     for wrong in outcome.wrong:
         what = wrong.extra.get("different") or "tokens"
         _tell(f"NOT EQUAL: {wrong.work}, {wrong.system} ({wrong.route}): {what}")
-    if outcome.wrong:
+    if outcome.wrong or not outcome.records:
         raise typer.Exit(1)
 
 

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...errors import StorageError
+from ...errors import StorageError, UsageError
 from . import plots
 from .page import page
 from .results import load
@@ -41,14 +41,18 @@ def report(results: Path, output: Path, with_plots: bool) -> Written:
 
     Raises:
         MissingDependencyError: plots are to be made and matplotlib is not there; nothing was written.
-        StorageError: the directory of ``output`` is not there.
-        UsageError: a line of the results is not a record.
+        StorageError: the directory of ``output``, or that of the results, is not there.
+        UsageError: a line of the results is not a record, or there is none; nothing was written.
     """
     if not output.parent.is_dir():
         raise StorageError(f"there is no directory {str(output.parent)!r}; make it, or give another --output")
+    if not results.is_dir():
+        raise StorageError(f"there is no directory {str(results)!r}; give the one that --record wrote to")
     if with_plots:
         plots.require()
     runs = load(results)
+    if not runs:
+        raise UsageError(f"{str(results)!r} holds no records; measure with --record first")
     made = text(results, output.with_name(NOTES))
     drawn = plots.draw(runs, output.parent / PLOTS) if with_plots else []
     output.write_text(made, encoding="utf-8")

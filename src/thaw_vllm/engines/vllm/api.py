@@ -117,6 +117,8 @@ def _freeze(model: str, extra: dict[str, Any], engine_args: dict[str, Any]) -> l
     from vllm.engine.arg_utils import EngineArgs
 
     # Nothing is run, so nothing need be compiled.
+    # Neither is a KV cache made, so there is no need for nine tenths of the memory to be free.
+    engine_args.setdefault("gpu_memory_utilization", 0.1)
     options = engine_args | {"enforce_eager": True, "load_format": "thaw", "model_loader_extra_config": extra}
     try:
         config = EngineArgs(model=model, **options).create_engine_config()
