@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from thaw_vllm.errors import CorruptionError, DeviceError, StorageError
-from thaw_vllm.transport import links, pipeline, readers
+from thaw_vllm.transport import links, medium, pipeline
 from thaw_vllm.transport.checksum import wordsum
 from thaw_vllm.transport.links import Place, TorchLink, link_to
 from thaw_vllm.transport.pipeline import SLOT, Range, deliver
@@ -90,7 +90,7 @@ def opened(request, tmp_path, memory_path, monkeypatch):
             if kind == "chosen":
                 return stack.enter_context(contextlib.closing(choose(source)))
             if kind.endswith("plainly"):
-                monkeypatch.setattr(readers, "_DIRECT", 0)
+                monkeypatch.setattr(medium, "_DIRECT", 0)
             try:
                 return stack.enter_context(Direct(source, "a test", peek=kind.startswith("peek")))
             except OSError as refused:

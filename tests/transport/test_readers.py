@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from thaw_vllm.errors import CorruptionError, StorageError, UsageError
-from thaw_vllm.transport import readers
+from thaw_vllm.transport import medium, readers
 from thaw_vllm.transport.medium import in_memory
 from thaw_vllm.transport.plan import BLOCK
 from thaw_vllm.transport.readers import Cached, Direct, Through, choose
@@ -295,7 +295,7 @@ class TestDirectOnAnyMedium(DirectContract):
 
     @pytest.fixture
     def direct_io(self, monkeypatch):
-        monkeypatch.setattr(readers, "_DIRECT", 0)
+        monkeypatch.setattr(medium, "_DIRECT", 0)
 
 
 class PeekContract(DirectContract):
@@ -306,7 +306,7 @@ class PeekContract(DirectContract):
 
     @pytest.fixture
     def direct_io(self, monkeypatch):
-        monkeypatch.setattr(readers, "_DIRECT", 0)
+        monkeypatch.setattr(medium, "_DIRECT", 0)
         if self.whole is not None:
             monkeypatch.setattr(readers.Residency, "whole", lambda *_: self.whole)
 
@@ -347,7 +347,7 @@ def test_mapping_that_is_refused_leaves_nothing_open(tmp_path, monkeypatch):
     def refuse(*_):
         raise error(errno.ENODEV)
 
-    monkeypatch.setattr(readers, "_DIRECT", 0)
+    monkeypatch.setattr(medium, "_DIRECT", 0)
     monkeypatch.setattr(readers, "Residency", refuse)
     (tmp_path / "f").write_bytes(b"123")
     with FileSource(tmp_path / "f") as source:
@@ -365,7 +365,7 @@ def file(tmp_path, monkeypatch):
     """A file on what passes for ext4, with direct I/O, whatever it is on."""
     (tmp_path / "f").write_bytes(DATA[SIZES[0]])
     monkeypatch.setattr(readers, "file_system", lambda _: "ext4")
-    monkeypatch.setattr(readers, "_DIRECT", 0)
+    monkeypatch.setattr(medium, "_DIRECT", 0)
     with FileSource(tmp_path / "f") as source:
         yield source
 
@@ -373,7 +373,7 @@ def file(tmp_path, monkeypatch):
 def refusing(monkeypatch, number):
     """Let direct I/O be refused when a file is opened for it."""
     real = os.open
-    monkeypatch.setattr(readers, "_DIRECT", 1 << 30)
+    monkeypatch.setattr(medium, "_DIRECT", 1 << 30)
 
     def refuse(path, flags, *more, **options):
         if flags & 1 << 30:

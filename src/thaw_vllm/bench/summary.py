@@ -38,6 +38,18 @@ def limit_of(record: Record, outcome: Outcome) -> Record | None:
     return found or (outcome.limit(*ON_HOST[record.work], directory=directory) if record.work in ON_HOST else None)
 
 
+def of_limit(record: Record, outcome: Outcome) -> float | None:
+    """Speed over the limit's of the same run; None for a limit itself, and where there is none."""
+    limit = None if record.system == "limit" else limit_of(record, outcome)
+    return None if limit is None else record.gb_per_s / limit.gb_per_s
+
+
+def of_rival(record: Record, outcome: Outcome) -> float | None:
+    """thaw's speed over the best rival's of the same run, by their seconds for the same work; None for the others."""
+    rival = best_rival(record, outcome.records) if record.system == "thaw" else None
+    return None if rival is None else rival.median / record.median
+
+
 def group(record: Record) -> tuple[str, str, str]:
     """What is compared with one another: work, medium or kind of start, directory."""
     kind = record.extra.get("medium") or record.extra.get("start") or ""
@@ -62,13 +74,13 @@ def label(record: Record) -> str:
 
 def row(record: Record, outcome: Outcome) -> tuple[str, ...]:
     """Cells under HEAD."""
-    limit, rival = limit_of(record, outcome), best_rival(record, outcome.records)
+    limit, rival = of_limit(record, outcome), of_rival(record, outcome)
     return (
         label(record),
         f"{record.gb_per_s:.2f}",
         f"{spread(record):.0%}",
-        "" if limit is None or record.system == "limit" else f"{record.gb_per_s / limit.gb_per_s:.3f}",
-        "" if rival is None or record.system != "thaw" else f"{record.gb_per_s / rival.gb_per_s:.2f}",
+        "" if limit is None else f"{limit:.3f}",
+        "" if rival is None else f"{rival:.2f}",
         "" if record.peak_host_mib is None else f"{record.peak_host_mib:.0f}",
         "" if record.equal is None else "yes" if record.equal else "NO",
     )
@@ -113,11 +125,7 @@ def plain(outcome: Outcome) -> dict[str, Any]:
     """For ``--json``: records with their ratios, and what is missing."""
     records = []
     for record in outcome.records:
-        limit, rival = limit_of(record, outcome), best_rival(record, outcome.records)
-        ratios: dict[str, float] = {}
-        if limit is not None and record.system != "limit":
-            ratios["of_limit"] = round(record.gb_per_s / limit.gb_per_s, 4)
-        if rival is not None and record.system == "thaw":
-            ratios["of_best_rival"] = round(record.gb_per_s / rival.gb_per_s, 4)
-        records.append(record.to_json() | ratios)
+        ratios = {"of_limit": of_limit(record, outcome), "of_best_rival": of_rival(record, outcome)}
+        told = {name: round(ratio, 4) for name, ratio in ratios.items() if ratio is not None}
+        records.append(record.to_json() | told)
     return {"records": records, "missed": [vars(item) for item in outcome.missed]}

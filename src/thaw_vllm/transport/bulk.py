@@ -9,7 +9,7 @@ import os
 from functools import cache
 from typing import Any, Protocol
 
-from .medium import IN_MEMORY, file_system
+from .medium import IN_MEMORY, file_system, open_direct
 from .plan import BLOCK
 from .source import copy
 from .staging import address_of
@@ -17,7 +17,6 @@ from .staging import address_of
 LARGE = 64 << 20
 """Bytes from which a file is worth more than plain writes."""
 
-_DIRECT = getattr(os, "O_DIRECT", 0)
 _POPULATE_WRITE = 23
 """MADV_POPULATE_WRITE, Linux 5.14: takes pages for a part of a mapping, or says that there are none."""
 
@@ -72,7 +71,7 @@ class Direct(Plain):
         """
         super().__init__(descriptor, why)
         self.route = "direct"
-        self._direct = os.open(f"/proc/self/fd/{descriptor}", os.O_WRONLY | os.O_CLOEXEC | _DIRECT)
+        self._direct = open_direct(descriptor, os.O_WRONLY)
 
     def write(self, offset: int, view: memoryview) -> None:
         """See Bulk; a piece that is not aligned goes through the page cache."""

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import xxhash
 
+from ..errors import CorruptionError
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -15,6 +17,14 @@ LANES = 1 << 15
 """32-bit words that share one row of weights: 128 KiB of data and 256 KiB of weights stay in a core's cache."""
 
 _MASK = (1 << 64) - 1
+
+
+def damaged(name: str, label: str, offset: int, length: int) -> CorruptionError:
+    """What to raise when a checksum of the source ``name`` does not agree: of what, and where it lies."""
+    return CorruptionError(
+        f"{name!r} is damaged: the checksum of {label} (bytes {offset} to {offset + length}) does not agree; copy the "
+        "file again or freeze again"
+    )
 
 
 def xxh3(data: memoryview) -> int:

@@ -8,8 +8,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from ..errors import CorruptionError, ThawError
+from ..errors import ThawError
 from . import parallel
+from .checksum import damaged
 from .links import Link, Sums
 from .plan import Step, steps
 from .readers import Reader
@@ -143,12 +144,5 @@ def deliver(
         raise ThawError(f"{name!r} was not read whole, through a fault of thaw; please report it")
     for number, sum_ in sorted(found.items()):
         if sum_ != ranges[number].wordsum:
-            raise damaged(name, ranges[number])
-
-
-def damaged(name: str, found: Range) -> CorruptionError:
-    """What to raise when the sum of a range of the source ``name`` is not the expected one."""
-    return CorruptionError(
-        f"{name!r} is damaged: the checksum of {found.label} (bytes {found.offset} to {found.offset + found.length}) "
-        "does not agree; copy the file again or freeze again"
-    )
+            bad = ranges[number]
+            raise damaged(name, bad.label, bad.offset, bad.length)

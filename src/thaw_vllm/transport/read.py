@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import xxhash
 
-from ..errors import CorruptionError
+from .checksum import damaged
 from .parallel import run
 from .source import Source
 
@@ -113,7 +113,4 @@ def _read_verified(source: Source, piece: Piece, view: memoryview, step: int) ->
             state.update(part)
         found = state.intdigest()
     if found != piece.xxh3:
-        raise CorruptionError(
-            f"{source.name!r} is damaged: the checksum of {piece.label} (bytes {piece.offset} to "
-            f"{piece.offset + piece.length}) does not agree; copy the file again or freeze again"
-        )
+        raise damaged(source.name, piece.label, piece.offset, piece.length)

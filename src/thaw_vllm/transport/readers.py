@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Protocol
 
 from ..errors import StorageError, UsageError
-from .medium import IN_MEMORY, file_system
+from .medium import IN_MEMORY, file_system, open_direct
 from .plan import BLOCK
 from .residency import Residency
 from .source import FileSource, Source, copy
@@ -20,8 +20,6 @@ ROUTES = ("auto", "cached", "direct")
 
 SAMPLES = 256
 """Pages that are looked at to see whether a file is cached as a whole; asking about all of 16 GB takes 0.2 s."""
-
-_DIRECT = getattr(os, "O_DIRECT", 0)
 
 
 class Reader(Protocol):
@@ -95,7 +93,7 @@ class Direct:
         """
         self._source, self.why = source, why
         self.route = "page cache, else direct" if peek else "direct"
-        self._file = os.open(f"/proc/self/fd/{source.descriptor}", os.O_RDONLY | os.O_CLOEXEC | _DIRECT)
+        self._file = open_direct(source.descriptor, os.O_RDONLY)
         try:
             self._residency = Residency(source.descriptor, source.size) if peek else None
         except BaseException:

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 from ..errors import DeviceError, StorageError
 from . import parallel
+from .checksum import damaged
 from .cuda import Context, Stream
 from .medium import in_memory
-from .pipeline import Range, damaged
+from .pipeline import Range
 from .readers import Reader
 from .source import FileSource, MemorySource
 from .staging import HUGE, address_of, advise_huge
@@ -218,7 +219,7 @@ class Resident(MemorySource):
             stream.synchronize()
         for found, result in zip(ranges if verify else (), results, strict=True):
             if result != found.wordsum:
-                raise damaged(self.name, found)
+                raise damaged(self.name, found.label, found.offset, found.length)
 
     def close(self) -> None:
         """Unlock and return the memory; nothing may be copying from it. A second call does nothing."""

@@ -29,7 +29,7 @@ from .layout import byte_view, host_bytes, integers
 from .waterfall import waterfall
 
 STAGING = 256 << 20
-"""Most bytes of page-locked slots, one a thread and a chunk long: with more a freeze takes fewer threads."""
+"""Most bytes of slots, one a thread and a chunk long: where they would be more, a freeze takes fewer threads."""
 
 _SEAL_ROOM = 512
 """Bytes a header may grow by when the ids are filled in, beside its set's members."""
@@ -148,12 +148,11 @@ class SnapshotWriter:
         total = sum(self._captured.index.storages)
         runs = {n: run for n, c in enumerate(self._chunks) if (run := storages[c.storage].run(c.at, c.length))}
         longest = max((chunk.length for chunk in self._chunks), default=0)
-        workers = options.workers or parallel.default_workers()
-        if runs:
-            workers = max(1, min(workers, STAGING // longest))
-        workers = min(workers, max(1, len(self._chunks)))
         aligned = file.bulk.aligned
         staged = bool(runs) or aligned
+        workers = min(options.workers or parallel.default_workers(), max(1, len(self._chunks)))
+        if staged and longest:
+            workers = max(1, min(workers, STAGING // longest))
         blocks: dict[tuple[int, int], list[bytes]] = {}
         sums: dict[int, Chunk] = {}
         lock = threading.Lock()

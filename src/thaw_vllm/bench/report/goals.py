@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..outcome import Outcome
 from ..record import Record
-from ..summary import best_rival, limit_of
+from ..summary import of_limit, of_rival
 from .results import Run
 
 FULL = 15 * 10**9
@@ -15,18 +15,6 @@ FULL = 15 * 10**9
 ONE_SHOT = ("restore-tmpfs", "restore-pagecache", "restore-disk")
 
 Value = Callable[[Record, Outcome], "float | None"]
-
-
-def of_limit(record: Record, outcome: Outcome) -> float | None:
-    """Speed over the limit's of the same run."""
-    limit = limit_of(record, outcome)
-    return None if limit is None else record.gb_per_s / limit.gb_per_s
-
-
-def of_rival(record: Record, outcome: Outcome) -> float | None:
-    """Speed over the best rival's of the same run."""
-    rival = best_rival(record, outcome.records)
-    return None if rival is None else record.gb_per_s / rival.gb_per_s
 
 
 def peak(record: Record, outcome: Outcome) -> float | None:

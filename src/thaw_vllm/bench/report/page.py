@@ -7,7 +7,7 @@ from typing import Any
 
 from ..outcome import spread
 from ..record import Record
-from ..summary import best_rival, group, label, limit_of
+from ..summary import group, label, of_limit, of_rival
 from .goals import FULL, GOALS
 from .method import METHOD
 from .results import Run
@@ -102,14 +102,14 @@ def _run(work: str, run: Run) -> list[str]:
 
 
 def _row(record: Record, run: Run) -> str:
-    limit, rival = limit_of(record, run.outcome), best_rival(record, run.outcome.records)
+    limit, rival = of_limit(record, run.outcome), of_rival(record, run.outcome)
     cells = (
         f"**{label(record)}**" if record.system == "thaw" else label(record),
         f"{record.gb_per_s:.2f}" if record.bytes else "",
         f"{record.median:.3f}",
         f"{spread(record):.0%} of {len(record.seconds)}",
-        "" if limit is None or record.system == "limit" else f"{record.gb_per_s / limit.gb_per_s:.3f}",
-        "" if rival is None or record.system != "thaw" else f"{rival.median / record.median:.2f}",
+        "" if limit is None else f"{limit:.3f}",
+        "" if rival is None else f"{rival:.2f}",
         "" if record.peak_host_mib is None else f"{record.peak_host_mib:.0f}",
         "" if record.equal is None else "yes" if record.equal else "**no**",
     )
@@ -120,8 +120,8 @@ def _short(work: str, run: Run) -> str:
     told = []
     for record in run.outcome.records:
         if record.work == work and record.system in ("thaw", "limit"):
-            limit = limit_of(record, run.outcome) if record.system == "thaw" else None
-            share = f" ({record.gb_per_s / limit.gb_per_s:.2f} of the limit)" if limit is not None else ""
+            limit = of_limit(record, run.outcome)
+            share = f" ({limit:.2f} of the limit)" if limit is not None else ""
             figure = f"{record.gb_per_s:.2f} GB/s" if record.bytes else f"{record.median:.3f} s"
             told.append(f"{label(record)} {figure}{share}")
     rival = max(
