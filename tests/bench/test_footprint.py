@@ -8,6 +8,13 @@ import mmap, sys
 print("ready", flush=True)
 for line in sys.stdin:
     what, path = line.split()
+    if what == "child":
+        import subprocess
+        child = subprocess.Popen([sys.executable, "-c", "x = bytearray(b'1') * (64 << 20); print(1, flush=True); input()"],
+                                 stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        child.stdout.readline()
+        print("done", flush=True)
+        continue
     if what == "anonymous":
         memory = bytearray(64 << 20)
     else:
@@ -35,6 +42,10 @@ def watched(what, path, files):
 
 def test_anonymous_memory_counts(tmp_path):
     assert 60 < watched("anonymous", "-", [tmp_path]) < 80
+
+
+def test_memory_of_processes_that_it_started_counts(tmp_path):
+    assert 60 < watched("child", "-", [tmp_path]) < 90
 
 
 def test_files_on_tmpfs_do_not_count_and_others_do(memory_path):

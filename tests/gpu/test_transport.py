@@ -13,7 +13,7 @@ from tests.gpu.test_core import Zoo, moved, same
 
 from thaw_vllm import freeze_model, pin, restore_model, restore_model_from_ram, restore_model_pipelined
 from thaw_vllm.errors import CorruptionError
-from thaw_vllm.transport import checksum, pipeline
+from thaw_vllm.transport import checksum, helpers, pipeline
 from thaw_vllm.transport.cuda import Context
 from thaw_vllm.transport.readers import ROUTES
 from thaw_vllm.transport.wordsum_cuda import CudaSums
@@ -33,6 +33,13 @@ def no_threads() -> Iterator[None]:
 def place(request: pytest.FixtureRequest, tmp_path: Path, memory_path: Path) -> Path:
     """A directory on tmpfs, and one that need not be."""
     return memory_path if request.param == "memory" else tmp_path
+
+
+@pytest.fixture(params=["threads", "processes"])
+def readers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Who reads a file through the page cache, whatever its size."""
+    monkeypatch.setattr(helpers, "_WORTH", 0 if request.param == "processes" else 1 << 60)
+    return str(request.param)
 
 
 def model(*sizes: int, seed: int = 0, device: str = "cuda") -> torch.nn.Module:
@@ -153,7 +160,7 @@ def test_kernel_on_a_chunk_of_the_largest_size(context: Context):
 
 @pytest.mark.parametrize("verify", [True, False])
 @pytest.mark.parametrize("route", ROUTES)
-def test_every_route_gives_every_byte(route: str, verify: bool, place: Path):
+def test_every_route_gives_every_byte(route: str, verify: bool, place: Path, readers: str):
     frozen = model(5 * MB + 3, 1, 0, 4096, 70 * MB, 12_345, seed=1)
     freeze_model(frozen, place / "m.thaw")
     thawed, seen = empty(frozen), []
@@ -163,6 +170,8 @@ def test_every_route_gives_every_byte(route: str, verify: bool, place: Path):
     assert equal(thawed, frozen)
     assert report.verified == ("wordsum" if verify else "none")
     assert "page-locked slots to cuda:" in report.route
+    if place.is_relative_to("/dev/shm"):
+        assert ("processes" in report.route) == (readers == "processes")
     assert report.why
     assert seen[-1] == (report.bytes, report.bytes)
     assert not report.sources or sum(report.sources.values()) >= report.bytes
@@ -180,7 +189,7 @@ def test_pipelined_and_from_memory(place: Path):
 
 
 @pytest.mark.parametrize("route", ROUTES)
-def test_thousands_of_tiny_tensors(route: str, place: Path):
+def test_thousands_of_tiny_tensors(route: str, place: Path, readers: str):
     frozen = model(*(1 + number % 300 for number in range(6000)), seed=3)
     freeze_model(frozen, place / "m.thaw")
     thawed = empty(frozen)
@@ -200,7 +209,7 @@ def test_tensor_larger_than_the_ring(workers: int | None, place: Path):
 
 
 @pytest.mark.parametrize("route", ROUTES)
-def test_every_dtype_and_strides_that_differ(route: str, place: Path):
+def test_every_dtype_and_strides_that_differ(route: str, place: Path, readers: str):
     """What lies as in the file goes straight to the GPU, the rest through the host."""
     frozen = moved(Zoo(1), "cuda")
     freeze_model(frozen, place / "m.thaw")
@@ -219,7 +228,7 @@ def test_every_dtype_and_strides_that_differ(route: str, place: Path):
     assert [buffer.stride() for buffer in other.buffers()] == strides
 
 
-def test_tensors_at_odd_addresses(place: Path):
+def test_tensors_at_odd_addresses(place: Path, readers: str):
     """Views of one allocation, apart by three bytes; what lies between them is left alone."""
     frozen = model(100_001, 7, 5 * MB + 1, 33, seed=5)
     freeze_model(frozen, place / "m.thaw")
@@ -238,7 +247,7 @@ def test_tensors_at_odd_addresses(place: Path):
         at += size + 3
 
 
-def test_host_and_gpu_in_one_model(place: Path):
+def test_host_and_gpu_in_one_model(place: Path, readers: str):
     frozen = model(3 * MB, 4 * MB, seed=6)
     freeze_model(frozen, place / "m.thaw")
     thawed = empty(frozen)
@@ -254,7 +263,7 @@ def test_host_and_gpu_in_one_model(place: Path):
 
 @pytest.mark.parametrize("at", [0, 5 * MB, 20 * MB + 2])
 @pytest.mark.parametrize("route", ROUTES)
-def test_damaged_byte_is_found_and_the_process_goes_on(route: str, at: int, place: Path):
+def test_damaged_byte_is_found_and_the_process_goes_on(route: str, at: int, place: Path, readers: str):
     frozen = model(1000, 20 * MB + 3, 1000, seed=7)
     freeze_model(frozen, place / "bad.thaw")
     freeze_model(frozen, place / "good.thaw")
@@ -274,7 +283,7 @@ class Interrupt(KeyboardInterrupt):
 
 
 @pytest.mark.parametrize("route", ROUTES)
-def test_ctrl_c_leaves_the_gpu_healthy(route: str, place: Path):
+def test_ctrl_c_leaves_the_gpu_healthy(route: str, place: Path, readers: str):
     frozen = model(300 * MB, 5, seed=8)
     freeze_model(frozen, place / "m.thaw")
     thawed = empty(frozen)

@@ -8,8 +8,9 @@ import pytest
 from thaw_vllm.errors import CorruptionError, ReplacedError, StorageError
 from thaw_vllm.transport import resident
 from thaw_vllm.transport.medium import in_memory
+from thaw_vllm.transport.pipeline import Range
 from thaw_vllm.transport.readers import ROUTES, choose
-from thaw_vllm.transport.resident import Locked, Resident
+from thaw_vllm.transport.resident import Locked, Resident, joined
 from thaw_vllm.transport.source import FileSource, read_bytes
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
@@ -163,3 +164,10 @@ def test_pieces_stay_within_locked_parts(monkeypatch, offset, length):
         assert (address - 1000) // 10 == (address - 1000 + size - 1) // 10
         at += size
     assert at == 1000 + offset + length
+
+
+def test_copies_end_where_a_tensor_ends():
+    """Two allocations may lie side by side, and CUDA refuses a copy from one into the other."""
+    ranges = [Range(0, 10, 0, "a"), Range(10, 10, 0, "a"), Range(20, 10, 0, "b"), Range(40, 10, 0, "b")]
+    runs = [(100, 10), (110, 10), (120, 10), (130, 10)]
+    assert list(joined(ranges, runs)) == [(100, 0, 20), (120, 20, 10), (130, 40, 10)]

@@ -229,7 +229,7 @@ def test_reports_say_how_long_each_phase_took(tmp_path):
     assert set(report.seconds) == {"payload", "publish", "total"}
     assert report.seconds["total"] >= max(report.seconds["payload"], report.seconds["publish"]) >= 0
     restored = restore_model(frozen, tmp_path / "w.thaw")
-    assert set(restored.seconds) == {"open", "match", "plan", "read", "settle", "total"}
+    assert set(restored.seconds) == {"choose", "open", "match", "plan", "read", "settle", "total"}
     assert restored.gb_per_s > 0
     assert report.gb_per_s > 0
     assert (restored.verified, restored.path, restored.replaced) == ("xxh3", str(tmp_path / "w.thaw"), False)

@@ -26,4 +26,11 @@ def test_every_report_has_one(tmp_path):
     frozen = freeze_model(model, tmp_path / "w.thaw")
     thawed = restore_model(model, tmp_path / "w.thaw")
     assert [line.split()[0] for line in frozen.waterfall().splitlines()] == ["payload", "publish"]
-    assert [line.split()[0] for line in thawed.waterfall().splitlines()] == ["open", "match", "plan", "read", "settle"]
+    assert [line.split()[0] for line in thawed.waterfall().splitlines()] == [
+        "choose",
+        "open",
+        "match",
+        "plan",
+        "read",
+        "settle",
+    ]

@@ -15,6 +15,8 @@ MIB = 1 << 20
 def held(process: int, files: Sequence[Path]) -> int | None:
     """Bytes of anonymous memory, and of shared memory that belongs to no file below ``files``; None when it is gone.
 
+    The anonymous memory of processes that it started is counted too; what they share is its own.
+
     A mapped file on tmpfs counts as shared memory (RssShmem) although it is page cache, so no more of that is counted
     than the size of all shared mappings that are something else. Memory that a driver hands out itself, as
     cudaHostAlloc does, is in no process's account; ``machine`` sees it.
@@ -24,8 +26,32 @@ def held(process: int, files: Sequence[Path]) -> int | None:
         status = Path(f"/proc/{process}/status").read_text(encoding="ascii", errors="replace")
         sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in status.splitlines() if "kB" in line}
         shared = sizes.get("RssShmem", 0)
-        return sizes["RssAnon"] + (min(shared, _shared(process, places)) if shared else 0)
+        return sizes["RssAnon"] + _children(process) + (min(shared, _shared(process, places)) if shared else 0)
     return None
+
+
+def _anonymous(process: int) -> int:
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path(f"/proc/{process}/status").read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+def _command(process: int) -> bytes:
+    return Path(f"/proc/{process}/cmdline").read_bytes()
+
+
+def _children(process: int) -> int:
+    """A child that did not begin its program yet (vfork) has its parent's memory, and its command line."""
+    total = 0
+    with contextlib.suppress(OSError, ValueError):
+        own = _command(process)
+        for children in Path(f"/proc/{process}/task").glob("*/children"):
+            for child in children.read_text().split():
+                with contextlib.suppress(OSError):  # ended meanwhile
+                    total += _anonymous(int(child)) if _command(int(child)) != own else 0
+    return total
 
 
 def _shared(process: int, places: tuple[str, ...]) -> int:

@@ -30,6 +30,8 @@ _NON_BLOCKING = 1
 """CU_STREAM_NON_BLOCKING: not ordered with the default stream."""
 _NO_TIMING = 2
 """CU_EVENT_DISABLE_TIMING."""
+_NOT_READY = 600
+"""CUDA_ERROR_NOT_READY."""
 
 _SIGNATURES: dict[str, list[Any]] = {
     "cuCtxGetCurrent": [POINTER],
@@ -40,6 +42,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     "cuDevicePrimaryCtxRelease_v2": [INT],
     "cuEventCreate": [POINTER, UINT],
     "cuEventDestroy_v2": [POINTER],
+    "cuEventQuery": [POINTER],
     "cuEventRecord": [POINTER, POINTER],
     "cuGetErrorName": [INT, POINTER],
     "cuInit": [UINT],
@@ -193,6 +196,17 @@ class Stream:
     def synchronize(self) -> None:
         """Wait until everything asked of it is done."""
         self._driver.call("cuStreamSynchronize", self.handle)
+
+    def mark(self, number: int) -> None:
+        """Set an event, by its number, after everything asked of the stream so far."""
+        self._driver.call("cuEventRecord", self.events[number], self.handle)
+
+    def passed(self, number: int) -> bool:
+        """Whether everything before the event's last mark is done."""
+        result: int = self._driver["cuEventQuery"](self.events[number])
+        if result not in (0, _NOT_READY):
+            self._driver.check("cuEventQuery", result)
+        return result == 0
 
     def close(self) -> None:
         """Wait, then destroy; a second call does nothing."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from ..errors import DeviceError
-from .cuda import Context, Stream
+from .cuda import Context, Driver, Stream
 from .numa import near, pinned_to
 from .plan import Step
 from .staging import Slot
@@ -148,6 +148,7 @@ class CudaLink:
     Attributes:
         context: that reference.
         runs: address and bytes of each range.
+        cores: those near the GPU; empty where it makes no difference.
     """
 
     def __init__(self, device: int, runs: Sequence[tuple[int, int]]) -> None:
@@ -161,7 +162,7 @@ class CudaLink:
         self.name = f"page-locked slots to cuda:{device}"
         self.runs = runs
         try:
-            self._cores = near(self.context.bus)
+            self.cores = near(self.context.bus)
         except BaseException:
             self.context.close()
             raise
@@ -169,7 +170,7 @@ class CudaLink:
     @contextlib.contextmanager
     def lane(self, slot: Slot) -> Iterator[Lane]:
         """See Link. Page-locks the slot when it is first sent: its pages are there by then, and other threads copy."""
-        with pinned_to(self._cores):
+        with pinned_to(self.cores):
             self.context.enter()
             with contextlib.closing(Stream(self.context)) as stream:
                 lane = _CudaLane(self, slot, stream)
@@ -178,9 +179,10 @@ class CudaLink:
                 finally:
                     lane.close()
 
-    def refused(self, error: DeviceError) -> None:
+    def refused(self, error: DeviceError | None) -> None:
         """A slot cannot be page-locked (some containers forbid it): it works without, slower, and the name says so."""
-        self.name = f"slots, not page-locked ({error}), to cuda:{self.context.device}"
+        if error is not None:
+            self.name = f"slots, not page-locked ({error}), to cuda:{self.context.device}"
 
     @contextlib.contextmanager
     def sums(self, count: int) -> Iterator[Sums]:
@@ -193,38 +195,58 @@ class CudaLink:
         self.context.close()
 
 
-class _CudaLane:
-    """On a stream of its own, which waits for nothing that torch has queued."""
+class Window:
+    """One slot, page-locked when its pages are there: locking memory that nobody wrote yet costs more."""
 
-    def __init__(self, link: CudaLink, slot: Slot, stream: Stream) -> None:
-        self._link, self._driver, self._slot, self._stream = link, link.context.driver, slot, stream
-        self._copy = self._driver["cuMemcpyHtoDAsync_v2"]
-        self._tried, self._locked = False, False
+    def __init__(self, driver: Driver, slot: Slot) -> None:
+        """Borrows the slot."""
+        self._driver, self._slot, self._locked = driver, slot, False
+        self._copy = driver["cuMemcpyHtoDAsync_v2"]
 
-    def send(self, step: Step, head: int) -> None:
-        if not self._tried:
-            self._lock()
-        runs, base, stream = self._link.runs, self._slot.address + head, self._stream.handle
-        for cut in step.cuts:
-            result = self._copy(runs[cut.range][0] + cut.begin, base + cut.at, cut.length, stream)
-            if result:
-                self._driver.check("cuMemcpyHtoDAsync_v2", result)
-        self._stream.synchronize()
-
-    def _lock(self) -> None:
-        self._tried = True
+    def lock(self) -> DeviceError | None:
+        """Called in a thread with a context; returns why it was refused. The slot works without, slower."""
         try:
             self._driver.call("cuMemHostRegister_v2", self._slot.address, self._slot.view.nbytes, 0)
             self._locked = True
         except DeviceError as error:
-            self._link.refused(error)
+            return error
+        return None
+
+    def send(self, step: Step, head: int, runs: Sequence[tuple[int, int]], stream: Stream) -> None:
+        """Ask for the copies of what is wanted of a step, which begins at ``head`` in the slot, to its runs."""
+        base = self._slot.address + head
+        for cut in step.cuts:
+            result = self._copy(runs[cut.range][0] + cut.begin, base + cut.at, cut.length, stream.handle)
+            if result:
+                self._driver.check("cuMemcpyHtoDAsync_v2", result)
+
+    def unlock(self) -> None:
+        """Once nothing copies from it any more, in a thread with a context; a second call does nothing."""
+        if self._locked:
+            self._locked = False
+            self._driver["cuMemHostUnregister"](self._slot.address)
+
+
+class _CudaLane:
+    """On a stream of its own, which waits for nothing that torch has queued."""
+
+    def __init__(self, link: CudaLink, slot: Slot, stream: Stream) -> None:
+        self._link, self._window, self._stream = link, Window(link.context.driver, slot), stream
+        self._tried = False
+
+    def send(self, step: Step, head: int) -> None:
+        if not self._tried:
+            self._tried = True
+            self._link.refused(self._window.lock())
+        self._window.send(step, head, self._link.runs, self._stream)
+        self._stream.synchronize()
 
     def close(self) -> None:
         """Wait for what an error left under way, and unlock the slot."""
-        if self._locked:
-            self._locked = False
-            self._driver["cuStreamSynchronize"](self._stream.handle)
-            self._driver["cuMemHostUnregister"](self._slot.address)
+        try:
+            self._stream.synchronize()
+        finally:
+            self._window.unlock()
 
 
 class _CudaRanges:

@@ -11,10 +11,12 @@ from typing import NamedTuple
 from ..errors import ThawError
 from . import parallel
 from .checksum import damaged
-from .links import Link, Sums
+from .dispatch import dispatch
+from .helpers import Helpers
+from .links import CudaLink, Link, Sums
 from .plan import Step, steps
 from .readers import Reader
-from .staging import Staging
+from .staging import Slot, Staging
 
 SLOT = 6 << 20
 RING = 84 << 20
@@ -55,8 +57,11 @@ def deliver(
     admit: Callable[[int], bool] | None = None,
     landed: Callable[[int], None] | None = None,
     slot: int = SLOT,
+    helpers: Helpers | None = None,
 ) -> None:
     """Bring every range to its place and check it there. Staging memory is a slot a thread, RING in all.
+
+    With helpers they read, and this thread copies; should they all end, threads do what is left.
 
     Args:
         reader: reads the source.
@@ -70,6 +75,8 @@ def deliver(
             thread; a range that is refused is asked for again. Once admitted its place must be known to the link.
         landed: called with the number of a range that is in place, in the calling thread; not checked yet.
         slot: bytes of a slot.
+        helpers: processes that read the reader's file, for a CudaLink and plain reads; the caller's to close. None
+            reads by threads of this process.
 
     Raises:
         CorruptionError: a range's bytes do not agree with its sum, or the source ends early. The bytes of that range
@@ -80,6 +87,7 @@ def deliver(
     complete: list[int] = []
     lock = threading.Lock()
     arrived = told = 0
+    slot = helpers.slot if helpers is not None else slot
     workers = max(1, min(workers, RING // slot, -(-sum(left) // slot)))
 
     stop = threading.Event()
@@ -117,9 +125,9 @@ def deliver(
                 lane.send(step, reader.read(step.offset, step.length, mine.view))
                 arrive(step)
 
-    with Staging(workers, slot) as staging, contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         sums: Sums | None = None
-        spare = list(staging.slots)
+        spare: list[Slot] = []
 
         def meanwhile() -> None:
             nonlocal sums, told
@@ -137,7 +145,14 @@ def deliver(
                 progress(here - told)
             told = here
 
-        parallel.crew(body, workers, meanwhile, stop=stop)
+        whole = False
+        if helpers is not None and isinstance(link, CudaLink):
+            stack.enter_context(link.context.entered())
+            whole = dispatch(iter(plan), helpers, link, arrive, meanwhile)
+        if not whole:
+            with Staging(workers, slot) as staging:
+                spare += staging.slots
+                parallel.crew(body, workers, meanwhile, stop=stop)
         meanwhile()
         found = sums.results() if sums is not None else {}
     if any(left) or (verify and len(found) != len(ranges)):

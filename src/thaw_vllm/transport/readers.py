@@ -9,7 +9,7 @@ import threading
 from types import TracebackType
 from typing import Protocol
 
-from ..errors import StorageError, UsageError
+from ..errors import UsageError
 from .medium import IN_MEMORY, file_system, open_direct
 from .plan import BLOCK
 from .residency import Residency
@@ -127,7 +127,7 @@ class Direct:
                 count = os.preadv(self._file, [view[done:want]], low + done)
             except OSError as error:
                 if error.errno != errno.EINVAL:  # blocks larger than ours
-                    raise self._failed(low + done, error) from None
+                    raise self._source.failed(low + done, error) from None
                 break
             if not count:
                 break
@@ -136,9 +136,6 @@ class Direct:
         if direct < length:  # plain reads know whether the file ends here or only direct reads do
             self._source.read_into(offset + direct, view[head + direct : head + length])
         return head, direct
-
-    def _failed(self, offset: int, error: OSError) -> StorageError:
-        return StorageError(f"reading {self._source.name!r} at {offset} failed: {error.strerror}")
 
     def summary(self) -> dict[str, int]:
         """Bytes from the page cache and from the device."""

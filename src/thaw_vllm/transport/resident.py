@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import threading
 from collections.abc import Callable, Iterator, Sequence
 
 from ..errors import DeviceError, StorageError
@@ -15,14 +16,14 @@ from .pipeline import Range
 from .readers import Reader
 from .source import FileSource, MemorySource
 from .staging import HUGE, address_of, advise_huge
-from .wordsum_cuda import CudaSums
+from .wordsum_cuda import CudaSums, Kernel
 
 LOCK = 128 << 20
 """Bytes locked by one call: many threads lock in parallel (24 GB/s with 8 threads, 6.4 with one), and no copy may cross
 from one locked part to the next."""
 TASK = 16 << 20
 """Bytes that one thread reads at a time."""
-GROUP = 32
+GROUP = 16
 """Ranges whose sums are asked for at once, while those after them arrive."""
 
 _PORTABLE, _READ_ONLY = 1, 8
@@ -80,15 +81,20 @@ class Locked:
 
 
 def joined(ranges: Sequence[Range], runs: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
-    """Destination address, offset in the source and length of copies, neighbours in both made one."""
+    """Destination address, offset in the source and length of copies; neighbours in both, of one label, made one.
+
+    Two tensors that lie side by side may be two allocations of the driver's, and no copy may cross from one to the
+    other (CUDA_ERROR_INVALID_VALUE).
+    """
     address = offset = length = 0
+    label = ""
     for found, (begin, _) in zip(ranges, runs, strict=True):
-        if length and found.offset == offset + length and begin == address + length:
+        if length and (found.offset, begin, found.label) == (offset + length, address + length, label):
             length += found.length
             continue
         if length:
             yield address, offset, length
-        address, offset, length = begin, found.offset, found.length
+        address, offset, length, label = begin, found.offset, found.length, found.label
     if length:
         yield address, offset, length
 
@@ -119,6 +125,8 @@ class Resident(MemorySource):
         self._file, self._shared, self.why = file, False, ""
         self._held: mmap.mmap | None = None
         self.locked: Locked | None = None
+        self._kernels: dict[int, Kernel] = {}
+        self._lock = threading.Lock()
         try:
             if not (file.size and in_memory(file.descriptor) and self._map(context, workers)):
                 self._copy(reader, context, workers)
@@ -199,7 +207,9 @@ class Resident(MemorySource):
         assert self.locked is not None
         call, results = context.driver.call, []
         groups = range(0, len(ranges), GROUP)
+        kernel = self._kernel(context.device) if verify else None
         with context.entered(), contextlib.ExitStack() as stack:
+            sums = stack.enter_context(CudaSums(context, len(ranges), kernel)) if verify else None
             stream = Stream(context, events=len(groups))
             stack.callback(stream.close)
             for event, first in zip(stream.events, groups, strict=True):
@@ -210,8 +220,7 @@ class Resident(MemorySource):
                 call("cuEventRecord", event, stream.handle)
                 if progress is not None:
                     progress(sum(found.length for found in ranges[first : first + GROUP]))
-            if verify:  # asked for while the copies are under way
-                sums = stack.enter_context(CudaSums(context, len(ranges)))
+            if sums is not None:  # asked for while the copies are under way
                 for event, first in zip(stream.events, groups, strict=True):
                     sums.after(event)
                     sums.add(runs[first : first + GROUP])
@@ -221,6 +230,13 @@ class Resident(MemorySource):
             if result != found.wordsum:
                 raise damaged(self.name, found.label, found.offset, found.length)
 
+    def _kernel(self, device: int) -> Kernel:
+        """Kept: loading it would take its time from every restore."""
+        with self._lock:
+            if device not in self._kernels:
+                self._kernels[device] = Kernel(device)
+            return self._kernels[device]
+
     def close(self) -> None:
         """Unlock and return the memory; nothing may be copying from it. A second call does nothing."""
         if self._held is not None:
@@ -228,6 +244,9 @@ class Resident(MemorySource):
             self._release()
 
     def _release(self) -> None:
+        kernels, self._kernels = self._kernels, {}
+        for kernel in kernels.values():
+            kernel.close()
         locked, self.locked = self.locked, None
         held, self._held = self._held, None
         try:

@@ -85,10 +85,18 @@ class FileSource:
             try:
                 count = os.preadv(self._fd, [view[done:]], offset + done)
             except OSError as error:
-                raise StorageError(f"reading {self.name!r} at {offset + done} failed: {error.strerror}") from None
+                raise self.failed(offset + done, error) from None
             if not count:
-                raise CorruptionError(f"{self.name!r} ends at {offset + done}, {offset + len(view)} bytes were needed")
+                raise self.ended(offset + done, offset + len(view))
             done += count
+
+    def failed(self, offset: int, error: OSError) -> StorageError:
+        """What to raise when reading at ``offset`` failed."""
+        return StorageError(f"reading {self.name!r} at {offset} failed: {error.strerror}")
+
+    def ended(self, offset: int, needed: int) -> CorruptionError:
+        """What to raise when the file ends at ``offset`` and should have ``needed`` bytes."""
+        return CorruptionError(f"{self.name!r} ends at {offset}, {needed} bytes were needed")
 
     def check_unchanged(self) -> None:
         """A file renamed over ours leaves the bytes we hold alone; one written to in place does not."""

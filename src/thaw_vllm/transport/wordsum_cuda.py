@@ -147,6 +147,36 @@ done:
 """.encode()
 
 
+class Kernel:
+    """The kernel on one GPU; owns a reference to its context until closed."""
+
+    def __init__(self, device: int) -> None:
+        """
+        Args:
+            device: ordinal, as torch counts.
+
+        Raises:
+            DeviceError: the driver does not take it.
+        """
+        self._context = Context(device)
+        self._module = 0
+        try:
+            with self._context.entered():
+                self._module = self._context.driver.made("cuModuleLoadData", source())
+                self.function = self._context.driver.made("cuModuleGetFunction", self._module, b"wordsum")
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Unload it; nothing may be running. A second call does nothing."""
+        module, self._module = self._module, 0
+        if module:
+            with self._context.entered():
+                self._context.driver["cuModuleUnload"](module)
+        self._context.close()
+
+
 class CudaSums:
     """Sums of up to ``count`` runs of bytes on one GPU, asked for in groups; one thread, which entered the context.
 
@@ -154,18 +184,25 @@ class CudaSums:
     or of an engine sees it) until closed.
     """
 
-    def __init__(self, context: Context, count: int) -> None:
+    def __init__(self, context: Context, count: int, kernel: Kernel | None = None) -> None:
         """
+        Args:
+            context: of the GPU.
+            count: runs at most.
+            kernel: on this GPU, borrowed; None loads it. That waits for copies that are under way on any stream.
+
         Raises:
             DeviceError: no memory, or the driver does not take the kernel.
         """
         self._driver, self._count, self._asked = context.driver, count, 0
-        self._memory = self._module = 0
+        self._memory = 0
+        self._own: Kernel | None = None
         self._tables: list[Any] = []
         self._stream = Stream(context)
         try:
-            self._module = self._driver.made("cuModuleLoadData", source())
-            self._kernel = self._driver.made("cuModuleGetFunction", self._module, b"wordsum")
+            if kernel is None:
+                kernel = self._own = Kernel(context.device)
+            self._kernel = kernel.function
             memory = ADDRESS()
             self._driver.call("cuMemAlloc_v2", ctypes.byref(memory), count * 24)
             self._memory = memory.value
@@ -211,11 +248,10 @@ class CudaSums:
         """Wait and let go of everything; a second call does nothing."""
         self._stream.close()
         memory, self._memory = self._memory, 0
-        module, self._module = self._module, 0
         if memory:
             self._driver["cuMemFree_v2"](memory)
-        if module:
-            self._driver["cuModuleUnload"](module)
+        if self._own is not None:
+            self._own.close()
 
     def __enter__(self) -> CudaSums:
         return self

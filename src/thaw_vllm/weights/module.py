@@ -13,11 +13,13 @@ from .. import __version__
 from ..errors import MismatchError
 from ..format.header import Header
 from ..format.identity import Identity
+from ..format.snapshot import Snapshot
 from ..transport.collector import collection_paused
+from ..transport.source import FileSource, Source
 from .capture import capture, module_tensors, persistent_buffers
 from .freeze import FreezeOptions, FreezeReport, tensors_id, write_snapshot
-from .open import Opened, open_memory, open_snapshot
-from .restore import RestoreOptions, RestoreReport, restore
+from .open import open_memory, sections
+from .restore import RestoreOptions, RestoreReport, reading, restore
 
 WRITER = f"thaw {__version__}"
 
@@ -68,8 +70,8 @@ def restore_model(model: torch.nn.Module, path: str | os.PathLike[str], **option
         from the disk; each chunk is verified on the GPU after it arrived.
     """
     start = time.perf_counter()
-    with collection_paused(), open_snapshot(path) as opened:
-        return restore_opened(model, opened, RestoreOptions(**options), start)
+    with collection_paused(), FileSource(path) as source:
+        return restore_opened(model, source, RestoreOptions(**options), start)
 
 
 def restore_model_pipelined(model: torch.nn.Module, path: str | os.PathLike[str], **options: Any) -> RestoreReport:
@@ -89,20 +91,33 @@ def restore_model_from_ram(
         return restore_model(model, snapshot, **options)
     start = time.perf_counter()
     with collection_paused(), open_memory(snapshot) as opened:
-        return restore_opened(model, opened, RestoreOptions(**options), start)
+        return restore_opened(model, opened.source, RestoreOptions(**options), start, opened.snapshot)
 
 
-def restore_opened(model: torch.nn.Module, opened: Opened, options: RestoreOptions, start: float) -> RestoreReport:
-    """``restore_model`` from what is open already; ``start`` is when the clock began (``time.perf_counter``)."""
-    stage = opened.snapshot.header.identity.stage
-    if stage not in ("module", "checkpoint"):
-        raise MismatchError(
-            f"{opened.source.name!r} holds the {stage!r} stage of {opened.snapshot.header.identity.engine}; only that "
-            "engine can thaw it (load_format='thaw')"
-        )
-    opening = time.perf_counter() - start
-    targets = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-    required = {n for n, _ in model.named_parameters(remove_duplicate=False)} | persistent_buffers(model)
-    report = restore(opened.source, opened.snapshot, targets, required, options)
-    seconds = {"open": opening} | report.seconds
+def restore_opened(
+    model: torch.nn.Module,
+    source: Source,
+    options: RestoreOptions,
+    start: float,
+    snapshot: Snapshot | None = None,
+) -> RestoreReport:
+    """``restore_model`` from an open source, whose sections may have been read already.
+
+    Args:
+        start: when the clock began (``time.perf_counter``).
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    targets = parameters | dict(model.named_buffers(remove_duplicate=False))
+    with reading(source, targets.values(), options) as way:
+        snapshot = snapshot or sections(source)
+        stage = snapshot.header.identity.stage
+        if stage not in ("module", "checkpoint"):
+            raise MismatchError(
+                f"{source.name!r} holds the {stage!r} stage of {snapshot.header.identity.engine}; only that engine "
+                "can thaw it (load_format='thaw')"
+            )
+        required = set(parameters) | persistent_buffers(model)
+        opened = time.perf_counter() - start - way.seconds
+        report = restore(source, snapshot, targets, required, options, way)
+    seconds = {"choose": report.seconds["choose"], "open": opened} | report.seconds
     return replace(report, seconds=seconds | {"total": time.perf_counter() - start})

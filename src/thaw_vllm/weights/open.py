@@ -31,7 +31,7 @@ def open_snapshot(path: str | os.PathLike[str], *, with_chunks: bool = True) -> 
     """
     source = FileSource(path)
     try:
-        yield Opened(source, _sections(source, with_chunks))
+        yield Opened(source, sections(source, with_chunks=with_chunks))
     finally:
         source.close()
 
@@ -41,7 +41,7 @@ def open_memory(data: bytes | bytearray | memoryview) -> Iterator[Opened]:
     """Open a snapshot that is in memory already; the buffer is borrowed."""
     source = MemorySource(data)
     try:
-        yield Opened(source, _sections(source, True))
+        yield Opened(source, sections(source))
     finally:
         source.close()
 
@@ -90,7 +90,8 @@ def open_rank(path: str | os.PathLike[str], rank: int, *, with_chunks: bool = Tr
         yield other
 
 
-def _sections(source: Source, with_chunks: bool) -> Snapshot:
+def sections(source: Source, *, with_chunks: bool = True) -> Snapshot:
+    """Everything before the payload, read and checked; errors as for ``open_snapshot``."""
     try:
         return read(lambda offset, length: read_bytes(source, offset, length), source.size, with_chunks=with_chunks)
     except ThawError as error:

@@ -101,7 +101,7 @@ class Pinned:
             raise UsageError(f"{self.path!r} is not held any more; pin it again")
         start = time.perf_counter()
         with collection_paused():
-            report = restore_opened(model, self._opened, RestoreOptions(**options), start)
+            report = restore_opened(model, self._opened.source, RestoreOptions(**options), start, self._opened.snapshot)
         return replace(report, why=self.why, replaced=self._file.replaced)
 
     def close(self) -> None:

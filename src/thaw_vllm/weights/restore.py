@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -16,6 +16,7 @@ from ..format.chunks import Chunk
 from ..format.index import Tensor
 from ..format.snapshot import Snapshot
 from ..transport import parallel
+from ..transport.helpers import Helpers, wanted
 from ..transport.links import CudaLink, Place, by_driver, link_to
 from ..transport.pipeline import Range, deliver
 from ..transport.read import Piece, read
@@ -33,13 +34,15 @@ class RestoreOptions:
     Attributes:
         verify: hold every chunk against its checksum.
         route: ``auto`` looks at the medium and chooses; ``cached`` reads through the page cache, ``direct`` past it.
-        workers: threads; None for what the machine bears.
+        workers: threads, or processes; None for what the machine bears.
+        processes: whether helper processes may be started to read for a GPU, where they are faster than threads.
         progress: called as (bytes done, bytes in all) from any thread.
     """
 
     verify: bool = True
     route: str = "auto"
     workers: int | None = None
+    processes: bool = True
     progress: Callable[[int, int], None] | None = None
 
     def __post_init__(self) -> None:
@@ -59,7 +62,7 @@ class RestoreReport:
         tensors: names filled, ties included.
         verified: by which checksum every chunk was verified: ``xxh3`` (on the host), ``wordsum`` (on the device),
             ``xxh3+wordsum`` (each its part), or ``none``.
-        seconds: by phase, in order (``open``, ``match``, ``plan``, ``read``, ``settle``), and ``total``.
+        seconds: by phase, in order (``choose``, ``open``, ``match``, ``plan``, ``read``, ``settle``), and ``total``.
         replaced: the path names another file by now; what was read is the earlier one, whole.
         route: how the bytes moved.
         why: why that way.
@@ -86,12 +89,58 @@ class RestoreReport:
         return waterfall(self.seconds)
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How a source will be read; made by ``reading``.
+
+    Attributes:
+        reader: the way.
+        helpers: processes that read by it, if that is faster.
+        seconds: what choosing and starting took.
+    """
+
+    reader: Reader
+    helpers: Helpers | None
+    seconds: float
+
+
+@contextlib.contextmanager
+def reading(source: Source, targets: Iterable[torch.Tensor], options: RestoreOptions) -> Iterator[Reading]:
+    """Choose how to read, and start helpers: they come up while the snapshot's index is read.
+
+    Args:
+        source: stays the caller's.
+        targets: tensors that will be filled, for where they are.
+        options: how to read.
+    """
+    start = time.perf_counter()
+    devices = {target.device for target in targets}
+    gpus = [device for device in devices if by_driver(device)]
+    staged = any(device.type != "cpu" for device in devices)
+    with contextlib.closing(choose(source, options.route, staged=staged)) as reader, contextlib.ExitStack() as stack:
+        helpers = _helpers(source, reader, options, gpus[0]) if len(gpus) == 1 else None
+        if helpers is not None:
+            stack.enter_context(helpers)
+        yield Reading(reader, helpers, time.perf_counter() - start)
+
+
+def _helpers(source: Source, reader: Reader, options: RestoreOptions, gpu: torch.device) -> Helpers | None:
+    """Started near the GPU, if they are worth it; where they cannot be, threads do as well, slower."""
+    count = wanted(source, reader, options.workers) if options.processes else 0
+    if not count or not isinstance(source, FileSource):
+        return None
+    with contextlib.suppress(OSError):
+        return Helpers(source, gpu.index or 0, count)
+    return None
+
+
 def restore(
     source: Source,
     snapshot: Snapshot,
     targets: Mapping[str, torch.Tensor],
     required: Collection[str],
     options: RestoreOptions,
+    way: Reading | None = None,
 ) -> RestoreReport:
     """Fill ``targets`` in place.
 
@@ -101,17 +150,19 @@ def restore(
         targets: every tensor that may be filled, by name; ties under each of their names.
         required: names that the snapshot must hold. Names it holds beyond ``targets`` are refused.
         options: how to read.
+        way: of this source, for tensors on these devices; None to choose now.
 
     Raises:
         MismatchError: missing or extra names, another shape, dtype, stride of a repeated dimension or tie; nothing
             was copied.
         CorruptionError, StorageError, ReplacedError: part of the bytes may have been copied; do not use the tensors.
     """
+    if way is None:
+        with reading(source, targets.values(), options) as way:
+            return restore(source, snapshot, targets, required, options, way)
     start = time.perf_counter()
     if snapshot.preamble.chunks != len(snapshot.chunks):
         raise UsageError(f"{source.name!r} was opened without its chunk table; open it with_chunks=True to thaw it")
-    match(snapshot, targets, required, source.name)
-    matched = time.perf_counter()
     files = sum(snapshot.index.storages[f.storage] for f in snapshot.index.files if f.storage is not None)
     total = snapshot.bytes - files
     done, lock = 0, threading.Lock()
@@ -123,20 +174,20 @@ def restore(
             if options.progress is not None:
                 options.progress(done, total)
 
+    match(snapshot, targets, required, source.name)
+    matched = time.perf_counter()
     work = sort(snapshot, targets)
     workers = options.workers or parallel.default_workers()
     planned = time.perf_counter()
     settle(targets.values())
-    with contextlib.closing(choose(source, options.route, staged=bool(work.devices))) as reader:
-        names = []
-        if work.host:
-            through = Through(source, reader) if reader.margin else source
-            with torch.no_grad():
-                read(through, work.host, workers=workers, verify=options.verify, progress=advance)
-            names.append("into host memory")
-        for ranges, places in work.devices.values():
-            names.append(_to_device(source, reader, ranges, places, workers, options.verify, advance))
-        sources = reader.summary()
+    names = []
+    if work.host:
+        through = Through(source, way.reader) if way.reader.margin else source
+        with torch.no_grad():
+            read(through, work.host, workers=workers, verify=options.verify, progress=advance)
+        names.append("into host memory")
+    for ranges, places in work.devices.values():
+        names.append(_to_device(source, way, ranges, places, workers, options.verify, advance))
     arrived = time.perf_counter()
     settle(targets.values())
     source.check_unchanged()
@@ -148,22 +199,23 @@ def restore(
         len(snapshot.index.tensors),
         "+".join(checks or ["xxh3"]) if options.verify else "none",
         {
+            "choose": way.seconds,
             "match": matched - start,
             "plan": planned - matched,
             "read": arrived - planned,
             "settle": end - arrived,
-            "total": end - start,
+            "total": way.seconds + end - start,
         },
         isinstance(source, FileSource) and source.replaced,
-        " → ".join([reader.route, *names]),
-        reader.why,
-        sources,
+        " → ".join([way.reader.route, *names]),
+        way.reader.why,
+        way.reader.summary(),
     )
 
 
 def _to_device(
     source: Source,
-    reader: Reader,
+    way: Reading,
     ranges: list[Range],
     places: list[Place],
     workers: int,
@@ -171,12 +223,13 @@ def _to_device(
     progress: Callable[[int], None],
 ) -> str:
     """Bring chunks to one device; returns what reports call the way."""
+    name, helpers = source.name, way.helpers
     with contextlib.closing(link_to(places)) as link:
         if isinstance(link, CudaLink) and isinstance(source, Resident) and source.locked is not None:
             source.send(link.context, ranges, link.runs, verify=verify, progress=progress)
             return f"page-locked memory to cuda:{link.context.device}"
-        deliver(reader, source.name, ranges, link, workers=workers, verify=verify, progress=progress)
-        return link.name
+        deliver(way.reader, name, ranges, link, workers=workers, verify=verify, progress=progress, helpers=helpers)
+        return link.name if helpers is None else f"{len(helpers.helpers)} processes → {link.name}"
 
 
 def match(snapshot: Snapshot, targets: Mapping[str, torch.Tensor], required: Collection[str], name: str) -> None:

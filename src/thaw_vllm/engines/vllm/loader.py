@@ -161,7 +161,15 @@ class ThawModelLoader(BaseModelLoader):
     def _thaw(self, model: torch.nn.Module, model_config: ModelConfig, identity: Identity) -> RestoreReport:
         config = self.config
         start = time.perf_counter()
-        with collection_paused(), open_rank(config.snapshot, identity.parallel.rank) as opened:
+        targets: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
+        required = set(targets)
+        targets |= dict(model.named_buffers(remove_duplicate=False))
+        with (
+            collection_paused(),
+            _progress("thaw", first=identity.parallel.rank == 0) as progress,
+            open_rank(config.snapshot, identity.parallel.rank) as opened,
+        ):
+            options = RestoreOptions(verify=config.verify, workers=config.workers, progress=progress)
             header = opened.snapshot.header
             require(header.identity, identity, config.snapshot)
             _warn_version(header.identity, identity)
@@ -170,12 +178,7 @@ class ThawModelLoader(BaseModelLoader):
                 check_source(header.source, header.identity.model, directory, config.snapshot)
             checked = time.perf_counter()
             owners = audit.attribute_owners(model, header.attributes)
-            targets: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
-            required = set(targets)
-            targets |= dict(model.named_buffers(remove_duplicate=False))
-            with _progress("thaw", first=identity.parallel.rank == 0) as progress:
-                options = RestoreOptions(verify=config.verify, workers=config.workers, progress=progress)
-                report = restore(opened.source, opened.snapshot, targets, required, options)
+            report = restore(opened.source, opened.snapshot, targets, required, options)
             audit.apply_attributes(owners, header.attributes)
         seconds = {"open": checked - start} | report.seconds | {"total": time.perf_counter() - start}
         report = dataclasses.replace(report, seconds=seconds)
