@@ -10,8 +10,9 @@ for line in sys.stdin:
     what, path = line.split()
     if what == "child":
         import subprocess
-        child = subprocess.Popen([sys.executable, "-c", "x = bytearray(b'1') * (64 << 20); print(1, flush=True); input()"],
-                                 stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        code = "x = bytearray(b'1') * (64 << 20); print(1, flush=True); input()"
+        pipe = subprocess.PIPE
+        child = subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe)
         child.stdout.readline()
         print("done", flush=True)
         continue

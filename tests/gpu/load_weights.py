@@ -15,13 +15,21 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 
 THAW, DEFAULT, STREAM, FREEZE = "snapshot", "default-loader", "checkpoint", "freeze"
 """Routes, as in ``thaw bench cold-start``; ``checkpoint`` is thaw without a snapshot."""
-ORDER = (DEFAULT, FREEZE, THAW, STREAM, THAW, STREAM, DEFAULT, THAW)
+OTHERS = {
+    "fastsafetensors": "fastsafetensors",
+    "instanttensor": "instanttensor",
+    "runai_model_streamer": "runai_streamer",
+}
+"""vLLM's formats that need a package, by its module; those that are not installed are left out."""
+FORMATS = tuple(name for module, name in OTHERS.items() if find_spec(module))
+ORDER = (DEFAULT, FREEZE, THAW, STREAM, *FORMATS, THAW, STREAM, *FORMATS, DEFAULT, THAW)
 
 
 def sums(model: torch.nn.Module) -> list[int]:
@@ -45,10 +53,12 @@ def timed(real: Callable[..., None], note: Callable[[float], None], inside: list
         inside.append(True)
         torch.cuda.synchronize()
         start = time.perf_counter()
-        real(self, *args)
-        torch.cuda.synchronize()
-        note(time.perf_counter() - start)
-        inside.clear()
+        try:
+            real(self, *args)
+            torch.cuda.synchronize()
+            note(time.perf_counter() - start)
+        finally:
+            inside.clear()
 
     return load_weights
 
@@ -60,6 +70,7 @@ def main(model: str, snapshot: str) -> None:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader import base_loader, get_model
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+    from vllm.model_executor.model_loader.runai_streamer_loader import RunaiModelStreamerLoader
     from vllm.plugins import load_general_plugins
 
     from thaw_vllm.bench.record import Record, append
@@ -73,7 +84,7 @@ def main(model: str, snapshot: str) -> None:
     route, size, inside = "", 0, list[bool]()
     seconds: dict[str, list[float]] = {route: [] for route in ORDER}
     raw: dict[str, list[list[int]]] = {route: [] for route in ORDER}
-    for loader in (DefaultModelLoader, ThawModelLoader):
+    for loader in (DefaultModelLoader, ThawModelLoader, RunaiModelStreamerLoader):
         loader.load_weights = timed(loader.load_weights, lambda taken: seconds[route].append(taken), inside)
     process = base_loader.process_weights_after_loading
 
@@ -84,11 +95,19 @@ def main(model: str, snapshot: str) -> None:
     base_loader.process_weights_after_loading = processed
     extra = {THAW: {"snapshot": snapshot}, FREEZE: {"snapshot": snapshot, "mode": "freeze", "force": True}, STREAM: {}}
     for route in ORDER:
-        options = {} if route == DEFAULT else {"load_format": "thaw", "model_loader_extra_config": extra[route]}
+        options: dict[str, Any] = {"load_format": route} if route in FORMATS else {}
+        if route in extra:
+            options = {"load_format": "thaw", "model_loader_extra_config": extra[route]}
         arguments = EngineArgs(model=model, enforce_eager=True, max_model_len=2048, **options)
         config = arguments.create_engine_config()
-        with set_current_vllm_config(config):
-            module = get_model(vllm_config=config)
+        try:
+            with set_current_vllm_config(config):
+                module = get_model(vllm_config=config)
+        except Exception as error:
+            if route not in FORMATS:
+                raise
+            print(f"{route}: {type(error).__name__}: {str(error)[:300]}", flush=True)
+            continue
         size = sum(p.numel() * p.element_size() for p in module.parameters())
         print(f"{route}: {seconds[route][-1]:.3f} s, equal: {raw[route][-1] == raw[DEFAULT][0]}", flush=True)
         del module
@@ -98,7 +117,7 @@ def main(model: str, snapshot: str) -> None:
     append(
         Record(
             "vllm-load-weights",
-            "vllm" if route == DEFAULT else "thaw",
+            "thaw" if route in extra else "vllm",
             route,
             size,
             seconds[route],
@@ -106,7 +125,8 @@ def main(model: str, snapshot: str) -> None:
             route == THAW,
             route not in wrong,
         )
-        for route in (DEFAULT, THAW, STREAM)
+        for route in (DEFAULT, THAW, STREAM, *FORMATS)
+        if seconds[route]
     )
     os._exit(1 if wrong else 0)
 

@@ -26,6 +26,9 @@ MB = 10**6
 def no_threads() -> Iterator[None]:
     """Descriptors are not counted here: CUDA opens its own when it likes."""
     yield
+    for thread in threading.enumerate():
+        if thread.name == "thaw-helpers-end":
+            thread.join()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("thaw-")]
 
 

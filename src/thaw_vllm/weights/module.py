@@ -57,7 +57,7 @@ def restore_model(model: torch.nn.Module, path: str | os.PathLike[str], **option
     Args:
         model: the module it was frozen from, or one of the same names, shapes, dtypes and ties, on any device.
         path: the file.
-        options: fields of RestoreOptions (``verify``, ``route``, ``workers``, ``progress``).
+        options: fields of RestoreOptions (``verify``, ``route``, ``workers``, ``processes``, ``progress``).
 
     Raises:
         MismatchError: the file is for another module; nothing was copied.
@@ -66,7 +66,7 @@ def restore_model(model: torch.nn.Module, path: str | os.PathLike[str], **option
 
     Notes:
         The library picks the route and the report says which, and why. Host tensors are read into directly. To a GPU,
-        threads read into page-locked slots and copy from there, whatever is cached from memory and the rest directly
+        threads or helper processes read into page-locked slots that are copied from, whatever is cached from memory and the rest directly
         from the disk; each chunk is verified on the GPU after it arrived.
     """
     start = time.perf_counter()
