@@ -66,8 +66,8 @@ def restore_model(model: torch.nn.Module, path: str | os.PathLike[str], **option
 
     Notes:
         The library picks the route and the report says which, and why. Host tensors are read into directly. To a GPU,
-        threads or helper processes read into page-locked slots that are copied from, whatever is cached from memory and the rest directly
-        from the disk; each chunk is verified on the GPU after it arrived.
+        threads or helper processes read into page-locked slots that are copied from, whatever is cached from memory
+        and the rest directly from the disk; each chunk is verified on the GPU after it arrived.
     """
     start = time.perf_counter()
     with collection_paused(), FileSource(path) as source:
