@@ -12,11 +12,15 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "ThawModelLoader": "engines.vllm.loader",
+    "freeze_kv_cache": "engines.vllm.kv.api",
+    "freeze_kv_cache_tp": "engines.vllm.kv.api",
     "freeze_model": "weights.module",
     "freeze_model_pipelined": "weights.module",
     "freeze_model_tp": "engines.vllm.api",
     "load": "engines.vllm.api",
     "pin": "weights.pinned",
+    "restore_kv_cache": "engines.vllm.kv.api",
+    "restore_kv_cache_tp": "engines.vllm.kv.api",
     "restore_model": "weights.module",
     "restore_model_from_ram": "weights.module",
     "restore_model_pipelined": "weights.module",
@@ -25,11 +29,15 @@ _HOMES = {
 __all__ = [
     "ThawModelLoader",
     "__version__",
+    "freeze_kv_cache",
+    "freeze_kv_cache_tp",
     "freeze_model",
     "freeze_model_pipelined",
     "freeze_model_tp",
     "load",
     "pin",
+    "restore_kv_cache",
+    "restore_kv_cache_tp",
     "restore_model",
     "restore_model_from_ram",
     "restore_model_pipelined",
@@ -37,6 +45,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from .engines.vllm.api import freeze_model_tp, load
+    from .engines.vllm.kv.api import freeze_kv_cache, freeze_kv_cache_tp, restore_kv_cache, restore_kv_cache_tp
     from .engines.vllm.loader import ThawModelLoader
     from .weights.module import (
         freeze_model,

@@ -7,6 +7,7 @@ from thaw_vllm.format.dtypes import ITEM_SIZE
 from thaw_vllm.format.header import UNSEALED, Header, Member, RankSet
 from thaw_vllm.format.identity import MODEL_ID_SCHEMES, STAGES, Identity, Parallel
 from thaw_vllm.format.index import KINDS, File, Index, Tensor
+from thaw_vllm.format.kv import Group, Layout, Region
 
 hexadecimal = st.text("0123456789abcdef", min_size=64, max_size=64)
 # No control characters (Cc) and no surrogates (Cs).
@@ -42,6 +43,28 @@ def identities(draw, parallel=None):
 
 
 @st.composite
+def layouts(draw):
+    """How a KV cache is laid out."""
+    sizes = st.lists(st.integers(0, 2**40), max_size=4).map(tuple)
+    groups = st.builds(
+        Group,
+        kind=printable,
+        window=st.none() | st.integers(1, 4096),
+        layers=st.lists(printable, max_size=3).map(tuple),
+    )
+    names = draw(st.lists(printable, min_size=1, max_size=4, unique=True))
+    regions = [Region(name, draw(printable), draw(sizes), draw(sizes), draw(st.integers(1, 2**40))) for name in names]
+    return Layout(
+        draw(st.integers(1, 2**16)),
+        draw(printable),
+        tuple(draw(st.lists(groups, min_size=1, max_size=3))),
+        tuple(regions),
+        draw(st.text("sha256_cbor", max_size=20)),
+        draw(st.sampled_from(["", "00ff", "ab" * 32])),
+    )
+
+
+@st.composite
 def headers(draw):
     identity = draw(identities())
     parallel, ranks = identity.parallel, None
@@ -54,6 +77,7 @@ def headers(draw):
     keys = st.builds("{}|{}".format, *[st.text("abc.0123", max_size=8)] * 2)
     return Header(
         identity=identity,
+        kv=draw(layouts()) if identity.stage == "kv" else None,
         content=draw(hexadecimal.filter(lambda digest: digest != UNSEALED)),
         writer=draw(printable),
         source=draw(st.dictionaries(printable, json_values, max_size=3)),

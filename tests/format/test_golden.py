@@ -14,7 +14,8 @@ from tests.weights.modules import bits
 from thaw_vllm.format.identity import Identity, Parallel
 from thaw_vllm.transport.checksum import wordsum, xxh3
 from thaw_vllm.weights.open import open_memory, open_rank, open_snapshot
-from thaw_vllm.weights.restore import RestoreOptions, filled, restore
+from thaw_vllm.weights.read_storage import filled
+from thaw_vllm.weights.restore import RestoreOptions, restore
 
 PLACE = Path(__file__).resolve().parents[1] / "data" / "format-v1"
 EXPECTED = json.loads((PLACE / "expected.json").read_text())

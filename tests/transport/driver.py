@@ -62,8 +62,11 @@ class Driver(cuda.Driver):
         return handle._obj.value
 
     def inside(self):
-        if not getattr(self.current, "context", 0):
+        context = getattr(self.current, "context", 0)
+        if not context:
             self.wrong.append("called outside a context")
+        elif context == OTHERS:
+            self.wrong.append("called in the context of another GPU")
 
     # contexts
 
@@ -99,6 +102,7 @@ class Driver(cuda.Driver):
         self.streams[self.make(handle)] = collections.deque()
 
     def cuStreamDestroy(self, stream):
+        self.inside()
         if self.streams.pop(stream):
             self.wrong.append("a stream was destroyed with work in it")
 
@@ -145,6 +149,7 @@ class Driver(cuda.Driver):
         self.locked[address] = size
 
     def cuMemHostUnregister(self, address):
+        self.inside()
         del self.locked[address]
 
     def is_locked(self, address, size):
@@ -159,6 +164,7 @@ class Driver(cuda.Driver):
         self.memory[handle._obj.value] = memory
 
     def cuMemFree(self, address):
+        self.inside()
         del self.memory[address]
 
     def cuMemcpyHtoDAsync(self, to, source, size, stream):
@@ -196,6 +202,7 @@ class Driver(cuda.Driver):
         self.make(handle)
 
     def cuModuleUnload(self, module):
+        self.inside()
         self.modules.remove(module)
 
     def cuLaunchKernel(self, function, x, y, z, a, b, c, shared, stream, parameters, extra):

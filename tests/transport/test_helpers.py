@@ -5,6 +5,7 @@ import contextlib
 import os
 import random
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -66,7 +67,7 @@ def send(memory_path):
         ):
             before(helpers, source)
             reader = Cached(source, "tmpfs", "a test")
-            deliver(reader, "it", work.ranges, link, workers=2, helpers=helpers, **options)
+            return deliver(reader, "it", work.ranges, link, workers=2, helpers=helpers, **options)
 
     return sent
 
@@ -85,7 +86,7 @@ def test_helpers_do_the_reading(send, monkeypatch):
     """Not this process, whose reads would be right as well."""
     work = Work([(0, 40 * ROOM)])
     monkeypatch.setattr(FileSource, "read_into", lambda *_: pytest.fail("read here"))
-    send(work)
+    assert send(work)
     assert work.arrived()
 
 
@@ -159,7 +160,7 @@ def test_helpers_that_do_not_start(send, monkeypatch):
     """As an interpreter that needs variables of its environment: threads do all of it."""
     monkeypatch.setattr(sys, "executable", "/bin/false")
     work = Work([(0, 30 * ROOM)])
-    send(work)
+    assert not send(work)
     assert work.arrived()
 
 
@@ -287,7 +288,6 @@ def test_helpers_hold_nothing_else_open(memory_path):
 
 @pytest.fixture
 def sixteen(monkeypatch):
-    monkeypatch.setattr(helpers_.os, "sched_getaffinity", lambda _: frozenset(range(16)))
     monkeypatch.setattr(helpers_.platform, "machine", lambda: "x86_64")
 
 
@@ -300,20 +300,19 @@ def sparse(path, size):
 def test_when_helpers_are_worth_it(memory_path, sixteen, monkeypatch):
     with sparse(memory_path / "small", (1 << 30) - 1) as small, sparse(memory_path / "large", 1 << 30) as source:
         cached = Cached(source, "tmpfs", "a test")
-        assert wanted(source, cached, None) == 14
-        assert wanted(source, cached, 3) == 3
-        assert wanted(small, cached, None) == 0
-        assert wanted(MemorySource(b""), cached, None) == 0
+        assert wanted(source, cached, None, 16) == 14
+        assert wanted(source, cached, 3, 16) == 3
+        assert wanted(small, cached, None, 16) == 0
+        assert wanted(MemorySource(b""), cached, None, 16) == 0
         for name, value in {"frozen": True, "executable": "/opt/app", "nothing": None}.items():
             with monkeypatch.context() as patch:
                 patch.setattr(sys, name, value, raising=False)
-                assert wanted(source, cached, None) == (14 if name == "nothing" else 0)
+                assert wanted(source, cached, None, 16) == (14 if name == "nothing" else 0)
         with monkeypatch.context() as patch:
             patch.setattr(helpers_.platform, "machine", lambda: "aarch64")
-            assert wanted(source, cached, None) == 0
-        with monkeypatch.context() as patch:
-            patch.setattr(helpers_.os, "sched_getaffinity", lambda _: {1, 2})
-            assert wanted(source, cached, None) == 0
+            assert wanted(source, cached, None, 16) == 0
+        assert wanted(source, cached, None, 7) == 0
+        assert wanted(source, cached, None, 8) == 6
 
 
 def test_direct_reads_stay_with_threads(tmp_path, sixteen):
@@ -323,4 +322,76 @@ def test_direct_reads_stay_with_threads(tmp_path, sixteen):
         except OSError as refused:
             pytest.skip(f"no direct I/O here: {refused.strerror}")
         with direct:
-            assert wanted(source, direct, None) == 0
+            assert wanted(source, direct, None, 16) == 0
+
+
+def refusing(*_, **__):
+    raise PermissionError(1, "Operation not permitted")
+
+
+def test_kernel_without_process_descriptors(memory_path, sixteen, monkeypatch):
+    helpers_._able.cache_clear()
+    monkeypatch.setattr(os, "pidfd_open", refusing)
+    with sparse(memory_path / "large", 1 << 30) as source:
+        assert wanted(source, Cached(source, "tmpfs", "a test"), None, 16) == 0
+        with pytest.raises(PermissionError):  # and nobody stays behind
+            Helpers(source, 0, 2, slot=ROOM)
+    helpers_._able.cache_clear()
+
+
+@pytest.mark.parametrize("what", ["memfd_create", "ftruncate", "posix_spawn"])
+def test_start_that_fails(what, memory_path, monkeypatch):
+    (memory_path / "source.bin").write_bytes(bytes(ROOM))
+    monkeypatch.setattr(os, what, refusing)
+    with FileSource(memory_path / "source.bin") as source, pytest.raises(PermissionError):
+        Helpers(source, 0, 2, slot=ROOM)
+
+
+@pytest.mark.parametrize("allowed", [0, 1])
+def test_threads_that_cannot_start(allowed, memory_path, monkeypatch, driver):
+    (memory_path / "source.bin").write_bytes(bytes(ROOM))
+    real, started = threading.Thread.start, []
+
+    def start(thread):
+        if thread.name.startswith("thaw-") and len(started) >= allowed:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        real(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with FileSource(memory_path / "source.bin") as source, pytest.raises(RuntimeError, match="new thread"):
+        Helpers(source, 0, 3, slot=ROOM)
+    ending()
+    assert driver.idle()
+
+
+def test_context_that_cannot_be_entered(send, driver):
+    work = Work([(0, 30 * ROOM)])
+    driver.refuse["cuCtxSetCurrent"] = 0
+    with contextlib.suppress(DeviceError):  # a thread that locks may be the first to try: then it works unlocked
+        send(work)
+        assert work.arrived()
+    ending()
+    assert driver.idle()
+
+
+def test_script_that_ends_at_once(memory_path):
+    """While helpers are being ended: nothing is printed, and the exit code is 0."""
+    (memory_path / "source.bin").write_bytes(bytes(ROOM))
+    script = f"""
+from tests.transport.driver import Driver
+from thaw_vllm.transport import cuda
+made = Driver()
+cuda.driver = lambda: made
+from thaw_vllm.transport import helpers
+from thaw_vllm.transport.source import FileSource
+source = FileSource({str(memory_path / "source.bin")!r})
+helpers.Helpers(source, 0, 6, slot={ROOM}).close()
+"""
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert (ran.returncode, ran.stderr) == (0, "")
+
+
+def test_admitting_is_for_threads(send):
+    with pytest.raises(ValueError, match="by threads"):
+        send(Work([(0, ROOM)]), admit=lambda number: True)

@@ -11,7 +11,8 @@ from thaw_vllm.format.limits import MAX_FILE
 from thaw_vllm.weights.capture import capture, module_tensors, persistent_buffers
 from thaw_vllm.weights.freeze import FreezeOptions, write_snapshot
 from thaw_vllm.weights.open import open_snapshot
-from thaw_vllm.weights.restore import RestoreOptions, filled, restore
+from thaw_vllm.weights.read_storage import filled
+from thaw_vllm.weights.restore import RestoreOptions, restore
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 

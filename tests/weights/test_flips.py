@@ -13,7 +13,8 @@ from thaw_vllm.transport.source import read_bytes
 from thaw_vllm.weights.capture import capture
 from thaw_vllm.weights.freeze import FreezeOptions, write_snapshot
 from thaw_vllm.weights.open import open_memory
-from thaw_vllm.weights.restore import RestoreOptions, filled, restore
+from thaw_vllm.weights.read_storage import filled
+from thaw_vllm.weights.restore import RestoreOptions, restore
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 

@@ -16,7 +16,7 @@ from thaw_vllm.transport.drain import Run
 from thaw_vllm.weights.capture import capture, module_tensors
 from thaw_vllm.weights.freeze import FreezeOptions, write_snapshot
 from thaw_vllm.weights.open import open_snapshot
-from thaw_vllm.weights.restore import filled
+from thaw_vllm.weights.read_storage import filled
 from thaw_vllm.weights.verify import verify
 
 pytestmark = pytest.mark.usefixtures("no_leaks")

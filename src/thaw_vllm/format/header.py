@@ -8,6 +8,7 @@ from typing import Any
 from ..errors import FormatError
 from .document import JSONObject, array, integer, mapping, printable, short, text
 from .identity import Identity, Parallel, hex_digest
+from .kv import Layout
 
 UNSEALED = "0" * 64
 """Stands where an id is not known yet while the file is being written; never valid in a published file."""
@@ -45,6 +46,7 @@ class Header:
         attributes: ``module path|attribute`` → plain value, set on the modules after loading.
         ranks: the set of rank files, when there is more than one.
         metadata: free text by key.
+        kv: of a file that holds KV blocks; None in one that holds weights.
     """
 
     identity: Identity
@@ -54,12 +56,13 @@ class Header:
     attributes: dict[str, Any] = field(default_factory=dict)
     ranks: RankSet | None = None
     metadata: dict[str, str] = field(default_factory=dict)
+    kv: Layout | None = None
 
     def to_json(self) -> JSONObject:
         """The document of docs/format.md, section 3."""
         document: JSONObject = {
             "format": "thaw",
-            "holds": "weights",
+            "holds": "weights" if self.kv is None else "kv",
             "content": self.content,
             "identity": self.identity.to_json(),
             "writer": self.writer,
@@ -67,6 +70,8 @@ class Header:
             "attributes": self.attributes,
             "metadata": self.metadata,
         }
+        if self.kv is not None:
+            document["kv"] = self.kv.to_json()
         if self.ranks is not None:
             document["set"] = {
                 "id": self.ranks.id,
@@ -83,14 +88,17 @@ def from_json(document: JSONObject) -> Header:
     """
     if document.get("format") != "thaw":
         raise FormatError(f"the header says it is of the format {short(document.get('format'))}, not thaw")
-    if document.get("holds") != "weights":
-        raise FormatError(f"the header says it holds {short(document.get('holds'))}, not weights")
+    holds = document.get("holds")
+    if holds not in ("weights", "kv"):
+        raise FormatError(f"the header says it holds {short(holds)}, neither weights nor kv")
     attributes = mapping(document.get("attributes", {}), "attributes")
     for key, value in attributes.items():
         if not isinstance(value, SCALARS) or key.count("|") != 1 or "__" in key:
             raise FormatError(f"attributes: {key[:80]!r} is not a plain value of a module's attribute")
     metadata = mapping(document.get("metadata", {}), "metadata")
     identity = Identity.from_json(document.get("identity"))
+    if (identity.stage == "kv") != (holds == "kv"):
+        raise FormatError(f"the header says it holds {holds}, and its identity is of the stage {identity.stage!r}")
     content = hex_digest(document.get("content"), "content")
     if content == UNSEALED:
         raise FormatError("content is not filled in: the file was never finished")
@@ -102,6 +110,7 @@ def from_json(document: JSONObject) -> Header:
         attributes=attributes,
         ranks=_ranks(document.get("set"), identity.parallel),
         metadata={text(k, "metadata key", 256): _free(v, f"metadata.{k[:40]}") for k, v in metadata.items()},
+        kv=Layout.from_json(document.get("kv")) if holds == "kv" else None,
     )
 
 

@@ -8,11 +8,12 @@ from typing import Any
 from ..errors import FormatError, MismatchError
 from .document import JSONObject, integer, mapping, text
 
-STAGES = ("module", "checkpoint", "raw", "processed")
+STAGES = ("module", "checkpoint", "raw", "processed", "kv")
 """Where between checkpoint and kernels the tensors were taken.
 
 ``module``: the state of a torch module. ``checkpoint``: tensors under their checkpoint names. ``raw``: an engine's own
 fused and sharded parameters just after loading, before its post-processing. ``processed``: after it (reserved).
+``kv``: no weights but the blocks of KV cache that an engine made with them.
 """
 
 MODEL_ID_SCHEMES = ("tensors-blake3", "files-blake3")

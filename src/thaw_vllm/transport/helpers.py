@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 
@@ -46,20 +47,22 @@ _PATIENCE = 0.1
 """Seconds to wait for a helper to bring in its slots' pages; page-locking does it too, slower."""
 
 
-def wanted(source: Source, reader: Reader, workers: int | None) -> int:
+def wanted(source: Source, reader: Reader, workers: int | None, cores: int) -> int:
     """How many helpers to start for a source that goes to a GPU; 0 for none.
 
-    Their words in shared memory rely on stores being seen in order, as on x86-64. Only for what plain reads of a file
-    bring at memory's speed, and where this process is an ordinary interpreter that can be started again.
+    Their words in shared memory rely on stores being seen in order, as on x86-64. Only for plain reads of a file, and
+    where this process is an ordinary interpreter that can be started again.
+
+    Args:
+        cores: that they may run on.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     if (
         source.size < _WORTH
         or cores < _CORES
+        or not _able()
         or not isinstance(source, FileSource)
         or type(reader) is not Cached
         or platform.machine() != "x86_64"
-        or not hasattr(os, "pidfd_open")
         or getattr(sys, "frozen", False)
         or not Path(sys.executable or "").name.startswith("python")
         or not _SCRIPT.is_file()
@@ -68,12 +71,26 @@ def wanted(source: Source, reader: Reader, workers: int | None) -> int:
     return min(workers or MOST, MOST, cores - 2)
 
 
+@cache
+def _able() -> bool:
+    """Whether this interpreter and this kernel have the calls that helpers need."""
+    calls = [(os, "memfd_create"), (os, "pidfd_open"), (os, "posix_spawn"), (os, "P_PIDFD"), (os, "waitid")]
+    if not all(hasattr(module, name) for module, name in [*calls, (signal, "pidfd_send_signal")]):
+        return False
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except OSError:  # an older kernel, or forbidden
+        return False
+    return True
+
+
 class Helper:
     """One process and its slots; the Helpers'.
 
     Attributes:
         slots: that it fills in turn.
-        windows: the same for the GPU; ``locks`` gives why one could not be page-locked, once that was tried.
+        windows: the same for the GPU.
+        locks: of each slot, done once page-locking was tried; gives why that was refused.
         given, filled: ranges so far.
         ended: it does nothing any more, and has nothing in its hands.
     """
@@ -99,11 +116,17 @@ class Helper:
     def filled(self) -> int:
         return int(self._words[helper.FILLED])
 
-    def lock(self, number: int) -> DeviceError | None:
+    def lock(self, number: int, context: Context) -> DeviceError | None:
         """Page-lock a slot once its pages are there; see Window."""
         until = time.monotonic() + _PATIENCE
         while not (self._words[helper.READY] or self._words[helper.STOP] or time.monotonic() > until):
+            if _has_ended(self._process):
+                break
             time.sleep(0.0005)
+        try:
+            context.enter()
+        except DeviceError as error:
+            return error
         return self.windows[number].lock()
 
     def check(self) -> None:
@@ -130,7 +153,9 @@ class Helper:
 
 
 class Helpers:
-    """Processes, and their slots in one region of shared memory, page-locked for one GPU; close it in every case.
+    """Processes, and their slots in one region of shared memory, page-locked for one GPU, for one delivery.
+
+    Close it in every case.
 
     Notes:
         They are started with nothing but two descriptors, in a process group of their own, so that Ctrl-C in a
@@ -159,32 +184,28 @@ class Helpers:
         self.helpers: list[Helper] = []
         self._context = Context(device)
         self._shared = -1
+        self._view = memoryview(b"")
+        self._memory: mmap.mmap | None = None
+        self._pool = ThreadPoolExecutor(_LOCKERS, thread_name_prefix="thaw-lock")
         try:
             self._shared = os.memfd_create("thaw", os.MFD_CLOEXEC)
             os.ftruncate(self._shared, size)
             self._memory = mmap.mmap(self._shared, size)
-        except BaseException:
-            self._let_go()
-            raise
-        self._view = memoryview(self._memory)
-        self._pool = ThreadPoolExecutor(_LOCKERS, thread_name_prefix="thaw-lock", initializer=self._context.enter)
-        base = address_of(self._memory)
-        try:
+            self._view, base = memoryview(self._memory), address_of(self._memory)
             with pinned_to(near(self._context.bus)):
                 for number in range(count):
                     control = number * helper.PAGE
                     words = self._view[control : control + helper.PAGE].cast("Q")
                     self._words.append(words)
                     begin = first + number * slots * slot
-                    own = [
-                        Slot(self._view[at : at + slot], base + at) for at in range(begin, begin + slots * slot, slot)
-                    ]
+                    places = range(begin, begin + slots * slot, slot)
+                    own = [Slot(self._view[at : at + slot], base + at) for at in places]
                     windows = [Window(self._context.driver, found) for found in own]
                     process = self._start(source.descriptor, control, begin, slots)
                     self.helpers.append(Helper(words, own, windows, source, process))
                 for number in range(slots):
                     for found in self.helpers:
-                        found.locks.append(self._pool.submit(found.lock, number))
+                        found.locks.append(self._pool.submit(found.lock, number, self._context))
         except BaseException:
             self.close()
             raise
@@ -202,8 +223,13 @@ class Helpers:
         )
         try:
             opened = os.pidfd_open(process)
-        except ProcessLookupError:  # ended, and was waited for by whoever ignores SIGCHLD here
-            raise OSError("a helper process ended at once") from None
+        except BaseException as error:
+            with contextlib.suppress(OSError):  # ended, and was waited for by whoever ignores SIGCHLD here
+                os.kill(process, signal.SIGKILL)  # nobody has waited for it: the number is still its own
+                os.waitpid(process, 0)
+            if isinstance(error, ProcessLookupError):
+                raise OSError("a helper process ended at once") from None
+            raise
         self._processes.append(opened)
         return opened
 
@@ -216,54 +242,49 @@ class Helpers:
         if self._closed:
             return
         self._closed = True
+        try:
+            threading.Thread(target=self._end, name="thaw-helpers-end").start()
+        except RuntimeError:  # no more threads, or the interpreter ends
+            self._end()
+
+    def _end(self) -> None:
         for words in self._words:
             words[helper.STOP] = 1
         for process in self._processes:
             with contextlib.suppress(OSError):  # ended
                 signal.pidfd_send_signal(process, signal.SIGKILL)
-        try:
-            threading.Thread(target=self._end, name="thaw-helpers-end").start()
-        except RuntimeError:  # no threads any more: the interpreter ends
-            self._end()
-
-    def _end(self) -> None:
         for process in self._processes:
             with contextlib.suppress(ChildProcessError):  # waited for by somebody else
                 os.waitid(os.P_PIDFD, process, os.WEXITED)
             os.close(process)
-        for found in self.helpers:
-            for lock, window in zip(found.locks, found.windows, strict=False):
-                self._pool.submit(_unlock, lock, window)
-        self._pool.shutdown()
+        self._pool.shutdown()  # no slot is being locked any more
+        try:
+            with self._context.entered():
+                for found in self.helpers:
+                    for window in found.windows:
+                        window.unlock()
+        finally:
+            self._let_go()
+
+    def _let_go(self) -> None:
         for words in self._words:
             words.release()
         for found in self.helpers:
             for slot in found.slots:
                 slot.view.release()
         self._view.release()
-        with contextlib.suppress(BufferError):  # the frames of an error on its way hold views; memory goes with them
-            self._memory.close()
-        self._let_go()
-
-    def _let_go(self) -> None:
-        shared, self._shared = self._shared, -1
-        try:
-            if shared >= 0:
-                os.close(shared)
-        finally:
-            self._context.close()
+        if self._memory is not None:
+            with contextlib.suppress(BufferError):  # an error on its way holds views; memory goes with them
+                self._memory.close()
+        if self._shared >= 0:
+            os.close(self._shared)
+        self._context.close()
 
     def __enter__(self) -> Helpers:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
-
-
-def _unlock(lock: Future[DeviceError | None], window: Window) -> None:
-    with contextlib.suppress(Exception):  # it was not locked then
-        lock.result()
-    window.unlock()
 
 
 def _has_ended(process: int) -> bool:

@@ -18,12 +18,17 @@ _GLANCE = 0.1
 """Seconds after which a waiting thread looks for itself, should Ctrl-C have taken the news from it."""
 
 
+def allowed_cores() -> frozenset[int]:
+    """Cores that this process may run on."""
+    return frozenset(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
+
+
 def default_workers() -> int:
     """Threads that saturate a disk or the memory: two a core up to eight, then one a core up to 16.
 
     Copies from the page cache release the interpreter lock; on two cores four threads read 15 % faster than two.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(allowed_cores())
     return max(2, min(cores * 2, 8) if cores <= 8 else min(cores, 16))
 
 

@@ -58,7 +58,7 @@ def deliver(
     landed: Callable[[int], None] | None = None,
     slot: int = SLOT,
     helpers: Helpers | None = None,
-) -> None:
+) -> bool:
     """Bring every range to its place and check it there. Staging memory is a slot a thread, RING in all.
 
     With helpers they read, and this thread copies; should they all end, threads do what is left.
@@ -75,14 +75,19 @@ def deliver(
             thread; a range that is refused is asked for again. Once admitted its place must be known to the link.
         landed: called with the number of a range that is in place, in the calling thread; not checked yet.
         slot: bytes of a slot.
-        helpers: processes that read the reader's file, for a CudaLink and plain reads; the caller's to close. None
-            reads by threads of this process.
+        helpers: processes that read the reader's file, for a CudaLink and plain reads, not together with ``admit``;
+            the caller's to close. None reads by threads of this process.
+
+    Returns:
+        Whether helpers read all of it.
 
     Raises:
         CorruptionError: a range's bytes do not agree with its sum, or the source ends early. The bytes of that range
             and of others are in place then: nobody must use them.
         StorageError, DeviceError: reading or copying failed.
     """
+    if helpers is not None and admit is not None:
+        raise ValueError("what is admitted one after another is read by threads")
     left = [found.length for found in ranges]
     complete: list[int] = []
     lock = threading.Lock()
@@ -161,3 +166,4 @@ def deliver(
         if sum_ != ranges[number].wordsum:
             bad = ranges[number]
             raise damaged(name, bad.label, bad.offset, bad.length)
+    return whole

@@ -245,13 +245,14 @@ class Resident(MemorySource):
 
     def _release(self) -> None:
         kernels, self._kernels = self._kernels, {}
-        for kernel in kernels.values():
-            kernel.close()
         locked, self.locked = self.locked, None
         held, self._held = self._held, None
         try:
-            if locked is not None:
-                locked.close()
+            with contextlib.ExitStack() as stack:  # each in any case
+                if locked is not None:
+                    stack.callback(locked.close)
+                for kernel in kernels.values():
+                    stack.callback(kernel.close)
         finally:
             if held is not None:
                 with contextlib.suppress(BufferError):  # see Staging.close

@@ -41,7 +41,7 @@ from .freeze import FreezeOptions, FreezeReport, write_snapshot
 from .layout import byte_view, host_bytes, runs
 from .open import Opened, open_snapshot
 from .provenance import source_record
-from .restore import filled
+from .read_storage import filled
 from .safetensors_layout import SAFETENSORS_NAMES, SHARD, header, index_document, shards
 from .staged_directory import StagedDirectory, check_directory
 

@@ -8,16 +8,20 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from ..errors import MismatchError, UsageError
 from ..format.chunks import Chunk
 from ..format.index import Tensor
 from ..format.snapshot import Snapshot
 from ..transport import parallel
+from ..transport.cuda import Context
 from ..transport.helpers import Helpers, wanted
 from ..transport.links import CudaLink, Place, by_driver, link_to
+from ..transport.numa import near
 from ..transport.pipeline import Range, deliver
 from ..transport.read import Piece, read
 from ..transport.readers import ROUTES, Reader, Through, choose
@@ -110,15 +114,19 @@ def reading(source: Source, targets: Iterable[torch.Tensor], options: RestoreOpt
 
     Args:
         source: stays the caller's.
-        targets: tensors that will be filled, for where they are.
+        targets: tensors that will be filled, for where most of their bytes are.
         options: how to read.
     """
     start = time.perf_counter()
-    devices = {target.device for target in targets}
-    gpus = [device for device in devices if by_driver(device)]
-    staged = any(device.type != "cpu" for device in devices)
+    sizes: dict[torch.device, int] = {}
+    for target in targets:
+        size = 0 if is_lazy(target) else target.numel() * target.element_size()  # a lazy one is refused later
+        sizes[target.device] = sizes.get(target.device, 0) + size
+    gpus = [device for device in sizes if by_driver(device)]
+    host = sum(size for device, size in sizes.items() if device.type == "cpu")
+    staged = host < sum(sizes.values()) / 2
     with contextlib.closing(choose(source, options.route, staged=staged)) as reader, contextlib.ExitStack() as stack:
-        helpers = _helpers(source, reader, options, gpus[0]) if len(gpus) == 1 else None
+        helpers = _helpers(source, reader, options, gpus[0]) if staged and len(gpus) == 1 else None
         if helpers is not None:
             stack.enter_context(helpers)
         yield Reading(reader, helpers, time.perf_counter() - start)
@@ -126,10 +134,14 @@ def reading(source: Source, targets: Iterable[torch.Tensor], options: RestoreOpt
 
 def _helpers(source: Source, reader: Reader, options: RestoreOptions, gpu: torch.device) -> Helpers | None:
     """Started near the GPU, if they are worth it; where they cannot be, threads do as well, slower."""
-    count = wanted(source, reader, options.workers) if options.processes else 0
-    if not count or not isinstance(source, FileSource):
+    if not options.processes or not isinstance(source, FileSource):
         return None
-    with contextlib.suppress(OSError):
+    with contextlib.closing(Context(gpu.index or 0)) as context:
+        cores = near(context.bus) or parallel.allowed_cores()
+    count = wanted(source, reader, options.workers, len(cores))
+    if not count:
+        return None
+    with contextlib.suppress(OSError, RuntimeError):  # no memory, process or thread
         return Helpers(source, gpu.index or 0, count)
     return None
 
@@ -228,8 +240,10 @@ def _to_device(
         if isinstance(link, CudaLink) and isinstance(source, Resident) and source.locked is not None:
             source.send(link.context, ranges, link.runs, verify=verify, progress=progress)
             return f"page-locked memory to cuda:{link.context.device}"
-        deliver(way.reader, name, ranges, link, workers=workers, verify=verify, progress=progress, helpers=helpers)
-        return link.name if helpers is None else f"{len(helpers.helpers)} processes → {link.name}"
+        options: dict[str, Any] = {"workers": workers, "verify": verify, "progress": progress}
+        if not deliver(way.reader, name, ranges, link, helpers=helpers, **options) or helpers is None:
+            return link.name
+        return f"{len(helpers.helpers)} processes → {link.name}"
 
 
 def match(snapshot: Snapshot, targets: Mapping[str, torch.Tensor], required: Collection[str], name: str) -> None:
@@ -383,24 +397,3 @@ def _scatter(entry: Tensor, target: torch.Tensor, chunk: Chunk) -> Callable[[mem
 def _listed(names: list[str]) -> str:
     shown = ", ".join(repr(n) for n in names[:5])
     return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def filled(snapshot: Snapshot, source: Source, storage: int) -> bytes:
-    """The verified original bytes of one storage, for carried files.
-
-    Raises:
-        CorruptionError: a checksum does not agree.
-    """
-    data = bytearray(snapshot.index.storages[storage])
-    view = memoryview(data)
-    base = snapshot.preamble.payload_at
-    read(
-        source,
-        [
-            Piece(base + c.stored_at, c.length, c.xxh3, f"storage {storage}", view[c.at : c.at + c.length])
-            for c in snapshot.chunks
-            if c.storage == storage
-        ],
-        workers=1,
-    )
-    return bytes(data)

@@ -114,6 +114,31 @@ def with_tokenizer(directory: Path) -> Path:
     return directory
 
 
+def sliding_window(directory: Path) -> Path:
+    """Layers that attend to everything and layers that see a window of 64 tokens, one in three and two in three."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=4096,
+        sliding_window=64,
+        layer_types=(["sliding_attention"] * 2 + ["full_attention"]) * 2,
+        architectures=["Gemma3ForCausalLM"],
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    Gemma3ForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+    return directory
+
+
 KINDS: dict[str, Callable[[Path], Path]] = {
     "untied": llama,
     "tied": lambda d: llama(d, tied=True),
@@ -123,4 +148,5 @@ KINDS: dict[str, Callable[[Path], Path]] = {
     "mixed-dtypes": mixed_dtypes,
     "moe": mixture_of_experts,
     "int8": int8_quantised,
+    "sliding-window": sliding_window,
 }

@@ -14,7 +14,7 @@ from ...format.document import canonical
 from ...weights.checkpoint import CARRIED_FILES
 from ...weights.open import open_snapshot
 from ...weights.provenance import cache_directory
-from ...weights.restore import filled
+from ...weights.read_storage import filled
 
 
 def carried_directory(path: str | os.PathLike[str]) -> Path:

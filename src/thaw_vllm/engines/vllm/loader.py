@@ -31,7 +31,7 @@ from ...weights.freeze import FreezeOptions, FreezeReport
 from ...weights.open import open_rank
 from ...weights.provenance import check_source, checkpoint_id, source_record
 from ...weights.ranks import freeze_rank
-from ...weights.restore import RestoreOptions, RestoreReport, restore
+from ...weights.restore import RestoreOptions, RestoreReport, reading, restore
 from ...weights.stream import StreamReport
 from . import audit, streaming
 from .exchange import world_exchange
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 logger = init_logger(f"vllm.{__name__}")
 
 last_report: FreezeReport | RestoreReport | StreamReport | None = None
+last_model: str | None = None
 """Of this worker process; ``thaw_report`` hands it to the engine's caller."""
 
 MODES = ("thaw", "freeze", "stream")
@@ -69,7 +70,8 @@ class LoaderConfig:
         force: freeze: replace an existing snapshot.
         source_format: freeze: vLLM's load format for the checkpoint.
         source_config: freeze: that loader's own extra config.
-        workers: threads a rank; None for what the machine bears.
+        workers: threads or helper processes a rank; None for what the machine bears.
+        processes: thaw: whether helper processes may be started to read.
         failures: directory in which a worker notes its error for the caller; set by ``load`` and ``freeze_checkpoint``.
     """
 
@@ -81,6 +83,7 @@ class LoaderConfig:
     source_format: str = "auto"
     source_config: dict[str, Any] = dataclasses.field(default_factory=dict)
     workers: int | None = None
+    processes: bool = True
     failures: str | None = None
 
     @classmethod
@@ -99,7 +102,7 @@ class LoaderConfig:
             raise UsageError(f"load_format='thaw' needs the snapshot's path: {example}")
         options: dict[str, Any] = {"mode": "thaw" if given.get("snapshot") else "stream"}
         found = cls(**options | given)
-        for name in ("verify", "check_source", "force"):
+        for name in ("verify", "check_source", "force", "processes"):
             if not isinstance(getattr(found, name), bool):
                 raise UsageError(f"load_format='thaw': {name} must be true or false")
         if found.workers is not None and (type(found.workers) is not int or found.workers < 1):
@@ -149,27 +152,36 @@ class ThawModelLoader(BaseModelLoader):
 
     def load_weights(self, model: torch.nn.Module, model_config: ModelConfig) -> None:
         """Fill ``model``'s raw parameters from the snapshot, or from the checkpoint and maybe freeze them."""
-        global last_report
+        global last_report, last_model
+        last_model = None
         if self.config.mode == "stream":
             last_report = self._stream(model, model_config)
             return
         audit.refuse_unsound(model)
         identity = engine_identity(get_current_vllm_config(), model_config)
         work = self._freeze if self.config.mode == "freeze" else self._thaw
-        last_report = work(model, model_config, identity)
+        last_report, last_model = work(model, model_config, identity)
 
-    def _thaw(self, model: torch.nn.Module, model_config: ModelConfig, identity: Identity) -> RestoreReport:
+    def _thaw(
+        self, model: torch.nn.Module, model_config: ModelConfig, identity: Identity
+    ) -> tuple[RestoreReport, str | None]:
         config = self.config
         start = time.perf_counter()
         targets: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
         required = set(targets)
         targets |= dict(model.named_buffers(remove_duplicate=False))
+
+        def options(progress: Callable[[int, int], None] | None) -> RestoreOptions:
+            return RestoreOptions(
+                verify=config.verify, workers=config.workers, processes=config.processes, progress=progress
+            )
+
         with (
             collection_paused(),
             _progress("thaw", first=identity.parallel.rank == 0) as progress,
             open_rank(config.snapshot, identity.parallel.rank) as opened,
+            reading(opened.source, targets.values(), options(progress)) as way,
         ):
-            options = RestoreOptions(verify=config.verify, workers=config.workers, progress=progress)
             header = opened.snapshot.header
             require(header.identity, identity, config.snapshot)
             _warn_version(header.identity, identity)
@@ -178,7 +190,7 @@ class ThawModelLoader(BaseModelLoader):
                 check_source(header.source, header.identity.model, directory, config.snapshot)
             checked = time.perf_counter()
             owners = audit.attribute_owners(model, header.attributes)
-            report = restore(opened.source, opened.snapshot, targets, required, options)
+            report = restore(opened.source, opened.snapshot, targets, required, options(progress), way)
             audit.apply_attributes(owners, header.attributes)
         seconds = {"open": checked - start} | report.seconds | {"total": time.perf_counter() - start}
         report = dataclasses.replace(report, seconds=seconds)
@@ -192,9 +204,11 @@ class ThawModelLoader(BaseModelLoader):
             config.snapshot,
         )
         logger.info("%s (%s)\n%s", report.route, report.why, report.waterfall())
-        return report
+        return report, header.identity.model
 
-    def _freeze(self, model: torch.nn.Module, model_config: ModelConfig, identity: Identity) -> FreezeReport:
+    def _freeze(
+        self, model: torch.nn.Module, model_config: ModelConfig, identity: Identity
+    ) -> tuple[FreezeReport, str | None]:
         directory = model_directory(model_config, self.load_config.download_dir)
         checkpoint = self._checkpoint(directory)
         ident = _BackgroundId(checkpoint) if identity.parallel.rank == 0 else None
@@ -227,7 +241,7 @@ class ThawModelLoader(BaseModelLoader):
                 ident.result if ident is not None else lambda: None,
             )
         logger.info("froze %d tensors, %.2f GB to %s", report.tensors, report.bytes / 1e9, report.path)
-        return report
+        return report, report.model
 
     def _stream(self, model: torch.nn.Module, model_config: ModelConfig) -> StreamReport | None:
         directory = model_directory(model_config, self.load_config.download_dir)

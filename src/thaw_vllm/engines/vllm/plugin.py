@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import logging
 
-_WORKER_METHODS = ("thaw_freeze", "thaw_report")
+_WORKER_METHODS = (
+    "thaw_freeze",
+    "thaw_report",
+    "thaw_model_id",
+    "thaw_kv_describe",
+    "thaw_kv_freeze",
+    "thaw_kv_fill",
+)
 
 
 def register() -> None:
-    """Teach this process ``load_format="thaw"`` and the worker methods of thaw; a second call does nothing.
+    """Teach this process ``load_format="thaw"`` and the methods of thaw's on workers and on the engine core.
+
+    A second call does nothing.
 
     No environment variable, no default and no security setting of vLLM is touched.
     """
@@ -35,3 +44,6 @@ def _register() -> None:
     for name in _WORKER_METHODS:
         if not hasattr(base, name):
             setattr(base, name, getattr(worker, name))
+    from .kv import core
+
+    core.install()

@@ -7,7 +7,10 @@ vLLM that moved something fails with that and not with an AttributeError half-wa
 from __future__ import annotations
 
 import importlib
+import sys
+from collections.abc import Callable, Sequence
 from importlib import metadata
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from ...errors import MissingDependencyError, UnsupportedError
@@ -137,3 +140,114 @@ def identity_processing(model: torch.nn.Module) -> str | None:
 
 def _holds_parameters(module: torch.nn.Module) -> bool:
     return any(True for _ in module.parameters(recurse=False))
+
+
+# --- KV cache ---------------------------------------------------------------------------------------------------------
+
+
+def engine_core() -> Any:
+    """The class whose methods an engine's client can call by name, where this process has imported it; else None.
+
+    Processes without an engine core (workers, a server's front) need not load it for our sake.
+    """
+    module = sys.modules.get("vllm.v1.engine.core")
+    return None if module is None else getattr(module, "EngineCore", None)
+
+
+def block_pool_class() -> Any:
+    """The class that keeps an engine's blocks and which of them are cached."""
+    return _get("vllm.v1.core.block_pool", "BlockPool")
+
+
+def block_pool(core: Any) -> Any:
+    """An engine core's pool.
+
+    Raises:
+        UnsupportedError: prefix caching is off, or its scheduler keeps none.
+    """
+    if not core.vllm_config.cache_config.enable_prefix_caching:
+        raise UnsupportedError("this engine does not cache prefixes; start it with enable_prefix_caching=True")
+    pool = getattr(getattr(core.scheduler, "kv_cache_manager", None), "block_pool", None)
+    if pool is None:
+        raise UnsupportedError(f"the scheduler of vLLM {vllm_version()} keeps no block pool that thaw knows")
+    return pool
+
+
+def kv_groups(core: Any) -> list[Any]:
+    """The KV cache groups, each with ``layer_names`` and ``kv_cache_spec``."""
+    return list(core.scheduler.kv_cache_config.kv_cache_groups)
+
+
+def block_hasher(core: Any) -> Callable[[bytes | None, Sequence[int], str | None], bytes]:
+    """``hash(parent, tokens, salt)``: what this engine calls a block of a request without images or adapters.
+
+    Args:
+        core: whose configuration names the hash function, and in whose process its seed was drawn.
+    """
+    name = core.vllm_config.cache_config.prefix_caching_hash_algo
+    function = _get("vllm.utils.hashing", "get_hash_fn_by_name")(name)
+    block = _get("vllm.v1.core.kv_cache_utils", "hash_block_tokens")
+    extra_keys = _get("vllm.v1.core.kv_cache_utils", "generate_block_hash_extra_keys")
+
+    def hashed(parent: bytes | None, tokens: Sequence[int], salt: str | None) -> bytes:
+        extra = None
+        if salt is not None:  # tagged since 0.3x, bare before
+            request = SimpleNamespace(lora_request=None, mm_features=[], cache_salt=salt, prompt_embeds=None)
+            extra = extra_keys(request, 0, len(tokens), 0)[0]
+        return bytes(block(function, parent, tokens, extra))
+
+    return hashed
+
+
+def none_hash() -> bytes:
+    """What this process hashes the parent of a first block as."""
+    return bytes(_get("vllm.v1.core.kv_cache_utils", "NONE_HASH"))
+
+
+def block_key(block_hash: bytes, group: int) -> bytes:
+    """Under which key the pool knows a block of a group."""
+    return bytes(_get("vllm.v1.core.kv_cache_utils", "make_block_hash_with_group_id")(block_hash, group))
+
+
+def cached_block(pool: Any, key: bytes) -> Any:
+    """The block cached under a key, or None."""
+    return pool.cached_block_hash_to_block.get_one_block(key)
+
+
+def cached_blocks(pool: Any) -> list[Any]:
+    """Every block with a hash, in order of its number."""
+    return [block for block in pool.blocks if block.block_hash is not None and not block.is_null]
+
+
+def hash_of(block: Any) -> bytes:
+    """The hash of a cached block, without its group."""
+    return bytes(_get("vllm.v1.core.kv_cache_utils", "get_block_hash")(block.block_hash))
+
+
+def uncached_free(pool: Any) -> int:
+    """How many blocks can be taken, from the front of the queue on, before one that is cached has to go."""
+    count = 0
+    for block in pool.free_block_queue.get_all_free_blocks():
+        if block.block_hash is not None:
+            break
+        count += 1
+    return count
+
+
+def insert_block(pool: Any, key: bytes, block: Any, num_tokens: int) -> None:
+    """Make a block that the caller holds known under a key; vLLM has no public method for it."""
+    pool._insert_block_hash(key, block, num_tokens=num_tokens)
+
+
+def kv_tensors(worker: Any) -> dict[str, list[torch.Tensor]]:
+    """The KV cache of each layer of a worker that has one, by the layer's name, in the model's order."""
+    import torch as torch_module
+
+    found = {}
+    for name, layer in worker.vllm_config.compilation_config.static_forward_context.items():
+        held = getattr(layer, "kv_cache", None)
+        several = list(held) if isinstance(held, (list, tuple)) else [held]
+        tensors = [t for t in several if isinstance(t, torch_module.Tensor) and t.numel()]
+        if tensors:
+            found[name] = tensors
+    return found

@@ -18,6 +18,35 @@ def thaw_report(worker: Any) -> dict[str, Any] | None:
     return None if loader.last_report is None else dataclasses.asdict(loader.last_report)
 
 
+def thaw_model_id(worker: Any) -> str | None:
+    """Which weights this worker's loader filled the model with; None where nobody told."""
+    import sys
+
+    loader = sys.modules.get("thaw_vllm.engines.vllm.loader")
+    return None if loader is None else loader.last_model
+
+
+def thaw_kv_describe(worker: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """See kv/pages.py."""
+    from .kv import pages
+
+    return pages.describe(worker, options)
+
+
+def thaw_kv_freeze(worker: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """See kv/pages.py."""
+    from .kv import pages
+
+    return pages.freeze(worker, options)
+
+
+def thaw_kv_fill(worker: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """See kv/pages.py."""
+    from .kv import pages
+
+    return pages.fill(worker, options)
+
+
 def thaw_freeze(worker: Any, path: str, force: bool = False) -> dict[str, Any]:
     """Freeze the running model's share of this worker as the raw stage, where post-processing changed nothing.
 

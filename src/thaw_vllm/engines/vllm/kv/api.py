@@ -1,0 +1,169 @@
+"""Python calls: freeze what an engine has cached, restore it into another."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ....errors import UnsupportedError, UsageError
+from ....format.identity import model_id as checked_model_id
+from ....transport.writer import check_target
+from . import core as engine_core
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+
+@dataclass(frozen=True)
+class KVFreezeReport:
+    """What was written.
+
+    Attributes:
+        path: the file; the manifest's of several ranks.
+        files: of every rank.
+        bytes: of pages and table, all ranks.
+        blocks: of tokens.
+        prefixes: that no other continues.
+        tokens: of the longest.
+        skipped: blocks that are cached and were left out, by reason.
+        seconds: everything counted, in the engine.
+    """
+
+    path: str
+    files: list[str]
+    bytes: int
+    blocks: int
+    prefixes: int
+    tokens: int
+    seconds: float
+    skipped: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class KVRestoreReport:
+    """What was thawed.
+
+    Attributes:
+        path: the file.
+        blocks: pages' worth of tokens that are cached now and were not, counted by group.
+        present: that were cached before.
+        left_out: for want of room.
+        prefixes: of the file.
+        tokens: of the longest prefix that is cached whole now.
+        bytes: moved, all ranks.
+        seconds: everything counted, in the engine.
+    """
+
+    path: str
+    blocks: int
+    present: int
+    left_out: int
+    prefixes: int
+    tokens: int
+    bytes: int
+    seconds: float
+
+
+def freeze_kv_cache(
+    llm: LLM,
+    path: str | os.PathLike[str],
+    *,
+    prompts: str | Sequence[str] | None = None,
+    token_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
+    session: str | None = None,
+    cache_salt: str | None = None,
+    model_id: str | None = None,
+    force: bool = False,
+) -> KVFreezeReport:
+    """Write an engine's cached prefixes to a ``.thawkv`` file, one for each rank.
+
+    Args:
+        llm: a ``vllm.LLM`` with prefix caching.
+        path: the file, for several ranks the manifest.
+        prompts: only what is cached of these, tokenised as the engine does; None for everything whose tokens are known.
+        token_ids: likewise, as token ids: one list, or several.
+        session: only the prefix of this running request.
+        cache_salt: of the requests with these prompts or token ids.
+        model_id: which weights the engine holds (``thaw id``), where it was not started from a snapshot.
+        force: replace an existing file.
+
+    Raises:
+        UsageError: nothing of it is cached, or the model id is not known.
+        UnsupportedError: a cache that this version cannot store exactly.
+        ExistsError, SpaceError, StorageError: nothing was published; what was there before is untouched.
+
+    Notes:
+        The file holds the token ids, so the prompts, in the clear; its mode is 0600. Only full blocks are cached.
+    """
+    given = [
+        name
+        for name, value in (("prompts", prompts), ("token_ids", token_ids), ("session", session))
+        if value is not None
+    ]
+    if len(given) > 1:
+        raise UsageError(f"give one of {' and '.join(given)}")
+    place = engine_core.path_of(path)
+    check_target(Path(place), force)
+    prefixes = None
+    if prompts is not None:
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        tokenizer = llm.get_tokenizer()
+        prefixes = [{"tokens": list(tokenizer.encode(text)), "salt": cache_salt} for text in texts]
+    elif token_ids is not None:
+        lists = [list(token_ids)] if token_ids and isinstance(token_ids[0], int) else [list(t) for t in token_ids]  # type: ignore[arg-type]
+        prefixes = [{"tokens": ids, "salt": cache_salt} for ids in lists]
+    elif cache_salt is not None:
+        raise UsageError("cache_salt belongs to prompts or token_ids; everything includes the salted ones")
+    options = {"path": place, "force": force, "prefixes": prefixes, "request": session, "model": _checked(model_id)}
+    return KVFreezeReport(**_call(llm, "thaw_kv_freeze", options))
+
+
+def restore_kv_cache(
+    llm: LLM, path: str | os.PathLike[str], *, model_id: str | None = None, evict: bool = False
+) -> KVRestoreReport:
+    """Bring the blocks of a ``.thawkv`` file into an engine, so that requests with such a prefix skip its prefill.
+
+    Args:
+        llm: a ``vllm.LLM`` with the same weights, configuration and parallel sizes, and any number of blocks.
+        path: the file, of several ranks the manifest.
+        model_id: which weights the engine holds (``thaw id``), where it was not started from a snapshot.
+        evict: let cached blocks that nobody uses make room, the least recently used first.
+
+    Raises:
+        MismatchError: blocks of other weights, of another configuration or layout; nothing was changed.
+        FormatError, CorruptionError, StorageError: the file is unsound; the cache is as it was.
+
+    Notes:
+        Every page is verified before any is used.
+    """
+    options = {"path": engine_core.path_of(path), "model": _checked(model_id), "evict": evict}
+    return KVRestoreReport(**_call(llm, "thaw_kv_restore", options))
+
+
+def kv_cache_info(llm: LLM, *, model_id: str | None = None) -> dict[str, Any]:
+    """Blocks of the pool, cached ones, those whose tokens are known, and the model id."""
+    return _call(llm, "thaw_kv_info", {"model": _checked(model_id)})
+
+
+freeze_kv_cache_tp = freeze_kv_cache
+restore_kv_cache_tp = restore_kv_cache
+
+
+def _call(llm: LLM, method: str, options: dict[str, Any]) -> dict[str, Any]:
+    if llm.llm_engine.is_sleeping():
+        raise UsageError("the engine is asleep and its cache is empty; call llm.wake_up() first")
+    client: Any = llm.llm_engine.engine_core
+    inside = getattr(client, "engine_core", None)
+    if hasattr(inside, "scheduler"):  # in this process
+        engine_core.install()
+        return engine_core.raised(getattr(inside, method)(options))
+    if getattr(llm.llm_engine.vllm_config.parallel_config, "data_parallel_size", 1) > 1:
+        raise UnsupportedError("data-parallel engines have a cache for each replica; not in this version")
+    return engine_core.raised(client.call_utility(method, options))
+
+
+def _checked(model: str | None) -> str | None:
+    return None if model is None else checked_model_id(model, "model_id")

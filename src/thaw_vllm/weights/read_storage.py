@@ -1,0 +1,28 @@
+"""One storage of a snapshot, whole and verified, in memory; without torch."""
+
+from __future__ import annotations
+
+from ..format.snapshot import Snapshot
+from ..transport.read import Piece, read
+from ..transport.source import Source
+
+
+def filled(snapshot: Snapshot, source: Source, storage: int) -> bytes:
+    """The verified original bytes of one storage: a carried file, a small tensor.
+
+    Raises:
+        CorruptionError: a checksum does not agree.
+    """
+    data = bytearray(snapshot.index.storages[storage])
+    view = memoryview(data)
+    base = snapshot.preamble.payload_at
+    read(
+        source,
+        [
+            Piece(base + c.stored_at, c.length, c.xxh3, f"storage {storage}", view[c.at : c.at + c.length])
+            for c in snapshot.chunks
+            if c.storage == storage
+        ],
+        workers=1,
+    )
+    return bytes(data)
