@@ -75,6 +75,7 @@ def test_installed_wheel_offers_its_entry_points(distribution):
     assert offered == {
         ("console_scripts", "thaw"): "thaw_vllm.cli.main:main",
         ("vllm.general_plugins", "thaw"): "thaw_vllm.engines.vllm.plugin:register",
+        ("vllm.endpoint_plugins", "thaw"): "thaw_vllm.engines.vllm.kv.routes:KVRoutes",
     }
     for value in offered.values():
         module, _, _ = value.partition(":")

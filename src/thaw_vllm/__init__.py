@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "ThawModelLoader": "engines.vllm.loader",
+    "freeze_cache": "engines.transformers.cache",
     "freeze_kv_cache": "engines.vllm.kv.api",
     "freeze_kv_cache_tp": "engines.vllm.kv.api",
     "freeze_model": "weights.module",
@@ -19,6 +20,7 @@ _HOMES = {
     "freeze_model_tp": "engines.vllm.api",
     "load": "engines.vllm.api",
     "pin": "weights.pinned",
+    "restore_cache": "engines.transformers.cache",
     "restore_kv_cache": "engines.vllm.kv.api",
     "restore_kv_cache_tp": "engines.vllm.kv.api",
     "restore_model": "weights.module",
@@ -29,6 +31,7 @@ _HOMES = {
 __all__ = [
     "ThawModelLoader",
     "__version__",
+    "freeze_cache",
     "freeze_kv_cache",
     "freeze_kv_cache_tp",
     "freeze_model",
@@ -36,6 +39,7 @@ __all__ = [
     "freeze_model_tp",
     "load",
     "pin",
+    "restore_cache",
     "restore_kv_cache",
     "restore_kv_cache_tp",
     "restore_model",
@@ -44,6 +48,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from .engines.transformers.cache import freeze_cache, restore_cache
     from .engines.vllm.api import freeze_model_tp, load
     from .engines.vllm.kv.api import freeze_kv_cache, freeze_kv_cache_tp, restore_kv_cache, restore_kv_cache_tp
     from .engines.vllm.loader import ThawModelLoader

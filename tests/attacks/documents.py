@@ -16,7 +16,7 @@ def _header(**changes):
     return lambda: Parts(header=header(**changes)).bytes()
 
 
-several(FormatError, "not weights", holds_sessions=_header(holds="sessions"))
+several(FormatError, "neither weights nor kv", holds_sessions=_header(holds="sessions"))
 several(FormatError, "of the format 'tar', not thaw", of_another_format=_header(format="tar"))
 several(FormatError, "never finished", unsealed=_header(content="0" * 64))
 several(
@@ -83,6 +83,65 @@ several(
     size_zero=_header(parallel={"tp_size": 0}),
 )
 several(FormatError, "set: missing", rank_without_set=_header(parallel={"tp_size": 2}))
+
+
+REGION = {"name": "a#0", "dtype": "bfloat16", "shape": [2, 4], "stride": [4, 1], "page": 16}
+LAYOUT = {
+    "block_size": 4,
+    "cache_dtype": "bfloat16",
+    "groups": [{"kind": "FullAttentionSpec", "window": None, "layers": ["a"]}],
+    "regions": [REGION],
+}
+
+
+def _kv(**changes):
+    return _header(holds="kv", identity={"stage": "kv"}, kv=LAYOUT | changes)
+
+
+def _group(**changes):
+    return _kv(groups=[LAYOUT["groups"][0] | changes])
+
+
+def _region(**changes):
+    return _kv(regions=[REGION | changes])
+
+
+several(
+    FormatError,
+    "its identity is of the stage",
+    kv_of_a_module=_header(holds="kv", kv=LAYOUT),
+    weights_of_stage_kv=_header(identity={"stage": "kv"}, kv=LAYOUT),
+)
+several(FormatError, "is empty", kv_without_groups=_kv(groups=[]), kv_without_regions=_kv(regions=[]))
+several(FormatError, "names a region twice", kv_region_twice=_kv(regions=[REGION, REGION]))
+several(FormatError, "hexadecimal", kv_none_hash_not_hex=_kv(none_hash="0x12"))
+several(
+    FormatError,
+    "must be",
+    kv_missing=_header(holds="kv", identity={"stage": "kv"}),
+    kv_a_list=_header(holds="kv", identity={"stage": "kv"}, kv=[LAYOUT]),
+    kv_block_size_zero=_kv(block_size=0),
+    kv_block_size_huge=_kv(block_size=1 << 17),
+    kv_block_size_true=_kv(block_size=True),
+    kv_cache_dtype_with_escape=_kv(cache_dtype="\x1b[2J"),
+    kv_algorithm_a_number=_kv(algorithm=1),
+    kv_groups_an_object=_kv(groups={"0": {}}),
+    kv_groups_beyond_count=_kv(groups=LAYOUT["groups"] * 65),
+    kv_group_a_string=_kv(groups=["FullAttentionSpec"]),
+    kv_group_of_no_kind=_group(kind=None),
+    kv_window_zero=_group(window=0),
+    kv_window_a_float=_group(window=4.0),
+    kv_layers_missing=_group(layers=None),
+    kv_layer_with_newline=_group(layers=["a\nb"]),
+    kv_regions_missing=_kv(regions=None),
+    kv_region_a_list=_kv(regions=[[]]),
+    kv_region_with_c1_escape=_region(name="\x9b2J"),
+    kv_page_zero=_region(page=0),
+    kv_page_huge=_region(page=2**57),
+    kv_shape_of_65=_region(shape=[1] * 65),
+    kv_shape_negative=_region(shape=[-1]),
+    kv_stride_a_string=_region(stride=["1"]),
+)
 
 
 def _manifest(*members, world=2):

@@ -119,7 +119,7 @@ def name_of_a_million_lists():
     return Parts(index=index(tensors=[tensor([[]] * 100_000)])).bytes()
 
 
-@hostile(FormatError, "not weights")
+@hostile(FormatError, "neither weights nor kv")
 def holds_something_deep():
     deep = "[" * 800 + "]" * 800
     return _json("header", json.dumps(header(holds="DEEP")).replace('"DEEP"', deep))()

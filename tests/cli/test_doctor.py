@@ -14,7 +14,7 @@ from thaw_vllm.cli.commands import COMMANDS
 from thaw_vllm.cli.doctor import LACK, NOTE, OK, OPTIONAL, examine
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = ["Python", "numpy", "blake3", "xxhash", "GPUs", "torch", "vLLM", "vLLM plugin", *OPTIONAL]
+NAMES = ["Python", "numpy", "blake3", "xxhash", "GPUs", "torch", "vLLM", "vLLM plugin", "vLLM routes", *OPTIONAL]
 NAMES += ["disk here", "/dev/shm", "memory", "locked memory", "cache"]
 
 
@@ -175,3 +175,46 @@ def test_imports_no_engine():
     code = "import sys; from thaw_vllm.cli.main import main; main(['doctor']); print('vllm' in sys.modules)"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.splitlines()[-1] == "False"
+
+
+class TestRoutes:
+    """What ``thaw kv`` needs of a server's environment."""
+
+    @pytest.fixture(autouse=True)
+    def environment(self, machine, monkeypatch, tmp_path):
+        groups = {
+            "vllm.general_plugins": [
+                SimpleNamespace(name="thaw", value=doctor.PLUGIN),
+                SimpleNamespace(name="lora", value="a:b"),
+            ],
+            "vllm.platform_plugins": [SimpleNamespace(name="own chip", value="c:d")],
+            "vllm.endpoint_plugins": [
+                SimpleNamespace(name="other", value="e:f"),
+                SimpleNamespace(name="thaw", value=doctor.ROUTES),
+            ],
+        }
+        monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: groups.get(group, []))
+        monkeypatch.setenv("THAW_ADMIN_TOKEN", "x" * 16)
+        monkeypatch.setenv("THAW_KV_DIR", str(tmp_path))
+
+    def test_all_plugins_are_kept_but_routes_of_others_stay_off(self):
+        check = found()["vLLM routes"]
+        assert check.state == NOTE and check.cure == "export VLLM_PLUGINS='thaw,lora,own chip'"
+
+    @pytest.mark.parametrize(("allowed", "line"), [("", "thaw"), ("other", "other,thaw")])
+    def test_what_is_kept_out_stays_out(self, monkeypatch, allowed, line):
+        monkeypatch.setenv("VLLM_PLUGINS", allowed)
+        assert found()["vLLM routes"].cure == f"export VLLM_PLUGINS={line}"
+
+    def test_on(self, monkeypatch):
+        monkeypatch.setenv("VLLM_PLUGINS", "lora,thaw")
+        check = found()["vLLM routes"]
+        assert (check.state, check.cure) == (OK, "")
+
+    def test_token_and_directory(self, monkeypatch):
+        monkeypatch.setenv("VLLM_PLUGINS", "thaw")
+        monkeypatch.setenv("THAW_ADMIN_TOKEN", "short")
+        monkeypatch.setenv("THAW_KV_DIR", "relative")
+        check = found()["vLLM routes"]
+        assert check.cure == 'export THAW_ADMIN_TOKEN=$(openssl rand -hex 32) THAW_KV_DIR="$PWD"'
+        assert "too short" in check.found and "no directory" in check.found

@@ -1,12 +1,13 @@
-"""How the golden files of format version 1 were made: ``python -m tests.data.make_golden``, once.
+"""How the golden files of format version 1 were made: ``python -m tests.data.make_golden``, each of them once.
 
-They are never made again: each release of thaw must read them as they are, bit for bit, and test_golden.py holds their
+None is ever made again: each release of thaw must read them as they are, bit for bit, and test_golden.py holds their
 SHA-256. A new version of the format gets a directory and a script of its own. What they hold is written to
 ``expected.json`` from the tensors themselves, not from reading the files.
 
 * ``dtypes.thaw``: every dtype, as views of one storage; a scalar; tensors without elements.
 * ``views.thaw``: a tie, a transposed parameter and its row, a repeated buffer, one frozen from memory with gaps.
 * ``set.thaw`` and its rank 1: a set of two, with carried files, attributes, source, metadata and a full identity.
+* ``kv.thawkv``: KV blocks of two groups, one with a window; two prefixes of one first block, and a salted third.
 """
 
 import dataclasses
@@ -20,6 +21,8 @@ import torch
 from thaw_vllm.format.dtypes import ITEM_SIZE
 from thaw_vllm.format.header import Header, Member, RankSet
 from thaw_vllm.format.identity import Identity, Parallel
+from thaw_vllm.format.kv import Group, Layout, Region
+from thaw_vllm.kv.table import NONE, Block, Table
 from thaw_vllm.weights.capture import capture
 from thaw_vllm.weights.freeze import FreezeOptions, SnapshotWriter, tensors_id, write_snapshot
 
@@ -135,12 +138,75 @@ def pair():
     return found
 
 
+LAYOUT = Layout(
+    block_size=4,
+    cache_dtype="bfloat16",
+    groups=(Group("FullAttentionSpec", None, ("layers.0.attn",)), Group("SlidingWindowSpec", 8, ("layers.1.attn",))),
+    regions=(
+        Region("layers.0.attn#0", "bfloat16", (2, 4, 1, 2), (8, 2, 2, 1), 32),
+        Region("layers.0.attn#1", "float32", (4,), (1,), 16),
+    ),
+    algorithm="sha256_cbor",
+    none_hash="01" * 32,
+)
+
+
+def blocks():
+    """The window of the second group has left the first block of the two unsalted prefixes behind."""
+    hashes = noise("hashes", 4 * 32).reshape(4, 32)
+    return Table(
+        4,
+        2,
+        (
+            Block(NONE, (11, 12, 13, 14), (0, NONE), bytes(hashes[0])),
+            Block(0, (21, 22, 23, 24), (1, 4), bytes(hashes[1])),
+            Block(0, (0, 1, 2, 2**31 - 1), (2, 5), bytes(hashes[2])),
+            Block(NONE, (11, 12, 13, 14), (3, 6), bytes(hashes[3]), "tenant é"),
+        ),
+    )
+
+
+def kv():
+    table = blocks()
+    tensors = [
+        (name, "tensor", torch.frombuffer(bytearray(data), dtype=getattr(torch, dtype)).reshape(shape))
+        for name, (dtype, shape, data) in table.encode().items()
+    ]
+    for region in LAYOUT.regions:
+        pages = noise(region.name, table.slots * region.page).reshape(table.slots, region.page)
+        tensors.append((f"pages.{region.name}", "tensor", pages))
+    identity = Identity(
+        stage="kv",
+        engine="vllm",
+        engine_version="0.32.0",
+        architecture="GoldenForCausalLM",
+        config="cd" * 32,
+        dtype="bfloat16",
+        model=MODEL,
+    )
+    header = Header(identity, writer="thaw 0.1.0", kv=LAYOUT)
+    write_snapshot(PLACE / "kv.thawkv", header, capture(tensors), FreezeOptions(mode=0o644))
+    return {"kv.thawkv": describe("kv.thawkv", tensors)}
+
+
+FILES = {
+    ("dtypes.thaw",): lambda: {"dtypes.thaw": single("dtypes.thaw", dtypes())},
+    ("views.thaw",): lambda: {"views.thaw": single("views.thaw", views())},
+    ("set.thaw", f"set.{SET[:12]}.rank1.thaw"): pair,
+    ("kv.thawkv",): kv,
+}
+
+
 def main():
-    if PLACE.exists():
-        sys.exit(f"{PLACE} exists; golden files are never made again")
-    PLACE.mkdir()
-    found = {"dtypes.thaw": single("dtypes.thaw", dtypes()), "views.thaw": single("views.thaw", views())} | pair()
-    (PLACE / "expected.json").write_text(json.dumps(found, indent=1) + "\n")
+    PLACE.mkdir(exist_ok=True)
+    expected = PLACE / "expected.json"
+    found = json.loads(expected.read_text()) if expected.exists() else {}
+    missing = [make for names, make in FILES.items() if not any((PLACE / name).exists() for name in names)]
+    if not missing:
+        sys.exit(f"{PLACE} is complete; golden files are never made again")
+    for make in missing:
+        found |= make()
+    expected.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -56,7 +56,8 @@ def read(data):
     assert payload_at + payload == file_size
     assert not any(data[place:payload_at])
     header, index = (json.loads(section.decode(), object_pairs_hook=unique) for section in sections[:2])
-    assert (header["format"], header["holds"]) == ("thaw", "weights")
+    assert header["format"] == "thaw"
+    assert (header["holds"], header["identity"]["stage"] == "kv") in (("weights", False), ("kv", True))
     storages, end = [b""] * len(index["storages"]), payload_at
     for stored_at, at, length, stored, storage, codec, reserved, _, summed in struct.iter_unpack(
         "<QQIIIHHQQ", sections[2]
@@ -76,6 +77,38 @@ def read(data):
     assert len(tensors) == len(index["tensors"])
     files = {f["name"]: b"" if f["storage"] is None else storages[f["storage"]] for f in index["files"]}
     return header, index, tensors, files
+
+
+def prefixes(header, tensors):
+    """The address of every block of a rank 0's file of KV blocks, in hexadecimal, in order."""
+    layout, identity = header["kv"], header["identity"]
+    names = [f"pages.{region['name']}" for region in layout["regions"]]
+    optional = {"blocks.hashes", "blocks.extra"} & set(tensors)
+    assert set(tensors) == {"blocks.tokens", "blocks.parents", "blocks.slots", *names} | optional
+    (pages,) = {tensors[name][1][0] for name in names}
+    for name, region in zip(names, layout["regions"], strict=True):
+        assert tensors[name][:2] == ("uint8", [pages, region["page"]])
+    (count,) = tensors["blocks.parents"][1]
+    size, groups = layout["block_size"], len(layout["groups"])
+    assert tensors["blocks.tokens"][:2] == ("int32", [count, size])
+    assert tensors["blocks.slots"][:2] == ("int32", [count, groups])
+    parents, slots = (
+        [number for (number,) in struct.iter_unpack("<i", tensors[f"blocks.{name}"][2])]
+        for name in ("parents", "slots")
+    )
+    assert all(-1 <= slot < pages for slot in slots)
+    extra = json.loads(tensors.get("blocks.extra", (0, 0, b"{}"))[2], object_pairs_hook=unique)
+    assert all(parents[int(number)] == -1 for number in extra)
+    known = [identity["model"], identity["config"], identity["dtype"], identity["quantization"]]
+    base = hashlib.sha256(json.dumps([*known, layout["cache_dtype"], size], separators=(",", ":")).encode()).digest()
+    found = []
+    for number, parent in enumerate(parents):
+        assert -1 <= parent < number
+        tokens = tensors["blocks.tokens"][2][4 * size * number : 4 * size * (number + 1)]
+        assert min(struct.unpack(f"<{size}i", tokens)) >= 0
+        salt = json.dumps(extra.get(str(number), {}), separators=(",", ":")).encode()
+        found.append(hashlib.sha256((base if parent == -1 else found[parent]) + tokens + salt).digest())
+    return [address.hex() for address in found]
 
 
 def elements(entry, storages):

@@ -8,10 +8,13 @@ import pytest
 import torch
 from blake3 import blake3
 from tests.attacks.parts import Parts
+from tests.data.make_golden import LAYOUT, blocks
 from tests.format import independent
 from tests.weights.modules import bits
 
 from thaw_vllm.format.identity import Identity, Parallel
+from thaw_vllm.kv.read import read_table
+from thaw_vllm.kv.table import addresses, root
 from thaw_vllm.transport.checksum import wordsum, xxh3
 from thaw_vllm.weights.open import open_memory, open_rank, open_snapshot
 from thaw_vllm.weights.read_storage import filled
@@ -24,6 +27,7 @@ SHA256 = {
     "views.thaw": "9288904c5d61db880fef37597b8cc2bb03eafe1dedff7f9e6b44b9077ae27b5d",
     "set.thaw": "1f21af2acce65862afddc321ecabaa67848feb09ca1e7887c101912a0d558a76",
     "set.0123456789ab.rank1.thaw": "50573c2b618b425f95a359aaaef4262ec0f4fcf869da91aaa5559151daf101a8",
+    "kv.thawkv": "690a86bf9fdeecad3bc2bb6d801f1271ae22483eb308db752f0959f441ec7ee5",
 }
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
@@ -35,9 +39,9 @@ def expected(name):
 
 
 def test_files_never_change():
-    found = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in PLACE.glob("*.thaw")}
+    found = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in PLACE.glob("*.thaw*")}
     assert found == SHA256 == {name: entry["sha256"] for name, entry in EXPECTED.items()}
-    assert sum(path.stat().st_size for path in PLACE.iterdir()) < 100_000
+    assert sum(path.stat().st_size for path in PLACE.iterdir()) < 120_000
 
 
 @pytest.mark.parametrize("name", SHA256)
@@ -120,6 +124,21 @@ def test_every_member_of_the_header():
         assert header.ranks.id == "0123456789abcdef" * 2
         members = [(m.name, m.size) for m in header.ranks.members]
         assert members == ([] if rank else [("set.0123456789ab.rank1.thaw", 12288)])
+
+
+def test_layout_and_blocks():
+    with open_snapshot(PLACE / "kv.thawkv") as opened:
+        header, table = opened.snapshot.header, read_table(opened)
+    assert (header.kv, table) == (LAYOUT, blocks())
+    assert [(b.parent, b.tokens[0], b.slots, b.salt) for b in table.blocks] == [
+        (-1, 11, (0, -1), None),
+        (0, 21, (1, 4), None),
+        (0, 0, (2, 5), None),
+        (-1, 11, (3, 6), "tenant é"),
+    ]
+    said, _, tensors, _ = independent.read((PLACE / "kv.thawkv").read_bytes())
+    found = [a.hex() for a in addresses(table, root(header.identity, header.kv))]
+    assert found == independent.prefixes(said, tensors) and len(set(found)) == 4
 
 
 def test_ties_and_repetition_of_the_views():

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thaw_vllm.errors import FormatError
+from thaw_vllm.errors import FormatError, UnsupportedError
 from thaw_vllm.format.identity import Identity
 from thaw_vllm.format.kv import EXTRA, HASHES, PARENTS, SLOTS, TOKENS, Group, Layout, Region
 from thaw_vllm.kv.table import NONE, Block, Builder, Table, address, addresses, root
@@ -116,11 +116,27 @@ def packed(*numbers):
 TWO = Table(SIZE, 1, (Block(NONE, (1, 2, 3, 4), (0,), b"h1", "salt"), Block(0, (5, 6, 7, 8), (1,), b"h2")))
 
 
+def extra(data):
+    return changed(TWO, EXTRA, (len(data),), data)
+
+
 @pytest.mark.parametrize(
     ("tensors", "words"),
     [
-        (changed(TWO, PARENTS), "its shape must be"),
-        (changed(TWO, SLOTS), "its shape must be"),
+        (changed(TWO, TOKENS), "blocks.tokens is missing"),
+        (changed(TWO, PARENTS), "blocks.parents is missing"),
+        (changed(TWO, SLOTS), "blocks.slots is missing"),
+        (coded(TWO) | {PARENTS: ((), packed(NONE))}, "its shape must be"),
+        (changed(TWO, PARENTS, (2, 1)), "its shape must be"),
+        (changed(TWO, SLOTS, (2, 2)), "its shape must be"),
+        (changed(TWO, TOKENS, data=packed(1, 2, 3)), "12 bytes, its shape .* needs 32"),
+        (changed(TWO, PARENTS, data=packed(NONE, 0) + b"!"), "9 bytes, its shape .* needs 8"),
+        (changed(TWO, PARENTS, (1 << 24 | 1,)), "are too many; the limit is 16777216 blocks with 268435456 tokens"),
+        (changed(TWO, HASHES, (2, 65), bytes(130)), "at most 64"),
+        (changed(TWO, HASHES, (4,)), "its shape must begin with 2"),
+        (changed(TWO, EXTRA, (1, 20)), "must be of one dimension"),
+        (changed(TWO, EXTRA, ((64 << 20) + 1,)), "at most 67108864"),
+        (extra(b'{"00": {"salt": "x"}}'), "is no block's number"),
         (changed(TWO, TOKENS, (2, 3)), "its shape must be"),
         (changed(TWO, PARENTS, data=packed(NONE, 1)), "block 1: its parent 1 does not come before it"),
         (changed(TWO, PARENTS, data=packed(0, 0)), "block 0: its parent 0 does not come before it"),
@@ -129,12 +145,12 @@ TWO = Table(SIZE, 1, (Block(NONE, (1, 2, 3, 4), (0,), b"h1", "salt"), Block(0, (
         (changed(TWO, SLOTS, data=packed(-2, 1)), "slot -2 is not below 2"),
         (changed(TWO, TOKENS, data=packed(1, 2, 3, -4, 5, 6, 7, 8)), "a token id below 0"),
         (changed(TWO, HASHES, (3, 2)), "its shape must begin with 2"),
-        (changed(TWO, EXTRA, data=b'{"1": {"salt": "x"}}'), "only a first block has a salt"),
-        (changed(TWO, EXTRA, data=b'{"2": {"salt": "x"}}'), "there is no block 2"),
-        (changed(TWO, EXTRA, data=b'{"-1": {"salt": "x"}}'), "is no block's number"),
-        (changed(TWO, EXTRA, data=b'{"0": {"salt": 1}}'), "must be a string"),
-        (changed(TWO, EXTRA, data=b'{"0": 1}'), "must be an object"),
-        (changed(TWO, EXTRA, data=b"[]"), "JSON object"),
+        (extra(b'{"1": {"salt": "x"}}'), "only a first block has a salt"),
+        (extra(b'{"2": {"salt": "x"}}'), "there is no block 2"),
+        (extra(b'{"-1": {"salt": "x"}}'), "is no block's number"),
+        (extra(b'{"0": {"salt": 1}}'), "must be a string"),
+        (extra(b'{"0": 1}'), "must be an object"),
+        (extra(b"[]"), "JSON object"),
     ],
 )
 def test_tables_that_are_refused(tensors, words):
@@ -161,3 +177,9 @@ def test_random_bytes_are_refused_or_read_as_they_are():
         again = coded(table)
         assert all(again[part] == found[part] for part in found if part != EXTRA)
     assert refused > 200
+
+
+@pytest.mark.parametrize("salt", ["a\nb", "\x9b31m", "\ud800", "x" * 4097])
+def test_salts_that_a_reader_would_refuse_are_not_written(salt):
+    with pytest.raises(UnsupportedError, match="salt must be a string"):
+        Table(SIZE, 1, (Block(NONE, (1, 2, 3, 4), (0,), b"", salt),)).encode()

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-COMMANDS = ("freeze", "info", "verify", "convert", "id", "doctor", "demo", "bench")
+COMMANDS = ("freeze", "info", "verify", "convert", "id", "kv", "doctor", "demo", "bench")
 """Each is a file here with a function of its name, or with a typer ``app`` of several."""
 
 

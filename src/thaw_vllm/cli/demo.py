@@ -1,10 +1,11 @@
-"""``thaw demo``: a real model frozen and thawed in fresh processes, its answers compared, every phase timed."""
+"""``thaw demo``: a real model, or its KV cache, frozen and thawed in fresh processes, its answers compared."""
 
 from __future__ import annotations
 
 import json
 import os
 import tempfile
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,7 +27,18 @@ PHASES = (
 )
 
 
+class What(str, Enum):
+    """What is frozen."""
+
+    weights = "weights"
+    kv = "kv"
+
+
 def demo(
+    what: Annotated[
+        What, typer.Argument(metavar="WHAT", help="weights, or kv for the KV cache of a long prompt.")
+    ] = What.weights,
+    *,
     model: Annotated[str, typer.Option(help="A model directory with weights, config and tokenizer.")],
     question: Annotated[
         list[str] | None, typer.Option(help="Ask this instead of the three built-in questions; repeat for more.")
@@ -35,10 +47,12 @@ def demo(
     snapshot: Annotated[Path | None, typer.Option(help="Keep the snapshot here; default: a temporary file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")] = False,
 ) -> None:
-    """Freeze a model, thaw it in a fresh vLLM, compare.
+    """Freeze a model, or its KV cache, thaw it in a fresh vLLM, compare.
 
-    Three processes run one after the other: one freezes while vLLM loads the checkpoint, one starts vLLM as usual and
-    answers, one starts it from the snapshot and answers. Every token and every log-probability is compared.
+    For weights three processes run one after the other: one freezes while vLLM loads the checkpoint, one starts vLLM as
+    usual and answers, one starts it from the snapshot and answers. For kv one process answers a long prompt, with
+    nothing cached and from the cache, and freezes that; another thaws it and answers. Every token and every
+    log-probability is compared.
     """
     from rich.console import Console
 
@@ -50,9 +64,14 @@ def demo(
     check_model(model)
     if snapshot is not None:
         check_target(snapshot, force=False)
+    if what is What.kv:
+        from .demo_kv import demo_kv
+
+        demo_kv(model, question, max_tokens, snapshot, as_json)
+        return
     questions = list(question or QUESTIONS)
     console = Console(stderr=as_json)
-    engine_args, note = _engine_args()
+    engine_args, note = engine_arguments(2048)
     console.print(f"[bold]thaw demo[/] with [bold]{Path(model).name}[/]")
     if note:
         console.print(note)
@@ -98,18 +117,18 @@ def demo(
         raise typer.Exit(1)
 
 
-def _engine_args() -> tuple[dict[str, Any], str]:
+def engine_arguments(max_model_len: int) -> tuple[dict[str, Any], str]:
     """Engine arguments for this machine, and what to say about them."""
     import torch
 
     if torch.cuda.is_available():
-        return {"max_model_len": 2048}, ""
+        return {"max_model_len": max_model_len}, ""
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     note = (
         "No GPU here, so vLLM runs on the CPU, with enforce_eager=True: compiling for the CPU takes minutes. "
-        "Both starts below run in this mode."
+        "All starts below run in this mode."
     )
-    return {"max_model_len": 2048, "enforce_eager": True}, note
+    return {"max_model_len": max_model_len, "enforce_eager": True}, note
 
 
 def _summary(path: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -36,6 +37,9 @@ OPTIONAL = {
 """Packages of the extras, and what uses them."""
 
 PLUGIN = "thaw_vllm.engines.vllm.plugin:register"
+ROUTES = "thaw_vllm.engines.vllm.kv.routes:KVRoutes"
+GROUPS = ("general", "platform", "io_processor", "stat_logger")
+"""Of vLLM's plugins: those that it loads all of while ``VLLM_PLUGINS`` is not set."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +162,7 @@ def _vllm(has_gpu: bool) -> Iterator[Check]:
     else:
         yield Check("vLLM", OK, found)
     yield _plugin()
+    yield _routes()
 
 
 def _plugin() -> Check:
@@ -174,6 +179,34 @@ def _plugin() -> Check:
         cure = f"VLLM_PLUGINS names the only plugins that vLLM may load; add {points[0].name!r} to it"
         return Check("vLLM plugin", LACK, f"kept out by VLLM_PLUGINS={allowed!r}", cure)
     return Check("vLLM plugin", OK, "registered")
+
+
+def _routes() -> Check:
+    """Whether a server started here would have the routes of ``thaw kv``; the cure keeps what it loads now."""
+    from ..engines.vllm.kv.access import DIRECTORY_VARIABLE, SHORTEST_TOKEN, TOKEN_VARIABLE, Access
+
+    points = [p for p in metadata.entry_points(group="vllm.endpoint_plugins") if p.value == ROUTES]
+    if not points:
+        cure = "install this source tree or its wheel into this environment again: pip install -e ."
+        return Check("vLLM routes", NOTE, "not registered; used by thaw kv", cure)
+    allowed, access = os.environ.get("VLLM_PLUGINS"), Access.from_environment()
+    if allowed is None:
+        names = [p.name for group in GROUPS for p in metadata.entry_points(group=f"vllm.{group}_plugins")]
+    else:
+        names = [name for name in allowed.split(",") if name]
+    line, off = [], []
+    if allowed is None or points[0].name not in names:
+        off.append(f"VLLM_PLUGINS does not name {points[0].name!r}")
+        line.append(f"VLLM_PLUGINS={shlex.quote(','.join(dict.fromkeys([*names, points[0].name])))}")
+    if access.token is None or len(access.token) < SHORTEST_TOKEN:
+        off.append(f"{TOKEN_VARIABLE} is not set" if access.token is None else f"{TOKEN_VARIABLE} is too short")
+        line.append(f"{TOKEN_VARIABLE}=$(openssl rand -hex 32)")
+    if access.directory is None or not os.path.isabs(access.directory) or not os.path.isdir(access.directory):
+        off.append(f"{DIRECTORY_VARIABLE} is no directory")
+        line.append(f'{DIRECTORY_VARIABLE}="$PWD"')
+    if off:
+        return Check("vLLM routes", NOTE, f"off, used by thaw kv: {', '.join(off)}", f"export {' '.join(line)}")
+    return Check("vLLM routes", OK, "on")
 
 
 def _disk() -> Check:

@@ -1,4 +1,4 @@
-"""``thaw info``: what a snapshot is and every tensor in it, from its header and index alone."""
+"""``thaw info``: what a snapshot is and every tensor or prefix in it, without reading its weights or pages."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import UsageError
 from ..format.limits import MAX_BYTES
+from . import prefixes
 from .output import Json, document, pairs, plain, size, table
 
 if TYPE_CHECKING:
@@ -17,22 +19,41 @@ EXAMPLES = """
 thaw info weights.thaw
 thaw info weights.thaw --no-tensors
 thaw info weights.thaw --json | jq .content
+thaw info prompt.thawkv --show-text --tokenizer Llama-3-8B/
 """
 
 
 def info(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A .thaw file; the manifest of a set names its ranks.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A .thaw or .thawkv file; the manifest of a set names its ranks.")
+    ],
     tensors: Annotated[bool, typer.Option("--tensors/--no-tensors", help="List every tensor.")] = True,
+    show_text: Annotated[
+        bool, typer.Option("--show-text", help="Of KV blocks: the prompts; needs --tokenizer.")
+    ] = False,
+    show_tokens: Annotated[bool, typer.Option("--show-tokens", help="Of KV blocks: token ids and salts.")] = False,
+    tokenizer: Annotated[
+        Path | None, typer.Option("--tokenizer", metavar="DIR", help="The model's directory, for --show-text.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show what a snapshot holds and which model it is.
 
-    Reads its header and index only, so it is as quick for 100 GB as for 1 MB; thaw verify reads the rest.
+    Reads its header and index only, of KV blocks the table too, so it is as quick for 100 GB as for 1 MB; thaw verify
+    reads the rest. Tokens and text are somebody's prompt and are shown only when asked for.
     """
-    from ..weights.open import open_snapshot
+    from ..weights.open import Opened, open_snapshot, sections
 
+    if show_text != (tokenizer is not None):
+        raise UsageError("--show-text and --tokenizer DIR belong together: text needs the model's tokenizer")
     with open_snapshot(file, with_chunks=False) as opened:
         found = describe(opened)
+        if opened.snapshot.header.kv is not None:
+            opened = Opened(opened.source, sections(opened.source))
+            decode = prefixes.decoder(tokenizer) if tokenizer is not None else None
+            found |= prefixes.describe(opened, ids=show_tokens, decode=decode)
+        elif show_text or show_tokens:
+            raise UsageError(f"{str(file)!r} holds weights, which have no tokens and no text")
     if not tensors:
         del found["tensors"]
     if as_json:
@@ -98,10 +119,7 @@ def _show(found: dict[str, Any]) -> None:
         ("config", identity["config"] or "unknown"),
         ("written by", found["writer"] or "unknown"),
     ]
-    for dtype, counts in sorted(found["by_dtype"].items(), key=lambda item: -item[1]["bytes"]):
-        rows.append(("tensors", f"{counts['tensors']} {dtype}, {size(counts['bytes'])}"))
-    if not found["by_dtype"]:
-        rows.append(("tensors", "none"))
+    rows += prefixes.rows(found) if "kv" in found else _counts(found["by_dtype"])
     rows += [("tied", f"{', '.join(map(plain, others))} to {plain(name)}") for name, others in found["ties"].items()]
     rows += [("carries", f"{f['name']} ({size(f['bytes'])})") for f in found["files"]]
     rows += [("source", line) for line in _source(found["source"])]
@@ -110,6 +128,9 @@ def _show(found: dict[str, Any]) -> None:
     rows += [("sets", f"{key.replace('|', '.')} = {value!r}") for key, value in found["attributes"].items()]
     rows += [(f"note {key}", value) for key, value in found["metadata"].items()]
     pairs([(plain(name), plain(value)) for name, value in rows])
+    if found.get("prefixes"):
+        print()
+        prefixes.show(found["prefixes"])
     if found.get("tensors"):
         print()
         lines: list[tuple[str, ...]] = [("NAME", "KIND", "DTYPE", "SHAPE", "BYTES", "TIED TO")]
@@ -118,6 +139,12 @@ def _show(found: dict[str, Any]) -> None:
             tie = plain(tensor["tied_to"] or "")
             lines.append((plain(tensor["name"]), tensor["kind"], tensor["dtype"], shape, str(tensor["bytes"]), tie))
         table(lines, right=frozenset({4}))
+
+
+def _counts(by_dtype: dict[str, dict[str, int]]) -> list[tuple[str, str]]:
+    found = sorted(by_dtype.items(), key=lambda item: -item[1]["bytes"])
+    rows = [("tensors", f"{counts['tensors']} {dtype}, {size(counts['bytes'])}") for dtype, counts in found]
+    return rows or [("tensors", "none")]
 
 
 def _parallel(sizes: dict[str, int]) -> str:

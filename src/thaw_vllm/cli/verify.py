@@ -14,6 +14,7 @@ from .progress import progress
 EXAMPLES = """
 thaw verify weights.thaw
 thaw verify weights.thaw --content
+thaw verify prompt.thawkv
 """
 
 _CHECKED = {
@@ -22,12 +23,15 @@ _CHECKED = {
     "padding": "padding",
     "content": "content id",
     "set": "the set's files",
+    "pages": "form of the pages",
+    "table": "table of blocks",
 }
 
 
 def verify(
     file: Annotated[
-        Path, typer.Argument(metavar="FILE", help="A .thaw file; the manifest of a set stands for all its ranks.")
+        Path,
+        typer.Argument(metavar="FILE", help="A .thaw or .thawkv file; the manifest of a set stands for all its ranks."),
     ],
     content: Annotated[
         bool, typer.Option("--content", help="Compute the content id (BLAKE3) as well; slower.")
@@ -37,10 +41,11 @@ def verify(
 ) -> None:
     """Check every byte of a snapshot.
 
-    The exit code is 3 when it is damaged, and the message says which tensor and where. Checksums find accidents.
+    The exit code is 3 when it is damaged, and the message says which tensor and where. Of KV blocks the table is held
+    against the rules of the format as well. Checksums find accidents.
     That the bytes are the ones you want is proved by the content id, compared with one you got from somewhere else.
     """
-    from ..weights.verify import verify as check
+    from ..kv.verify import verify as check
 
     with progress("verify") as advance:
         report = check(file, ranks=ranks, content=content, progress=advance)

@@ -148,6 +148,9 @@ def require(found: Identity, wanted: Identity, what: str) -> None:
     Raises:
         MismatchError: on the first field that differs, with its cure.
     """
+    if (found.stage == "kv") != (wanted.stage == "kv"):
+        held, needed = ("KV blocks", "weights") if found.stage == "kv" else ("weights", "KV blocks")
+        raise MismatchError(f"{what!r} holds {held}, where {needed} are needed; give another file")
     if found.stage != wanted.stage or found.engine != wanted.engine:
         raise MismatchError(
             f"{what!r} holds the {found.stage!r} stage of {found.engine or 'no engine'}, "

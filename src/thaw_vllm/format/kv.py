@@ -13,6 +13,12 @@ MAX_GROUPS = 64
 MAX_REGIONS = 1 << 16
 MAX_BLOCKS = 1 << 24
 MAX_BLOCK_SIZE = 1 << 16
+MAX_TOKENS = 1 << 28
+"""Of all blocks together."""
+MAX_HASH = 64
+"""Bytes of an engine's hash of a block."""
+MAX_EXTRA = 64 << 20
+"""Bytes of ``blocks.extra``."""
 _HASHES = frozenset("0123456789abcdef")
 
 TOKENS, PARENTS, SLOTS, HASHES, EXTRA = (

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import sys
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ..errors import FormatError
-from ..format.document import canonical, mapping, parse, text
+from ..errors import FormatError, UnsupportedError
+from ..format.document import canonical, mapping, parse, printable, text
 from ..format.identity import Identity
-from ..format.kv import EXTRA, HASHES, MAX_BLOCKS, PARENTS, SLOTS, TOKENS, Layout
+from ..format.kv import (
+    EXTRA,
+    HASHES,
+    MAX_BLOCKS,
+    MAX_EXTRA,
+    MAX_HASH,
+    MAX_TOKENS,
+    PARENTS,
+    SLOTS,
+    TOKENS,
+    Layout,
+)
 
 NONE = -1
 """No parent, or no page of a group."""
@@ -78,7 +90,11 @@ class Table:
         return [token for at in self.chain(number) for token in self.blocks[at].tokens]
 
     def encode(self) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
-        """Tensors by name: dtype, shape, and bytes, little-endian."""
+        """Tensors by name: dtype, shape, and bytes, little-endian.
+
+        Raises:
+            UnsupportedError: a table, or a salt, that no reader would take.
+        """
         count = len(self.blocks)
         found = {
             TOKENS: ("int32", (count, self.block_size), _packed(t for b in self.blocks for t in b.tokens)),
@@ -93,6 +109,11 @@ class Table:
         if salts:
             extra = json.dumps(salts, ensure_ascii=True).encode()
             found[EXTRA] = ("uint8", (len(extra),), extra)
+        try:
+            check_shapes(self.block_size, self.groups, {name: shape for name, (_, shape, _) in found.items()})
+            _salts(found[EXTRA][2] if salts else b"{}")
+        except FormatError as error:
+            raise UnsupportedError(f"a snapshot cannot hold these blocks: {error}") from None
         return found
 
     @classmethod
@@ -108,21 +129,14 @@ class Table:
             FormatError: what docs/format.md, section 16, does not allow.
         """
         groups, size = len(layout.groups), layout.block_size
-        shape, data = tensors.get(TOKENS, ((0, size), b""))
-        count = shape[0] if len(shape) == 2 else NONE
-        if count > MAX_BLOCKS:
-            raise FormatError(f"{TOKENS}: {count} blocks, at most {MAX_BLOCKS} may be held")
-        for name, wanted in ((TOKENS, (count, size)), (PARENTS, (count,)), (SLOTS, (count, groups))):
-            if count and (name not in tensors or tensors[name][0] != wanted):
-                raise FormatError(f"{name}: its shape must be {list(wanted)}")
-        tokens, parents = _unpacked(data), _unpacked(tensors.get(PARENTS, ((), b""))[1])
-        places = _unpacked(tensors.get(SLOTS, ((), b""))[1])
-        hashes, length = b"", 0
-        if HASHES in tensors:
-            shape, hashes = tensors[HASHES]
-            if len(shape) != 2 or shape[0] != count:
-                raise FormatError(f"{HASHES}: its shape must begin with {count}")
-            length = shape[1]
+        count = check_shapes(size, groups, {name: shape for name, (shape, _) in tensors.items()})
+        for name, (shape, data) in tensors.items():
+            wanted = math.prod(shape) * (1 if name in (HASHES, EXTRA) else 4)
+            if len(data) != wanted:
+                raise FormatError(f"{name}: {len(data)} bytes, its shape {list(shape)} needs {wanted}")
+        tokens, parents, places = (_unpacked(tensors[name][1]) for name in (TOKENS, PARENTS, SLOTS))
+        shape, hashes = tensors.get(HASHES, ((0, 0), b""))
+        length = shape[1]
         salts = _salts(tensors[EXTRA][1]) if EXTRA in tensors else {}
         blocks = []
         for number in range(count):
@@ -143,6 +157,37 @@ class Table:
         if salts:
             raise FormatError(f"{EXTRA}: there is no block {min(salts)}")
         return cls(size, groups, tuple(blocks))
+
+
+def check_shapes(block_size: int, groups: int, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """How many blocks a table has, from its tensors' shapes, before their bytes are read.
+
+    Raises:
+        FormatError: one is missing, they disagree, or there are more blocks than may be held.
+    """
+    for name in (TOKENS, PARENTS, SLOTS):
+        if name not in shapes:
+            raise FormatError(f"{name} is missing")
+    count = shapes[PARENTS][0] if shapes[PARENTS] else 0
+    if count > MAX_BLOCKS or count * block_size > MAX_TOKENS:
+        raise FormatError(
+            f"{PARENTS}: {count} blocks of {block_size} tokens are too many; the limit is {MAX_BLOCKS} blocks with "
+            f"{MAX_TOKENS} tokens in all"
+        )
+    for name, wanted in ((PARENTS, (count,)), (TOKENS, (count, block_size)), (SLOTS, (count, groups))):
+        if shapes[name] != wanted:
+            raise FormatError(f"{name}: its shape must be {list(wanted)}")
+    hashes, extra = shapes.get(HASHES, (count, 0)), shapes.get(EXTRA, (0,))
+    if len(hashes) != 2 or hashes[0] != count or hashes[1] > MAX_HASH:
+        raise FormatError(f"{HASHES}: its shape must begin with {count}, and end with at most {MAX_HASH}")
+    if len(extra) != 1 or extra[0] > MAX_EXTRA:
+        raise FormatError(f"{EXTRA}: its shape must be of one dimension, at most {MAX_EXTRA}")
+    return count
+
+
+def storable(salt: str) -> bool:
+    """Whether a file can hold this cache salt."""
+    return len(salt) <= MAX_SALT and printable(salt)
 
 
 def root(identity: Identity, layout: Layout) -> bytes:
@@ -210,7 +255,7 @@ def _unpacked(data: bytes) -> array[int]:
 def _salts(data: bytes) -> dict[int, str]:
     found = {}
     for key, value in parse(data, EXTRA).items():
-        if not key.isascii() or not key.isdigit() or len(key) > 8:
+        if not key.isascii() or not key.isdigit() or len(key) > 8 or key != str(int(key)):
             raise FormatError(f"{EXTRA}: {key[:40]!r} is no block's number")
         salt = mapping(value, f"{EXTRA}[{key}]").get("salt")
         found[int(key)] = text(salt, f"{EXTRA}[{key}].salt", MAX_SALT)

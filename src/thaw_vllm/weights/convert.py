@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..errors import UnsupportedError, UsageError
+from ..errors import MismatchError, UnsupportedError, UsageError
 from ..format.chunks import Chunk
 from ..format.document import mapping, parse
 from ..format.dtypes import ITEM_SIZE
@@ -175,6 +175,7 @@ def to_checkpoint(
         progress: called as (bytes done, bytes in all) from any thread.
 
     Raises:
+        MismatchError: the file holds KV blocks.
         UnsupportedError: an engine's raw stage, or a dtype or name that safetensors cannot hold.
         FormatError, CorruptionError: the snapshot is unsound. ExistsError, SpaceError, StorageError: see
             StagedDirectory. Nothing was written.
@@ -294,8 +295,13 @@ def _is_row_major(tensor: Tensor) -> bool:
 
 
 def _refuse(opened: Opened) -> None:
-    """UnsupportedError for what a checkpoint directory cannot hold."""
+    """MismatchError for KV blocks, UnsupportedError for what else a checkpoint directory cannot hold."""
     name, header = opened.source.name, opened.snapshot.header
+    if header.kv is not None:
+        raise MismatchError(
+            f"{name!r} holds KV blocks, not weights, and there is no other format for them; an engine with the same "
+            "weights thaws them"
+        )
     if header.identity.stage not in CONVERTED:
         raise UnsupportedError(
             f"{name!r} holds the {header.identity.stage!r} stage of {header.identity.engine}: its parameters are "

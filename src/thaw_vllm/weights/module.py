@@ -110,6 +110,10 @@ def restore_opened(
     targets = parameters | dict(model.named_buffers(remove_duplicate=False))
     with reading(source, targets.values(), options) as way:
         snapshot = snapshot or sections(source)
+        if snapshot.header.kv is not None:
+            raise MismatchError(
+                f"{source.name!r} holds KV blocks, not weights; an engine that runs with their weights thaws them"
+            )
         stage = snapshot.header.identity.stage
         if stage not in ("module", "checkpoint"):
             raise MismatchError(

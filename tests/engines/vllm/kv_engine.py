@@ -27,14 +27,83 @@ def ask(llm, step):
     sampling = SamplingParams(temperature=0, max_tokens=step.get("max_tokens", 12), logprobs=2)
     salt = {"cache_salt": step["salt"]} if "salt" in step else {}
     prompts = [{"prompt_token_ids": prompt} | salt for prompt in step["prompts"]]
-    return [
-        {
-            "cached": output.num_cached_tokens,
-            "tokens": list(output.outputs[0].token_ids),
-            "logprobs": [sorted((t, e.logprob) for t, e in at.items()) for at in output.outputs[0].logprobs],
-        }
-        for output in llm.generate(prompts, sampling, use_tqdm=False)
-    ]
+    found = []
+    for prompt in prompts:  # one by one: how requests share steps depends on time, and roundings on that
+        (output,) = llm.generate([prompt], sampling, use_tqdm=False)
+        found.append(
+            {
+                "cached": output.num_cached_tokens,
+                "tokens": list(output.outputs[0].token_ids),
+                "logprobs": [sorted([t, e.logprob] for t, e in at.items()) for at in output.outputs[0].logprobs],
+            }
+        )
+    return found
+
+
+def interleave(llm, folder, prompts, seeds, length, model_id):
+    """Random freezing, restoring, evicting and asking, against what must hold after each.
+
+    Every answer is that of a cold engine; every block that a restore brought has the bytes of its file; all blocks but
+    the null block are free again; nothing that was cached is lost to a restore that may not evict.
+    """
+    import random
+
+    from tests.engines.vllm.kv_files import pages_by_address
+
+    from thaw_vllm import freeze_kv_cache, restore_kv_cache
+    from thaw_vllm.engines.vllm.kv.api import kv_cache_info
+    from thaw_vllm.errors import UsageError
+
+    def answers(prompt):
+        return ask(llm, {"prompts": [prompt], "max_tokens": 4})[0]["tokens"]
+
+    def cached():
+        found = kv_cache_info(llm, model_id=model_id)
+        assert found["free"] == found["blocks"] - 1, found
+        return found["cached"]
+
+    llm.reset_prefix_cache()
+    cold = []
+    for prompt in prompts:
+        cold.append(answers(prompt))
+        llm.reset_prefix_cache()
+    counts = {"ask": 0, "freeze": 0, "restore": 0, "evict": 0, "left out": 0}
+    for seed in seeds:
+        rng, files = random.Random(seed), []
+        llm.reset_prefix_cache()
+        for number in range(length):
+            before = cached()
+            what = rng.choice(["ask", "ask", "freeze", "restore", "restore", "evict"])
+            if what == "ask":
+                chosen = rng.randrange(len(prompts))
+                assert answers(prompts[chosen]) == cold[chosen], (seed, number, chosen)
+            elif what == "freeze":
+                path = str(Path(folder) / f"{seed}-{number}.thawkv")
+                some = rng.choice([None, [rng.choice(prompts)], prompts])
+                try:
+                    freeze_kv_cache(llm, path, token_ids=some, model_id=model_id)
+                    files.append(path)
+                except UsageError as error:
+                    assert "nothing to freeze" in str(error)
+            elif what == "evict" and rng.random() < 0.3:
+                assert llm.reset_prefix_cache()
+            elif files:
+                path, evict = rng.choice(files), what == "evict"
+                done = restore_kv_cache(llm, path, evict=evict, model_id=model_id)
+                assert evict or cached() == before + done.blocks, (seed, number)
+                counts["left out"] += done.left_out
+                if done.blocks + done.present:
+                    after = Path(folder) / "after.thawkv"
+                    freeze_kv_cache(llm, after, force=True, model_id=model_id)
+                    mine, theirs = pages_by_address(after), pages_by_address(path)
+                    both = mine.keys() & theirs.keys()
+                    assert both, (seed, number)
+                    if done.present == 0:
+                        assert all(mine[name] == theirs[name] for name in both), (seed, number)
+            counts[what] += 1
+        for path in files:
+            Path(path).unlink()
+    return counts
 
 
 def do(llm, step):
@@ -52,6 +121,8 @@ def do(llm, step):
         return kv_cache_info(llm, **options)
     if what == "reset":
         return llm.reset_prefix_cache()
+    if what == "random":
+        return interleave(llm, **options)
     raise ValueError(what)
 
 

@@ -139,6 +139,39 @@ def sliding_window(directory: Path) -> Path:
     return directory
 
 
+def latent_attention(directory: Path) -> Path:
+    """Multi-head latent attention: one cached vector a token and layer, for all heads."""
+    from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
+
+    torch.manual_seed(0)
+    config = DeepseekV2Config(
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        q_lora_rank=None,
+        kv_lora_rank=512,
+        qk_rope_head_dim=64,
+        qk_nope_head_dim=128,
+        v_head_dim=128,
+        first_k_dense_replace=2,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+        n_shared_experts=1,
+        max_position_embeddings=512,
+        bos_token_id=0,
+        eos_token_id=1,
+        topk_method="greedy",
+        n_group=1,
+        topk_group=1,
+    )
+    DeepseekV2ForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+    return directory
+
+
 KINDS: dict[str, Callable[[Path], Path]] = {
     "untied": llama,
     "tied": lambda d: llama(d, tied=True),
@@ -149,4 +182,5 @@ KINDS: dict[str, Callable[[Path], Path]] = {
     "moe": mixture_of_experts,
     "int8": int8_quantised,
     "sliding-window": sliding_window,
+    "latent-attention": latent_attention,
 }

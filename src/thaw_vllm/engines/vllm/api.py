@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ... import errors
-from ...errors import MismatchError, MissingDependencyError, ThawError, UnsupportedError, UsageError
+from ...errors import MismatchError, MissingDependencyError, ThawError, UsageError
 from ...weights.freeze import FreezeReport
 from ...weights.open import open_snapshot
 from . import versions
@@ -28,7 +28,7 @@ def load(
     Args:
         model: model directory or hub name, for its config and tokenizer only; None uses the ones the snapshot carries.
         snapshot: the ``.thaw`` file (the manifest of a set).
-        kv_snapshot: reserved; KV snapshots are not in this version.
+        kv_snapshot: a ``.thawkv`` file made with the same weights and configuration; restored into the new engine.
         llm_kwargs: passed to ``vllm.LLM`` as they are, ``model_loader_extra_config`` merged with ours.
 
     Raises:
@@ -36,8 +36,6 @@ def load(
     """
     if snapshot is None:
         raise UsageError("load() needs a snapshot: thaw_vllm.load(model, 'weights.thaw')")
-    if kv_snapshot is not None:
-        raise UnsupportedError("KV snapshots are not in this version; leave kv_snapshot out")
     if llm_kwargs.get("load_format", "thaw") != "thaw":
         raise UsageError("load() sets load_format='thaw' itself; leave load_format out")
     if "snapshot" in llm_kwargs.get("model_loader_extra_config", {}):
@@ -47,6 +45,8 @@ def load(
     if model is not None:
         check_model(model)
     check_sizes(path, llm_kwargs)
+    if kv_snapshot is not None:
+        check_kv(os.fspath(kv_snapshot), path)
     if model is None:
         from .files import carried_directory
 
@@ -57,6 +57,10 @@ def load(
     llm_kwargs["load_format"] = "thaw"
     with reported() as folder:
         llm: LLM = vllm.LLM(model=model, model_loader_extra_config=extra | {"failures": folder}, **llm_kwargs)
+    if kv_snapshot is not None:
+        from .kv.api import restore_kv_cache
+
+        restore_kv_cache(llm, kv_snapshot)
     return llm
 
 
@@ -171,6 +175,21 @@ def check_sizes(path: str, llm_kwargs: dict[str, Any]) -> None:
                 f"{path!r} was frozen with {name}={held}, the engine is asked to run {asked}; pass {name}={held} or "
                 "freeze again"
             )
+
+
+def check_kv(kv_snapshot: str, snapshot: str) -> None:
+    """Refuse KV blocks that other weights made before vLLM starts its processes."""
+    with open_snapshot(kv_snapshot, with_chunks=False) as kv, open_snapshot(snapshot, with_chunks=False) as weights:
+        ours, theirs = kv.snapshot.header, weights.snapshot.header
+    if ours.kv is None:
+        raise MismatchError(f"{kv_snapshot!r} holds weights, not KV blocks; pass it as snapshot")
+    if theirs.kv is not None:
+        raise MismatchError(f"{snapshot!r} holds KV blocks, not weights; pass it as kv_snapshot")
+    if ours.identity.model != theirs.identity.model:
+        raise MismatchError(
+            f"{kv_snapshot!r} was made with the weights {ours.identity.model}, {snapshot!r} holds "
+            f"{theirs.identity.model}; freeze the cache of this model"
+        )
 
 
 def require_vllm_installed() -> None:

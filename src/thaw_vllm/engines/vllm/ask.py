@@ -17,13 +17,14 @@ def main(request_path: str, answer_path: str) -> None:
     """Read a request, write the answer.
 
     The request holds ``started`` (``time.time()`` of the parent just before it started this process), ``action``
-    (``ask`` or ``freeze``), ``model`` (or null), ``snapshot`` (or null for vLLM's default loader), ``engine_args``,
-    ``questions`` (chat messages' texts, or lists of token ids) and ``max_tokens``.
+    (``ask``, ``freeze`` or ``kv``), ``model`` (or null), ``snapshot`` (or null for vLLM's default loader),
+    ``engine_args``, ``questions`` (chat messages' texts, or lists of token ids) and ``max_tokens``; for ``kv`` also
+    ``kv``: the file's ``path``, whether to ``freeze`` it (else it is restored), and the ``model_id``.
     """
     entered = time.time()
     request = json.loads(Path(request_path).read_text())
     seconds = {"process": entered - request["started"]}
-    answer = _freeze(request, seconds) if request["action"] == "freeze" else _ask(request, seconds)
+    answer = {"freeze": _freeze, "ask": _ask, "kv": _kv}[request["action"]](request, seconds)
     Path(answer_path).write_text(json.dumps(answer | {"seconds": seconds}))
 
 
@@ -85,6 +86,56 @@ def _ask(request: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
                 ],
             }
             for output in outputs
+        ],
+    }
+
+
+def _kv(request: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
+    """One question, with nothing cached and from the cache before freezing it, or once it was restored."""
+    import dataclasses
+
+    from vllm import LLM, SamplingParams
+
+    from .kv.api import freeze_kv_cache, restore_kv_cache
+
+    start = time.perf_counter()
+    llm = LLM(model=request["model"], **request["engine_args"])
+    seconds["engine"] = time.perf_counter() - start
+    (question,), kv = request["questions"], request["kv"]
+
+    def asked(max_tokens: int) -> Any:
+        sampling = SamplingParams(temperature=0, max_tokens=max_tokens, logprobs=1)
+        if isinstance(question, str):
+            return llm.chat([{"role": "user", "content": question}], sampling, use_tqdm=False)[0]
+        return llm.generate([{"prompt_token_ids": question}], sampling, use_tqdm=False)[0]
+
+    def first_token(name: str) -> int:
+        start = time.perf_counter()
+        found = asked(1)
+        seconds[name] = time.perf_counter() - start
+        return int(found.num_cached_tokens or 0)
+
+    llm.generate([{"prompt_token_ids": [*range(5, 105)]}], SamplingParams(max_tokens=2), use_tqdm=False)  # warm up
+    cached = {}
+    if not kv["freeze"]:
+        report: Any = restore_kv_cache(llm, kv["path"], model_id=kv["model_id"])
+        cached["thawed"] = first_token("thawed")
+    else:
+        cached |= {name: first_token(name) for name in ("cold", "cached")}
+    output = asked(request["max_tokens"])
+    if kv["freeze"]:
+        report = freeze_kv_cache(llm, kv["path"], model_id=kv["model_id"], force=True)
+    return {
+        "reports": [],
+        "report": dataclasses.asdict(report),
+        "cached": cached,
+        "prompt_tokens": len(output.prompt_token_ids),
+        "outputs": [
+            {
+                "text": output.outputs[0].text,
+                "tokens": list(output.outputs[0].token_ids),
+                "logprobs": [sorted((t, e.logprob) for t, e in at.items()) for at in output.outputs[0].logprobs or []],
+            }
         ],
     }
 

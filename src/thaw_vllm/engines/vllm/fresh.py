@@ -29,11 +29,12 @@ def run(
     questions: list[Any] | None = None,
     max_tokens: int = 32,
     environment: dict[str, str] | None = None,
+    kv: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What ``ask`` answered, with ``seconds["weights"]`` added from thaw's report or vLLM's own log.
 
     Args:
-        action: ``ask`` or ``freeze``; the rest as in ``ask.main``.
+        action: ``ask``, ``freeze`` or ``kv``; the rest as in ``ask.main``.
         environment: added to this process's environment.
 
     Raises:
@@ -48,6 +49,7 @@ def run(
             "engine_args": engine_args,
             "questions": questions or [],
             "max_tokens": max_tokens,
+            "kv": kv,
             "started": time.time(),
         }
         request.write_text(json.dumps(document))

@@ -13,7 +13,7 @@ from importlib import metadata
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from ...errors import MissingDependencyError, UnsupportedError
+from ...errors import MissingDependencyError, UnsupportedError, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -251,3 +251,34 @@ def kv_tensors(worker: Any) -> dict[str, list[torch.Tensor]]:
         if tensors:
             found[name] = tensors
     return found
+
+
+# --- Server -----------------------------------------------------------------------------------------------------------
+
+
+async def call_core(client: Any, method: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Have a server's engine core run one of its methods, between two steps."""
+    answer: dict[str, Any] = await client.engine_core.call_utility_async(method, options)
+    return answer
+
+
+def data_parallel_size(client: Any) -> int:
+    """How many engines with a cache of their own a server's client stands for."""
+    return int(getattr(client.vllm_config.parallel_config, "data_parallel_size", 1))
+
+
+async def completion_tokens(client: Any, text: str) -> list[int]:
+    """A prompt's token ids as the completions route makes them, in vLLM's own threads.
+
+    Raises:
+        UsageError: longer than the model takes, or the server has no tokenizer; the reason is vLLM's.
+    """
+    limits = _get("vllm.renderers", "TokenizeParams")(
+        max_total_tokens=client.vllm_config.model_config.max_model_len, add_special_tokens=True
+    )
+    refused = _get("vllm.exceptions", "VLLMValidationError")  # a ValueError up to 0.26 only
+    try:
+        rendered = await client.renderer.tokenize_prompt_async({"prompt": text}, limits)
+    except (ValueError, refused) as error:
+        raise UsageError(f"a prompt cannot be tokenised: {error}") from None
+    return [int(token) for token in rendered["prompt_token_ids"]]

@@ -113,10 +113,12 @@ def freeze_kv_cache(
         tokenizer = llm.get_tokenizer()
         prefixes = [{"tokens": list(tokenizer.encode(text)), "salt": cache_salt} for text in texts]
     elif token_ids is not None:
-        lists = [list(token_ids)] if token_ids and isinstance(token_ids[0], int) else [list(t) for t in token_ids]  # type: ignore[arg-type]
-        prefixes = [{"tokens": ids, "salt": cache_salt} for ids in lists]
+        lists: list[Any] = [token_ids] if token_ids and isinstance(token_ids[0], int) else list(token_ids)
+        prefixes = [{"tokens": list(ids), "salt": cache_salt} for ids in lists]
     elif cache_salt is not None:
         raise UsageError("cache_salt belongs to prompts or token_ids; everything includes the salted ones")
+    if prefixes == []:
+        raise UsageError("the list of prompts or token ids is empty; leave it out to freeze everything")
     options = {"path": place, "force": force, "prefixes": prefixes, "request": session, "model": _checked(model_id)}
     return KVFreezeReport(**_call(llm, "thaw_kv_freeze", options))
 

@@ -44,6 +44,8 @@ def _answering(work: Callable[[Any, dict[str, Any]], dict[str, Any]]) -> Callabl
             return work(core, options)
         except ThawError as error:
             return {"error": type(error).__name__, "message": str(error)}
+        except Exception as error:  # vLLM would say only that a call failed
+            return {"error": "ThawError", "message": f"unexpected {type(error).__name__}: {error}"}
 
     return answer
 
@@ -361,6 +363,7 @@ def _layout(core: Any, pool: Any) -> Layout:
             )
         window = getattr(spec, "sliding_window", None) or getattr(spec, "attention_chunk_size", None)
         groups.append(Group(kind, window, tuple(group.layer_names)))
+    algorithm = str(config.cache_config.prefix_caching_hash_algo)
     cache_dtype = config.cache_config.cache_dtype
     dtype = str(config.model_config.dtype).removeprefix("torch.") if cache_dtype == "auto" else str(cache_dtype)
     return Layout(
@@ -368,8 +371,9 @@ def _layout(core: Any, pool: Any) -> Layout:
         dtype,
         tuple(groups),
         (),
-        str(config.cache_config.prefix_caching_hash_algo),
-        versions.none_hash().hex(),
+        algorithm,
+        # Where it is drawn for each process it protects that process's weaker hashes, and is nobody's business.
+        versions.none_hash().hex() if algorithm.startswith("sha256") else "",
     )
 
 
@@ -403,9 +407,8 @@ def _of_request(core: Any, request: str) -> dict[str, Any]:
     live = core.scheduler.requests
     found = [live[request]] if request in live else [r for name, r in live.items() if name.startswith(f"{request}-")]
     if len(found) != 1:
-        raise UsageError(
-            f"{len(found)} running requests are called {request!r}; running are: {', '.join(live) or 'none'}"
-        )
+        names = ", ".join([*live][:5]) + (f" and {len(live) - 5} more" if len(live) > 5 else "") or "none"
+        raise UsageError(f"{len(found)} running requests are called {request!r}; running are: {names}")
     return {"tokens": list(found[0].all_token_ids), "salt": found[0].cache_salt}
 
 

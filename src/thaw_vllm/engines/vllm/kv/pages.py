@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
-from ....errors import MismatchError, ThawError, UnsupportedError
+from ....errors import CorruptionError, MismatchError, ThawError, UnsupportedError
 from ....format.header import Header
 from ....format.identity import Identity, require
 from ....format.kv import PAGES, Layout, Region, require_layout
+from ....kv.read import count_slots
 from ....transport.collector import collection_paused
 from ....weights.capture import Named, capture
 from ....weights.freeze import FreezeOptions
@@ -103,6 +104,12 @@ def fill(worker: Any, options: dict[str, Any]) -> dict[str, Any]:
         if header.kv is None:
             raise MismatchError(f"{options['path']!r} holds weights, not KV blocks")
         require_layout(header.kv, wanted, options["path"])
+        held = count_slots(opened)
+        if held <= max(options["slots"]):
+            raise CorruptionError(
+                f"{opened.source.name!r} holds {held} pages, page {max(options['slots'])} is needed; the set is mixed "
+                "up, copy all of it again or freeze again"
+            )
         views = {PAGES + region.name: view for region, view in found}
         targets = {}
         for tensor in index.tensors:

@@ -6,6 +6,7 @@ import functools
 from array import array
 from typing import Any, NamedTuple
 
+from ....kv.table import storable
 from .. import versions
 
 _ROOM = 4096
@@ -94,6 +95,8 @@ def _foreign(request: Any) -> str:
         return "of requests with images, audio or video"
     if getattr(request, "prompt_embeds", None) is not None:
         return "of requests with prompt embeddings"
+    if request.cache_salt is not None and not storable(request.cache_salt):
+        return "of requests with a cache salt that cannot be stored"
     return ""
 
 

@@ -1,0 +1,252 @@
+"""``thaw kv``: freeze and restore what a running server has cached."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated, Any
+
+import typer
+
+from .commands import examples, plain_app
+from .output import Force, Json, document, pairs, plain, size
+
+EXAMPLES = """
+thaw kv freeze manual.thawkv --prompt-file manual.txt
+thaw kv freeze chat.thawkv --request cmpl-4f1c --server http://127.0.0.1:8001
+thaw kv freeze all.thawkv --everything --force
+thaw kv restore manual.thawkv
+thaw kv info --json | jq .known
+"""
+
+LONGEST_WAIT = 3600
+"""Seconds: freezing waits for a disk, and the server answers when it is done."""
+
+
+def _examples(name: str = "") -> str | None:
+    """Those of one command, or of all."""
+    lines = [line for line in EXAMPLES.strip().splitlines() if name in ("", line.split()[2])]
+    return examples(SimpleNamespace(EXAMPLES="\n".join(lines)))
+
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="A .thawkv file in the server's THAW_KV_DIR.")]
+Server = Annotated[str, typer.Option(metavar="URL", help="Where vllm serve listens.")]
+Token = Annotated[
+    str | None,
+    typer.Option(envvar="THAW_ADMIN_TOKEN", show_envvar=False, help="The server's. [default: $THAW_ADMIN_TOKEN]"),
+]
+ApiKey = Annotated[
+    str | None,
+    typer.Option(
+        "--api-key", envvar="VLLM_API_KEY", show_envvar=False, help="vLLM's own, if any. [default: $VLLM_API_KEY]"
+    ),
+]
+ModelId = Annotated[
+    str | None, typer.Option("--model-id", help="Which weights the server holds (thaw id), where it does not know.")
+]
+LOCAL = "http://127.0.0.1:8000"
+
+app = plain_app(add_completion=False)
+
+
+@app.callback(epilog=_examples())
+def kv() -> None:
+    """Freeze and restore what a running server has cached.
+
+    vllm serve answers where VLLM_PLUGINS, THAW_ADMIN_TOKEN and THAW_KV_DIR are set; thaw doctor prints the line.
+    """
+
+
+@app.command(epilog=_examples("freeze"))
+def freeze(
+    name: Name,
+    prompt: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="Freeze what begins this; repeat.")] = None,
+    prompt_file: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="Likewise, a text file as it is; repeat.")
+    ] = None,
+    token_ids: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Likewise, JSON: a list of token ids, or several lists.")
+    ] = None,
+    request: Annotated[str | None, typer.Option(metavar="ID", help="Freeze what this running request has.")] = None,
+    everything: Annotated[bool, typer.Option("--everything", help="Freeze what all users have asked.")] = False,
+    cache_salt: Annotated[str | None, typer.Option(help="Of the requests with these prompts or token ids.")] = None,
+    model_id: ModelId = None,
+    force: Force = False,
+    server: Server = LOCAL,
+    token: Token = None,
+    api_key: ApiKey = None,
+    as_json: Json = False,
+) -> None:
+    """Write cached prefixes of a server to a file.
+
+    The server does not generate meanwhile. The file holds the prompts in the clear.
+    """
+    body: dict[str, Any] = {"name": name, "force": force, "everything": everything}
+    texts = [*(prompt or ()), *(_text_of(path) for path in prompt_file or ())]
+    given = {
+        "prompts": texts or None,
+        "token_ids": None if token_ids is None else _lists_of(token_ids),
+        "request": request,
+        "cache_salt": cache_salt,
+        "model_id": model_id,
+    }
+    body |= {field: value for field, value in given.items() if value is not None}
+    answer = _ask(server, "freeze", token, api_key, body)
+    if as_json:
+        document(answer)
+        return
+    skipped = [("left out", f"{count} blocks {why}") for why, count in answer["skipped"].items()]
+    pairs(
+        [
+            ("file", plain(str(answer["name"]))),
+            ("prefixes", f"{answer['prefixes']}, the longest of {answer['tokens']} tokens"),
+            ("blocks", str(answer["blocks"])),
+            ("size", size(answer["bytes"])),
+            ("seconds", f"{answer['seconds']:.2f}"),
+            *((what, plain(text)) for what, text in skipped),
+        ]
+    )
+
+
+@app.command(epilog=_examples("restore"))
+def restore(
+    name: Name,
+    evict: Annotated[bool, typer.Option("--evict", help="Let cached blocks that nobody uses make room.")] = False,
+    model_id: ModelId = None,
+    server: Server = LOCAL,
+    token: Token = None,
+    api_key: ApiKey = None,
+    as_json: Json = False,
+) -> None:
+    """Bring a file's blocks into a server's cache.
+
+    The next request with such a prefix skips its prefill.
+    """
+    body: dict[str, Any] = {"name": name, "evict": evict} | ({} if model_id is None else {"model_id": model_id})
+    answer = _ask(server, "restore", token, api_key, body)
+    if as_json:
+        document(answer)
+        return
+    pairs(
+        [
+            ("file", plain(str(answer["name"]))),
+            ("thawed", f"{answer['blocks']} blocks, {size(answer['bytes'])}"),
+            ("cached before", f"{answer['present']} blocks"),
+            ("left out", f"{answer['left_out']} blocks for want of room"),
+            ("prefixes", f"{answer['prefixes']}, the longest in the cache of {answer['tokens']} tokens"),
+            ("seconds", f"{answer['seconds']:.2f}"),
+        ]
+    )
+
+
+@app.command(epilog=_examples("info"))
+def info(server: Server = LOCAL, token: Token = None, api_key: ApiKey = None, as_json: Json = False) -> None:
+    """Say what a server has cached."""
+    answer = _ask(server, "info", token, api_key, None)
+    if as_json:
+        document(answer)
+        return
+    pairs(
+        [
+            ("blocks", f"{answer['blocks']} of {answer['block_size']} tokens"),
+            ("free", str(answer["free"])),
+            ("cached", f"{answer['cached']}, of {answer['known']} the tokens are known"),
+            ("model", plain(str(answer["model"] or "unknown; pass --model-id"))),
+        ]
+    )
+
+
+def _text_of(path: Path) -> str:
+    from ..errors import StorageError, UsageError
+
+    try:
+        return path.read_bytes().decode()
+    except UnicodeDecodeError:
+        raise UsageError(f"{str(path)!r} is not UTF-8 text") from None
+    except OSError as error:
+        raise StorageError(f"{str(path)!r} cannot be read: {error.strerror}") from None
+
+
+def _lists_of(path: Path) -> list[Any]:
+    """One list of token ids counts as a list of one; the server looks closer."""
+    from ..errors import UsageError
+
+    try:
+        found = json.loads(_text_of(path))
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{str(path)!r} is not JSON: {error}") from None
+    if not isinstance(found, list) or not found:
+        raise UsageError(f"{str(path)!r} must hold a JSON list of token ids, or of such lists")
+    return found if isinstance(found[0], list) else [found]
+
+
+def _ask(server: str, what: str, token: str | None, api_key: str | None, body: dict[str, Any] | None) -> dict[str, Any]:
+    """One request to the server's route.
+
+    Raises:
+        ThawError: the one that the server tells of, or why there is no answer.
+    """
+    import http.client
+    from urllib.parse import urlsplit
+
+    from ..engines.vllm.kv.access import TOKEN_HEADER, TOKEN_VARIABLE
+    from ..errors import ThawError, UsageError
+
+    if not token:
+        raise UsageError(f"set {TOKEN_VARIABLE}, or give --token: what the server was started with")
+    headers = {"Content-Type": "application/json", TOKEN_HEADER: token}
+    if api_key:
+        headers["Authorization"] = f"Bearer {api_key}"
+    try:
+        url = urlsplit(server)
+        host, port = url.hostname or "", url.port
+    except ValueError:
+        host = ""
+    if not host or url.scheme not in ("http", "https") or url.query or url.fragment:
+        raise UsageError(f"--server {server!r} is no address; it is like {LOCAL}")
+    if not all(value.isascii() and value.isprintable() for value in headers.values()):
+        raise UsageError("the token and the API key must be printable ASCII")
+    # Not urllib.request: it follows redirects and proxies of the environment, and the token would go along.
+    kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
+    connection = kind(host, port, timeout=LONGEST_WAIT)
+    try:
+        path = f"{url.path.rstrip('/')}/v1/thaw/kv/{what}"
+        if body is None:
+            connection.request("GET", path, headers=headers)
+        else:
+            connection.request("POST", path, json.dumps(body).encode(), headers)
+        response = connection.getresponse()
+        status, raw = response.status, response.read()
+    except (OSError, http.client.HTTPException) as error:
+        why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise ThawError(f"the server at {server} does not answer: {why}; is vllm serve running there?") from None
+    finally:
+        connection.close()
+    try:
+        answer = json.loads(raw)
+    except (ValueError, RecursionError):
+        answer = None
+    if status == 200 and isinstance(answer, dict):
+        return answer
+    raise _told(server, status, answer)
+
+
+def _told(server: str, status: int, answer: Any) -> Exception:
+    """The error that an answer tells of."""
+    from .. import errors
+
+    found = answer.get("error") if isinstance(answer, dict) else None
+    kind, message = (found.get("type"), str(found.get("message"))) if isinstance(found, dict) else (None, "")
+    ours = getattr(errors, kind, None) if isinstance(kind, str) else None
+    if isinstance(ours, type) and issubclass(ours, errors.ThawError):
+        return ours(plain(message))
+    if kind == "Forbidden":
+        return errors.UsageError(f"the server at {server} refused: {plain(message)}")
+    if status == 401:
+        return errors.UsageError(f"the server at {server} wants vLLM's API key; set VLLM_API_KEY, or give --api-key")
+    if status in (404, 405):
+        return errors.UsageError(
+            f"the server at {server} has no routes of thaw's; start it with the environment that 'thaw doctor' prints"
+        )
+    return errors.ThawError(f"the server at {server} answered {status}: {plain(message) or 'nothing that says why'}")

@@ -1,0 +1,152 @@
+"""What a request's body may say: JSON to dataclasses that are checked when they are made."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from ....errors import FormatError, UsageError
+from ....format.identity import model_id
+from .access import checked_name
+
+LARGEST_BODY = 32 * 1024 * 1024
+"""Bytes; some millions of token ids."""
+LARGEST_TOKEN = 2**31 - 1
+
+Body = TypeVar("Body", "Freezing", "Restoring")
+
+
+@dataclass(frozen=True)
+class Freezing:
+    """The body of ``/v1/thaw/kv/freeze``: a file, and one of prompts, token_ids, request and everything.
+
+    Attributes:
+        name: the file's, in the server's directory.
+        prompts: texts, tokenised as the completions route does.
+        token_ids: lists of token ids.
+        request: the id of a running request.
+        everything: what anybody has asked, as far as its tokens are known.
+        cache_salt: of the requests with these prompts or token ids.
+        model_id: which weights the engine holds, where it does not know.
+        force: replace an existing file.
+    """
+
+    name: str
+    prompts: list[str] | None = None
+    token_ids: list[list[int]] | None = None
+    request: str | None = None
+    everything: bool = False
+    cache_salt: str | None = None
+    model_id: str | None = None
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        checked_name(self.name)
+        _flag("everything", self.everything)
+        _flag("force", self.force)
+        _model(self.model_id)
+        if self.prompts is not None:
+            for text in _items("prompts", self.prompts):
+                _text("prompts: each", text)
+        if self.token_ids is not None:
+            for ids in _items("token_ids", self.token_ids):
+                for token in _items("token_ids: each", ids):
+                    if type(token) is not int or not 0 <= token <= LARGEST_TOKEN:
+                        raise UsageError("token_ids: each list must hold token ids, whole numbers from 0 on")
+        if self.request is not None:
+            _text("request", self.request, 1024)
+        chosen = [name for name in ("prompts", "token_ids", "request") if getattr(self, name) is not None]
+        chosen += ["everything"] if self.everything else []
+        if len(chosen) != 1:
+            raise UsageError(
+                f"{' and '.join(chosen) or 'nothing'} was asked for; give one of prompts, token_ids and request, or "
+                'say {"everything": true} to write what all users of this server have asked'
+            )
+        if self.cache_salt is not None:
+            _text("cache_salt", self.cache_salt, 1024)
+            if chosen[0] not in ("prompts", "token_ids"):
+                raise UsageError("cache_salt belongs to prompts or token_ids; the others have their own")
+
+
+@dataclass(frozen=True)
+class Restoring:
+    """The body of ``/v1/thaw/kv/restore``.
+
+    Attributes:
+        name: the file's, in the server's directory.
+        model_id: which weights the engine holds, where it does not know.
+        evict: let cached blocks that nobody uses make room.
+    """
+
+    name: str
+    model_id: str | None = None
+    evict: bool = False
+
+    def __post_init__(self) -> None:
+        checked_name(self.name)
+        _flag("evict", self.evict)
+        _model(self.model_id)
+
+
+def parse(raw: bytes, kind: type[Body]) -> Body:
+    """A body as one of the classes here.
+
+    Raises:
+        UsageError: it is none, with what is wrong.
+    """
+    try:
+        found = json.loads(raw, object_pairs_hook=_object, parse_constant=_constant)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"the body is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise UsageError("the body must be a JSON object")
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    unknown = [name[:40] for name in found if name not in fields]
+    if unknown:
+        raise UsageError(f"there is no field {unknown[0]!r}; there are {', '.join(fields)}")
+    if "name" not in found:
+        raise UsageError("name is missing: which file")
+    return kind(**found)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a field is there twice")
+    return found
+
+
+def _constant(name: str) -> Any:
+    raise ValueError(f"{name} is no number")
+
+
+def _flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise UsageError(f"{name} must be true or false")
+
+
+def _text(name: str, value: object, longest: int | None = None) -> None:
+    if not isinstance(value, str) or not value or (longest is not None and len(value) > longest):
+        limit = "" if longest is None else f" of at most {longest} characters"
+        raise UsageError(f"{name} must be a text{limit}, not empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"{name} holds half a surrogate pair, which is no text") from None
+
+
+def _items(name: str, value: object) -> list[Any]:
+    if not isinstance(value, list) or not value:
+        raise UsageError(f"{name} must be a list, not empty")
+    return value
+
+
+def _model(value: object) -> None:
+    if value is None:
+        return
+    try:
+        model_id(value, "model_id")
+    except FormatError as error:
+        raise UsageError(f"{error}; 'thaw id MODEL' says it") from None

@@ -1,0 +1,170 @@
+"""Entry point of the group ``vllm.endpoint_plugins``: routes of vLLM's own server that freeze and restore KV blocks.
+
+The contract is vllm/plugins/endpoint_plugins/interface.py. vLLM loads it only where ``VLLM_PLUGINS`` names it; its name
+is the general plugin's, so that neither is loaded without the other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from argparse import Namespace
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse
+from starlette.datastructures import State
+from starlette.requests import Request
+
+from ....errors import (
+    DeviceError,
+    ExistsError,
+    FormatError,
+    MismatchError,
+    SpaceError,
+    ThawError,
+    UnsupportedError,
+    UsageError,
+)
+from .. import versions
+from . import core as engine_core
+from .access import TOKEN_HEADER, Access
+from .bodies import LARGEST_BODY, Freezing, Restoring, parse
+
+STATUS: dict[type[ThawError], int] = {
+    UsageError: 400,
+    ExistsError: 409,
+    MismatchError: 409,
+    FormatError: 422,
+    UnsupportedError: 501,
+    DeviceError: 503,
+    SpaceError: 507,
+    ThawError: 500,
+}
+"""The status of an error is that of the first class of its ancestry that is here."""
+
+
+class _Refused(Exception):
+    """An answer that is no error of thaw's."""
+
+    def __init__(self, status: int, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.status, self.kind = status, kind
+
+
+@dataclass(frozen=True)
+class _Served:
+    access: Access
+    client: Any
+
+
+class KVRoutes:
+    """What vLLM's API server asks of an endpoint plugin."""
+
+    name = "thaw"
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Add the routes; what they need is known later, in ``init_state``."""
+        for path, method, work in (
+            ("/v1/thaw/kv/info", "GET", _info),
+            ("/v1/thaw/kv/freeze", "POST", _freeze),
+            ("/v1/thaw/kv/restore", "POST", _restore),
+        ):
+            app.add_api_route(path, _answering(work), methods=[method], include_in_schema=False)
+
+    async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
+        """Remember the engine, and what the operator allows."""
+        state.thaw_kv = _Served(Access.from_environment(), engine_client)
+
+
+def _answering(
+    work: Callable[[Request, _Served], Awaitable[dict[str, Any]]],
+) -> Callable[[Request], Awaitable[JSONResponse]]:
+    async def answer(request: Request) -> JSONResponse:
+        served: _Served = request.app.state.thaw_kv
+        try:
+            why = served.access.refusal(request.headers.get(TOKEN_HEADER))
+            if why is not None:
+                raise _Refused(403, "Forbidden", why)
+            return JSONResponse(await work(request, served))
+        except _Refused as refused:
+            return _error(refused.status, refused.kind, str(refused))
+        except ThawError as error:
+            status = next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)
+            return _error(status, type(error).__name__, str(error))
+
+    return answer
+
+
+def _error(status: int, kind: str, message: str) -> JSONResponse:
+    return JSONResponse({"error": {"type": kind, "message": message}}, status)
+
+
+async def _info(request: Request, served: _Served) -> dict[str, Any]:
+    return await _call(served, "thaw_kv_info", {})
+
+
+async def _freeze(request: Request, served: _Served) -> dict[str, Any]:
+    body = await asyncio.to_thread(parse, await _body(request), Freezing)
+    path, prefixes = _target(served.access, body.name, body.force), None
+    if body.prompts is not None:
+        tokens = [await versions.completion_tokens(served.client, text) for text in body.prompts]
+        prefixes = [{"tokens": ids, "salt": body.cache_salt} for ids in tokens]
+    elif body.token_ids is not None:
+        prefixes = [{"tokens": ids, "salt": body.cache_salt} for ids in body.token_ids]
+    return await _call(
+        served,
+        "thaw_kv_freeze",
+        {
+            "path": path,
+            "force": body.force,
+            "prefixes": prefixes,
+            "request": body.request,
+            "model": body.model_id,
+        },
+    )
+
+
+async def _restore(request: Request, served: _Served) -> dict[str, Any]:
+    body = parse(await _body(request), Restoring)
+    path = served.access.path_of(body.name)
+    if not os.path.isfile(path):
+        raise _Refused(404, "StorageError", f"there is no file {body.name!r} in the server's directory")
+    return await _call(served, "thaw_kv_restore", {"path": path, "model": body.model_id, "evict": body.evict})
+
+
+def _target(access: Access, name: str, force: bool) -> str:
+    path = access.path_of(name)
+    if not force and os.path.lexists(path):  # said before the engine stops for it
+        raise ExistsError(f'{name!r} exists in the server\'s directory; use --force ("force": true) to replace it')
+    return path
+
+
+async def _body(request: Request) -> bytes:
+    raw = bytearray()
+    async for part in request.stream():
+        raw += part
+        if len(raw) > LARGEST_BODY:
+            raise _Refused(413, "UsageError", f"the body is larger than {LARGEST_BODY} bytes; freeze in several files")
+    return bytes(raw)
+
+
+async def _call(served: _Served, method: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Ask the engine core; its paths become names, which is what callers know."""
+    size = versions.data_parallel_size(served.client)
+    if size > 1:
+        raise UnsupportedError(
+            f"this server has {size} data-parallel engines, each with a cache of its own; not in this version: "
+            "serve with data_parallel_size=1"
+        )
+    if await served.client.is_sleeping():
+        raise UsageError("the engine is asleep and its cache is empty; wake it up first")
+    answer = engine_core.raised(await versions.call_core(served.client, method, options))
+    if "path" in answer:
+        answer = {"name": os.path.basename(answer["path"])} | {k: v for k, v in answer.items() if k != "path"}
+    if "files" in answer:
+        answer["files"] = [os.path.basename(path) for path in answer["files"]]
+    return answer
