@@ -14,6 +14,7 @@ _HOMES = {
     "ThawModelLoader": "engines.vllm.loader",
     "freeze_cache": "engines.transformers.cache",
     "freeze_kv_cache": "engines.vllm.kv.api",
+    "freeze_kv_cache_async": "engines.vllm.kv.api",
     "freeze_kv_cache_tp": "engines.vllm.kv.api",
     "freeze_model": "weights.module",
     "freeze_model_pipelined": "weights.module",
@@ -22,6 +23,7 @@ _HOMES = {
     "pin": "weights.pinned",
     "restore_cache": "engines.transformers.cache",
     "restore_kv_cache": "engines.vllm.kv.api",
+    "restore_kv_cache_async": "engines.vllm.kv.api",
     "restore_kv_cache_tp": "engines.vllm.kv.api",
     "restore_model": "weights.module",
     "restore_model_from_ram": "weights.module",
@@ -33,6 +35,7 @@ __all__ = [
     "__version__",
     "freeze_cache",
     "freeze_kv_cache",
+    "freeze_kv_cache_async",
     "freeze_kv_cache_tp",
     "freeze_model",
     "freeze_model_pipelined",
@@ -41,6 +44,7 @@ __all__ = [
     "pin",
     "restore_cache",
     "restore_kv_cache",
+    "restore_kv_cache_async",
     "restore_kv_cache_tp",
     "restore_model",
     "restore_model_from_ram",
@@ -50,7 +54,14 @@ __all__ = [
 if TYPE_CHECKING:
     from .engines.transformers.cache import freeze_cache, restore_cache
     from .engines.vllm.api import freeze_model_tp, load
-    from .engines.vllm.kv.api import freeze_kv_cache, freeze_kv_cache_tp, restore_kv_cache, restore_kv_cache_tp
+    from .engines.vllm.kv.api import (
+        freeze_kv_cache,
+        freeze_kv_cache_async,
+        freeze_kv_cache_tp,
+        restore_kv_cache,
+        restore_kv_cache_async,
+        restore_kv_cache_tp,
+    )
     from .engines.vllm.loader import ThawModelLoader
     from .weights.module import (
         freeze_model,

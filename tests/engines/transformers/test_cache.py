@@ -43,6 +43,10 @@ def make(dtype=torch.float32, seed=0, **changes):
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes | heads | changes)).to(dtype).eval()
 
 
+def load(directory, dtype):
+    return transformers.LlamaForCausalLM.from_pretrained(directory, dtype=dtype).eval()
+
+
 def run(model, cache=None, ids=PROMPT):
     """A cache of ``ids``, and the token that the model would say next."""
     cache = DynamicCache(config=model.config) if cache is None else cache
@@ -71,8 +75,8 @@ def frozen(model, tmp_path_factory):
 def test_a_fresh_process_goes_on_bit_for_bit(tmp_path):
     cases, wanted = [], []
     for dtype in ("float32", "bfloat16"):
-        model = make(getattr(torch, dtype))
-        model.save_pretrained(tmp_path / dtype)
+        make(getattr(torch, dtype)).save_pretrained(tmp_path / dtype)
+        model = load(tmp_path / dtype, getattr(torch, dtype))
         for room in (None, ROOM):
             path = tmp_path / f"{dtype}-{room}.thawkv"
             cache, token = run(model, room and static(model))
@@ -89,8 +93,6 @@ def test_a_fresh_process_goes_on_bit_for_bit(tmp_path):
 
 def test_static_to_dynamic_and_back(model, tmp_path):
     cache, token = run(model, static(model))
-    dynamic, _ = run(model)
-    assert held(cache, len(PROMPT)) == held(dynamic, len(PROMPT))
     thaw_vllm.freeze_cache(model, cache, PROMPT, tmp_path / "a.thawkv")
     second, ids = thaw_vllm.restore_cache(model, tmp_path / "a.thawkv")
     assert type(second) is DynamicCache and ids == PROMPT and second.get_seq_length() == len(PROMPT)
@@ -100,15 +102,15 @@ def test_static_to_dynamic_and_back(model, tmp_path):
     third, ids = thaw_vllm.restore_cache(model, tmp_path / "b.thawkv", cache=given)
     assert third is given and int(third.get_seq_length()) == len(PROMPT)
     assert held(third, ROOM) == held(cache, ROOM)
-    assert go_on(model, second, token) == go_on(model, dynamic, token)
+    assert held(second, len(PROMPT)) == held(cache, len(PROMPT))
     assert go_on(model, third, token) == go_on(model, cache, token)
 
 
-@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad], ids=lambda mode: mode.__name__)
 def test_a_static_cache_that_was_used_is_filled_from_the_start(model, frozen, mode):
     fresh, _ = thaw_vllm.restore_cache(model, frozen, cache=static(model))
     used = static(model)
-    with mode(), torch.no_grad() if mode is torch.enable_grad else mode():
+    with mode():
         model(torch.tensor([[1] * 20]), past_key_values=used, use_cache=True)
     thaw_vllm.restore_cache(model, frozen, cache=used)
     assert held(used, ROOM) == held(fresh, ROOM) and int(used.get_seq_length()) == len(PROMPT)
@@ -140,7 +142,8 @@ def test_what_the_file_says(model, frozen, tmp_path):
 
 
 def test_thaw_info_shows_it(frozen):
-    command = [sys.executable, "-m", "thaw_vllm.cli.main", "info", str(frozen), "--json", "--show-tokens"]
+    start = "from thaw_vllm.cli.main import main; raise SystemExit(main())"
+    command = [sys.executable, "-c", start, "info", str(frozen), "--json", "--show-tokens"]
     ran = subprocess.run(command, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     found = json.loads(ran.stdout)
@@ -149,9 +152,19 @@ def test_thaw_info_shows_it(frozen):
 
 def test_a_reloaded_model_is_the_same(model, frozen, tmp_path):
     model.save_pretrained(tmp_path)
-    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path).eval()
-    cache, _ = thaw_vllm.restore_cache(again, frozen)
+    cache, _ = thaw_vllm.restore_cache(load(tmp_path, torch.float32), frozen)
     assert held(cache, len(PROMPT)) == held(run(model)[0], len(PROMPT))
+
+
+def test_a_rounded_rotary_table_is_another_model(tmp_path):
+    """All saved tensors, the config and the dtype agree, and what is computed next would not."""
+    rounded = make(torch.bfloat16)
+    rounded.save_pretrained(tmp_path)
+    thaw_vllm.freeze_cache(rounded, run(rounded)[0], PROMPT, tmp_path / "x.thawkv")
+    exact = load(tmp_path, torch.bfloat16)
+    assert rounded.model.rotary_emb.inv_freq.dtype != exact.model.rotary_emb.inv_freq.dtype
+    with pytest.raises(MismatchError, match="element type of a buffer differs"):
+        thaw_vllm.restore_cache(exact, tmp_path / "x.thawkv")
 
 
 def fine_tuned():
@@ -299,8 +312,8 @@ def test_caches_that_are_refused(model, tmp_path):
     offloaded = run(model)[0]
     offloaded.offloading = True
     refused(model, offloaded, PROMPT, path, UnsupportedError, "offloaded")
-    with torch.autocast("cpu", torch.bfloat16):
-        mixed, _ = run(model)
+    mixed = run(model)[0]
+    mixed.layers[1].keys = mixed.layers[1].keys.bfloat16()
     refused(model, mixed, PROMPT, path, UnsupportedError, "autocast")
     shared = run(model)[0]
     shared.layers[1].keys = shared.layers[0].keys
@@ -326,19 +339,19 @@ def test_static_caches_that_are_refused(model, frozen):
     for cache, message in (
         (DynamicCache(), "is a DynamicCache"),
         (static(model, 10), "room for 10 tokens"),
-        (run(model.bfloat16(), static(model))[0], "is bfloat16"),
+        (run(make(torch.bfloat16), static(model))[0], "is bfloat16"),
     ):
-        model.float()
         with pytest.raises(UsageError, match=message):
             thaw_vllm.restore_cache(model, frozen, cache=cache)
 
 
 def test_other_versions_of_transformers(model, frozen, monkeypatch, caplog):
-    monkeypatch.setattr(transformers, "__version__", "7.1.0")
+    current = sys.modules["transformers"]  # which puts another in its place when it loads a model's code
+    monkeypatch.setattr(current, "__version__", "7.1.0")
     with caplog.at_level(logging.WARNING):
         thaw_vllm.restore_cache(model, frozen)
     assert "this is 7.1.0" in caplog.text
-    monkeypatch.delattr(transformers.cache_utils, "StaticLayer")
+    monkeypatch.delattr(current.cache_utils, "StaticLayer")
     for call in (lambda: thaw_vllm.restore_cache(model, frozen), lambda: thaw_vllm.freeze_cache(model, 0, [1], "x")):
         with pytest.raises(UnsupportedError, match=r"transformers 7\.1\.0 keeps caches"):
             call()

@@ -177,7 +177,7 @@ def test_a_body_is_bounded(server: Server, monkeypatch: pytest.MonkeyPatch):
 
 def test_what_the_core_is_asked(server: Server, directory: Path):
     place = str(directory.resolve() / "a.thawkv")
-    plain = {"path": place, "force": False, "request": None, "model": None}
+    plain = {"path": place, "force": False, "request": None, "model": None, "background": True}
     body = {"name": "a.thawkv", "prompts": ["ab", "c"], "cache_salt": "s", "model_id": MODEL}
     assert server.post("freeze", body) == (200, {"blocks": 7})
     server.post("freeze", {"name": "a.thawkv", "token_ids": [[5, 6]]})

@@ -126,7 +126,8 @@ def restore_cache(
         _require_static(cache, count)
     with collection_paused(), open_snapshot(path) as opened:
         header, name = opened.snapshot.header, opened.source.name
-        require(header.identity, own, name)
+        require(header.identity, replace(own, config=None), name)
+        _require_config(header.identity, own, name)
         ids = _prefix(opened)
         layout = _require_layout(header.kv, count, str(own.dtype), name)
         if cache is not None:
@@ -293,6 +294,15 @@ def _require_layout(found: Layout | None, count: int, dtype: str, name: str) -> 
             "version of transformers"
         )
     return found
+
+
+def _require_config(found: Identity, own: Identity, name: str) -> None:
+    if found.config != own.config:
+        raise MismatchError(
+            f"{name!r} holds config {found.config}, this model has {own.config}: a value of its config, the version of "
+            "transformers or the element type of a buffer differs (model.to(dtype) rounds rotary tables, "
+            "from_pretrained(dtype=...) does not); load the model as it was when freezing, or freeze again"
+        )
 
 
 def _require_model(found: Identity, own: str, name: str) -> None:

@@ -12,7 +12,7 @@ from ...format import identity as rules
 from ...format.identity import Identity
 from ...format.limits import HASH_BLOCK
 from ...transport import parallel
-from ...weights.capture import capture, module_tensors
+from ...weights.capture import capture, module_tensors, persistent_buffers
 from ...weights.checkpoint import config_hash
 from ...weights.digest import block_digests, bytes_digest
 from ...weights.freeze import tensors_id
@@ -61,7 +61,7 @@ def model_identity(model: PreTrainedModel) -> Identity:
         engine="transformers",
         engine_version=transformers.__version__,
         architecture=type(model).__name__,
-        config=_config_hash(config),
+        config=_config_hash(model),
         dtype=dtype_name(model.dtype),
         quantization=_quantization(config),
     )
@@ -117,12 +117,18 @@ def checked_id(given: str) -> str:
         raise UsageError(f"{error}; 'thaw id MODEL' prints one") from None
 
 
-def _config_hash(config: Any) -> str:
-    """Of every value in memory, defaults too: they may differ between versions of transformers."""
-    known = json.loads(config.to_json_string(use_diff=False))
+def _config_hash(model: PreTrainedModel) -> str:
+    """Of every value in memory, defaults too: they may differ between versions of transformers.
+
+    And of the dtypes of what the model id does not cover: ``model.to(torch.bfloat16)`` rounds the rotary table too,
+    ``from_pretrained(dtype=torch.bfloat16)`` does not.
+    """
+    known = json.loads(model.config.to_json_string(use_diff=False))
     # Filled in by saving only; the identity names the architecture.
     known.pop("architectures", None)
-    return config_hash(known)
+    saved = persistent_buffers(model)
+    derived = {name: dtype_name(buffer.dtype) for name, buffer in model.named_buffers() if name not in saved}
+    return config_hash(known, {"buffers": derived})
 
 
 def _quantization(config: Any) -> str | None:

@@ -10,6 +10,7 @@ _WORKER_METHODS = (
     "thaw_model_id",
     "thaw_kv_describe",
     "thaw_kv_freeze",
+    "thaw_kv_job",
     "thaw_kv_fill",
 )
 

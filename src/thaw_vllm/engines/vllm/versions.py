@@ -219,6 +219,11 @@ def cached_blocks(pool: Any) -> list[Any]:
     return [block for block in pool.blocks if block.block_hash is not None and not block.is_null]
 
 
+def blocks_of(pool: Any, ids: Sequence[int]) -> list[Any]:
+    """Blocks by their numbers."""
+    return [pool.blocks[number] for number in ids]
+
+
 def hash_of(block: Any) -> bytes:
     """The hash of a cached block, without its group."""
     return bytes(_get("vllm.v1.core.kv_cache_utils", "get_block_hash")(block.block_hash))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 from ....errors import UnsupportedError, UsageError
 from ....format.identity import model_id as checked_model_id
 from ....transport.writer import check_target
+from .. import versions
 from . import core as engine_core
 
 if TYPE_CHECKING:
     from vllm import LLM
+    from vllm.v1.engine.async_llm import AsyncLLM
 
 
 @dataclass(frozen=True)
@@ -98,29 +102,85 @@ def freeze_kv_cache(
     Notes:
         The file holds the token ids, so the prompts, in the clear; its mode is 0600. Only full blocks are cached.
     """
-    given = [
-        name
-        for name, value in (("prompts", prompts), ("token_ids", token_ids), ("session", session))
-        if value is not None
-    ]
-    if len(given) > 1:
-        raise UsageError(f"give one of {' and '.join(given)}")
+
+    def tokenised(texts: Sequence[str]) -> list[list[int]]:
+        tokenizer = llm.get_tokenizer()
+        return [list(tokenizer.encode(text)) for text in texts]
+
     place = engine_core.path_of(path)
     check_target(Path(place), force)
-    prefixes = None
-    if prompts is not None:
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        tokenizer = llm.get_tokenizer()
-        prefixes = [{"tokens": list(tokenizer.encode(text)), "salt": cache_salt} for text in texts]
+    prefixes = _prefixes(_texts(prompts, token_ids, session), token_ids, cache_salt, tokenised)
+    options = {"path": place, "force": force, "prefixes": prefixes, "request": session, "model": _checked(model_id)}
+    answer = _call(llm, "thaw_kv_freeze", options | {"background": True})
+    while "job" in answer:
+        time.sleep(engine_core.PAUSE)
+        answer = _call(llm, "thaw_kv_job", {"job": answer["job"]})
+    return KVFreezeReport(**answer)
+
+
+async def freeze_kv_cache_async(
+    engine: AsyncLLM,
+    path: str | os.PathLike[str],
+    *,
+    prompts: str | Sequence[str] | None = None,
+    token_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
+    session: str | None = None,
+    cache_salt: str | None = None,
+    model_id: str | None = None,
+    force: bool = False,
+) -> KVFreezeReport:
+    """``freeze_kv_cache`` for an ``AsyncLLM``; its requests go on meanwhile.
+
+    The blocks are held, which are full and never written to again, while a thread of the worker reads them; with
+    several ranks the engine waits instead.
+    """
+    place = engine_core.path_of(path)
+    await asyncio.to_thread(check_target, Path(place), force)
+    texts = _texts(prompts, token_ids, session)
+    tokens = None if texts is None else [await versions.completion_tokens(engine, text) for text in texts]
+    prefixes = _prefixes(texts, token_ids, cache_salt, lambda _: tokens or [])
+    options = {"path": place, "force": force, "prefixes": prefixes, "request": session, "model": _checked(model_id)}
+    answer = await _ask(engine, "thaw_kv_freeze", options | {"background": True})
+    while "job" in answer:
+        await asyncio.sleep(engine_core.PAUSE)
+        answer = await _ask(engine, "thaw_kv_job", {"job": answer["job"]})
+    return KVFreezeReport(**answer)
+
+
+async def restore_kv_cache_async(
+    engine: AsyncLLM, path: str | os.PathLike[str], *, model_id: str | None = None, evict: bool = False
+) -> KVRestoreReport:
+    """``restore_kv_cache`` for an ``AsyncLLM``; its steps wait meanwhile."""
+    options = {"path": engine_core.path_of(path), "model": _checked(model_id), "evict": evict}
+    return KVRestoreReport(**await _ask(engine, "thaw_kv_restore", options))
+
+
+def _texts(prompts: str | Sequence[str] | None, token_ids: object, session: str | None) -> list[str] | None:
+    selections = {"prompts": prompts, "token_ids": token_ids, "session": session}
+    given = [name for name, value in selections.items() if value is not None]
+    if len(given) > 1:
+        raise UsageError(f"give one of {' and '.join(given)}")
+    return [prompts] if isinstance(prompts, str) else None if prompts is None else list(prompts)
+
+
+def _prefixes(
+    texts: list[str] | None,
+    token_ids: Sequence[int] | Sequence[Sequence[int]] | None,
+    cache_salt: str | None,
+    tokenised: Callable[[Sequence[str]], list[list[int]]],
+) -> list[dict[str, Any]] | None:
+    """What to freeze; None for everything."""
+    if texts is not None:
+        lists: list[Any] = tokenised(texts)
     elif token_ids is not None:
-        lists: list[Any] = [token_ids] if token_ids and isinstance(token_ids[0], int) else list(token_ids)
-        prefixes = [{"tokens": list(ids), "salt": cache_salt} for ids in lists]
+        lists = [token_ids] if token_ids and isinstance(token_ids[0], int) else list(token_ids)
     elif cache_salt is not None:
         raise UsageError("cache_salt belongs to prompts or token_ids; everything includes the salted ones")
-    if prefixes == []:
+    else:
+        return None
+    if not lists:
         raise UsageError("the list of prompts or token ids is empty; leave it out to freeze everything")
-    options = {"path": place, "force": force, "prefixes": prefixes, "request": session, "model": _checked(model_id)}
-    return KVFreezeReport(**_call(llm, "thaw_kv_freeze", options))
+    return [{"tokens": list(ids), "salt": cache_salt} for ids in lists]
 
 
 def restore_kv_cache(
@@ -165,6 +225,14 @@ def _call(llm: LLM, method: str, options: dict[str, Any]) -> dict[str, Any]:
     if getattr(llm.llm_engine.vllm_config.parallel_config, "data_parallel_size", 1) > 1:
         raise UnsupportedError("data-parallel engines have a cache for each replica; not in this version")
     return engine_core.raised(client.call_utility(method, options))
+
+
+async def _ask(engine: AsyncLLM, method: str, options: dict[str, Any]) -> dict[str, Any]:
+    if versions.data_parallel_size(engine) > 1:
+        raise UnsupportedError("data-parallel engines have a cache for each replica; not in this version")
+    if await engine.is_sleeping():
+        raise UsageError("the engine is asleep and its cache is empty; wake it up first")
+    return engine_core.raised(await versions.call_core(engine, method, options))
 
 
 def _checked(model: str | None) -> str | None:

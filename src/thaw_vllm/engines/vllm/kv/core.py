@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import functools
 import os
+import secrets
 import time
 from array import array
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 from .... import __version__, errors
@@ -23,7 +25,9 @@ from ....weights.open import open_rank
 from .. import versions
 from . import recorder
 
-METHODS = ("thaw_kv_info", "thaw_kv_freeze", "thaw_kv_restore")
+PAUSE = 0.02
+"""Seconds between two questions about a job."""
+METHODS = ("thaw_kv_info", "thaw_kv_freeze", "thaw_kv_job", "thaw_kv_restore")
 
 
 def install() -> None:
@@ -32,7 +36,7 @@ def install() -> None:
     if core is None:
         return
     recorder.install()
-    for name, work in zip(METHODS, (info, freeze, restore), strict=True):
+    for name, work in zip(METHODS, (info, freeze, job, restore), strict=True):
         if not hasattr(core, name):
             setattr(core, name, _answering(work))
 
@@ -79,14 +83,21 @@ def freeze(core: Any, options: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         options: ``path``, ``force``, ``model``; ``prefixes``: a list of ``{"tokens": [...], "salt": text or None}``,
-            None for everything; ``request``: the id of a running request, in place of prefixes.
+            None for everything; ``request``: the id of a running request, in place of prefixes; ``background``: let the
+            engine go on meanwhile.
 
     Returns:
         ``bytes``, ``blocks``, ``prefixes``, ``tokens`` (of the longest), ``skipped`` (reason to number of blocks),
-        ``seconds``, ``files``.
+        ``seconds``, ``files``; or ``{"job": id}``, which ``job`` is to be asked about until it has these.
+
+    Notes:
+        A block that is cached is full and is never written to again. So once its reference is held, which keeps it from
+        being given to somebody else, its pages can be read at any time after the steps that were asked for before.
     """
     start = time.perf_counter()
     pool = versions.block_pool(core)
+    for other in [*_jobs(core)]:  # of callers that went away
+        _look(core, other, keep=True)
     layout = _layout(core, pool)
     model = _model(core, options.get("model"), required=True)
     prefixes = options.get("prefixes")
@@ -106,33 +117,94 @@ def freeze(core: Any, options: dict[str, Any]) -> dict[str, Any]:
             + (f" ({told})" if told else "")
             + f"; a block is {table.block_size} tokens, and the prompt must have been run here before"
         )
-    answers = core.model_executor.collective_rpc(
-        "thaw_kv_freeze",
-        args=(
-            {
-                "path": options["path"],
-                "force": bool(options.get("force")),
-                "blocks": pool.num_gpu_blocks,
-                "ids": selection.ids,
-                "layout": layout.to_json(),
-                "model": model,
-                "table": table.encode(),
-                "writer": f"thaw {__version__}",
-            },
-        ),
-    )
-    reports = [raised(answer) for answer in sorted(answers, key=lambda a: "rank " in a.get("message", ""))]
-    leaves = table.leaves()
-    return {
-        "path": options["path"],
-        "bytes": sum(report["bytes"] for report in reports),
-        "blocks": len(table.blocks),
-        "prefixes": len(leaves),
-        "tokens": table.depths()[leaves[0]] * table.block_size,
-        "skipped": selection.skipped,
-        "files": [report["path"] for report in reports],
-        "seconds": time.perf_counter() - start,
-    }
+    held = versions.blocks_of(pool, selection.ids)
+    found = _Job(held, options["path"], table, selection.skipped, start)
+    name = secrets.token_hex(8)
+    pool.touch(held)
+    try:
+        answers = core.model_executor.collective_rpc(
+            "thaw_kv_freeze",
+            args=(
+                {
+                    "path": options["path"],
+                    "force": bool(options.get("force")),
+                    "blocks": pool.num_gpu_blocks,
+                    "ids": selection.ids,
+                    "layout": layout.to_json(),
+                    "model": model,
+                    "table": table.encode(),
+                    "writer": f"thaw {__version__}",
+                    "job": name if options.get("background") else None,
+                },
+            ),
+        )
+    except BaseException:
+        pool.free_blocks(reversed(held))
+        raise
+    if any("running" in answer for answer in answers):
+        _jobs(core)[name] = found
+        return {"job": name}
+    pool.free_blocks(reversed(held))
+    return found.report(answers)
+
+
+def job(core: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """What ``freeze`` gives, of one in the background; ``{"job": id}`` while it goes on.
+
+    Args:
+        options: ``job``: the id.
+    """
+    if options["job"] not in _jobs(core):
+        raise UsageError(f"there is no job {options['job']!r}; it was asked about before, or never begun")
+    return _look(core, options["job"])
+
+
+@dataclass
+class _Job:
+    """A freeze; ``answers`` once the workers have ended theirs and nobody has asked yet."""
+
+    held: list[Any]
+    path: str
+    table: Table
+    skipped: dict[str, int]
+    start: float
+    answers: list[dict[str, Any]] = field(default_factory=list)
+
+    def report(self, answers: list[dict[str, Any]]) -> dict[str, Any]:
+        reports = [raised(answer) for answer in sorted(answers, key=lambda a: "rank " in a.get("message", ""))]
+        leaves = self.table.leaves()
+        return {
+            "path": self.path,
+            "bytes": sum(report["bytes"] for report in reports),
+            "blocks": len(self.table.blocks),
+            "prefixes": len(leaves),
+            "tokens": self.table.depths()[leaves[0]] * self.table.block_size,
+            "skipped": self.skipped,
+            "files": [report["path"] for report in reports],
+            "seconds": time.perf_counter() - self.start,
+        }
+
+
+def _jobs(core: Any) -> dict[str, _Job]:
+    found: dict[str, _Job] | None = getattr(core, "_thaw_jobs", None)
+    if found is None:
+        found = core._thaw_jobs = {}
+    return found
+
+
+def _look(core: Any, name: str, *, keep: bool = False) -> dict[str, Any]:
+    """Ask the workers about a job and let go of its blocks when they have ended; ``keep`` leaves the report there."""
+    found = _jobs(core)[name]
+    if not found.answers:
+        answers = core.model_executor.collective_rpc("thaw_kv_job", args=({"job": name},))
+        if any("running" in answer for answer in answers):
+            return {"job": name}
+        found.answers = answers
+        versions.block_pool(core).free_blocks(reversed(found.held))
+    if keep:
+        return {"job": name}
+    del _jobs(core)[name]
+    return found.report(found.answers)
 
 
 class _Selection:

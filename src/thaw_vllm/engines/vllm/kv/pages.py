@@ -6,9 +6,12 @@ would take the whole engine down.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+import queue
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,14 +19,15 @@ import torch
 from ....errors import CorruptionError, MismatchError, ThawError, UnsupportedError
 from ....format.header import Header
 from ....format.identity import Identity, require
+from ....format.index import Index, Tensor
 from ....format.kv import PAGES, Layout, Region, require_layout
 from ....kv.read import count_slots
 from ....transport.collector import collection_paused
-from ....weights.capture import Named, capture
+from ....weights.capture import Captured, Named, Storage, StorageBytes, capture
 from ....weights.freeze import FreezeOptions
-from ....weights.layout import dtype_name
+from ....weights.layout import dtype_name, host_bytes
 from ....weights.open import open_rank
-from ....weights.ranks import freeze_rank
+from ....weights.ranks import Exchange, alone, freeze_rank
 from ....weights.restore import RestoreOptions, reading, restore
 from .. import versions
 from ..exchange import world_exchange
@@ -32,7 +36,7 @@ from ..identity import engine_identity
 _ON_DEVICE = 0.5
 """Share of a GPU's free memory that gathered pages may take; more of them pass through host memory."""
 _PIECE = 64 << 20
-"""Bytes that are gathered or scattered at once where they pass through host memory."""
+"""Bytes that are scattered at once where they pass through host memory."""
 
 
 def answering(work: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
@@ -64,27 +68,115 @@ def freeze(worker: Any, options: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         options: ``path``, ``force``; ``blocks`` of the pool; ``ids`` of the blocks by slot; ``layout`` without regions;
-            ``model``: the model id; ``table``: name to dtype, shape and bytes; ``writer``.
+            ``model``: the model id; ``table``: name to dtype, shape and bytes; ``writer``; ``job``: the id under which
+            a thread should do it while the engine goes on, where this is the only rank.
+
+    Returns:
+        The FreezeReport as a dict, or ``{"running": True}``, and then ``job`` has it.
     """
-    own = identity(worker)
-    found = regions(worker, options["blocks"])
-    layout = _layout(options["layout"], found)
+    own, found = identity(worker), regions(worker, options["blocks"])
+    header = Header(identity=own, writer=options["writer"], kv=_layout(options["layout"], found))
+    exchange = world_exchange()
+    if options["job"] is None or exchange is not alone:  # ranks in threads would mix their messages with the engine's
+        return _write(options, header, found, exchange, None)
+    event = None
+    if found[0][1].device.type == "cuda":
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(found[0][1].device))  # the pages are whole after this
+    writing = answering(lambda _, options: _write(options, header, found, exchange, event))
+    results = _jobs[options["job"]] = queue.SimpleQueue()
+    thread = threading.Thread(target=lambda: results.put(writing(worker, options)), name="thaw-kv", daemon=True)
+    thread.start()
+    return {"running": True}
+
+
+_jobs: dict[str, queue.SimpleQueue[dict[str, Any]]] = {}
+"""Of this worker process: where the answer of each freeze in the background will be."""
+
+
+@answering
+def job(worker: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """What ``freeze`` gives of a job, once; ``{"running": True}`` before."""
+    try:
+        answer = _jobs[options["job"]].get_nowait()
+    except queue.Empty:
+        return {"running": True}
+    del _jobs[options["job"]]
+    return answer
+
+
+def _write(
+    options: dict[str, Any],
+    header: Header,
+    found: list[tuple[Region, torch.Tensor]],
+    exchange: Exchange,
+    event: torch.cuda.Event | None,
+) -> dict[str, Any]:
     named: list[Named] = []
-    if own.parallel.rank == 0:
+    if header.identity.parallel.rank == 0:
         for name, (dtype, shape, data) in options["table"].items():
             whole = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
             named.append((name, "tensor", whole.view(getattr(torch, dtype)).view(shape)))
-    named += [(PAGES + region.name, "tensor", _gather(view, options["ids"])) for region, view in found]
-    header = Header(identity=own, writer=options["writer"], kv=layout)
-    report = freeze_rank(
-        options["path"],
-        header,
-        capture(named),
-        FreezeOptions(force=options["force"]),
-        world_exchange(),
-        lambda: options["model"],
-    )
+    ids = options["ids"]
+    with _beside(event) as stream:
+        gathered = {r.name: v.index_select(0, _rows(v, ids)) for r, v in found if _fits(v, len(ids) * r.page)}
+        if stream is not None:
+            stream.synchronize()
+        table = capture(named)
+        entries, storages, tensors = [*table.index.tensors], [*table.storages], [*table.tensors]
+        for region, view in found:
+            storage: Storage = _Pages(view, ids, stream)
+            if region.name in gathered:
+                storage = StorageBytes(gathered[region.name].view(torch.uint8), (region.page, 1))
+            entries.append(
+                Tensor(PAGES + region.name, "tensor", "uint8", (len(ids), region.page), (region.page, 1), len(storages))
+            )
+            storages.append(storage)
+            tensors.append(view)
+        captured = Captured(
+            Index(tuple(entries), tuple(s.length for s in storages), ()), tuple(storages), tuple(tensors)
+        )
+        # Beside a running engine on the host: one thread, so that the engine keeps the other cores.
+        workers = 1 if options["job"] is not None and found[0][1].device.type == "cpu" else None
+        freezing = FreezeOptions(force=options["force"], workers=workers)
+        report = freeze_rank(options["path"], header, captured, freezing, exchange, lambda: options["model"])
     return dataclasses.asdict(report)
+
+
+@contextlib.contextmanager
+def _beside(event: torch.cuda.Event | None) -> Iterator[torch.cuda.Stream | None]:
+    """A stream of its own that begins after an event; None where there is none to wait for."""
+    if event is None:
+        yield None
+        return
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_event(event)
+    with torch.cuda.stream(stream):
+        yield stream
+
+
+class _Pages:
+    """A storage (weights/capture.py) of pages that are gathered when they are read: a chunk of them at a time."""
+
+    def __init__(self, view: torch.Tensor, ids: list[int], stream: torch.cuda.Stream | None) -> None:
+        self._view, self._ids, self._stream = view, ids, stream
+        self.length = len(ids) * view.shape[1]
+
+    def read(self, at: int, length: int) -> memoryview:
+        """See Storage."""
+        page = self._view.shape[1]
+        first, last = at // page, -(-(at + length) // page)
+        with torch.inference_mode(), torch.cuda.stream(self._stream):
+            pages = self._view.index_select(0, _rows(self._view, self._ids[first:last])).cpu()
+        return host_bytes(pages.view(torch.uint8).view(-1))[at - first * page :][:length]
+
+    def run(self, at: int, length: int) -> None:
+        """They do not lie one after another."""
+        return None
+
+
+def _rows(view: torch.Tensor, ids: list[int]) -> torch.Tensor:
+    return torch.tensor(ids, dtype=torch.long, device=view.device)
 
 
 @answering
@@ -137,6 +229,9 @@ def identity(worker: Any) -> Identity:
     Raises:
         UnsupportedError: what makes keys and values depend on more than the identity says.
     """
+    known: Identity | None = getattr(worker, "_thaw_kv_identity", None)
+    if known is not None:  # it does not change, and reading the configuration's files again would hold up a step
+        return known
     config = worker.vllm_config
     if config.speculative_config is not None and getattr(config.speculative_config, "draft_model_config", None):
         raise UnsupportedError("KV blocks of engines with a draft model are not supported in this version")
@@ -144,8 +239,9 @@ def identity(worker: Any) -> Identity:
         raise UnsupportedError(
             "KV scales that are computed while running are not stored; use calculate_kv_scales=False"
         )
-    found = engine_identity(config, config.model_config)
-    return dataclasses.replace(found, stage="kv")
+    found = dataclasses.replace(engine_identity(config, config.model_config), stage="kv")
+    worker._thaw_kv_identity = found
+    return found
 
 
 def regions(worker: Any, blocks: int) -> list[tuple[Region, torch.Tensor]]:
@@ -190,18 +286,6 @@ def _fits(view: torch.Tensor, size: int) -> bool:
     if view.device.type != "cuda":
         return False
     return size < _ON_DEVICE * torch.cuda.mem_get_info(view.device)[0]
-
-
-def _gather(view: torch.Tensor, ids: list[int]) -> torch.Tensor:
-    """Pages of blocks, one after another: ``(len(ids), page)``, uint8."""
-    rows = torch.tensor(ids, dtype=torch.long, device=view.device)
-    if view.device.type == "cpu" or _fits(view, len(ids) * view.shape[1]):
-        return view.index_select(0, rows).view(torch.uint8)
-    found = torch.empty((len(ids), view.shape[1]), dtype=torch.int8, device="cpu")
-    at = max(1, _PIECE // view.shape[1])
-    for first in range(0, len(ids), at):
-        found[first : first + at] = view.index_select(0, rows[first : first + at]).cpu()
-    return found.view(torch.uint8)
 
 
 def _scatter(view: torch.Tensor, pages: torch.Tensor, slots: list[int], ids: list[int]) -> None:

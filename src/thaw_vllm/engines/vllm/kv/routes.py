@@ -124,6 +124,7 @@ async def _freeze(request: Request, served: _Served) -> dict[str, Any]:
             "prefixes": prefixes,
             "request": body.request,
             "model": body.model_id,
+            "background": True,
         },
     )
 
@@ -163,6 +164,10 @@ async def _call(served: _Served, method: str, options: dict[str, Any]) -> dict[s
     if await served.client.is_sleeping():
         raise UsageError("the engine is asleep and its cache is empty; wake it up first")
     answer = engine_core.raised(await versions.call_core(served.client, method, options))
+    while "job" in answer:
+        await asyncio.sleep(engine_core.PAUSE)
+        asked = await versions.call_core(served.client, "thaw_kv_job", {"job": answer["job"]})
+        answer = engine_core.raised(asked)
     if "path" in answer:
         answer = {"name": os.path.basename(answer["path"])} | {k: v for k, v in answer.items() if k != "path"}
     if "files" in answer:
