@@ -248,7 +248,7 @@ def _held(layer: Any, number: int, tokens: int, dtype: str) -> tuple[torch.Tenso
             )
         if dtype_name(tensor.dtype) != dtype:
             raise UnsupportedError(
-                f"layer {number} of the cache is {dtype_name(tensor.dtype)}, the model {dtype}; run it without autocast"
+                f"layer {number} of the cache is {dtype_name(tensor.dtype)}, the model {dtype}; both must be the same (autocast?)"
             )
     held = int(layer.get_seq_length())
     if held != tokens:
