@@ -142,7 +142,7 @@ def require(found: Identity, wanted: Identity, what: str) -> None:
 
     Args:
         found: the snapshot's.
-        wanted: the engine's; None fields are not compared. The engine's version is compared by ``require_version``.
+        wanted: the engine's; None fields are not compared. The engine's version is not compared.
         what: the snapshot's name, for messages.
 
     Raises:

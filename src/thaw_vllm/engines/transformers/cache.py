@@ -248,7 +248,8 @@ def _held(layer: Any, number: int, tokens: int, dtype: str) -> tuple[torch.Tenso
             )
         if dtype_name(tensor.dtype) != dtype:
             raise UnsupportedError(
-                f"layer {number} of the cache is {dtype_name(tensor.dtype)}, the model {dtype}; both must be the same (autocast?)"
+                f"layer {number} of the cache is {dtype_name(tensor.dtype)}, the model {dtype}; make the cache with "
+                "the model as it is, without autocast"
             )
     held = int(layer.get_seq_length())
     if held != tokens:
