@@ -121,6 +121,23 @@ def do(llm, step):
         return kv_cache_info(llm, **options)
     if what == "reset":
         return llm.reset_prefix_cache()
+    if what == "call":
+        try:
+            llm.collective_rpc(options["method"])
+        except Exception as error:  # whether there is such a method is not the point
+            return str(error)
+        return None
+    if what == "abandon":  # as a caller that goes away, and a request that comes next
+        import time
+
+        from thaw_vllm.engines.vllm.kv.api import _call
+
+        asked = {"path": options["path"], "prefixes": None, "force": True, "background": True}
+        assert "job" in _call(llm, "thaw_kv_freeze", asked)
+        while not Path(options["path"]).exists():
+            time.sleep(0.02)
+        time.sleep(0.5)
+        return [kv_cache_info(llm), ask(llm, {"prompts": [[3, 4, 5]], "max_tokens": 1}) and kv_cache_info(llm)]
     if what == "random":
         return interleave(llm, **options)
     raise ValueError(what)

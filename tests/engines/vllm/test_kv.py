@@ -90,12 +90,21 @@ def frozen(checkpoints: Callable, tmp_path_factory: pytest.TempPathFactory) -> S
         {"do": "freeze", "path": folder / "no" / "where.thawkv"},
         {"do": "restore", "path": everything},
         {"do": "restore", "path": weights},
+        {"do": "abandon", "path": folder / "abandoned.thawkv"},
+        {"do": "call", "method": "thaw_report"},
+        {"do": "info"},
+        {"do": "call", "method": "get_model_inspection"},
+        {"do": "info"},
     ]
     answers = engine(folder, steps, model=str(checkpoints("tied")), snapshot=str(weights))
     return SimpleNamespace(folder=folder, weights=weights, everything=everything, answers=answers)
 
 
 class TestFreezing:
+    def test_a_call_that_may_change_weights_makes_them_unknown(self, frozen: SimpleNamespace):
+        before, after = frozen.answers[18], frozen.answers[20]
+        assert before["model"].startswith("tensors-blake3:") and after["model"] is None
+
     def test_a_hit_comes_first(self, frozen: SimpleNamespace):
         cold, hit, _, salted, info, *_ = frozen.answers
         assert cached(cold) == [0, 256]
@@ -126,6 +135,11 @@ class TestFreezing:
         assert model.startswith("MismatchError: the engine holds the model tensors-blake3:")
         assert exists.startswith("ExistsError") and nowhere.startswith("StorageError")
         assert not (frozen.folder / "none.thawkv").exists()
+
+    def test_a_caller_that_goes_away_leaves_nothing_held(self, frozen: SimpleNamespace):
+        meanwhile, later = frozen.answers[16]
+        assert meanwhile["free"] < meanwhile["blocks"] - 1
+        assert later["free"] == later["blocks"] - 1
 
     def test_restoring_what_is_there_does_nothing(self, frozen: SimpleNamespace):
         again = frozen.answers[14]

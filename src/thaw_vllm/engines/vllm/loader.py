@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 logger = init_logger(f"vllm.{__name__}")
 
 last_report: FreezeReport | RestoreReport | StreamReport | None = None
-last_model: str | None = None
 """Of this worker process; ``thaw_report`` hands it to the engine's caller."""
 
 MODES = ("thaw", "freeze", "stream")
@@ -152,15 +151,15 @@ class ThawModelLoader(BaseModelLoader):
 
     def load_weights(self, model: torch.nn.Module, model_config: ModelConfig) -> None:
         """Fill ``model``'s raw parameters from the snapshot, or from the checkpoint and maybe freeze them."""
-        global last_report, last_model
-        last_model = None
+        global last_report
         if self.config.mode == "stream":
             last_report = self._stream(model, model_config)
             return
         audit.refuse_unsound(model)
         identity = engine_identity(get_current_vllm_config(), model_config)
         work = self._freeze if self.config.mode == "freeze" else self._thaw
-        last_report, last_model = work(model, model_config, identity)
+        last_report, found = work(model, model_config, identity)
+        model._thaw_model_id = found  # type: ignore[assignment]  # of this model, not of this process
 
     def _thaw(
         self, model: torch.nn.Module, model_config: ModelConfig, identity: Identity

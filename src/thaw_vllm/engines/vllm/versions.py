@@ -6,6 +6,7 @@ vLLM that moved something fails with that and not with an AttributeError half-wa
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 from collections.abc import Callable, Sequence
@@ -152,6 +153,30 @@ def engine_core() -> Any:
     """
     module = sys.modules.get("vllm.v1.engine.core")
     return None if module is None else getattr(module, "EngineCore", None)
+
+
+def before(name: str, action: Callable[[Any, tuple[Any, ...], dict[str, Any]], None]) -> None:
+    """Have ``action(core, arguments, keywords)`` called before a method of the engine core, whichever class has it."""
+    first = engine_core()
+    classes = [first] if first is not None else []
+    for found in classes:  # grows while it is gone through
+        classes += found.__subclasses__()
+        real = vars(found).get(name)
+        if real is None or getattr(real, "_thaw", False):
+            continue
+
+        @functools.wraps(real)
+        def method(core: Any, *args: Any, _real: Any = real, **kwargs: Any) -> Any:
+            action(core, args, kwargs)
+            return _real(core, *args, **kwargs)
+
+        method._thaw = True  # type: ignore[attr-defined]
+        setattr(found, name, method)
+
+
+def is_sleeping(core: Any) -> bool:
+    """Whether an engine core's memory may not be touched."""
+    return bool(core.is_sleeping())
 
 
 def block_pool_class() -> Any:

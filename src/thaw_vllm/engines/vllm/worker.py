@@ -20,10 +20,8 @@ def thaw_report(worker: Any) -> dict[str, Any] | None:
 
 def thaw_model_id(worker: Any) -> str | None:
     """Which weights this worker's loader filled the model with; None where nobody told."""
-    import sys
-
-    loader = sys.modules.get("thaw_vllm.engines.vllm.loader")
-    return None if loader is None else loader.last_model
+    found: str | None = getattr(worker.get_model(), "_thaw_model_id", None)
+    return found
 
 
 def thaw_kv_describe(worker: Any, options: dict[str, Any]) -> dict[str, Any]:

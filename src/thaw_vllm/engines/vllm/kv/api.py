@@ -215,8 +215,6 @@ restore_kv_cache_tp = restore_kv_cache
 
 
 def _call(llm: LLM, method: str, options: dict[str, Any]) -> dict[str, Any]:
-    if llm.llm_engine.is_sleeping():
-        raise UsageError("the engine is asleep and its cache is empty; call llm.wake_up() first")
     client: Any = llm.llm_engine.engine_core
     inside = getattr(client, "engine_core", None)
     if hasattr(inside, "scheduler"):  # in this process
@@ -230,8 +228,6 @@ def _call(llm: LLM, method: str, options: dict[str, Any]) -> dict[str, Any]:
 async def _ask(engine: AsyncLLM, method: str, options: dict[str, Any]) -> dict[str, Any]:
     if versions.data_parallel_size(engine) > 1:
         raise UnsupportedError("data-parallel engines have a cache for each replica; not in this version")
-    if await engine.is_sleeping():
-        raise UsageError("the engine is asleep and its cache is empty; wake it up first")
     return engine_core.raised(await versions.call_core(engine, method, options))
 
 

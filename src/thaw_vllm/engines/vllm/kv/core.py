@@ -25,6 +25,8 @@ from ....weights.open import open_rank
 from .. import versions
 from . import recorder
 
+_LEAVE = 0.25
+"""Share of a pool's blocks that a freeze beside requests leaves free; else the engine waits for it."""
 PAUSE = 0.02
 """Seconds between two questions about a job."""
 METHODS = ("thaw_kv_info", "thaw_kv_freeze", "thaw_kv_job", "thaw_kv_restore")
@@ -36,9 +38,66 @@ def install() -> None:
     if core is None:
         return
     recorder.install()
+    for name, action in {
+        "add_request": lambda core, *_: _reap(core),
+        "collective_rpc": _note_call,
+        "pause_scheduler": lambda core, *_: _settle(core),
+        "reset_prefix_cache": lambda core, *_: _settle(core),
+        "sleep": _note_sleep,
+    }.items():
+        versions.before(name, action)
     for name, work in zip(METHODS, (info, freeze, job, restore), strict=True):
         if not hasattr(core, name):
             setattr(core, name, _answering(work))
+
+
+_HARMLESS = frozenset(
+    [
+        "add_lora",
+        "check_health",
+        "execute_dummy_batch",
+        "list_loras",
+        "pin_lora",
+        "profile",
+        "remove_lora",
+        "reset_encoder_cache",
+        "reset_mm_cache",
+        "save_sharded_state",
+        "sleep",
+        "wake_up",
+    ]
+)
+"""What workers can be asked through ``collective_rpc`` that leaves their weights alone, beside thaw's own methods."""
+_CHANGED = "_thaw_weights_changed"
+
+
+def _note_call(core: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Any other call may change weights (``reload_weights``, ``update_weights``, a function of the user's)."""
+    method = args[0] if args else kwargs.get("method")
+    if not (isinstance(method, str) and (method in _HARMLESS or method.startswith("thaw_"))):
+        setattr(core, _CHANGED, True)
+
+
+def _note_sleep(core: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Level 2 drops the weights, and somebody has to bring them back."""
+    level = args[0] if args else kwargs.get("level", 1)
+    if not isinstance(level, int) or level > 1:
+        setattr(core, _CHANGED, True)
+    _settle(core)
+
+
+def _settle(core: Any) -> None:
+    """Wait for freezes in the background: their blocks are in use, which a reset would answer with a refusal."""
+    while any(not job.answers for job in _jobs(core).values()):
+        _reap(core)
+        time.sleep(PAUSE)
+
+
+def _reap(core: Any) -> None:
+    """Let go of what freezes hold that have ended, whether or not anybody asks about them."""
+    for name, found in _jobs(core).items():
+        if not found.answers:
+            _look(core, name, keep=True)
 
 
 def _answering(work: Callable[[Any, dict[str, Any]], dict[str, Any]]) -> Callable[..., dict[str, Any]]:
@@ -96,8 +155,9 @@ def freeze(core: Any, options: dict[str, Any]) -> dict[str, Any]:
     """
     start = time.perf_counter()
     pool = versions.block_pool(core)
-    for other in [*_jobs(core)]:  # of callers that went away
-        _look(core, other, keep=True)
+    _awake(core)
+    _describe(core, pool)  # what a rank refuses, it refuses before the others wait for it
+    _reap(core)
     layout = _layout(core, pool)
     model = _model(core, options.get("model"), required=True)
     prefixes = options.get("prefixes")
@@ -121,6 +181,8 @@ def freeze(core: Any, options: dict[str, Any]) -> dict[str, Any]:
     found = _Job(held, options["path"], table, selection.skipped, start)
     name = secrets.token_hex(8)
     pool.touch(held)
+    # Beside requests only while they have room: what is held cannot be given to them.
+    background = options.get("background") and pool.get_num_free_blocks() >= _LEAVE * pool.num_gpu_blocks
     try:
         answers = core.model_executor.collective_rpc(
             "thaw_kv_freeze",
@@ -134,7 +196,7 @@ def freeze(core: Any, options: dict[str, Any]) -> dict[str, Any]:
                     "model": model,
                     "table": table.encode(),
                     "writer": f"thaw {__version__}",
-                    "job": name if options.get("background") else None,
+                    "job": name if background else None,
                 },
             ),
         )
@@ -200,7 +262,8 @@ def _look(core: Any, name: str, *, keep: bool = False) -> dict[str, Any]:
         if any("running" in answer for answer in answers):
             return {"job": name}
         found.answers = answers
-        versions.block_pool(core).free_blocks(reversed(found.held))
+        held, found.held = found.held, []
+        versions.block_pool(core).free_blocks(reversed(held))
     if keep:
         return {"job": name}
     del _jobs(core)[name]
@@ -307,6 +370,7 @@ def restore(core: Any, options: dict[str, Any]) -> dict[str, Any]:
         longest that is whole in the cache now; ``bytes``, ``seconds``.
     """
     start = time.perf_counter()
+    _awake(core)
     pool, path = versions.block_pool(core), options["path"]
     layout = _layout(core, pool)
     model = _model(core, options.get("model"), required=True)
@@ -426,6 +490,8 @@ def _layout(core: Any, pool: Any) -> Layout:
     for number, group in enumerate(versions.kv_groups(core)):
         spec = group.kv_cache_spec
         kind = type(spec).__name__
+        if not getattr(spec, "prefix_cacheable", True):
+            raise UnsupportedError(f"KV group {number} ({kind}) is not cached by prefix; not in this version")
         if "Mamba" in kind or "State" in kind:
             raise UnsupportedError(f"KV group {number} ({kind}) keeps states, not keys and values; not in this version")
         if spec.block_size != pool.hash_block_size:
@@ -449,6 +515,11 @@ def _layout(core: Any, pool: Any) -> Layout:
     )
 
 
+def _awake(core: Any) -> None:
+    if versions.is_sleeping(core):
+        raise UsageError("the engine is asleep or paused, and its cache may be gone; wake it up first")
+
+
 def _describe(core: Any, pool: Any) -> dict[str, Any]:
     answers = core.model_executor.collective_rpc("thaw_kv_describe", args=({"blocks": pool.num_gpu_blocks},))
     first, *_ = [raised(answer) for answer in answers]
@@ -463,12 +534,15 @@ def _model(core: Any, given: str | None, *, required: bool) -> str | None:
         MismatchError: they differ.
     """
     known = {answer for answer in core.model_executor.collective_rpc("thaw_model_id") if answer is not None}
+    if getattr(core, _CHANGED, False):
+        known = set()
     if given is not None and known - {given}:
         raise MismatchError(f"the engine holds the model {known.pop()}, not {given}; leave the model id out")
     found = known.pop() if known else given
     if found is None and required:
         raise UsageError(
-            "it is not known which weights this engine holds, and KV blocks are worth nothing without: ask "
+            "it is not known which weights this engine holds (they may have been changed), and KV blocks are worth "
+            "nothing without: ask "
             "'thaw id MODEL' and pass what it says (model_id=...), or start the engine from a snapshot"
         )
     return found

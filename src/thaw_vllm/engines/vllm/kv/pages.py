@@ -12,11 +12,12 @@ import functools
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from ....errors import CorruptionError, MismatchError, ThawError, UnsupportedError
+from ....errors import CorruptionError, MismatchError, SpaceError, ThawError, UnsupportedError
 from ....format.header import Header
 from ....format.identity import Identity, require
 from ....format.index import Index, Tensor
@@ -35,6 +36,10 @@ from ..identity import engine_identity
 
 _ON_DEVICE = 0.5
 """Share of a GPU's free memory that gathered pages may take; more of them pass through host memory."""
+_BESIDE = 1 << 30
+"""Most bytes of a GPU's memory that are gathered at once while the engine goes on."""
+_IN_MEMORY = 0.5
+"""Share of the host's free memory that a file may take while it is thawed."""
 _PIECE = 64 << 20
 """Bytes that are scattered at once where they pass through host memory."""
 
@@ -118,8 +123,9 @@ def _write(
             whole = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
             named.append((name, "tensor", whole.view(getattr(torch, dtype)).view(shape)))
     ids = options["ids"]
-    with _beside(event) as stream:
-        gathered = {r.name: v.index_select(0, _rows(v, ids)) for r, v in found if _fits(v, len(ids) * r.page)}
+    device = found[0][1].device
+    with _beside(event, device) as stream:
+        gathered = _gathered(found, ids, _BESIDE if options["job"] is not None else None)
         if stream is not None:
             stream.synchronize()
         table = capture(named)
@@ -137,22 +143,42 @@ def _write(
             Index(tuple(entries), tuple(s.length for s in storages), ()), tuple(storages), tuple(tensors)
         )
         # Beside a running engine on the host: one thread, so that the engine keeps the other cores.
-        workers = 1 if options["job"] is not None and found[0][1].device.type == "cpu" else None
+        workers = 1 if options["job"] is not None and device.type == "cpu" else None
         freezing = FreezeOptions(force=options["force"], workers=workers)
         report = freeze_rank(options["path"], header, captured, freezing, exchange, lambda: options["model"])
     return dataclasses.asdict(report)
 
 
 @contextlib.contextmanager
-def _beside(event: torch.cuda.Event | None) -> Iterator[torch.cuda.Stream | None]:
+def _beside(event: torch.cuda.Event | None, device: torch.device) -> Iterator[torch.cuda.Stream | None]:
     """A stream of its own that begins after an event; None where there is none to wait for."""
     if event is None:
         yield None
         return
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    torch.cuda.set_device(device)  # of this thread: a new one begins with the first GPU
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     stream.wait_event(event)
     with torch.cuda.stream(stream):
         yield stream
+
+
+def _gathered(found: list[tuple[Region, torch.Tensor]], ids: list[int], most: int | None) -> dict[str, torch.Tensor]:
+    """Pages in a GPU's memory, one after another, by region: as many as a share of what is free now holds."""
+    if found[0][1].device.type != "cuda":
+        return {}
+    room = int(_ON_DEVICE * torch.cuda.mem_get_info(found[0][1].device)[0])
+    room = room if most is None else min(room // 4, most)
+    gathered = {}
+    for region, view in found:
+        size = len(ids) * region.page
+        if size > room:
+            break
+        try:
+            gathered[region.name] = view.index_select(0, _rows(view, ids))
+        except torch.OutOfMemoryError:
+            break
+        room -= size
+    return gathered
 
 
 class _Pages:
@@ -204,6 +230,7 @@ def fill(worker: Any, options: dict[str, Any]) -> dict[str, Any]:
             )
         views = {PAGES + region.name: view for region, view in found}
         targets = {}
+        _check_memory(options["path"], sum(tensor.bytes for tensor in index.tensors))
         for tensor in index.tensors:
             device = (
                 views[tensor.name].device if tensor.name in views and _fits(views[tensor.name], tensor.bytes) else "cpu"
@@ -233,15 +260,33 @@ def identity(worker: Any) -> Identity:
     if known is not None:  # it does not change, and reading the configuration's files again would hold up a step
         return known
     config = worker.vllm_config
-    if config.speculative_config is not None and getattr(config.speculative_config, "draft_model_config", None):
+    draft = getattr(config.speculative_config, "draft_model_config", None)
+    if draft is not None and draft is not config.model_config:  # methods without a draft model name the target there
         raise UnsupportedError("KV blocks of engines with a draft model are not supported in this version")
     if getattr(config.cache_config, "calculate_kv_scales", False):
         raise UnsupportedError(
             "KV scales that are computed while running are not stored; use calculate_kv_scales=False"
         )
+    if _length_matters(config.model_config.hf_config):
+        raise UnsupportedError(
+            "this model's rotary embedding depends on max_model_len, which a file does not say; not in this version"
+        )
     found = dataclasses.replace(engine_identity(config, config.model_config), stage="kv")
     worker._thaw_kv_identity = found
     return found
+
+
+def _length_matters(config: Any) -> bool:
+    """Whether keys are rotated by the longest length that the engine was started for, not by their position alone."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    held = [getattr(text, name, None) for name in ("rope_parameters", "rope_scaling")]
+    kinds: set[object] = set()
+    while held:
+        value = held.pop()
+        if isinstance(value, dict):
+            kinds |= {value.get("rope_type"), value.get("type")}
+            held += value.values()
+    return bool(kinds & {"longrope", "su", "dynamic"})
 
 
 def regions(worker: Any, blocks: int) -> list[tuple[Region, torch.Tensor]]:
@@ -280,6 +325,17 @@ def regions(worker: Any, blocks: int) -> list[tuple[Region, torch.Tensor]]:
     if not found:
         raise UnsupportedError("this engine has no KV cache that thaw knows")
     return found
+
+
+def _check_memory(path: str, size: int) -> None:
+    """A file is verified whole before a page of it is used; the kernel would end this process if that were too much."""
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    free = int(fields["MemAvailable"].split()[0]) * 1024
+    if size > _IN_MEMORY * free:
+        raise SpaceError(
+            f"{path!r} holds {size / 1e9:.2f} GB of pages, and {free / 1e9:.2f} GB of memory are free to verify them; "
+            "make room, or freeze fewer prefixes in a file"
+        )
 
 
 def _fits(view: torch.Tensor, size: int) -> bool:

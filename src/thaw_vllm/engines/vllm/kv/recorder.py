@@ -11,7 +11,7 @@ from .. import versions
 
 _ROOM = 4096
 """Entries kept beyond two for each block of the pool before those of evicted blocks are dropped."""
-_NAME = "_thaw_prefixes"
+_NAME, _LIMIT = "_thaw_prefixes", "_thaw_prefixes_limit"
 
 
 class Entry(NamedTuple):
@@ -79,7 +79,7 @@ def record(pool: Any, request: Any, first: int, last: int) -> None:
         tokens = array("i", request.all_token_ids[number * size : (number + 1) * size]).tobytes()
         parent = bytes(hashes[number - 1]) if number else None
         entries[name] = Entry(parent, tokens, request.cache_salt if not number else None, _foreign(request))
-    if len(entries) > 2 * pool.num_gpu_blocks + _ROOM:
+    if len(entries) > getattr(pool, _LIMIT, 2 * pool.num_gpu_blocks + _ROOM):
         _prune(pool, entries)
 
 
@@ -110,3 +110,5 @@ def _prune(pool: Any, entries: dict[bytes, Entry]) -> None:
             name = entries[name].parent
     entries.clear()
     entries.update(kept)
+    # Under a sliding window long prefixes outlive their blocks: then it is long until the next look.
+    setattr(pool, _LIMIT, max(2 * pool.num_gpu_blocks + _ROOM, 2 * len(kept)))
