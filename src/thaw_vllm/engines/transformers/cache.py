@@ -27,7 +27,7 @@ from ...weights.capture import Named, capture
 from ...weights.freeze import FreezeOptions, FreezeReport, write_snapshot
 from ...weights.layout import dtype_name
 from ...weights.open import Opened, open_snapshot
-from ...weights.restore import RestoreOptions, reading, restore
+from ...weights.restore import RestoreOptions, restore
 from .identity import checked_id, model_device, model_identity, own_id
 
 if TYPE_CHECKING:
@@ -142,9 +142,7 @@ def restore_cache(
             )
             for tensor in opened.snapshot.index.tensors
         }
-        options = RestoreOptions()
-        with reading(opened.source, targets.values(), options) as way:
-            restore(opened.source, opened.snapshot, targets, set(targets), options, way)
+        restore(opened.source, opened.snapshot, targets, set(targets), RestoreOptions())
     pages = [
         targets[PAGES + region.name].view(-1).view(getattr(torch, region.dtype)).view(region.shape)
         for region in layout.regions

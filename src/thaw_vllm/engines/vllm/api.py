@@ -6,11 +6,11 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ... import errors
-from ...errors import MismatchError, MissingDependencyError, ThawError, UsageError
+from ...errors import MismatchError, MissingDependencyError, UsageError
 from ...weights.freeze import FreezeReport
 from ...weights.open import open_snapshot
 from . import versions
+from .answers import all_raised
 from .failures import reported
 
 if TYPE_CHECKING:
@@ -81,11 +81,7 @@ def freeze_model_tp(llm: LLM, path: str | os.PathLike[str], *, force: bool = Fal
     if llm.llm_engine.is_sleeping():
         raise UsageError("the engine is asleep and its weights are not in its memory; call llm.wake_up() first")
     answers = llm.collective_rpc("thaw_freeze", args=(os.path.abspath(os.fspath(path)), force))
-    for answer in sorted(answers, key=lambda a: "rank " in a.get("message", "")):
-        if "error" in answer:
-            kind = getattr(errors, answer["error"], ThawError)
-            raise kind(answer["message"])
-    return [FreezeReport(**answer) for answer in answers]
+    return [FreezeReport(**answer) for answer in all_raised(answers)]
 
 
 def freeze_checkpoint(model: str, path: str | os.PathLike[str], **engine_args: Any) -> list[FreezeReport]:

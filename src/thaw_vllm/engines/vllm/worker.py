@@ -9,6 +9,7 @@ import dataclasses
 from typing import Any
 
 from ...errors import UnsupportedError
+from .answers import Answer, answering
 
 
 def thaw_report(worker: Any) -> dict[str, Any] | None:
@@ -52,21 +53,14 @@ def thaw_kv_fill(worker: Any, options: dict[str, Any]) -> dict[str, Any]:
     return pages.fill(worker, options)
 
 
-def thaw_freeze(worker: Any, path: str, force: bool = False) -> dict[str, Any]:
+@answering
+def thaw_freeze(worker: Any, path: str, force: bool = False) -> Answer:
     """Freeze the running model's share of this worker as the raw stage, where post-processing changed nothing.
 
     Returns:
-        The FreezeReport as a dict, or ``{"error": class name, "message": text}``: an exception here would take the
-        whole engine down.
+        The FreezeReport as a dict.
     """
-    from ...errors import ThawError
-
-    try:
-        return _freeze_running(worker, path, force)
-    except ThawError as error:
-        return {"error": type(error).__name__, "message": str(error)}
-    except Exception as error:
-        return {"error": "ThawError", "message": f"unexpected {type(error).__name__}: {error}"}
+    return _freeze_running(worker, path, force)
 
 
 def _freeze_running(worker: Any, path: str, force: bool) -> dict[str, Any]:

@@ -14,7 +14,9 @@ from ....errors import UnsupportedError, UsageError
 from ....format.identity import model_id as checked_model_id
 from ....transport.writer import check_target
 from .. import versions
+from ..answers import raised
 from . import core as engine_core
+from .jobs import PAUSE
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -113,7 +115,7 @@ def freeze_kv_cache(
     options = {"path": place, "force": force, "prefixes": prefixes, "request": session, "model": _checked(model_id)}
     answer = _call(llm, "thaw_kv_freeze", options | {"background": True})
     while "job" in answer:
-        time.sleep(engine_core.PAUSE)
+        time.sleep(PAUSE)
         answer = _call(llm, "thaw_kv_job", {"job": answer["job"]})
     return KVFreezeReport(**answer)
 
@@ -140,11 +142,7 @@ async def freeze_kv_cache_async(
     tokens = None if texts is None else [await versions.completion_tokens(engine, text) for text in texts]
     prefixes = _prefixes(texts, token_ids, cache_salt, lambda _: tokens or [])
     options = {"path": place, "force": force, "prefixes": prefixes, "request": session, "model": _checked(model_id)}
-    answer = await _ask(engine, "thaw_kv_freeze", options | {"background": True})
-    while "job" in answer:
-        await asyncio.sleep(engine_core.PAUSE)
-        answer = await _ask(engine, "thaw_kv_job", {"job": answer["job"]})
-    return KVFreezeReport(**answer)
+    return KVFreezeReport(**await ask(engine, "thaw_kv_freeze", options | {"background": True}))
 
 
 async def restore_kv_cache_async(
@@ -152,7 +150,7 @@ async def restore_kv_cache_async(
 ) -> KVRestoreReport:
     """``restore_kv_cache`` for an ``AsyncLLM``; its steps wait meanwhile."""
     options = {"path": engine_core.path_of(path), "model": _checked(model_id), "evict": evict}
-    return KVRestoreReport(**await _ask(engine, "thaw_kv_restore", options))
+    return KVRestoreReport(**await ask(engine, "thaw_kv_restore", options))
 
 
 def _texts(prompts: str | Sequence[str] | None, token_ids: object, session: str | None) -> list[str] | None:
@@ -219,16 +217,25 @@ def _call(llm: LLM, method: str, options: dict[str, Any]) -> dict[str, Any]:
     inside = getattr(client, "engine_core", None)
     if hasattr(inside, "scheduler"):  # in this process
         engine_core.install()
-        return engine_core.raised(getattr(inside, method)(options))
+        return raised(getattr(inside, method)(options))
     if getattr(llm.llm_engine.vllm_config.parallel_config, "data_parallel_size", 1) > 1:
         raise UnsupportedError("data-parallel engines have a cache for each replica; not in this version")
-    return engine_core.raised(client.call_utility(method, options))
+    return raised(client.call_utility(method, options))
 
 
-async def _ask(engine: AsyncLLM, method: str, options: dict[str, Any]) -> dict[str, Any]:
-    if versions.data_parallel_size(engine) > 1:
-        raise UnsupportedError("data-parallel engines have a cache for each replica; not in this version")
-    return engine_core.raised(await versions.call_core(engine, method, options))
+async def ask(client: Any, method: str, options: dict[str, Any]) -> dict[str, Any]:
+    """What the engine core of an asynchronous client answers; of a job, once it has ended."""
+    size = versions.data_parallel_size(client)
+    if size > 1:
+        raise UnsupportedError(
+            f"this server has {size} data-parallel engines, each with a cache of its own; not in this version: "
+            "serve with data_parallel_size=1"
+        )
+    answer = raised(await versions.call_core(client, method, options))
+    while "job" in answer:
+        await asyncio.sleep(PAUSE)
+        answer = raised(await versions.call_core(client, "thaw_kv_job", {"job": answer["job"]}))
+    return answer
 
 
 def _checked(model: str | None) -> str | None:

@@ -6,29 +6,26 @@ them after the steps that were asked before, so that pages are whole. Arguments 
 
 from __future__ import annotations
 
-import functools
 import os
 import secrets
 import time
-from array import array
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
-from .... import __version__, errors
-from ....errors import MismatchError, ThawError, UnsupportedError, UsageError
+from .... import __version__
+from ....errors import MismatchError, UnsupportedError, UsageError
 from ....format.identity import Identity, require
 from ....format.kv import Group, Layout, require_layout
 from ....kv.read import read_table
-from ....kv.table import NONE, Builder, Table
+from ....kv.table import NONE, Table
 from ....weights.open import open_rank
 from .. import versions
-from . import recorder
+from ..answers import all_raised, answering
+from . import recorder, watch
+from .jobs import Job, jobs, look, reap
+from .selection import Selection
 
 _LEAVE = 0.25
 """Share of a pool's blocks that a freeze beside requests leaves free; else the engine waits for it."""
-PAUSE = 0.02
-"""Seconds between two questions about a job."""
 METHODS = ("thaw_kv_info", "thaw_kv_freeze", "thaw_kv_job", "thaw_kv_restore")
 
 
@@ -38,87 +35,10 @@ def install() -> None:
     if core is None:
         return
     recorder.install()
-    for name, action in {
-        "add_request": lambda core, *_: _reap(core),
-        "collective_rpc": _note_call,
-        "pause_scheduler": lambda core, *_: _settle(core),
-        "reset_prefix_cache": lambda core, *_: _settle(core),
-        "sleep": _note_sleep,
-    }.items():
-        versions.before(name, action)
+    watch.install()
     for name, work in zip(METHODS, (info, freeze, job, restore), strict=True):
         if not hasattr(core, name):
-            setattr(core, name, _answering(work))
-
-
-_HARMLESS = frozenset(
-    [
-        "add_lora",
-        "check_health",
-        "execute_dummy_batch",
-        "list_loras",
-        "pin_lora",
-        "profile",
-        "remove_lora",
-        "reset_encoder_cache",
-        "reset_mm_cache",
-        "save_sharded_state",
-        "sleep",
-        "wake_up",
-    ]
-)
-"""What workers can be asked through ``collective_rpc`` that leaves their weights alone, beside thaw's own methods."""
-_CHANGED = "_thaw_weights_changed"
-
-
-def _note_call(core: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Any other call may change weights (``reload_weights``, ``update_weights``, a function of the user's)."""
-    method = args[0] if args else kwargs.get("method")
-    if not (isinstance(method, str) and (method in _HARMLESS or method.startswith("thaw_"))):
-        setattr(core, _CHANGED, True)
-
-
-def _note_sleep(core: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Level 2 drops the weights, and somebody has to bring them back."""
-    level = args[0] if args else kwargs.get("level", 1)
-    if not isinstance(level, int) or level > 1:
-        setattr(core, _CHANGED, True)
-    _settle(core)
-
-
-def _settle(core: Any) -> None:
-    """Wait for freezes in the background: their blocks are in use, which a reset would answer with a refusal."""
-    while any(not job.answers for job in _jobs(core).values()):
-        _reap(core)
-        time.sleep(PAUSE)
-
-
-def _reap(core: Any) -> None:
-    """Let go of what freezes hold that have ended, whether or not anybody asks about them."""
-    for name, found in _jobs(core).items():
-        if not found.answers:
-            _look(core, name, keep=True)
-
-
-def _answering(work: Callable[[Any, dict[str, Any]], dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    @functools.wraps(work)
-    def answer(core: Any, options: dict[str, Any]) -> dict[str, Any]:
-        try:
-            return work(core, options)
-        except ThawError as error:
-            return {"error": type(error).__name__, "message": str(error)}
-        except Exception as error:  # vLLM would say only that a call failed
-            return {"error": "ThawError", "message": f"unexpected {type(error).__name__}: {error}"}
-
-    return answer
-
-
-def raised(answer: dict[str, Any]) -> dict[str, Any]:
-    """An answer, or the error that it tells of."""
-    if "error" in answer:
-        kind = getattr(errors, answer["error"], ThawError)
-        raise kind(answer["message"])
-    return answer
+            setattr(core, name, answering(work))
 
 
 def info(core: Any, options: dict[str, Any]) -> dict[str, Any]:
@@ -157,13 +77,13 @@ def freeze(core: Any, options: dict[str, Any]) -> dict[str, Any]:
     pool = versions.block_pool(core)
     _awake(core)
     _describe(core, pool)  # what a rank refuses, it refuses before the others wait for it
-    _reap(core)
+    reap(core)
     layout = _layout(core, pool)
     model = _model(core, options.get("model"), required=True)
     prefixes = options.get("prefixes")
     if options.get("request") is not None:
         prefixes = [_of_request(core, options["request"])]
-    selection = _Selection(core, pool, layout)
+    selection = Selection(core, pool, layout)
     if prefixes is None:
         selection.everything()
     else:
@@ -178,7 +98,7 @@ def freeze(core: Any, options: dict[str, Any]) -> dict[str, Any]:
             + f"; a block is {table.block_size} tokens, and the prompt must have been run here before"
         )
     held = versions.blocks_of(pool, selection.ids)
-    found = _Job(held, options["path"], table, selection.skipped, start)
+    found = Job(held, options["path"], table, selection.skipped, start)
     name = secrets.token_hex(8)
     pool.touch(held)
     # Beside requests only while they have room: what is held cannot be given to them.
@@ -204,7 +124,7 @@ def freeze(core: Any, options: dict[str, Any]) -> dict[str, Any]:
         pool.free_blocks(reversed(held))
         raise
     if any("running" in answer for answer in answers):
-        _jobs(core)[name] = found
+        jobs(core)[name] = found
         return {"job": name}
     pool.free_blocks(reversed(held))
     return found.report(answers)
@@ -216,145 +136,9 @@ def job(core: Any, options: dict[str, Any]) -> dict[str, Any]:
     Args:
         options: ``job``: the id.
     """
-    if options["job"] not in _jobs(core):
+    if options["job"] not in jobs(core):
         raise UsageError(f"there is no job {options['job']!r}; it was asked about before, or never begun")
-    return _look(core, options["job"])
-
-
-@dataclass
-class _Job:
-    """A freeze; ``answers`` once the workers have ended theirs and nobody has asked yet."""
-
-    held: list[Any]
-    path: str
-    table: Table
-    skipped: dict[str, int]
-    start: float
-    answers: list[dict[str, Any]] = field(default_factory=list)
-
-    def report(self, answers: list[dict[str, Any]]) -> dict[str, Any]:
-        reports = [raised(answer) for answer in sorted(answers, key=lambda a: "rank " in a.get("message", ""))]
-        leaves = self.table.leaves()
-        return {
-            "path": self.path,
-            "bytes": sum(report["bytes"] for report in reports),
-            "blocks": len(self.table.blocks),
-            "prefixes": len(leaves),
-            "tokens": self.table.depths()[leaves[0]] * self.table.block_size,
-            "skipped": self.skipped,
-            "files": [report["path"] for report in reports],
-            "seconds": time.perf_counter() - self.start,
-        }
-
-
-def _jobs(core: Any) -> dict[str, _Job]:
-    found: dict[str, _Job] | None = getattr(core, "_thaw_jobs", None)
-    if found is None:
-        found = core._thaw_jobs = {}
-    return found
-
-
-def _look(core: Any, name: str, *, keep: bool = False) -> dict[str, Any]:
-    """Ask the workers about a job and let go of its blocks when they have ended; ``keep`` leaves the report there."""
-    found = _jobs(core)[name]
-    if not found.answers:
-        answers = core.model_executor.collective_rpc("thaw_kv_job", args=({"job": name},))
-        if any("running" in answer for answer in answers):
-            return {"job": name}
-        found.answers = answers
-        held, found.held = found.held, []
-        versions.block_pool(core).free_blocks(reversed(held))
-    if keep:
-        return {"job": name}
-    del _jobs(core)[name]
-    return found.report(found.answers)
-
-
-class _Selection:
-    """Cached blocks of prefixes, and a slot for each physical block among them.
-
-    A group with a window keeps the pages of a prefix's end only. Groups without need all of them: a block is worth
-    nothing once one before it is gone.
-    """
-
-    def __init__(self, core: Any, pool: Any, layout: Layout) -> None:
-        self._core, self._pool, self._groups = core, pool, len(layout.groups)
-        self._whole = [number for number, group in enumerate(layout.groups) if group.window is None]
-        self.builder = Builder(pool.hash_block_size, self._groups)
-        self.ids: list[int] = []
-        self.skipped: dict[str, int] = {}
-        self._slots: dict[int, int] = {}
-
-    def prefix(self, tokens: list[int], salt: str | None) -> None:
-        """As far as it is cached."""
-        hashed, size = versions.block_hasher(self._core), self._pool.hash_block_size
-        found: list[tuple[tuple[int, ...], bytes, str | None]] = []
-        name, last = None, 0
-        for at in range(0, len(tokens) - size + 1, size):
-            ids = tuple(tokens[at : at + size])
-            own = salt if at == 0 else None
-            name = hashed(name, ids, own)
-            if self._broken(name):
-                break
-            found.append((ids, name, own))
-            last = len(found) if self._cached(name) else last
-        parent = NONE
-        for ids, name, own in found[:last]:
-            parent = self.builder.add(parent, ids, self._slots_of(name), name, own)
-
-    def everything(self) -> None:
-        """Every cached block whose prefix is known from its first token on."""
-        entries, placed = recorder.known(self._pool), dict[bytes, int]()
-        seen = set[bytes]()
-        for block in versions.cached_blocks(self._pool):
-            name = versions.hash_of(block)
-            if name in seen:
-                continue
-            seen.add(name)
-            chain, at = list[bytes](), name
-            why = ""
-            while at not in placed:
-                entry = entries.get(at)
-                if entry is None:
-                    why = "of which the tokens are not known: cached before thaw was there, or moved since"
-                    break
-                if entry.foreign or self._broken(at):
-                    why = entry.foreign or "whose prefix is cached no more"
-                    break
-                chain.append(at)
-                if entry.parent is None:
-                    break
-                at = entry.parent
-            if why:
-                self.skipped[why] = self.skipped.get(why, 0) + 1
-                continue
-            for name in reversed(chain):
-                entry = entries[name]
-                parent = NONE if entry.parent is None else placed[entry.parent]
-                ids = tuple(array("i", entry.tokens))
-                placed[name] = self.builder.add(parent, ids, self._slots_of(name), name, entry.salt)
-
-    def _cached(self, name: bytes) -> bool:
-        keys = (versions.block_key(name, group) for group in range(self._groups))
-        return any(versions.cached_block(self._pool, key) is not None for key in keys)
-
-    def _broken(self, name: bytes) -> bool:
-        """Whether a group that needs the block does not have it."""
-        keys = (versions.block_key(name, group) for group in self._whole)
-        return any(versions.cached_block(self._pool, key) is None for key in keys)
-
-    def _slots_of(self, name: bytes) -> tuple[int, ...]:
-        found = []
-        for group in range(self._groups):
-            block = versions.cached_block(self._pool, versions.block_key(name, group))
-            if block is None:
-                found.append(NONE)
-                continue
-            if block.block_id not in self._slots:
-                self._slots[block.block_id] = len(self.ids)
-                self.ids.append(block.block_id)
-            found.append(self._slots[block.block_id])
-        return tuple(found)
+    return look(core, options["job"])
 
 
 def restore(core: Any, options: dict[str, Any]) -> dict[str, Any]:
@@ -377,11 +161,7 @@ def restore(core: Any, options: dict[str, Any]) -> dict[str, Any]:
     described = _describe(core, pool)
     wanted = Identity.from_json(described["identity"] | {"model": model})
     table = _read_table(path, wanted, layout)
-    hashed = versions.block_hasher(core)
-    names: list[bytes] = []
-    for block in table.blocks:
-        parent = None if block.parent == NONE else names[block.parent]
-        names.append(hashed(parent, block.tokens, block.salt))
+    names = _names(core, table)
     missing: list[tuple[int, int, int]] = []  # block, group, slot
     present = []
     for number, block in enumerate(table.blocks):
@@ -414,7 +194,7 @@ def restore(core: Any, options: dict[str, Any]) -> dict[str, Any]:
                     },
                 ),
             )
-            moved = sum(raised(answer)["bytes"] for answer in answers)
+            moved = sum(answer["bytes"] for answer in all_raised(answers))
             for (number, group, _), block in zip(chosen, blocks, strict=True):
                 key = versions.block_key(names[number], group)
                 versions.insert_block(pool, key, block, depths[number] * table.block_size)
@@ -425,6 +205,31 @@ def restore(core: Any, options: dict[str, Any]) -> dict[str, Any]:
         # The ends of prefixes go first, should room be needed.
         pool.free_blocks(reversed(blocks))
         pool.free_blocks(reversed(present))
+    return {
+        "path": path,
+        "blocks": len(chosen),
+        "present": len(present),
+        "left_out": left_out,
+        "prefixes": len(table.leaves()),
+        "tokens": _reached(pool, table, names) * table.block_size,
+        "bytes": moved,
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def _names(core: Any, table: Table) -> list[bytes]:
+    """What this engine calls each block."""
+    hashed = versions.block_hasher(core)
+    names: list[bytes] = []
+    for block in table.blocks:
+        parent = None if block.parent == NONE else names[block.parent]
+        names.append(hashed(parent, block.tokens, block.salt))
+    return names
+
+
+def _reached(pool: Any, table: Table, names: list[bytes]) -> int:
+    """Blocks of the longest prefix of which every page that the file holds is cached."""
+    depths = table.depths()
     whole = [
         all(
             slot == NONE or versions.cached_block(pool, versions.block_key(names[number], group)) is not None
@@ -436,16 +241,7 @@ def restore(core: Any, options: dict[str, Any]) -> dict[str, Any]:
     for number, block in enumerate(table.blocks):
         before = 0 if block.parent == NONE else reached[block.parent]
         reached.append(before + 1 if whole[number] and before == depths[number] - 1 else before)
-    return {
-        "path": path,
-        "blocks": len(chosen),
-        "present": len(present),
-        "left_out": left_out,
-        "prefixes": len(table.leaves()),
-        "tokens": max(reached, default=0) * table.block_size,
-        "bytes": moved,
-        "seconds": time.perf_counter() - start,
-    }
+    return max(reached, default=0)
 
 
 def _choose(table: Table, missing: list[tuple[int, int, int]], room: int) -> tuple[list[tuple[int, int, int]], int]:
@@ -522,8 +318,7 @@ def _awake(core: Any) -> None:
 
 def _describe(core: Any, pool: Any) -> dict[str, Any]:
     answers = core.model_executor.collective_rpc("thaw_kv_describe", args=({"blocks": pool.num_gpu_blocks},))
-    first, *_ = [raised(answer) for answer in answers]
-    return first
+    return all_raised(answers)[0]
 
 
 def _model(core: Any, given: str | None, *, required: bool) -> str | None:
@@ -534,7 +329,7 @@ def _model(core: Any, given: str | None, *, required: bool) -> str | None:
         MismatchError: they differ.
     """
     known = {answer for answer in core.model_executor.collective_rpc("thaw_model_id") if answer is not None}
-    if getattr(core, _CHANGED, False):
+    if watch.weights_changed(core):
         known = set()
     if given is not None and known - {given}:
         raise MismatchError(f"the engine holds the model {known.pop()}, not {given}; leave the model id out")
@@ -542,8 +337,8 @@ def _model(core: Any, given: str | None, *, required: bool) -> str | None:
     if found is None and required:
         raise UsageError(
             "it is not known which weights this engine holds (they may have been changed), and KV blocks are worth "
-            "nothing without: ask "
-            "'thaw id MODEL' and pass what it says (model_id=...), or start the engine from a snapshot"
+            "nothing without: ask 'thaw id MODEL' and pass what it says (model_id=...), or start the engine from a "
+            "snapshot"
         )
     return found
 

@@ -1,23 +1,21 @@
 """The workers' part: pages of blocks, gathered from the KV cache and scattered into it; called through collective_rpc.
 
-Arguments and results are plain values. A failure is an answer, ``{"error": class name, "message": text}``: an exception
-would take the whole engine down.
+Arguments and results are plain values, failures among them (answers.py).
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ....errors import CorruptionError, MismatchError, SpaceError, ThawError, UnsupportedError
+from ....errors import CorruptionError, MismatchError, SpaceError, UnsupportedError
 from ....format.header import Header
 from ....format.identity import Identity, require
 from ....format.index import Index, Tensor
@@ -29,8 +27,9 @@ from ....weights.freeze import FreezeOptions
 from ....weights.layout import dtype_name, host_bytes
 from ....weights.open import open_rank
 from ....weights.ranks import Exchange, alone, freeze_rank
-from ....weights.restore import RestoreOptions, reading, restore
+from ....weights.restore import RestoreOptions, restore
 from .. import versions
+from ..answers import answering
 from ..exchange import world_exchange
 from ..identity import engine_identity
 
@@ -44,30 +43,16 @@ _PIECE = 64 << 20
 """Bytes that are scattered at once where they pass through host memory."""
 
 
-def answering(work: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    """Turn a failure into an answer."""
-
-    @functools.wraps(work)
-    def answer(worker: Any, options: dict[str, Any]) -> dict[str, Any]:
-        try:
-            with torch.inference_mode():
-                return work(worker, options)
-        except ThawError as error:
-            return {"error": type(error).__name__, "message": str(error)}
-        except Exception as error:
-            return {"error": "ThawError", "message": f"unexpected {type(error).__name__}: {error}"}
-
-    return answer
-
-
 @answering
+@torch.inference_mode()
 def describe(worker: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """This rank's identity, and how many regions it has: that there are some, of known layouts."""
-    found = regions(worker, options["blocks"])
-    return {"identity": identity(worker).to_json(), "regions": len(found)}
+    """This rank's identity, once its regions are known to be of known layouts."""
+    regions(worker, options["blocks"])
+    return {"identity": identity(worker).to_json()}
 
 
 @answering
+@torch.inference_mode()
 def freeze(worker: Any, options: dict[str, Any]) -> dict[str, Any]:
     """Write this rank's pages, rank 0 the table of blocks too.
 
@@ -88,9 +73,11 @@ def freeze(worker: Any, options: dict[str, Any]) -> dict[str, Any]:
     if found[0][1].device.type == "cuda":
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(found[0][1].device))  # the pages are whole after this
-    writing = answering(lambda _, options: _write(options, header, found, exchange, event))
     results = _jobs[options["job"]] = queue.SimpleQueue()
-    thread = threading.Thread(target=lambda: results.put(writing(worker, options)), name="thaw-kv", daemon=True)
+    writing = answering(torch.inference_mode()(_write))
+    thread = threading.Thread(
+        target=lambda: results.put(writing(options, header, found, exchange, event)), name="thaw-kv", daemon=True
+    )
     thread.start()
     return {"running": True}
 
@@ -100,6 +87,7 @@ _jobs: dict[str, queue.SimpleQueue[dict[str, Any]]] = {}
 
 
 @answering
+@torch.inference_mode()
 def job(worker: Any, options: dict[str, Any]) -> dict[str, Any]:
     """What ``freeze`` gives of a job, once; ``{"running": True}`` before."""
     try:
@@ -206,6 +194,7 @@ def _rows(view: torch.Tensor, ids: list[int]) -> torch.Tensor:
 
 
 @answering
+@torch.inference_mode()
 def fill(worker: Any, options: dict[str, Any]) -> dict[str, Any]:
     """Verify this rank's file, then put pages into blocks that nobody uses.
 
@@ -236,14 +225,12 @@ def fill(worker: Any, options: dict[str, Any]) -> dict[str, Any]:
                 views[tensor.name].device if tensor.name in views and _fits(views[tensor.name], tensor.bytes) else "cpu"
             )
             targets[tensor.name] = torch.empty(tensor.shape, dtype=getattr(torch, tensor.dtype), device=device)
-        restore_options = RestoreOptions()
-        with reading(opened.source, targets.values(), restore_options) as way:
-            report = restore(opened.source, opened.snapshot, targets, set(), restore_options, way)
+        restore(opened.source, opened.snapshot, targets, set(), RestoreOptions())
     for name, view in views.items():
         _scatter(view, targets[name], options["slots"], options["ids"])
     for device in {view.device for view in views.values() if view.device.type == "cuda"}:
         torch.cuda.synchronize(device)
-    return {"bytes": sum(region.page for region, _ in found) * len(options["ids"]), "read": report.bytes}
+    return {"bytes": sum(region.page for region, _ in found) * len(options["ids"])}
 
 
 def _layout(shared: dict[str, Any], found: list[tuple[Region, torch.Tensor]]) -> Layout:

@@ -29,8 +29,8 @@ from ....errors import (
     UsageError,
 )
 from .. import versions
-from . import core as engine_core
 from .access import TOKEN_HEADER, Access
+from .api import ask
 from .bodies import LARGEST_BODY, Freezing, Restoring, parse
 
 STATUS: dict[type[ThawError], int] = {
@@ -155,19 +155,9 @@ async def _body(request: Request) -> bytes:
 
 async def _call(served: _Served, method: str, options: dict[str, Any]) -> dict[str, Any]:
     """Ask the engine core; its paths become names, which is what callers know."""
-    size = versions.data_parallel_size(served.client)
-    if size > 1:
-        raise UnsupportedError(
-            f"this server has {size} data-parallel engines, each with a cache of its own; not in this version: "
-            "serve with data_parallel_size=1"
-        )
     if await served.client.is_sleeping():
         raise UsageError("the engine is asleep and its cache is empty; wake it up first")
-    answer = engine_core.raised(await versions.call_core(served.client, method, options))
-    while "job" in answer:
-        await asyncio.sleep(engine_core.PAUSE)
-        asked = await versions.call_core(served.client, "thaw_kv_job", {"job": answer["job"]})
-        answer = engine_core.raised(asked)
+    answer = await ask(served.client, method, options)
     if "path" in answer:
         answer = {"name": os.path.basename(answer["path"])} | {k: v for k, v in answer.items() if k != "path"}
     if "files" in answer:
