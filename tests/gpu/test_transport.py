@@ -13,7 +13,8 @@ from tests.gpu.test_core import Zoo, moved, same
 
 from thaw_vllm import freeze_model, pin, restore_model, restore_model_from_ram, restore_model_pipelined
 from thaw_vllm.errors import CorruptionError
-from thaw_vllm.transport import checksum, helpers, pipeline
+from thaw_vllm.transport import checksum, pipeline
+from thaw_vllm.transport import reading_helpers as helpers
 from thaw_vllm.transport.cuda import Context
 from thaw_vllm.transport.readers import ROUTES
 from thaw_vllm.transport.wordsum_cuda import CudaSums

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator
 
 from . import parallel
 from .cuda import Stream
-from .helpers import Helper, Helpers
 from .links import CudaLink
 from .numa import pinned_to
 from .plan import Step
+from .reading_helpers import Helper, Helpers
 
 _STREAMS, _TOGETHER = 4, 4
 """Streams, and the most slots that are copied from on one of them before the next: a driver's call takes 5 to 10 µs,

@@ -12,10 +12,10 @@ from ..errors import ThawError
 from . import parallel
 from .checksum import damaged
 from .dispatch import dispatch
-from .helpers import Helpers
 from .links import CudaLink, Link, Sums
 from .plan import Step, steps
 from .readers import Reader
+from .reading_helpers import Helpers
 from .staging import Slot, Staging
 
 SLOT = 6 << 20

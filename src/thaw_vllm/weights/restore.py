@@ -19,12 +19,12 @@ from ..format.index import Tensor
 from ..format.snapshot import Snapshot
 from ..transport import parallel
 from ..transport.cuda import Context
-from ..transport.helpers import Helpers, wanted
 from ..transport.links import CudaLink, Place, by_driver, link_to
 from ..transport.numa import near
 from ..transport.pipeline import Range, deliver
 from ..transport.read import Piece, read
 from ..transport.readers import ROUTES, Reader, Through, choose
+from ..transport.reading_helpers import Helpers, wanted
 from ..transport.resident import Resident
 from ..transport.source import FileSource, Source
 from .layout import byte_view, check_storable, dense, dtype_name, extent, host_bytes, integers, ordered, runs, settle

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import TracebackType
 
 from ..errors import DeviceError
-from . import helper
+from . import reading_helper as helper
 from .cuda import Context
 from .links import Window
 from .numa import near, pinned_to

@@ -1,7 +1,7 @@
 """What a helper process runs: read the ranges it is given into its slots of shared memory, and say so.
 
-Run by path with an interpreter that has neither site packages nor our package (``python -I -S helper.py …``). It
-imports the least that does, so as to be there in milliseconds; ``helpers`` is its other side.
+Run by path with an interpreter that has neither site packages nor our package (``python -I -S``). It imports the least
+that does, so as to be there in milliseconds; ``reading_helpers`` is its other side.
 """
 
 import mmap

@@ -18,12 +18,12 @@ from tests.transport.test_links import runs_of
 from tests.transport.test_pipeline import LAYOUTS, Work
 
 from thaw_vllm.errors import CorruptionError, DeviceError, StorageError
-from thaw_vllm.transport import helpers as helpers_
-from thaw_vllm.transport.helpers import Helpers, wanted
+from thaw_vllm.transport import reading_helpers as helpers_
 from thaw_vllm.transport.links import CudaLink
 from thaw_vllm.transport.pipeline import deliver
 from thaw_vllm.transport.plan import BLOCK
 from thaw_vllm.transport.readers import Cached, Direct
+from thaw_vllm.transport.reading_helpers import Helpers, wanted
 from thaw_vllm.transport.source import FileSource, MemorySource
 
 pytestmark = pytest.mark.usefixtures("no_leaks", "no_children")
@@ -383,7 +383,7 @@ from tests.transport.driver import Driver
 from thaw_vllm.transport import cuda
 made = Driver()
 cuda.driver = lambda: made
-from thaw_vllm.transport import helpers
+from thaw_vllm.transport import reading_helpers as helpers
 from thaw_vllm.transport.source import FileSource
 source = FileSource({str(memory_path / "source.bin")!r})
 helpers.Helpers(source, 0, 6, slot={ROOM}).close()
