@@ -2,7 +2,39 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
+
+
+class Phases:
+    """A clock that says what each phase took.
+
+    Attributes:
+        seconds: by phase, in order; a phase that comes again is added up.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._start = self._last = time.perf_counter()
+
+    def end(self, name: str) -> None:
+        """What has happened since the phase before, or the beginning, was ``name``."""
+        now = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
+        self._last = now
+
+    def add(self, found: Mapping[str, float], rest: str) -> None:
+        """The same time as phases that somebody else has measured, and what they do not cover as ``rest``."""
+        now = time.perf_counter()
+        for name, value in found.items():
+            self.seconds[name] = self.seconds.get(name, 0.0) + value
+        self.seconds[rest] = self.seconds.get(rest, 0.0) + max(0.0, now - self._last - sum(found.values()))
+        self._last = now
+
+    @property
+    def total(self) -> float:
+        """Seconds since the beginning."""
+        return time.perf_counter() - self._start
 
 
 def waterfall(seconds: Mapping[str, float], width: int = 40) -> str:

@@ -34,8 +34,9 @@ class KVFreezeReport:
         blocks: of tokens.
         prefixes: that no other continues.
         tokens: of the longest.
-        skipped: blocks that are cached and were left out, by reason.
         seconds: everything counted, in the engine.
+        skipped: blocks that are cached and were left out, by reason.
+        phases: seconds of each, in order; of several ranks the slowest one's.
     """
 
     path: str
@@ -46,6 +47,7 @@ class KVFreezeReport:
     tokens: int
     seconds: float
     skipped: dict[str, int] = field(default_factory=dict)
+    phases: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class KVRestoreReport:
         tokens: of the longest prefix that is cached whole now.
         bytes: moved, all ranks.
         seconds: everything counted, in the engine.
+        phases: seconds of each, in order; of several ranks the slowest one's.
     """
 
     path: str
@@ -71,6 +74,7 @@ class KVRestoreReport:
     tokens: int
     bytes: int
     seconds: float
+    phases: dict[str, float] = field(default_factory=dict)
 
 
 def freeze_kv_cache(

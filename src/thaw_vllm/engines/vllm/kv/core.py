@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import time
 from typing import Any
 
 from .... import __version__
@@ -18,10 +17,11 @@ from ....format.kv import Group, Layout, require_layout
 from ....kv.read import read_table
 from ....kv.table import NONE, Table
 from ....weights.open import open_rank
+from ....weights.waterfall import Phases
 from .. import versions
 from ..answers import all_raised, answering
 from . import recorder, watch
-from .jobs import Job, jobs, look, reap
+from .jobs import Job, jobs, look, reap, slowest
 from .selection import Selection
 
 _LEAVE = 0.25
@@ -67,19 +67,20 @@ def freeze(core: Any, options: dict[str, Any]) -> dict[str, Any]:
 
     Returns:
         ``bytes``, ``blocks``, ``prefixes``, ``tokens`` (of the longest), ``skipped`` (reason to number of blocks),
-        ``seconds``, ``files``; or ``{"job": id}``, which ``job`` is to be asked about until it has these.
+        ``seconds``, ``phases``, ``files``; or ``{"job": id}``, which ``job`` is to be asked about until it has these.
 
     Notes:
         A block that is cached is full and is never written to again. So once its reference is held, which keeps it from
         being given to somebody else, its pages can be read at any time after the steps that were asked for before.
     """
-    start = time.perf_counter()
+    phases = Phases()
     pool = versions.block_pool(core)
     _awake(core)
     _describe(core, pool)  # what a rank refuses, it refuses before the others wait for it
     reap(core)
     layout = _layout(core, pool)
     model = _model(core, options.get("model"), required=True)
+    phases.end("identify")
     prefixes = options.get("prefixes")
     if options.get("request") is not None:
         prefixes = [_of_request(core, options["request"])]
@@ -98,7 +99,8 @@ def freeze(core: Any, options: dict[str, Any]) -> dict[str, Any]:
             + f"; a block is {table.block_size} tokens, and the prompt must have been run here before"
         )
     held = versions.blocks_of(pool, selection.ids)
-    found = Job(held, options["path"], table, selection.skipped, start)
+    phases.end("select")
+    found = Job(held, options["path"], table, selection.skipped, phases)
     name = secrets.token_hex(8)
     pool.touch(held)
     # Beside requests only while they have room: what is held cannot be given to them.
@@ -151,16 +153,18 @@ def restore(core: Any, options: dict[str, Any]) -> dict[str, Any]:
 
     Returns:
         ``blocks`` thawed, ``present`` before, ``left_out`` for want of room; ``prefixes``, and ``tokens`` of the
-        longest that is whole in the cache now; ``bytes``, ``seconds``.
+        longest that is whole in the cache now; ``bytes``, ``seconds``, ``phases``.
     """
-    start = time.perf_counter()
+    phases = Phases()
     _awake(core)
     pool, path = versions.block_pool(core), options["path"]
     layout = _layout(core, pool)
     model = _model(core, options.get("model"), required=True)
     described = _describe(core, pool)
+    phases.end("identify")
     wanted = Identity.from_json(described["identity"] | {"model": model})
     table = _read_table(path, wanted, layout)
+    phases.end("table")
     names = _names(core, table)
     missing: list[tuple[int, int, int]] = []  # block, group, slot
     present = []
@@ -179,6 +183,7 @@ def restore(core: Any, options: dict[str, Any]) -> dict[str, Any]:
     try:
         room = pool.get_num_free_blocks() if options.get("evict") else versions.uncached_free(pool)
         chosen, left_out = _choose(table, missing, room)
+        phases.end("choose")
         if chosen:
             blocks = pool.get_new_blocks(len(chosen))
             answers = core.model_executor.collective_rpc(
@@ -194,7 +199,9 @@ def restore(core: Any, options: dict[str, Any]) -> dict[str, Any]:
                     },
                 ),
             )
-            moved = sum(answer["bytes"] for answer in all_raised(answers))
+            filled = all_raised(answers)
+            moved = sum(answer["bytes"] for answer in filled)
+            phases.add(slowest(filled), "workers")
             for (number, group, _), block in zip(chosen, blocks, strict=True):
                 key = versions.block_key(names[number], group)
                 versions.insert_block(pool, key, block, depths[number] * table.block_size)
@@ -205,6 +212,7 @@ def restore(core: Any, options: dict[str, Any]) -> dict[str, Any]:
         # The ends of prefixes go first, should room be needed.
         pool.free_blocks(reversed(blocks))
         pool.free_blocks(reversed(present))
+        phases.end("insert")
     return {
         "path": path,
         "blocks": len(chosen),
@@ -213,7 +221,8 @@ def restore(core: Any, options: dict[str, Any]) -> dict[str, Any]:
         "prefixes": len(table.leaves()),
         "tokens": _reached(pool, table, names) * table.block_size,
         "bytes": moved,
-        "seconds": time.perf_counter() - start,
+        "seconds": phases.total,
+        "phases": phases.seconds,
     }
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ....kv.table import Table
+from ....weights.waterfall import Phases
 from .. import versions
 from ..answers import all_raised
 
@@ -22,13 +24,14 @@ class Job:
     path: str
     table: Table
     skipped: dict[str, int]
-    start: float
+    phases: Phases
     answers: list[dict[str, Any]] = field(default_factory=list)
 
     def report(self, answers: list[dict[str, Any]]) -> dict[str, Any]:
         """What ``core.freeze`` gives."""
         reports = all_raised(answers)
         leaves = self.table.leaves()
+        self.phases.add(slowest(reports), "workers")
         return {
             "path": self.path,
             "bytes": sum(report["bytes"] for report in reports),
@@ -37,8 +40,15 @@ class Job:
             "tokens": self.table.depths()[leaves[0]] * self.table.block_size,
             "skipped": self.skipped,
             "files": [report["path"] for report in reports],
-            "seconds": time.perf_counter() - self.start,
+            "seconds": self.phases.total,
+            "phases": self.phases.seconds,
         }
+
+
+def slowest(answers: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """The phases of the rank that took longest."""
+    found: list[dict[str, float]] = [answer["phases"] for answer in answers]
+    return max(found, key=lambda phases: sum(phases.values()))
 
 
 def jobs(core: Any) -> dict[str, Job]:

@@ -28,6 +28,7 @@ from ....weights.layout import dtype_name, host_bytes
 from ....weights.open import open_rank
 from ....weights.ranks import Exchange, alone, freeze_rank
 from ....weights.restore import RestoreOptions, restore
+from ....weights.waterfall import Phases
 from .. import versions
 from ..answers import answering
 from ..exchange import world_exchange
@@ -105,7 +106,7 @@ def _write(
     exchange: Exchange,
     event: torch.cuda.Event | None,
 ) -> dict[str, Any]:
-    named: list[Named] = []
+    phases, named = Phases(), list[Named]()
     if header.identity.parallel.rank == 0:
         for name, (dtype, shape, data) in options["table"].items():
             whole = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
@@ -116,6 +117,7 @@ def _write(
         gathered = _gathered(found, ids, _BESIDE if options["job"] is not None else None)
         if stream is not None:
             stream.synchronize()
+        phases.end("gather")
         table = capture(named)
         entries, storages, tensors = [*table.index.tensors], [*table.storages], [*table.tensors]
         for region, view in found:
@@ -134,7 +136,8 @@ def _write(
         workers = 1 if options["job"] is not None and device.type == "cpu" else None
         freezing = FreezeOptions(force=options["force"], workers=workers)
         report = freeze_rank(options["path"], header, captured, freezing, exchange, lambda: options["model"])
-    return dataclasses.asdict(report)
+    phases.add({name: value for name, value in report.seconds.items() if name != "total"}, "capture")
+    return dataclasses.asdict(report) | {"phases": phases.seconds}
 
 
 @contextlib.contextmanager
@@ -202,6 +205,7 @@ def fill(worker: Any, options: dict[str, Any]) -> dict[str, Any]:
         options: ``path``; ``blocks`` of the pool; ``slots`` of the file and ``ids`` of the blocks that they go to;
             ``model``: the model id; ``layout`` without regions.
     """
+    phases = Phases()
     own = dataclasses.replace(identity(worker), model=options["model"])
     found = regions(worker, options["blocks"])
     wanted = _layout(options["layout"], found)
@@ -217,6 +221,7 @@ def fill(worker: Any, options: dict[str, Any]) -> dict[str, Any]:
                 f"{opened.source.name!r} holds {held} pages, page {max(options['slots'])} is needed; the set is mixed "
                 "up, copy all of it again or freeze again"
             )
+        phases.end("open")
         views = {PAGES + region.name: view for region, view in found}
         targets = {}
         _check_memory(options["path"], sum(tensor.bytes for tensor in index.tensors))
@@ -225,12 +230,15 @@ def fill(worker: Any, options: dict[str, Any]) -> dict[str, Any]:
                 views[tensor.name].device if tensor.name in views and _fits(views[tensor.name], tensor.bytes) else "cpu"
             )
             targets[tensor.name] = torch.empty(tensor.shape, dtype=getattr(torch, tensor.dtype), device=device)
-        restore(opened.source, opened.snapshot, targets, set(), RestoreOptions())
+        phases.end("room")
+        done = restore(opened.source, opened.snapshot, targets, set(), RestoreOptions())
+        phases.add({name: value for name, value in done.seconds.items() if name != "total"}, "close")
     for name, view in views.items():
         _scatter(view, targets[name], options["slots"], options["ids"])
     for device in {view.device for view in views.values() if view.device.type == "cuda"}:
         torch.cuda.synchronize(device)
-    return {"bytes": sum(region.page for region, _ in found) * len(options["ids"])}
+    phases.end("scatter")
+    return {"bytes": sum(region.page for region, _ in found) * len(options["ids"]), "phases": phases.seconds}
 
 
 def _layout(shared: dict[str, Any], found: list[tuple[Region, torch.Tensor]]) -> Layout:
