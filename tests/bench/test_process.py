@@ -68,6 +68,20 @@ def test_failures_are_one_line(name):
     assert "\n" not in str(caught.value)
 
 
+def test_the_end_is_seen_although_another_process_holds_the_pipe():
+    code = GOOD + "if os.fork(): os._exit(3)\nimport time; time.sleep(60)"
+    start = time.monotonic()
+    with Child("restore", {}, command(code)) as child, pytest.raises(ChildError, match="ended with exit code 3"):
+        child.reach(READY, 30)
+    assert time.monotonic() - start < 20
+
+
+def test_what_it_printed():
+    with Child("restore", {}, command(RUNS)) as child:
+        child.reach(READY, 30)
+        assert child.printed() == "a library greets\n"
+
+
 def test_no_such_program():
     with pytest.raises(ChildError, match="could not be started"):
         Child("restore", {}, ["/nowhere/python"])

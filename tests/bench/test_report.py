@@ -52,7 +52,32 @@ RESULTS = [
     line("vllm-load-weights", "thaw", 5.0, route="checkpoint", start="start-eager"),
     line("restore-tmpfs", "thaw", 40.0, run="b", date="2026-11-10T10:00:00+00:00", verified=True, medium="tmpfs"),
     line("restore-tmpfs", "thaw", 1.0, run="c", date="2026-11-22T10:00:00+00:00", size=10**7, verified=True),
-    line("kv-restore", "thaw", 0, size=0, seconds=[0.1]),
+    line("swap-tmpfs", "thaw", 0, size=0, seconds=[0.1]),
+]
+
+
+def prompt(tokens, cold, thawed, *, restore=0.05, pages=2**17, **fields):
+    """The lines that ``thaw bench kv`` gives for one length."""
+    extra = {"tokens": tokens} | fields
+    size = tokens * pages
+    both = [restore + thawed]
+    return [
+        line("kv-freeze", "thaw", 20.0, size=size, directory="/dev/shm", **extra),
+        line("ttft-cold", "vllm", 0, size=0, seconds=[cold], equal=None, **extra),
+        line("ttft-prefix", "vllm", 0, size=0, seconds=[thawed], equal=None, **extra),
+        line("kv-restore", "thaw", size / 1e9 / restore, size=size, directory="/dev/shm", **extra),
+        line("ttft-thawed", "thaw", 0, size=0, seconds=[thawed], with_restore=both, **extra),
+    ]
+
+
+PROMPTS = [
+    line("h2d", "limit", 50.0),
+    line("d2h", "limit", 50.0),
+    line("tmpfs-write", "limit", 40.0, directory="/dev/shm"),
+    *prompt(8192, 0.400, 0.020),
+    *prompt(1024, 0.050, 0.010),
+    *prompt(16384, 0.900, 0.100),
+    *prompt(8192, 9.0, 3.0, pages=2**10, run="d", date="2026-11-23T10:00:00+00:00"),
 ]
 
 
@@ -66,6 +91,13 @@ def results(tmp_path):
     return folder
 
 
+@pytest.fixture
+def prompts(tmp_path):
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "prompts" / "r.jsonl").write_text("".join(json.dumps(each) + "\n" for each in PROMPTS))
+    return load(tmp_path / "prompts")
+
+
 def test_committed_page_is_what_the_command_makes():
     made = text(ROOT / "benchmarks" / "results", ROOT / "docs" / NOTES)
     assert (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8") == made, "run: thaw bench report"
@@ -76,7 +108,7 @@ def test_runs_latest_first(results):
     assert [run.id for run in runs] == ["c", "a", "b"]
     assert len(runs[1].outcome.records) == 10 and runs[1].machine["file_systems"] == ["tmpfs"]
     assert runs[1].works == [
-        *("h2d", "disk-read", "restore-tmpfs", "restore-disk", "vllm-load-weights", "kv-restore"),
+        *("h2d", "disk-read", "restore-tmpfs", "restore-disk", "vllm-load-weights", "swap-tmpfs"),
     ]
 
 
@@ -123,7 +155,7 @@ def test_page(results):
     assert "| instanttensor: route | 28.00 |" in section
     headings = [h for h in made.splitlines() if h.startswith("## ")]
     wanted = [TITLES[w] for w in ("h2d", "disk-read", "restore-tmpfs", "restore-disk", "vllm-load-weights")]
-    assert [h[3:] for h in headings][3:] == [*wanted, "kv-restore"]
+    assert [h[3:] for h in headings][3:] == [*wanted, "swap-tmpfs"]
     assert made == page(load(results), "Why it is so.")
 
 
@@ -133,6 +165,31 @@ def test_rows(results):
     assert "| fastsafetensors: route | 90.00 | 0.178 | 0% of 1 | 1.667 |  |  | **no** |" in made
     assert "| **thaw: route** |  | 0.100 | 0% of 1 |  |  |  | yes |" in made
     assert "H100 (79.6 GiB, driver 580); CPU, 16 cores, 125.0 GiB; Linux 6.1; files on tmpfs" in made
+
+
+def test_prompts_are_rows_by_their_length(prompts):
+    """And a small model's later run does not stand for the full one."""
+    made = page(prompts, "")
+    cold = made.partition("## KV cache: first token, nothing cached\n")[2].partition("\n## ")[0]
+    assert cold.startswith("\n![Seconds to the first token by tokens of the prompt](plots/kv.svg)\n")
+    rows = [row for row in cold.splitlines() if row.startswith("| ") and "tokens" in row]
+    assert rows == [
+        f"| {tokens} tokens, vllm: route |  | {seconds} | 0% of 1 |  |  |  |  |"
+        for tokens, seconds in ((1024, "0.050"), (8192, "0.400"), (16384, "0.900"))
+    ]
+    assert "- 2026-11-23, H100: 8192 tokens, vllm: route 9.000 s\n" in cold + "\n"
+    restored = made.partition("## KV cache: restore of a prefix\n")[2].partition("\n## ")[0]
+    assert "In `/dev/shm`:" in restored and restored.count("| system: route |") == 1
+    assert "| **8192 tokens, thaw: route** | 21.47 | 0.050 | 0% of 1 | 0.429 |  |  | yes |" in restored
+    frozen = made.partition("## KV cache: freeze of a prefix\n")[2]
+    assert "| **8192 tokens, thaw: route** | 20.00 | 0.054 | 0% of 1 | 0.500 |" in frozen
+
+
+def test_goals_of_prompts(prompts):
+    of = {goal.text: goal.reached(prompts) for goal in goals.GOALS}
+    assert of["KV restore of an 8k-token prefix (1 GiB)"] == ("0.050 s (2026-11-20)", "**missed**")
+    assert of["KV restore: of the h2d limit"] == ("0.43 (2026-11-20)", "**missed**")
+    assert of["first token: cold over thawed at 8k tokens"] == ("20.00 × (2026-11-20)", "reached")
 
 
 def test_nothing_recorded(tmp_path):
@@ -170,6 +227,16 @@ def test_plots(results, tmp_path):
     assert {path.name for path in made} == {f"restore-{w}.{e}" for w in ("tmpfs", "disk") for e in ("png", "svg")}
     before = [path.read_bytes() for path in made]
     assert before == [path.read_bytes() for path in plots.draw(load(results), tmp_path / "plots")]
+
+
+def test_plot_of_prompts(prompts, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    made = plots.draw(prompts, tmp_path / "plots")
+    assert [path.name for path in made] == ["kv.png", "kv.svg"]
+    drawn = made[1].read_text()
+    assert all(name in drawn for name in ("<!-- cold: nothing cached -->", "<!-- 16384 -->", "thawed first token"))
+    before = [path.read_bytes() for path in made]
+    assert before == [path.read_bytes() for path in plots.draw(prompts, tmp_path / "plots")]
 
 
 def test_plot_of_two_directories(tmp_path):

@@ -62,12 +62,13 @@ def send(memory_path):
         (memory_path / "source.bin").write_bytes(work.data)
         with (
             FileSource(memory_path / "source.bin") as source,
-            Helpers(source, 0, count, slot=ROOM) as helpers,
+            Helpers(0, count, slot=ROOM) as helpers,
             contextlib.closing(CudaLink(0, runs_of(work))) as link,
         ):
             before(helpers, source)
             reader = Cached(source, "tmpfs", "a test")
-            return deliver(reader, "it", work.ranges, link, workers=2, helpers=helpers, **options)
+            with helpers.reading(source):
+                return deliver(reader, "it", work.ranges, link, workers=2, helpers=helpers, **options)
 
     return sent
 
@@ -121,8 +122,9 @@ def test_device_that_fails(memory_path):
     try:
         with (
             Failing(memory_path / "source.bin") as source,
-            Helpers(source, 0, 3, slot=ROOM) as helpers,
+            Helpers(0, 3, slot=ROOM) as helpers,
             contextlib.closing(CudaLink(0, runs_of(work))) as link,
+            helpers.reading(source),
             pytest.raises(StorageError, match=r"reading '.*source.bin' at \d+ failed: Is a directory"),
         ):
             deliver(Cached(source, "tmpfs", "a test"), "it", work.ranges, link, workers=2, helpers=helpers)
@@ -131,8 +133,26 @@ def test_device_that_fails(memory_path):
 
 
 def kill(helpers, number):
-    for process in helpers._processes[:number]:
-        signal.pidfd_send_signal(process, signal.SIGKILL)
+    for process in numbers(helpers)[:number]:
+        os.kill(process, signal.SIGKILL)
+
+
+def numbers(helpers):
+    """Of their processes, the first one's first."""
+    (first,) = (int(line.split()[1]) for line in descriptor(helpers._process) if line.startswith("Pid:"))
+    until = time.monotonic() + 30
+    while len(found := [first, *forked(first)]) < len(helpers.helpers):
+        assert time.monotonic() < until, "they do not come up"
+        time.sleep(0.001)
+    return found
+
+
+def descriptor(number):
+    return Path(f"/proc/self/fdinfo/{number}").read_text().splitlines()
+
+
+def forked(process):
+    return [int(number) for number in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])
@@ -165,10 +185,9 @@ def test_helpers_that_do_not_start(send, monkeypatch):
 
 
 def test_no_process_can_be_started(memory_path, monkeypatch):
-    (memory_path / "source.bin").write_bytes(b"x")
     monkeypatch.setattr(sys, "executable", str(memory_path / "nothing"))
-    with FileSource(memory_path / "source.bin") as source, pytest.raises(FileNotFoundError):
-        Helpers(source, 0, 3, slot=ROOM)
+    with pytest.raises(FileNotFoundError):
+        Helpers(0, 3, slot=ROOM)
 
 
 @pytest.mark.parametrize("error", [StorageError("device"), KeyboardInterrupt()])
@@ -230,35 +249,33 @@ def test_memory_that_may_not_be_locked(number, send, driver):
     assert work.arrived()
 
 
-def test_helpers_end_with_their_parent(memory_path):
+@pytest.mark.parametrize("idle", [True, False])
+def test_helpers_end_with_their_parent(idle, memory_path):
     """Killed without a word."""
     (memory_path / "source.bin").write_bytes(bytes(ROOM))
     told, tell = os.pipe()
 
     def work():
         source = FileSource(memory_path / "source.bin")
-        made = Helpers(source, 0, 2, slot=ROOM)
-        for found in made.helpers:
-            found.give(0, ROOM)
-        while not all(found.filled for found in made.helpers):
-            time.sleep(0.001)
-        os.write(tell, children().encode())
-        os.kill(os.getpid(), signal.SIGKILL)
+        made = Helpers(0, 2, slot=ROOM)
+        with contextlib.nullcontext() if idle else made.reading(source):
+            for found in made.helpers:
+                if not idle:
+                    found.give(0, ROOM)
+            while not (idle or all(found.filled for found in made.helpers)):
+                time.sleep(0.001)
+            os.write(tell, " ".join(map(str, numbers(made))).encode())
+            os.kill(os.getpid(), signal.SIGKILL)
 
     assert in_child(work) == -signal.SIGKILL
-    numbers = [int(number) for number in os.read(told, 100).split()]
+    known = [int(number) for number in os.read(told, 100).split()]
     os.close(told)
     os.close(tell)
-    assert len(numbers) == 2
+    assert len(known) == 2
     until = time.monotonic() + 30
-    while any(_runs(number) for number in numbers):
+    while any(_runs(number) for number in known):
         assert time.monotonic() < until, "a helper lives on"
         time.sleep(0.01)
-
-
-def children():
-    """Numbers of the processes that this thread started."""
-    return Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text()
 
 
 def _runs(number):
@@ -274,16 +291,31 @@ def test_helpers_hold_nothing_else_open(memory_path):
     other = os.open(memory_path, os.O_RDONLY)
     os.set_inheritable(other, True)
     try:
-        with FileSource(memory_path / "source.bin") as source, Helpers(source, 0, 1, slot=ROOM) as made:
-            made.helpers[0].give(0, ROOM)
-            while not made.helpers[0].filled:
-                time.sleep(0.001)
-            (number,) = children().split()
-            held = {os.readlink(f"/proc/{number}/fd/{name}") for name in os.listdir(f"/proc/{number}/fd")}
-            assert held == {"/memfd:thaw (deleted)", str(memory_path / "source.bin")}
-            assert os.getpgid(int(number)) != os.getpgid(0)
+        with FileSource(memory_path / "source.bin") as source, Helpers(0, 2, slot=ROOM) as made:
+            with made.reading(source):
+                for found in made.helpers:
+                    found.give(0, ROOM)
+                while not all(found.filled for found in made.helpers):
+                    time.sleep(0.001)
+                assert [opened(number)[0] for number in numbers(made)] == [str(memory_path / "source.bin")] * 2
+            until = time.monotonic() + 30
+            while any(opened(number)[0] != "/memfd:thaw (deleted)" for number in numbers(made)):
+                assert time.monotonic() < until, "the file is held open between two deliveries"
+            for number in numbers(made):
+                memory, line = sorted(set(opened(number)))
+                assert memory == "/memfd:thaw (deleted)" and line.startswith("socket:")
+                assert os.getpgid(number) != os.getpgid(0)
     finally:
         os.close(other)
+
+
+def opened(process):
+    """What a process holds open."""
+    found = []
+    for name in os.listdir(f"/proc/{process}/fd"):
+        with contextlib.suppress(FileNotFoundError):  # closed since
+            found.append(os.readlink(f"/proc/{process}/fd/{name}"))
+    return sorted(sorted(found), key=lambda name: name.startswith(("/memfd", "socket")))
 
 
 @pytest.fixture
@@ -330,26 +362,24 @@ def refusing(*_, **__):
 
 
 def test_kernel_without_process_descriptors(memory_path, sixteen, monkeypatch):
-    helpers_._able.cache_clear()
+    helpers_._calls.cache_clear()
     monkeypatch.setattr(os, "pidfd_open", refusing)
     with sparse(memory_path / "large", 1 << 30) as source:
         assert wanted(source, Cached(source, "tmpfs", "a test"), None, 16) == 0
-        with pytest.raises(PermissionError):  # and nobody stays behind
-            Helpers(source, 0, 2, slot=ROOM)
-    helpers_._able.cache_clear()
+    with pytest.raises(PermissionError):  # and nobody stays behind
+        Helpers(0, 2, slot=ROOM)
+    helpers_._calls.cache_clear()
 
 
-@pytest.mark.parametrize("what", ["memfd_create", "ftruncate", "posix_spawn"])
-def test_start_that_fails(what, memory_path, monkeypatch):
-    (memory_path / "source.bin").write_bytes(bytes(ROOM))
-    monkeypatch.setattr(os, what, refusing)
-    with FileSource(memory_path / "source.bin") as source, pytest.raises(PermissionError):
-        Helpers(source, 0, 2, slot=ROOM)
+@pytest.mark.parametrize("what", ["memfd_create", "ftruncate", "posix_spawn", "socketpair"])
+def test_start_that_fails(what, monkeypatch):
+    monkeypatch.setattr(helpers_.socket if what == "socketpair" else os, what, refusing)
+    with pytest.raises(PermissionError):
+        Helpers(0, 2, slot=ROOM)
 
 
 @pytest.mark.parametrize("allowed", [0, 1])
-def test_threads_that_cannot_start(allowed, memory_path, monkeypatch, driver):
-    (memory_path / "source.bin").write_bytes(bytes(ROOM))
+def test_threads_that_cannot_start(allowed, monkeypatch, driver):
     real, started = threading.Thread.start, []
 
     def start(thread):
@@ -359,8 +389,8 @@ def test_threads_that_cannot_start(allowed, memory_path, monkeypatch, driver):
         real(thread)
 
     monkeypatch.setattr(threading.Thread, "start", start)
-    with FileSource(memory_path / "source.bin") as source, pytest.raises(RuntimeError, match="new thread"):
-        Helpers(source, 0, 3, slot=ROOM)
+    with pytest.raises(RuntimeError, match="new thread"):
+        Helpers(0, 3, slot=ROOM)
     ending()
     assert driver.idle()
 
@@ -375,21 +405,52 @@ def test_context_that_cannot_be_entered(send, driver):
     assert driver.idle()
 
 
-def test_script_that_ends_at_once(memory_path):
+def test_script_that_ends_at_once():
     """While helpers are being ended: nothing is printed, and the exit code is 0."""
-    (memory_path / "source.bin").write_bytes(bytes(ROOM))
     script = f"""
 from tests.transport.driver import Driver
 from thaw_vllm.transport import cuda
 made = Driver()
 cuda.driver = lambda: made
 from thaw_vllm.transport import reading_helpers as helpers
-from thaw_vllm.transport.source import FileSource
-source = FileSource({str(memory_path / "source.bin")!r})
-helpers.Helpers(source, 0, 6, slot={ROOM}).close()
+helpers.Helpers(0, 6, slot={ROOM}).close()
 """
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
     assert (ran.returncode, ran.stderr) == (0, "")
+
+
+def test_one_delivery_after_another(memory_path, driver):
+    """Other files, other links, some ranges that nobody gave to anybody, by the same processes."""
+    works = [Work([(0, 30 * ROOM)], seed=1), Work(LAYOUTS["of every kind"], seed=2), Work([(0, ROOM)], seed=3)]
+    with Helpers(0, 3, slot=ROOM) as helpers:
+        before = numbers(helpers)
+        for number, work in enumerate(works):
+            (memory_path / str(number)).write_bytes(work.data)
+            with (
+                FileSource(memory_path / str(number)) as source,
+                contextlib.closing(CudaLink(0, runs_of(work))) as link,
+                helpers.reading(source),
+            ):
+                reader = Cached(source, "tmpfs", "a test")
+                assert deliver(reader, "it", work.ranges, link, workers=2, helpers=helpers)
+            assert work.arrived()
+            assert helpers.sound
+        for number in range(300):  # over before a helper has looked, or even heard of it
+            work = works[number % 2 * 2]
+            with (
+                FileSource(memory_path / str(number % 2 * 2)) as source,
+                contextlib.closing(CudaLink(0, runs_of(work))) as link,
+                helpers.reading(source),
+            ):
+                work.target.zero_()
+                assert deliver(Cached(source, "tmpfs", "a test"), "it", work.ranges, link, workers=2, helpers=helpers)
+            assert work.arrived()
+        assert numbers(helpers) == before
+        kill(helpers, 1)
+        assert helpers.sound
+    ending()
+    assert not helpers.sound
+    assert driver.idle()
 
 
 def test_admitting_is_for_threads(send):

@@ -27,6 +27,8 @@ TASKS = {
     "disk-read": "limits.disk",
     "tmpfs-write": "limits.memory",
     "memory-read": "limits.memory",
+    "kv-freeze": "kv_task",
+    "kv-thaw": "kv_task",
 }
 """Task → the module here whose ``TASKS`` has it."""
 SAID = ("ready", "prepared", "done")

@@ -21,6 +21,8 @@ READY, PREPARED, DONE, RESULT, ERROR = "ready", "prepared", "done", "result", "e
 
 STARTING, RUNNING = 300.0, 300.0
 """Seconds that imports and the CUDA context, and each later step, may take at most."""
+LOOK = 1.0
+"""Seconds between looks at whether a child that says nothing is still there."""
 COMMAND = (sys.executable, "-m", "thaw_vllm.bench.child")
 
 
@@ -100,8 +102,11 @@ class Child:
             selector.register(self._answers, selectors.EVENT_READ)
             while b"\n" not in self._buffer:
                 left = until - time.monotonic()
-                if left <= 0 or not selector.select(left):
+                if left <= 0:
                     raise ChildError(f"took longer than {timeout:.0f} s and was ended{self._last()}")
+                if not selector.select(min(left, LOOK)):
+                    self._end_what_it_left()
+                    continue
                 more = os.read(self._answers, 1 << 16)
                 if not more:
                     code = self._process.wait()
@@ -110,6 +115,17 @@ class Child:
                 self._buffer += more
         line, _, self._buffer = self._buffer.partition(b"\n")
         return line
+
+    def _end_what_it_left(self) -> None:
+        """Processes of a child that has ended may hold the other end of the pipe, so that nobody would be told."""
+        # Not reaped yet, so that its process group cannot be another's.
+        if os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+    def printed(self) -> str:
+        """The end of what it and its processes printed, up to a mebibyte."""
+        self._log.seek(max(0, self._log.seek(0, os.SEEK_END) - (1 << 20)))
+        return self._log.read().decode(errors="replace")
 
     def _last(self) -> str:
         self._log.seek(max(0, self._log.seek(0, os.SEEK_END) - 4096))

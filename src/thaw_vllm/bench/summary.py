@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,11 @@ from .outcome import Missed, Outcome, spread
 from .record import Record
 
 HEAD = ("", "GB/S", "SPREAD", "OF LIMIT", "OF BEST RIVAL", "PEAK MIB", "EQUAL")
+KV_SECONDS = ("ttft-cold", "ttft-prefix", "ttft-thawed", "kv-restore")
+KV_HEAD = (
+    *("TOKENS", "MB", "COLD S", "PREFIX S", "THAWED S", "RESTORE S", "GB/S", "OF LIMIT", "FREEZE S"),
+    *("COLD/THAWED", "COLD/(RESTORE+THAWED)", "EQUAL"),
+)
 LIMITS: Mapping[str, tuple[str, ...]] = {
     "restore-tmpfs": ("h2d",),
     "restore-pagecache": ("h2d",),
@@ -16,8 +22,12 @@ LIMITS: Mapping[str, tuple[str, ...]] = {
     "restore-disk": ("h2d", "disk-read"),
     "freeze-tmpfs": ("d2h", "tmpfs-write"),
     "freeze-disk": ("d2h", "disk-write"),
+    "kv-freeze": ("d2h", "tmpfs-write"),
+    "kv-restore": ("h2d",),
 }
 """What a work cannot be faster than: all of these, each by its fastest route."""
+ON_DISK = {"kv-freeze": ("d2h", "disk-write")}
+"""The same of a work that goes by one name wherever its files are."""
 ON_HOST = {
     "tmpfs": ("memory-read",),
     "pagecache": ("memory-read",),
@@ -34,8 +44,9 @@ def limit_of(record: Record, outcome: Outcome) -> Record | None:
     directory = record.extra.get("directory")
     if record.work == "restore-cpu":
         return outcome.limit(*ON_HOST.get(str(record.extra.get("medium")), ("memory-read",)), directory=directory)
-    found = outcome.limit(*LIMITS.get(record.work, ()), directory=directory) if record.work in LIMITS else None
-    return found or (outcome.limit(*ON_HOST[record.work], directory=directory) if record.work in ON_HOST else None)
+    chains = [works[record.work] for works in (LIMITS, ON_DISK, ON_HOST) if record.work in works]
+    found = (outcome.limit(*chain, directory=directory) for chain in chains)
+    return next((limit for limit in found if limit is not None), None)
 
 
 def of_limit(record: Record, outcome: Outcome) -> float | None:
@@ -50,10 +61,21 @@ def of_rival(record: Record, outcome: Outcome) -> float | None:
     return None if rival is None else rival.median / record.median
 
 
-def group(record: Record) -> tuple[str, str, str]:
-    """What is compared with one another: work, medium or kind of start, directory."""
+def section(record: Record) -> tuple[str, str, str]:
+    """Which table it is a row of: work, medium or kind of start, directory."""
     kind = record.extra.get("medium") or record.extra.get("start") or ""
     return record.work, str(kind), str(record.extra.get("directory", ""))
+
+
+def prompt_tokens(record: Record) -> int:
+    """Of the prompt whose KV cache or first token it is about; 0 for everything else."""
+    found = record.extra.get("tokens")
+    return found if isinstance(found, int) else 0
+
+
+def group(record: Record) -> tuple[str, str, str, int]:
+    """What is compared with one another: within a table, prompts of one length."""
+    return *section(record), prompt_tokens(record)
 
 
 def best_rival(record: Record, records: Iterable[Record]) -> Record | None:
@@ -69,7 +91,8 @@ def best_rival(record: Record, records: Iterable[Record]) -> Record | None:
 def label(record: Record) -> str:
     """Which line it is, within its group."""
     checked = ", verified" if record.verified else ", unverified" if record.system == "thaw" else ""
-    return f"{record.system}{checked if record.work.startswith('restore') else ''}: {record.route}"
+    length = f"{prompt_tokens(record)} tokens, " if prompt_tokens(record) else ""
+    return f"{length}{record.system}{checked if record.work.startswith('restore') else ''}: {record.route}"
 
 
 def row(record: Record, outcome: Outcome) -> tuple[str, ...]:
@@ -77,7 +100,7 @@ def row(record: Record, outcome: Outcome) -> tuple[str, ...]:
     limit, rival = of_limit(record, outcome), of_rival(record, outcome)
     return (
         label(record),
-        f"{record.gb_per_s:.2f}",
+        f"{record.gb_per_s:.2f}" if record.bytes else "",
         f"{spread(record):.0%}",
         "" if limit is None else f"{limit:.3f}",
         "" if rival is None else f"{rival:.2f}",
@@ -90,7 +113,7 @@ def tables(outcome: Outcome) -> dict[str, list[tuple[str, ...]]]:
     """Rows by title; limits in one table, then each work in each directory."""
     found: dict[str, list[tuple[str, ...]]] = {}
     for record in outcome.records:
-        work, medium, directory = group(record)
+        work, medium, directory = section(record)
         title = "limits" if record.system == "limit" else " ".join(filter(None, (work, medium, directory)))
         rows = found.setdefault(title, [HEAD])
         cells = row(record, outcome)
@@ -107,6 +130,38 @@ def seconds_table(records: Sequence[Record]) -> list[tuple[str, ...]]:
         times = (f"{t:.2f}" for t in (record.median, min(record.seconds), max(record.seconds)))
         rows.append((record.work, f"{record.system}: {record.route}", *times, "yes" if record.equal else "NO"))
     return rows
+
+
+def kv_table(outcome: Outcome) -> list[tuple[str, ...]]:
+    """Of prompts by their length: seconds to the first token, and of freezing and restoring what they have cached."""
+    rows: list[tuple[str, ...]] = [KV_HEAD]
+    for tokens in dict.fromkeys(filter(None, map(prompt_tokens, outcome.records))):
+        found = {record.work: record for record in outcome.records if prompt_tokens(record) == tokens}
+        seconds = {work: record.median for work, record in found.items()}
+        restore, cold, thawed = found.get("kv-restore"), seconds.get("ttft-cold"), seconds.get("ttft-thawed")
+        limit = None if restore is None else of_limit(restore, outcome)
+        whole = with_restore(found["ttft-thawed"]) if "ttft-thawed" in found else None
+        equal = [record.equal for record in found.values() if record.equal is not None]
+        size = max(record.bytes for record in found.values())
+        rows.append(
+            (
+                str(tokens),
+                f"{size / 1e6:.1f}",
+                *(f"{seconds[work]:.4f}" if work in seconds else "" for work in KV_SECONDS),
+                "" if restore is None else f"{restore.gb_per_s:.2f}",
+                "" if limit is None else f"{limit:.3f}",
+                f"{seconds['kv-freeze']:.4f}" if "kv-freeze" in seconds else "",
+                f"{cold / thawed:.1f}" if cold and thawed else "",
+                f"{cold / whole:.1f}" if cold and whole else "",
+                "NO" if not all(equal) else "yes" if equal else "",
+            )
+        )
+    return rows
+
+
+def with_restore(record: Record) -> float:
+    """Of ``ttft-thawed``: median seconds of the restore and the first token together."""
+    return float(statistics.median(record.extra["with_restore"]))
 
 
 def failures(missed: Iterable[Missed]) -> list[str]:

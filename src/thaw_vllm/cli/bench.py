@@ -24,6 +24,7 @@ thaw bench weights --dir /dev/shm --dir /mnt/nvme --record
 thaw bench weights --size-gb 2 --dir /dev/shm --system thaw --system safetensors --device cpu
 thaw bench freeze --dir /dev/shm --dir /mnt/nvme --runs 3 --record
 thaw bench cold-start --model Llama-3-8B/ --snapshot /dev/shm/W.thaw --mode eager --record
+thaw bench kv --model Llama-3-8B/ --tokens 1024 --tokens 4096 --record
 thaw bench report
 """
 
@@ -45,6 +46,9 @@ Recording = Annotated[bool, typer.Option("--record", help="Append to benchmarks/
 LimitSize = Annotated[float, typer.Option("--limit-gb", min=0.01, help="GB moved in a run of a limit.")]
 Systems = Annotated[
     list[str] | None, typer.Option("--system", help="Only this system; repeat for more. [default: all]", metavar="NAME")
+]
+EngineArguments = Annotated[
+    list[str] | None, typer.Option(help="An engine argument, its value in JSON; repeat.", metavar="KEY=VALUE")
 ]
 
 app = plain_app(add_completion=False)
@@ -200,9 +204,7 @@ def cold_start(
         ),
     ] = None,
     runs: Annotated[int, typer.Option(min=1, help="Fresh processes for each loader and mode.")] = 1,
-    engine_arg: Annotated[
-        list[str] | None, typer.Option(help="An engine argument, its value in JSON; repeat.", metavar="KEY=VALUE")
-    ] = None,
+    engine_arg: EngineArguments = None,
     record: Recording = False,
     as_json: Json = False,
 ) -> None:
@@ -234,6 +236,61 @@ def cold_start(
     if not as_json:
         print("\n".join(failures(outcome.missed)))
     _end(outcome, record)
+
+
+@app.command(epilog=_examples("kv"))
+def kv(
+    model: Annotated[Path, typer.Option(help="A model directory with safetensors files.")],
+    tokens: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1,
+            help="Length of a prompt; repeat for more. [default: 1024, 2048, 4096 and 8192, as far as they fit]",
+            metavar="N",
+        ),
+    ] = None,
+    directory: Annotated[
+        Path | None, typer.Option("--dir", help="Where the files go. [default: /dev/shm, else .]")
+    ] = None,
+    runs: Annotated[int, typer.Option(min=1, help="How often each is measured in its engine.")] = 3,
+    eager: Annotated[
+        bool | None, typer.Option("--eager/--graphs", help="Without or with CUDA graphs. [default: with, on a GPU]")
+    ] = None,
+    engine_arg: EngineArguments = None,
+    limit_gb: LimitSize = 4.0,
+    record: Recording = False,
+    as_json: Json = False,
+) -> None:
+    """Time the first token of long prompts, cold and thawed.
+
+    One engine prefills each prompt with nothing cached, answers it from its prefix cache, and freezes that. A fresh
+    engine restores the file and answers. Pages, tokens and log-probabilities of both are compared.
+    """
+    from ..bench import kv as measuring
+    from ..bench.summary import failures, kv_table
+    from ..bench.summary import plain as plainly
+    from ..engines.vllm.api import require_vllm_installed
+    from .freeze import parse_engine_arg
+
+    settings = measuring.Settings(
+        model,
+        tuple(tokens or ()),
+        _places([directory] if directory else None)[0],
+        runs,
+        eager,
+        dict(parse_engine_arg(text) for text in engine_arg or []),
+        _limits(None, limit_gb, runs, None),
+    )
+    require_vllm_installed()
+    outcome = measuring.measure(settings, _tell)
+    if as_json:
+        document(plainly(outcome))
+    else:
+        table(kv_table(outcome), right=frozenset(range(11)))
+        print("\n".join(failures(outcome.missed)))
+    _end(outcome, record)
+    if any(missed.system == "thaw" for missed in outcome.missed):
+        raise typer.Exit(1)
 
 
 @app.command(epilog=_examples("report"))

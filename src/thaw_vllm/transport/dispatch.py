@@ -94,7 +94,7 @@ def _send(queues: list[_Queue], stream: Stream) -> list[tuple[_Queue, Step]]:
 
 
 class _Queue:
-    """A helper's slots on their way: ``landed <= sent <= helper.filled <= helper.given`` steps.
+    """A helper's slots on their way: ``landed <= sent <= helper.filled <= helper.given`` steps, of all deliveries.
 
     Attributes:
         helper, landed: as above.
@@ -102,8 +102,8 @@ class _Queue:
     """
 
     def __init__(self, link: CudaLink, helper: Helper) -> None:
-        self.helper, self.landed, self.done = helper, 0, False
-        self._link, self._sent = link, 0
+        self.helper, self.landed, self.done = helper, helper.given, False
+        self._link, self._sent = link, helper.given
         self._tried = [False] * len(helper.slots)
         self._steps: list[Step | None] = [None] * len(helper.slots)
 

@@ -1,9 +1,12 @@
-"""What a helper process runs: read the ranges it is given into its slots of shared memory, and say so.
+"""What helper processes run: read the ranges they are given into their slots of shared memory, and say so.
 
 Run by path with an interpreter that has neither site packages nor our package (``python -I -S``). It imports the least
-that does, so as to be there in milliseconds; ``reading_helpers`` is its other side.
+that does, so as to be there in milliseconds; the first of them forks the others, which takes a tenth of starting them.
+``reading_helpers`` is its other side.
 """
 
+import _signal  # type: ignore[import-not-found]
+import _socket
 import mmap
 import posix
 import sys
@@ -11,8 +14,8 @@ import time
 
 PAGE = 4096
 """Bytes of a helper's control page, made of 64-bit words: what it is told and what it tells, on cache lines apart."""
-GIVEN, STOP = 0, 1
-"""Written by the parent: how many ranges it has given so far; whether to end."""
+GIVEN, OVER = 0, 1
+"""Written by the parent: how many ranges it has given so far; how many deliveries are over."""
 FILLED, FAILED, AT, READY = 8, 9, 10, 11
 """Written by the helper: how many ranges are in their slots; why it cannot go on, and at which offset; whether its
 slots have their pages.
@@ -33,19 +36,36 @@ _NAP = 0.0005
 def main(arguments: list[str]) -> None:
     """
     Args:
-        arguments: the numbers of two descriptors, the shared memory and the file; the parent's process number; offsets
-            of the control page and of the first slot in the shared memory; slots, and bytes of each.
+        arguments: the number of the shared memory's descriptor, which those of the helpers' sockets follow; helpers;
+            offset of the first slot in the shared memory; slots of each helper, and bytes of each.
     """
-    shared, file, parent, control, first, slots, size = map(int, arguments)
+    shared, count, first, slots, size = map(int, arguments)
+    lines = range(shared + 1, shared + 1 + count)
     # What is listed, not a range: without close_range(2) that is a call for each of a billion numbers.
     for name in posix.listdir("/proc/self/fd"):
-        if int(name) not in (shared, file):
-            try:  # noqa: SIM105 - contextlib takes longer to import than all the rest
-                posix.close(int(name))
-            except OSError:  # the one that listed them
-                pass
+        if int(name) != shared and int(name) not in lines:
+            _close(int(name))
+    _signal.signal(_signal.SIGCHLD, _signal.SIG_IGN)  # who ended is gone, and nobody has to wait for it
+    own = 0
+    for number in range(1, count):
+        try:
+            child = posix.fork()
+        except OSError:  # the socket that nobody holds says so
+            _close(lines[number])
+            continue
+        if not child:
+            own = number
+            break
+    for number in range(count):
+        if number != own:
+            _close(lines[number])
+    _serve(shared, _socket.socket(fileno=lines[own]), own * PAGE, first + own * slots * size, slots, size)
+
+
+def _serve(shared: int, line: _socket.socket, control: int, first: int, slots: int, size: int) -> None:
+    """Read what comes on the socket, a file for each delivery, until its other end is closed."""
     mapped = mmap.mmap(shared, 0)
-    try:  # noqa: SIM105 - as above
+    try:  # noqa: SIM105 - contextlib takes longer to import than all the rest
         mapped.madvise(_POPULATE, first, slots * size)
     except OSError:  # an older kernel: they come with the first range
         pass
@@ -53,32 +73,67 @@ def main(arguments: list[str]) -> None:
     words = memory[control : control + PAGE].cast("Q")
     views = [memory[first + number * size : first + (number + 1) * size] for number in range(slots)]
     words[READY] = 1
-    count = 0
+    done = deliveries = 0
     while True:
-        looks = 0
-        while words[GIVEN] <= count:
-            looks += 1
-            if words[STOP] or (looks > _YIELDS and posix.getppid() != parent):
+        said, carried, _, _ = line.recvmsg(1, _socket.CMSG_SPACE(4))
+        if not said:
+            return
+        file = int.from_bytes(carried[0][2][:4], sys.byteorder)
+        deliveries += 1
+        while _given(words, done, deliveries, line):
+            slot = done % slots
+            if not _read(file, views[slot], words[JOBS + 2 * slot], words[JOBS + 2 * slot + 1], words):
                 return
-            if looks > _SPINS:
-                time.sleep(_NAP if looks > _YIELDS else 0)
-        slot = count % slots
-        offset, length = words[JOBS + 2 * slot], words[JOBS + 2 * slot + 1]
-        done = 0
-        while done < length:
-            try:
-                got = posix.preadv(file, [views[slot][done:length]], offset + done)
-            except OSError as error:
-                words[AT] = offset + done
-                words[FAILED] = error.errno or ENDED
-                return
-            if not got:
-                words[AT] = offset + done
-                words[FAILED] = ENDED
-                return
-            done += got
-        count += 1
-        words[FILLED] = count
+            done += 1
+            words[FILLED] = done
+        _close(file)
+
+
+def _given(words: memoryview, done: int, delivery: int, line: _socket.socket) -> bool:
+    """Wait for another range; False when the delivery is over."""
+    looks = 0
+    while words[GIVEN] <= done:
+        looks += 1
+        if words[OVER] >= delivery:
+            return False
+        if looks > _YIELDS and _gone(line):
+            sys.exit()
+        if looks > _SPINS:
+            time.sleep(_NAP if looks > _YIELDS else 0)
+    return bool(words[OVER] < delivery)  # looked at last: else the range may be the next delivery's, of another file
+
+
+def _gone(line: _socket.socket) -> bool:
+    """Whether the other end is closed."""
+    try:
+        return not line.recv(1, _socket.MSG_PEEK | _socket.MSG_DONTWAIT)
+    except OSError:
+        return False
+
+
+def _read(file: int, view: memoryview, offset: int, length: int, words: memoryview) -> bool:
+    """A range into the beginning of a slot; False when that failed, and the words say why."""
+    done = 0
+    while done < length:
+        try:
+            got = posix.preadv(file, [view[done:length]], offset + done)
+        except OSError as error:
+            words[AT] = offset + done
+            words[FAILED] = error.errno or ENDED
+            return False
+        if not got:
+            words[AT] = offset + done
+            words[FAILED] = ENDED
+            return False
+        done += got
+    return True
+
+
+def _close(descriptor: int) -> None:
+    try:  # noqa: SIM105 - see above
+        posix.close(descriptor)
+    except OSError:  # the one that listed them, or closed before
+        pass
 
 
 if __name__ == "__main__":

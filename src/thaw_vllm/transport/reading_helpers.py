@@ -13,9 +13,11 @@ import os
 import platform
 import select
 import signal
+import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -38,8 +40,8 @@ MOST = 14
 way."""
 _CORES = 8
 """Cores from which helpers are started: on fewer, threads lose little to the lock."""
-_WORTH = 1 << 30
-"""Bytes of a file from which starting them, 10 ms, is worth it."""
+_WORTH, WORTH_RUNNING = 1 << 30, 64 << 20
+"""Bytes of a file from which starting them is worth it, 20 ms until all are there, and from which using them is."""
 _SCRIPT = Path(helper.__file__)
 _LOCKERS = 4
 """Threads that page-lock slots, 0.4 ms each."""
@@ -47,7 +49,7 @@ _PATIENCE = 0.1
 """Seconds to wait for a helper to bring in its slots' pages; page-locking does it too, slower."""
 
 
-def wanted(source: Source, reader: Reader, workers: int | None, cores: int) -> int:
+def wanted(source: Source, reader: Reader, workers: int | None, cores: int, *, running: bool = False) -> int:
     """How many helpers to start for a source that goes to a GPU; 0 for none.
 
     Their words in shared memory rely on stores being seen in order, as on x86-64. Only for plain reads of a file, and
@@ -55,24 +57,37 @@ def wanted(source: Source, reader: Reader, workers: int | None, cores: int) -> i
 
     Args:
         cores: that they may run on.
+        running: whether they are there already.
     """
     if (
-        source.size < _WORTH
+        source.size < (WORTH_RUNNING if running else _WORTH)
         or cores < _CORES
-        or not _able()
+        or not able()
         or not isinstance(source, FileSource)
         or type(reader) is not Cached
-        or platform.machine() != "x86_64"
-        or getattr(sys, "frozen", False)
-        or not Path(sys.executable or "").name.startswith("python")
-        or not _SCRIPT.is_file()
     ):
         return 0
-    return min(workers or MOST, MOST, cores - 2)
+    return most(workers, cores)
+
+
+def most(workers: int | None, cores: int) -> int:
+    """Helpers on so many cores, where ``able`` says that there can be some."""
+    return min(workers or MOST, MOST, cores - 2) if cores >= _CORES else 0
+
+
+def able() -> bool:
+    """Whether there can be helpers on this machine, of this interpreter."""
+    return (
+        platform.machine() == "x86_64"
+        and not getattr(sys, "frozen", False)
+        and Path(sys.executable or "").name.startswith("python")
+        and _SCRIPT.is_file()
+        and _calls()
+    )
 
 
 @cache
-def _able() -> bool:
+def _calls() -> bool:
     """Whether this interpreter and this kernel have the calls that helpers need."""
     calls = [(os, "memfd_create"), (os, "pidfd_open"), (os, "posix_spawn"), (os, "P_PIDFD"), (os, "waitid")]
     if not all(hasattr(module, name) for module, name in [*calls, (signal, "pidfd_send_signal")]):
@@ -91,17 +106,27 @@ class Helper:
         slots: that it fills in turn.
         windows: the same for the GPU.
         locks: of each slot, done once page-locking was tried; gives why that was refused.
-        given, filled: ranges so far.
+        given, filled: ranges so far, of all deliveries.
         ended: it does nothing any more, and has nothing in its hands.
     """
 
-    def __init__(
-        self, words: memoryview, slots: list[Slot], windows: list[Window], file: FileSource, process: int
-    ) -> None:
+    def __init__(self, words: memoryview, slots: list[Slot], windows: list[Window], line: socket.socket) -> None:
         self.slots, self.windows, self.given, self.ended = slots, windows, 0, False
         self.locks: list[Future[DeviceError | None]] = []
-        self._words, self._file, self._process = words, file, process
+        self._words, self._line = words, line
+        self._file: FileSource | None = None
         self._jobs: list[tuple[int, int]] = [(0, 0)] * len(slots)
+
+    def begin(self, file: FileSource) -> None:
+        """The next delivery, from this file, which stays the caller's."""
+        self._file = file
+        with contextlib.suppress(OSError):  # it has ended, which ``check`` finds out
+            socket.send_fds(self._line, [b"\0"], [file.descriptor], socket.MSG_NOSIGNAL)
+
+    def finish(self) -> None:
+        """That delivery is over, and all that was given has been filled."""
+        self._file = None
+        self._words[helper.OVER] += 1
 
     def give(self, offset: int, length: int) -> None:
         """Have the next slot filled; nobody may need what is in it."""
@@ -119,8 +144,8 @@ class Helper:
     def lock(self, number: int, context: Context) -> DeviceError | None:
         """Page-lock a slot once its pages are there; see Window."""
         until = time.monotonic() + _PATIENCE
-        while not (self._words[helper.READY] or self._words[helper.STOP] or time.monotonic() > until):
-            if _has_ended(self._process):
+        while not (self._words[helper.READY] or time.monotonic() > until):
+            if _has_ended(self._line):
                 break
             time.sleep(0.0005)
         try:
@@ -136,37 +161,43 @@ class Helper:
             CorruptionError: the file ends early.
             StorageError: the device failed.
         """
-        failed = self._words[helper.FAILED]
+        failed, file = self._words[helper.FAILED], self._file
+        if file is None:
+            raise ValueError("nothing is read between two deliveries")
         if failed:
             at = self._words[helper.AT]
             if failed == helper.ENDED:
                 offset, length = self._jobs[self.filled % len(self.slots)]
-                raise self._file.ended(at, offset + length)
-            raise self._file.failed(at, OSError(failed, os.strerror(failed)))
-        if self.ended or not _has_ended(self._process):
+                raise file.ended(at, offset + length)
+            raise file.failed(at, OSError(failed, os.strerror(failed)))
+        if self.ended or not _has_ended(self._line):
             return
         for number in range(self.filled, self.given):
             offset, length = self._jobs[number % len(self.slots)]
-            self._file.read_into(offset, self.slots[number % len(self.slots)].view[:length])
+            file.read_into(offset, self.slots[number % len(self.slots)].view[:length])
             self._words[helper.FILLED] = number + 1
         self.ended = True
 
 
 class Helpers:
-    """Processes, and their slots in one region of shared memory, page-locked for one GPU, for one delivery.
+    """Processes, and their slots in one region of shared memory, page-locked for one GPU.
 
-    Close it in every case.
+    ``reading`` is a delivery; there can be several, one after another. Close it in every case.
+
+    Attributes:
+        slot: bytes of a slot.
+        helpers: by number.
+        sound: whether they can be used again: no delivery has failed half-way, and at least one is there.
 
     Notes:
-        They are started with nothing but two descriptors, in a process group of their own, so that Ctrl-C in a
-        terminal is the parent's alone, and end by themselves soon after their parent did. They come up, and threads
-        lock their slots, while the caller does something else.
+        They are started with nothing but descriptors, in a process group of their own, so that Ctrl-C in a terminal is
+        the parent's alone, and end by themselves soon after their parent did. They come up, and threads lock their
+        slots, while the caller does something else. Between deliveries they sleep.
     """
 
-    def __init__(self, source: FileSource, device: int, count: int, *, slot: int = SLOT, slots: int = SLOTS) -> None:
+    def __init__(self, device: int, count: int, *, slot: int = SLOT, slots: int = SLOTS) -> None:
         """
         Args:
-            source: what they read; stays the caller's.
             device: ordinal of the GPU, as torch counts.
             count: processes.
             slot: bytes, a multiple of the kernel's pages.
@@ -176,13 +207,14 @@ class Helpers:
             OSError: no memory, or no process can be started.
             DeviceError: the GPU or its driver refused.
         """
-        self.slot, self._closed = slot, False
+        self.slot, self._closed, self._broken = slot, False, False
         first = count * helper.PAGE
         size = first + count * slots * slot
-        self._processes: list[int] = []
+        self._process = -1
+        self._lines: list[socket.socket] = []
         self._words: list[memoryview] = []
         self.helpers: list[Helper] = []
-        self._context = Context(device)
+        self.device, self._context = device, Context(device)
         self._shared = -1
         self._view = memoryview(b"")
         self._memory: mmap.mmap | None = None
@@ -193,6 +225,7 @@ class Helpers:
             self._memory = mmap.mmap(self._shared, size)
             self._view, base = memoryview(self._memory), address_of(self._memory)
             with pinned_to(near(self._context.bus)):
+                self._start(count, first, slots)
                 for number in range(count):
                     control = number * helper.PAGE
                     words = self._view[control : control + helper.PAGE].cast("Q")
@@ -201,8 +234,7 @@ class Helpers:
                     places = range(begin, begin + slots * slot, slot)
                     own = [Slot(self._view[at : at + slot], base + at) for at in places]
                     windows = [Window(self._context.driver, found) for found in own]
-                    process = self._start(source.descriptor, control, begin, slots)
-                    self.helpers.append(Helper(words, own, windows, source, process))
+                    self.helpers.append(Helper(words, own, windows, self._lines[number]))
                 for number in range(slots):
                     for found in self.helpers:
                         found.locks.append(self._pool.submit(found.lock, number, self._context))
@@ -210,28 +242,58 @@ class Helpers:
             self.close()
             raise
 
-    def _start(self, file: int, control: int, begin: int, slots: int) -> int:
-        """A descriptor of the new process (pidfd): a number could be another process's by the time it is used."""
-        free = max(file, self._shared) + 1
-        numbers = (free, free + 1, os.getpid(), control, begin, slots, self.slot)
-        process = os.posix_spawn(
-            sys.executable,
-            [sys.executable, "-I", "-S", str(_SCRIPT), *map(str, numbers)],
-            os.environ,
-            file_actions=[(os.POSIX_SPAWN_DUP2, self._shared, free), (os.POSIX_SPAWN_DUP2, file, free + 1)],
-            setpgroup=0,
-        )
+    def _start(self, count: int, first: int, slots: int) -> None:
+        """The first process, which forks the others.
+
+        It is known by a descriptor (pidfd): its number could be another process's by the time it is used. The others
+        are known by their sockets.
+        """
+        theirs: list[socket.socket] = []
         try:
-            opened = os.pidfd_open(process)
-        except BaseException as error:
-            with contextlib.suppress(OSError):  # ended, and was waited for by whoever ignores SIGCHLD here
-                os.kill(process, signal.SIGKILL)  # nobody has waited for it: the number is still its own
-                os.waitpid(process, 0)
-            if isinstance(error, ProcessLookupError):
-                raise OSError("a helper process ended at once") from None
+            for _ in range(count):
+                own, other = socket.socketpair()
+                self._lines.append(own)
+                theirs.append(other)
+            free = max(self._shared, *(line.fileno() for line in theirs)) + 1
+            actions = [(os.POSIX_SPAWN_DUP2, self._shared, free)]
+            actions += [(os.POSIX_SPAWN_DUP2, line.fileno(), free + 1 + n) for n, line in enumerate(theirs)]
+            process = os.posix_spawn(
+                sys.executable,
+                [sys.executable, "-I", "-S", str(_SCRIPT), *map(str, (free, count, first, slots, self.slot))],
+                os.environ,
+                file_actions=actions,
+                setpgroup=0,
+            )
+            try:
+                self._process = os.pidfd_open(process)
+            except BaseException as error:
+                with contextlib.suppress(OSError):  # ended, and was waited for by whoever ignores SIGCHLD here
+                    os.killpg(process, signal.SIGKILL)  # nobody has waited for it: the number is still its own
+                    os.waitpid(process, 0)
+                if isinstance(error, ProcessLookupError):
+                    raise OSError("a helper process ended at once") from None
+                raise
+        finally:
+            for line in theirs:
+                line.close()
+
+    @property
+    def sound(self) -> bool:
+        return not (self._broken or self._closed) and any(not _has_ended(line) for line in self._lines)
+
+    @contextlib.contextmanager
+    def reading(self, source: FileSource) -> Iterator[None]:
+        """A delivery of this file's ranges; after one that fails they are of no more use."""
+        for found in self.helpers:
+            found.begin(source)
+        try:
+            yield
+        except BaseException:
+            self._broken = True
             raise
-        self._processes.append(opened)
-        return opened
+        for found in self.helpers:
+            self._broken = self._broken or (found.filled < found.given and not found.ended)
+            found.finish()
 
     def close(self) -> None:
         """End them; nothing may be copying from their slots any more. A second call does nothing.
@@ -248,15 +310,14 @@ class Helpers:
             self._end()
 
     def _end(self) -> None:
-        for words in self._words:
-            words[helper.STOP] = 1
-        for process in self._processes:
+        if self._process >= 0:
             with contextlib.suppress(OSError):  # ended
-                signal.pidfd_send_signal(process, signal.SIGKILL)
-        for process in self._processes:
+                signal.pidfd_send_signal(self._process, signal.SIGKILL)
             with contextlib.suppress(ChildProcessError):  # waited for by somebody else
-                os.waitid(os.P_PIDFD, process, os.WEXITED)
-            os.close(process)
+                os.waitid(os.P_PIDFD, self._process, os.WEXITED)
+            os.close(self._process)
+        for line in self._lines:  # which the others see
+            line.close()
         self._pool.shutdown()  # no slot is being locked any more
         try:
             with self._context.entered():
@@ -287,7 +348,10 @@ class Helpers:
         self.close()
 
 
-def _has_ended(process: int) -> bool:
+def _has_ended(line: socket.socket) -> bool:
+    """Whether the process at the other end has closed it; it never says anything."""
+    if line.fileno() < 0:
+        return True
     poll = select.poll()
-    poll.register(process, select.POLLIN)
+    poll.register(line, select.POLLIN)
     return bool(poll.poll(0))

@@ -19,6 +19,7 @@ from ..format.index import Tensor
 from ..format.snapshot import Snapshot
 from ..transport import parallel
 from ..transport.cuda import Context
+from ..transport.kept_helpers import KeptHelpers
 from ..transport.links import CudaLink, Place, by_driver, link_to
 from ..transport.numa import near
 from ..transport.pipeline import Range, deliver
@@ -109,13 +110,16 @@ class Reading:
 
 
 @contextlib.contextmanager
-def reading(source: Source, targets: Iterable[torch.Tensor], options: RestoreOptions) -> Iterator[Reading]:
+def reading(
+    source: Source, targets: Iterable[torch.Tensor], options: RestoreOptions, kept: KeptHelpers | None = None
+) -> Iterator[Reading]:
     """Choose how to read, and start helpers: they come up while the snapshot's index is read.
 
     Args:
         source: stays the caller's.
         targets: tensors that will be filled, for where most of their bytes are.
         options: how to read.
+        kept: helpers to borrow, in place of some for this time only.
     """
     start = time.perf_counter()
     sizes: dict[torch.device, int] = {}
@@ -126,24 +130,36 @@ def reading(source: Source, targets: Iterable[torch.Tensor], options: RestoreOpt
     host = sum(size for device, size in sizes.items() if device.type == "cpu")
     staged = host < sum(sizes.values()) / 2
     with contextlib.closing(choose(source, options.route, staged=staged)) as reader, contextlib.ExitStack() as stack:
-        helpers = _helpers(source, reader, options, gpus[0]) if staged and len(gpus) == 1 else None
-        if helpers is not None:
-            stack.enter_context(helpers)
+        helpers = None
+        if staged and len(gpus) == 1 and options.processes and isinstance(source, FileSource):
+            helpers = stack.enter_context(_helpers(source, reader, options, gpus[0].index or 0, kept))
         yield Reading(reader, helpers, time.perf_counter() - start)
 
 
-def _helpers(source: Source, reader: Reader, options: RestoreOptions, gpu: torch.device) -> Helpers | None:
-    """Started near the GPU, if they are worth it; where they cannot be, threads do as well, slower."""
-    if not options.processes or not isinstance(source, FileSource):
-        return None
-    with contextlib.closing(Context(gpu.index or 0)) as context:
+@contextlib.contextmanager
+def _helpers(
+    source: FileSource, reader: Reader, options: RestoreOptions, gpu: int, kept: KeptHelpers | None
+) -> Iterator[Helpers | None]:
+    """Near the GPU, if they are worth it; where they cannot be, threads do as well, slower."""
+    with contextlib.closing(Context(gpu)) as context:
         cores = near(context.bus) or parallel.allowed_cores()
-    count = wanted(source, reader, options.workers, len(cores))
-    if not count:
-        return None
-    with contextlib.suppress(OSError, RuntimeError):  # no memory, process or thread
-        return Helpers(source, gpu.index or 0, count)
-    return None
+    running = kept is not None and kept.running(gpu)
+    count = wanted(source, reader, options.workers, len(cores), running=running)
+    helpers = None
+    if count:
+        with contextlib.suppress(OSError, RuntimeError):  # no memory, process or thread
+            helpers = Helpers(gpu, count) if kept is None else kept.borrow(gpu)
+    if helpers is None:
+        yield None
+        return
+    try:
+        with helpers.reading(source):
+            yield helpers
+    finally:
+        if kept is None:
+            helpers.close()
+        else:
+            kept.give_back(helpers)
 
 
 def restore(
@@ -153,6 +169,8 @@ def restore(
     required: Collection[str],
     options: RestoreOptions,
     way: Reading | None = None,
+    *,
+    partial: bool = False,
 ) -> RestoreReport:
     """Fill ``targets`` in place.
 
@@ -160,9 +178,10 @@ def restore(
         source: the file; stays the caller's.
         snapshot: its checked sections, chunk table included.
         targets: every tensor that may be filled, by name; ties under each of their names.
-        required: names that the snapshot must hold. Names it holds beyond ``targets`` are refused.
+        required: names that the snapshot must hold.
         options: how to read.
         way: of this source, for tensors on these devices; None to choose now.
+        partial: leave out what the snapshot holds beyond ``targets``, which else is refused; not with ties.
 
     Raises:
         MismatchError: missing or extra names, another shape, dtype, stride of a repeated dimension or tie; nothing
@@ -171,12 +190,13 @@ def restore(
     """
     if way is None:
         with reading(source, targets.values(), options) as way:
-            return restore(source, snapshot, targets, required, options, way)
+            return restore(source, snapshot, targets, required, options, way, partial=partial)
     start = time.perf_counter()
     if snapshot.preamble.chunks != len(snapshot.chunks):
         raise UsageError(f"{source.name!r} was opened without its chunk table; open it with_chunks=True to thaw it")
-    files = sum(snapshot.index.storages[f.storage] for f in snapshot.index.files if f.storage is not None)
-    total = snapshot.bytes - files
+    entries = [entry for entry in snapshot.index.tensors if not partial or entry.name in targets]
+    storages = {entry.storage for entry in entries if entry.storage is not None}
+    total = sum(snapshot.index.storages[storage] for storage in storages)
     done, lock = 0, threading.Lock()
 
     def advance(count: int) -> None:
@@ -186,7 +206,7 @@ def restore(
             if options.progress is not None:
                 options.progress(done, total)
 
-    match(snapshot, targets, required, source.name)
+    match(snapshot, targets, required, source.name, partial=partial)
     matched = time.perf_counter()
     work = sort(snapshot, targets)
     workers = options.workers or parallel.default_workers()
@@ -208,7 +228,7 @@ def restore(
     return RestoreReport(
         source.name,
         total,
-        len(snapshot.index.tensors),
+        len(entries),
         "+".join(checks or ["xxh3"]) if options.verify else "none",
         {
             "choose": way.seconds,
@@ -246,15 +266,27 @@ def _to_device(
         return f"{len(helpers.helpers)} processes → {link.name}"
 
 
-def match(snapshot: Snapshot, targets: Mapping[str, torch.Tensor], required: Collection[str], name: str) -> None:
+def match(
+    snapshot: Snapshot,
+    targets: Mapping[str, torch.Tensor],
+    required: Collection[str],
+    name: str,
+    *,
+    partial: bool = False,
+) -> None:
     """Hold names, shapes, dtypes and ties against each other.
+
+    Args:
+        partial: see ``restore``.
 
     Raises:
         MismatchError: what differs, by name.
     """
+    if partial and snapshot.index.ties:
+        raise UsageError(f"{name!r} ties tensors to one another; thaw all of it")
     held = {t.name for t in snapshot.index.tensors}
     missing = sorted(set(required) - held)
-    extra = sorted(held - set(targets))
+    extra = [] if partial else sorted(held - set(targets))
     if missing or extra:
         parts = [f"lacks {_listed(missing)}"] if missing else []
         parts += [f"holds {_listed(extra)}, which the model does not have"] if extra else []
@@ -262,6 +294,8 @@ def match(snapshot: Snapshot, targets: Mapping[str, torch.Tensor], required: Col
     owners: dict[int, Tensor] = {}
     spans: list[tuple[str, int, int, str]] = []
     for entry in snapshot.index.tensors:
+        if partial and entry.name not in targets:
+            continue
         target = targets[entry.name]
         check_storable(entry.name, target)
         if tuple(target.shape) != entry.shape or dtype_name(target.dtype) != entry.dtype:
@@ -338,14 +372,14 @@ def sort(snapshot: Snapshot, targets: Mapping[str, torch.Tensor]) -> Work:
     """The chunks of every tensor, in order of their place in the file; ``match`` has passed."""
     owners: dict[int, Tensor] = {}
     for entry in snapshot.index.tensors:
-        if entry.storage is not None:
+        if entry.storage is not None and entry.name in targets:
             owners.setdefault(entry.storage, entry)
     base = snapshot.preamble.payload_at
     found = Work()
     storage, direct, label = -1, None, ""
     for chunk in snapshot.chunks:
         owner = owners.get(chunk.storage)
-        if owner is None:  # a carried file
+        if owner is None:  # a carried file, or left out
             continue
         target = targets[owner.name]
         if chunk.storage != storage:

@@ -45,6 +45,18 @@ and by stores into a shared mapping; the faster counts. `memory-read`: all threa
 buffers. Memory is touched before it is measured, because a fresh virtual machine gets its memory from the host only at
 the first touch, several times slower. A limit is what this method reached, not what a data sheet promises.
 
+**KV caches** (`thaw bench kv`). One engine in a process of its own, warmed up with other tokens of the longest length,
+answers each prompt of random tokens with nothing cached (`ttft-cold`) and again from its prefix cache (`ttft-prefix`),
+and freezes that cache to a file (`kv-freeze`). A fresh engine, warmed up alike, restores the file into its empty prefix
+cache (`kv-restore`, every page verified) and answers (`ttft-thawed`). All seconds are those of the caller of
+`vllm.LLM`, from the call to its return; a first token is a request for one. The runs of a length are repeats in the
+same engine, with its prefix cache emptied in between; the first restore counts among them and is in the record
+(`first_s`), for the first length with helpers and page-locked memory still to be made. Held against each other are the
+pages of the file and of a second one that the fresh engine froze of what it had restored, byte by byte, the number of
+cached tokens, and the 16 tokens of a greedy answer with their log-probabilities, from the prefix cache and from the
+thawed one. A cold prefill rounds differently than one that finds its prefix cached, thaw or not; how far those answers
+are apart is in the record too.
+
 **Figures.** GB/s are decimal, of the model's bytes, from the median of the runs. *Spread* is the difference of the
 slowest and the fastest run over the median, and how many runs there were. *Of the limit* is the speed over that of the
 slowest part that the bytes must pass: the link, and for a cold disk or a freeze the medium too; on the host, reads of

@@ -7,8 +7,8 @@ from typing import Any
 
 from ..outcome import spread
 from ..record import Record
-from ..summary import group, label, of_limit, of_rival
-from .goals import FULL, GOALS
+from ..summary import label, of_limit, of_rival, prompt_tokens, section
+from .goals import GOALS, full_size
 from .method import METHOD
 from .results import Run
 
@@ -29,9 +29,16 @@ TITLES = {
     "vllm-load-weights": "vLLM: loading the weights",
     "start-eager": "vLLM: process start to first token, eager",
     "start-graphs": "vLLM: process start to first token, with CUDA graphs",
+    "ttft-cold": "KV cache: first token, nothing cached",
+    "ttft-prefix": "KV cache: first token, from the engine's own prefix cache",
+    "ttft-thawed": "KV cache: first token, thawed in a fresh engine",
+    "kv-restore": "KV cache: restore of a prefix",
+    "kv-freeze": "KV cache: freeze of a prefix",
 }
 """Headings in the page's order; a work that is not here comes after them under its own name."""
 PLOTTED = ("restore-tmpfs", "restore-pagecache", "restore-disk", "restore-warm", "freeze-tmpfs", "freeze-disk")
+KV_PLOTTED, KV_PLOT, KV_TITLE = "ttft-cold", "kv", "Seconds to the first token by tokens of the prompt"
+"""The work of whose latest run one plot shows all lengths, its file's name, its title."""
 HEAD = "| system: route | GB/s | seconds | spread | of the limit | of the best rival | peak MiB | equal |"
 RULE = "|---|---:|---:|---:|---:|---:|---:|---|"
 
@@ -71,7 +78,9 @@ def _goals(runs: Sequence[Run]) -> str:
 def first(work: str, runs: Sequence[Run]) -> list[Run]:
     """The runs with this work, the latest of full size before all others: a quick small one does not stand for it."""
     found = [run for run in runs if work in run.works]
-    return sorted(found, key=lambda run: all(r.bytes < FULL for r in run.outcome.records if r.work == work))
+    return sorted(
+        found, key=lambda run: not any(full_size(r, run.outcome) for r in run.outcome.records if r.work == work)
+    )
 
 
 def _work(work: str, runs: Sequence[Run]) -> str:
@@ -79,6 +88,8 @@ def _work(work: str, runs: Sequence[Run]) -> str:
     lines = [f"## {TITLES.get(work, work)}", ""]
     if work in PLOTTED:
         lines += [f"![{TITLES[work]}](plots/{work}.svg)", ""]
+    if work == KV_PLOTTED:
+        lines += [f"![{KV_TITLE}](plots/{KV_PLOT}.svg)", ""]
     lines += _run(work, latest)
     if older:
         lines += ["", "Earlier runs:", ""]
@@ -93,11 +104,11 @@ def _run(work: str, run: Run) -> list[str]:
     groups: dict[tuple[str, str, str], list[Record]] = {}
     for record in run.outcome.records:
         if record.work == work:
-            groups.setdefault(group(record), []).append(record)
+            groups.setdefault(section(record), []).append(record)
     for (_, kind, directory), records in groups.items():
         told = " ".join(filter(None, (kind, f"in `{directory}`" if directory else "")))
         lines += ["", *([told[0].upper() + told[1:] + ":", ""] if told else []), HEAD, RULE]
-        lines += [_row(record, run) for record in sorted(records, key=lambda r: -r.gb_per_s)]
+        lines += [_row(record, run) for record in sorted(records, key=lambda r: (prompt_tokens(r), -r.gb_per_s))]
     return lines
 
 
@@ -119,23 +130,27 @@ def _row(record: Record, run: Run) -> str:
 def _short(work: str, run: Run) -> str:
     told = []
     for record in run.outcome.records:
-        if record.work == work and record.system in ("thaw", "limit"):
+        if record.work == work and (record.system in ("thaw", "limit") or prompt_tokens(record)):
             limit = of_limit(record, run.outcome)
             share = f" ({limit:.2f} of the limit)" if limit is not None else ""
-            figure = f"{record.gb_per_s:.2f} GB/s" if record.bytes else f"{record.median:.3f} s"
-            told.append(f"{label(record)} {figure}{share}")
+            told.append(f"{label(record)} {_figure(record)}{share}")
     rival = max(
         (
             record
             for record in run.outcome.records
             if record.work == work and record.system not in ("thaw", "limit") and record.equal is not False
+            if not prompt_tokens(record)
         ),
         key=lambda record: record.gb_per_s,
         default=None,
     )
     if rival is not None:
-        told.append(f"best rival {rival.system} {rival.gb_per_s:.2f} GB/s")
+        told.append(f"best rival {rival.system} {_figure(rival)}")
     return "; ".join(told)
+
+
+def _figure(record: Record) -> str:
+    return f"{record.gb_per_s:.2f} GB/s" if record.bytes else f"{record.median:.3f} s"
 
 
 def _short_machine(machine: dict[str, Any]) -> str:

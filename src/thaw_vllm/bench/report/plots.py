@@ -1,4 +1,4 @@
-"""A bar chart a work, as PNG and SVG."""
+"""A bar chart a work, and one of prompts by their length, as PNG and SVG."""
 
 from __future__ import annotations
 
@@ -10,11 +10,18 @@ from typing import Any
 from ...errors import MissingDependencyError
 from ..outcome import Outcome
 from ..record import Record
-from ..summary import label, limit_of
-from .page import PLOTTED, TITLES, first
+from ..summary import label, limit_of, prompt_tokens, with_restore
+from .page import KV_PLOT, KV_PLOTTED, KV_TITLE, PLOTTED, TITLES, first
 from .results import Run
 
 OURS, THEIRS, WRONG = "#6baed6", "#c8c8c8", "#e57373"
+KV_LINES = (
+    ("ttft-cold", "cold: nothing cached", {"color": "#636363", "marker": "o"}),
+    ("with restore", "restore and thawed first token", {"color": "#08519c", "marker": "s"}),
+    ("ttft-thawed", "thawed, fresh engine", {"color": OURS, "marker": "^"}),
+    ("ttft-prefix", "prefix cache, same engine", {"color": "#969696", "marker": ".", "linestyle": "--"}),
+)
+"""What is drawn of prompts, its name, and how."""
 
 
 def require() -> None:
@@ -31,14 +38,43 @@ def require() -> None:
 
 
 def draw(runs: Sequence[Run], folder: Path) -> list[Path]:
-    """Write the plots of every work in PLOTTED that has records; returns the files."""
+    """Write the plots of every work in PLOTTED that has records, and of prompts; returns the files."""
     written: list[Path] = []
     for work in PLOTTED:
         for run in first(work, runs)[:1]:
             folder.mkdir(parents=True, exist_ok=True)
             records = [record for record in run.outcome.records if record.work == work]
             written += _draw(work, records, run.outcome, folder)
+    for run in first(KV_PLOTTED, runs)[:1]:
+        folder.mkdir(parents=True, exist_ok=True)
+        written += _draw_prompts(run.outcome.records, folder)
     return written
+
+
+def _draw_prompts(records: Sequence[Record], folder: Path) -> list[Path]:
+    seconds: dict[str, dict[int, float]] = {}
+    for record in filter(prompt_tokens, records):
+        seconds.setdefault(record.work, {})[prompt_tokens(record)] = record.median
+        if "with_restore" in record.extra:
+            seconds.setdefault("with restore", {})[prompt_tokens(record)] = with_restore(record)
+    pyplot: Any = _pyplot()
+    figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
+    for name, told, how in KV_LINES:
+        points = sorted(seconds.get(name, {}).items())
+        if points:
+            axes.plot(*zip(*points, strict=True), label=told, **how)
+    lengths = sorted(seconds[KV_PLOTTED])
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(lengths, [str(length) for length in lengths])
+    axes.set_xticks([], minor=True)
+    axes.set_title(KV_TITLE, fontsize=10)
+    axes.set_xlabel("tokens of the prompt")
+    axes.set_ylabel("seconds")
+    axes.grid(axis="y", which="both", linewidth=0.3)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return _saved(figure, KV_PLOT, folder)
 
 
 def _draw(work: str, records: list[Record], outcome: Outcome, folder: Path) -> list[Path]:
@@ -61,10 +97,14 @@ def _draw(work: str, records: list[Record], outcome: Outcome, folder: Path) -> l
     axes.set_xlabel("GB/s")
     axes.set_xlim(0, 1.12 * max(bars[-1].gb_per_s, limit.gb_per_s if limit is not None else 0))
     axes.spines[["top", "right"]].set_visible(False)
-    paths = [folder / f"{work}.png", folder / f"{work}.svg"]
+    return _saved(figure, work, folder)
+
+
+def _saved(figure: Any, name: str, folder: Path) -> list[Path]:
+    paths = [folder / f"{name}.png", folder / f"{name}.svg"]
     figure.savefig(paths[0], dpi=120, metadata={"Software": None})
     figure.savefig(paths[1], metadata={"Date": None, "Creator": None})
-    pyplot.close(figure)
+    _pyplot().close(figure)
     return paths
 
 

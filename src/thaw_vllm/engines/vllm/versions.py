@@ -229,9 +229,14 @@ def none_hash() -> bytes:
     return bytes(_get("vllm.v1.core.kv_cache_utils", "NONE_HASH"))
 
 
-def block_key(block_hash: bytes, group: int) -> bytes:
-    """Under which key the pool knows a block of a group."""
-    return bytes(_get("vllm.v1.core.kv_cache_utils", "make_block_hash_with_group_id")(block_hash, group))
+def block_keys() -> Callable[[bytes, int], bytes]:
+    """``key(hash, group)``: under which key a pool knows a block of a group."""
+    make = _get("vllm.v1.core.kv_cache_utils", "make_block_hash_with_group_id")
+
+    def key(block_hash: bytes, group: int) -> bytes:
+        return bytes(make(block_hash, group))
+
+    return key
 
 
 def cached_block(pool: Any, key: bytes) -> Any:
@@ -254,13 +259,15 @@ def hash_of(block: Any) -> bytes:
     return bytes(_get("vllm.v1.core.kv_cache_utils", "get_block_hash")(block.block_hash))
 
 
-def uncached_free(pool: Any) -> int:
-    """How many blocks can be taken, from the front of the queue on, before one that is cached has to go."""
-    count = 0
-    for block in pool.free_block_queue.get_all_free_blocks():
-        if block.block_hash is not None:
-            break
-        count += 1
+def uncached_free(pool: Any, most: int) -> int:
+    """How many blocks can be taken, from the front of the queue on, before one that is cached has to go.
+
+    Args:
+        most: that are wanted; no more are looked at, of which a GPU's pool has tens of thousands.
+    """
+    count, block = 0, pool.free_block_queue.fake_free_list_head.next_free_block
+    while count < most and block is not None and block.next_free_block is not None and block.block_hash is None:
+        count, block = count + 1, block.next_free_block
     return count
 
 

@@ -16,6 +16,7 @@ from ....format.identity import Identity, require
 from ....format.kv import Group, Layout, require_layout
 from ....kv.read import read_table
 from ....kv.table import NONE, Table
+from ....transport.collector import collection_paused
 from ....weights.open import open_rank
 from ....weights.waterfall import Phases
 from .. import versions
@@ -143,6 +144,7 @@ def job(core: Any, options: dict[str, Any]) -> dict[str, Any]:
     return look(core, options["job"])
 
 
+@collection_paused()
 def restore(core: Any, options: dict[str, Any]) -> dict[str, Any]:
     """Bring blocks of a file into the pool, so that the next request with such a prefix finds them.
 
@@ -159,20 +161,20 @@ def restore(core: Any, options: dict[str, Any]) -> dict[str, Any]:
     _awake(core)
     pool, path = versions.block_pool(core), options["path"]
     layout = _layout(core, pool)
+    described = _describe(core, pool, path)
     model = _model(core, options.get("model"), required=True)
-    described = _describe(core, pool)
     phases.end("identify")
     wanted = Identity.from_json(described["identity"] | {"model": model})
     table = _read_table(path, wanted, layout)
     phases.end("table")
-    names = _names(core, table)
+    names, key = _names(core, table), versions.block_keys()
     missing: list[tuple[int, int, int]] = []  # block, group, slot
     present = []
     for number, block in enumerate(table.blocks):
         for group, slot in enumerate(block.slots):
             if slot == NONE:
                 continue
-            there = versions.cached_block(pool, versions.block_key(names[number], group))
+            there = versions.cached_block(pool, key(names[number], group))
             if there is None:
                 missing.append((number, group, slot))
             else:
@@ -181,7 +183,7 @@ def restore(core: Any, options: dict[str, Any]) -> dict[str, Any]:
     blocks: list[Any] = []
     moved, depths = 0, table.depths()
     try:
-        room = pool.get_num_free_blocks() if options.get("evict") else versions.uncached_free(pool)
+        room = pool.get_num_free_blocks() if options.get("evict") else versions.uncached_free(pool, len(missing))
         chosen, left_out = _choose(table, missing, room)
         phases.end("choose")
         if chosen:
@@ -203,8 +205,7 @@ def restore(core: Any, options: dict[str, Any]) -> dict[str, Any]:
             moved = sum(answer["bytes"] for answer in filled)
             phases.add(slowest(filled), "workers")
             for (number, group, _), block in zip(chosen, blocks, strict=True):
-                key = versions.block_key(names[number], group)
-                versions.insert_block(pool, key, block, depths[number] * table.block_size)
+                versions.insert_block(pool, key(names[number], group), block, depths[number] * table.block_size)
                 source = table.blocks[number]
                 parent = None if source.parent == NONE else names[source.parent]
                 recorder.note(pool, names[number], parent, source.tokens, source.salt)
@@ -238,10 +239,10 @@ def _names(core: Any, table: Table) -> list[bytes]:
 
 def _reached(pool: Any, table: Table, names: list[bytes]) -> int:
     """Blocks of the longest prefix of which every page that the file holds is cached."""
-    depths = table.depths()
+    depths, key = table.depths(), versions.block_keys()
     whole = [
         all(
-            slot == NONE or versions.cached_block(pool, versions.block_key(names[number], group)) is not None
+            slot == NONE or versions.cached_block(pool, key(names[number], group)) is not None
             for group, slot in enumerate(block.slots)
         )
         for number, block in enumerate(table.blocks)
@@ -325,8 +326,10 @@ def _awake(core: Any) -> None:
         raise UsageError("the engine is asleep or paused, and its cache may be gone; wake it up first")
 
 
-def _describe(core: Any, pool: Any) -> dict[str, Any]:
-    answers = core.model_executor.collective_rpc("thaw_kv_describe", args=({"blocks": pool.num_gpu_blocks},))
+def _describe(core: Any, pool: Any, path: str | None = None) -> dict[str, Any]:
+    """Rank 0's identity, once every rank has said that it understands its memory; ``path``: of what is restored."""
+    options = {"blocks": pool.num_gpu_blocks, "path": path}
+    answers = core.model_executor.collective_rpc("thaw_kv_describe", args=(options,))
     return all_raised(answers)[0]
 
 

@@ -7,49 +7,65 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import queue
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from ....errors import CorruptionError, MismatchError, SpaceError, UnsupportedError
+from ....errors import CorruptionError, DeviceError, MismatchError, UnsupportedError
 from ....format.header import Header
 from ....format.identity import Identity, require
 from ....format.index import Index, Tensor
 from ....format.kv import PAGES, Layout, Region, require_layout
 from ....kv.read import count_slots
 from ....transport.collector import collection_paused
+from ....transport.kept_helpers import KeptHelpers
+from ....transport.links import by_driver
+from ....transport.reading_helpers import WORTH_RUNNING
 from ....weights.capture import Captured, Named, Storage, StorageBytes, capture
 from ....weights.freeze import FreezeOptions
-from ....weights.layout import dtype_name, host_bytes
-from ....weights.open import open_rank
+from ....weights.layout import byte_view, host_bytes
+from ....weights.open import Opened, open_rank
 from ....weights.ranks import Exchange, alone, freeze_rank
-from ....weights.restore import RestoreOptions, restore
+from ....weights.restore import RestoreOptions, reading, restore
 from ....weights.waterfall import Phases
-from .. import versions
 from ..answers import answering
 from ..exchange import world_exchange
 from ..identity import engine_identity
+from .regions import gather, page_of, regions, rows, scatter, scratch
 
-_ON_DEVICE = 0.5
-"""Share of a GPU's free memory that gathered pages may take; more of them pass through host memory."""
-_BESIDE = 1 << 30
-"""Most bytes of a GPU's memory that are gathered at once while the engine goes on."""
-_IN_MEMORY = 0.5
-"""Share of the host's free memory that a file may take while it is thawed."""
-_PIECE = 64 << 20
-"""Bytes that are scattered at once where they pass through host memory."""
+_SHARE, _MOST = 0.25, 2 << 30
+"""Share of a GPU's free memory, and bytes of it, that pages on their way may take."""
+_ON_HOST = 256 << 20
+"""The same of the host's memory, where the KV cache is there, or a GPU has no room."""
 
 
 @answering
 @torch.inference_mode()
 def describe(worker: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """This rank's identity, once its regions are known to be of known layouts."""
-    regions(worker, options["blocks"])
+    """This rank's identity, once its regions are known to be of known layouts.
+
+    Args:
+        options: ``blocks`` of the pool; ``path`` of a file that ``fill`` will be asked for, or None.
+    """
+    found = regions(worker, options["blocks"])
+    device = found[0][1].device
+    if options["path"] is not None and by_driver(device):
+        with contextlib.suppress(OSError):  # there is none, which the core finds out
+            if os.path.getsize(options["path"]) >= WORTH_RUNNING:
+                _kept(worker).start(device.index or 0)  # they come up while the core reads what the file holds
     return {"identity": identity(worker).to_json()}
+
+
+def _kept(worker: Any) -> KeptHelpers:
+    """A worker's, which end with it."""
+    found: KeptHelpers | None = getattr(worker, "_thaw_helpers", None)
+    if found is None:
+        found = worker._thaw_helpers = KeptHelpers()
+    return found
 
 
 @answering
@@ -113,17 +129,14 @@ def _write(
             named.append((name, "tensor", whole.view(getattr(torch, dtype)).view(shape)))
     ids = options["ids"]
     device = found[0][1].device
-    with _beside(event, device) as stream:
-        gathered = _gathered(found, ids, _BESIDE if options["job"] is not None else None)
-        if stream is not None:
-            stream.synchronize()
+    with _beside(event, device) as stream, _gathered(found, ids) as gathered:
         phases.end("gather")
         table = capture(named)
         entries, storages, tensors = [*table.index.tensors], [*table.storages], [*table.tensors]
         for region, view in found:
             storage: Storage = _Pages(view, ids, stream)
             if region.name in gathered:
-                storage = StorageBytes(gathered[region.name].view(torch.uint8), (region.page, 1))
+                storage = StorageBytes(gathered[region.name], (region.page, 1))
             entries.append(
                 Tensor(PAGES + region.name, "tensor", "uint8", (len(ids), region.page), (region.page, 1), len(storages))
             )
@@ -153,53 +166,82 @@ def _beside(event: torch.cuda.Event | None, device: torch.device) -> Iterator[to
         yield stream
 
 
-def _gathered(found: list[tuple[Region, torch.Tensor]], ids: list[int], most: int | None) -> dict[str, torch.Tensor]:
-    """Pages in a GPU's memory, one after another, by region: as many as a share of what is free now holds."""
-    if found[0][1].device.type != "cuda":
-        return {}
-    room = int(_ON_DEVICE * torch.cuda.mem_get_info(found[0][1].device)[0])
-    room = room if most is None else min(room // 4, most)
-    gathered = {}
+@contextlib.contextmanager
+def _gathered(found: list[tuple[Region, torch.Tensor]], ids: list[int]) -> Iterator[dict[str, torch.Tensor]]:
+    """Pages in a GPU's memory, one after another, by region: as many regions as it has room for."""
+    device = found[0][1].device
+    with contextlib.ExitStack() as stack:
+        gathered = {}
+        first = next(_groups(found, len(ids), _room(device))) if device.type == "cuda" else []
+        with contextlib.suppress(DeviceError):  # less room than the driver said: they pass through host memory
+            memory = stack.enter_context(scratch(len(ids) * sum(region.page for region, _ in first), device))
+            gathered = _cut(memory, first, len(ids))
+            numbers = rows(ids, device)
+            for region, view in first:
+                gather(view, numbers, gathered[region.name])
+            torch.cuda.current_stream(device).synchronize()
+        yield gathered
+
+
+def _groups(
+    found: list[tuple[Region, torch.Tensor]], pages: int, room: int
+) -> Iterator[list[tuple[Region, torch.Tensor]]]:
+    """Regions, as many together as there is room for pages of; none where there is not for one."""
+    group: list[tuple[Region, torch.Tensor]] = []
+    size = 0
     for region, view in found:
-        size = len(ids) * region.page
-        if size > room:
-            break
-        try:
-            gathered[region.name] = view.index_select(0, _rows(view, ids))
-        except torch.OutOfMemoryError:
-            break
-        room -= size
-    return gathered
+        if size + pages * region.page > room and group:
+            yield group
+            group, size = [], 0
+        if pages * region.page > room:
+            yield []
+            return
+        group.append((region, view))
+        size += pages * region.page
+    yield group
+
+
+def _cut(memory: torch.Tensor, group: list[tuple[Region, torch.Tensor]], pages: int) -> dict[str, torch.Tensor]:
+    """A part for the pages of each region, ``(pages, page)``, by its name."""
+    parts, at = {}, 0
+    for region, _ in group:
+        parts[region.name] = memory[at : at + pages * region.page].view(pages, region.page)
+        at += pages * region.page
+    return parts
+
+
+def _room(device: torch.device) -> int:
+    """Bytes that pages on their way may take in a device's memory now."""
+    if device.type != "cuda":
+        return _ON_HOST
+    return min(int(_SHARE * torch.cuda.mem_get_info(device)[0]), _MOST)
 
 
 class _Pages:
     """A storage (weights/capture.py) of pages that are gathered when they are read: a chunk of them at a time."""
 
     def __init__(self, view: torch.Tensor, ids: list[int], stream: torch.cuda.Stream | None) -> None:
-        self._view, self._ids, self._stream = view, ids, stream
-        self.length = len(ids) * view.shape[1]
+        self._view, self._ids, self._stream, self._page = view, ids, stream, page_of(view)
+        self.length = len(ids) * self._page
 
     def read(self, at: int, length: int) -> memoryview:
         """See Storage."""
-        page = self._view.shape[1]
-        first, last = at // page, -(-(at + length) // page)
+        first, last = at // self._page, -(-(at + length) // self._page)
         with torch.inference_mode(), torch.cuda.stream(self._stream):
-            pages = self._view.index_select(0, _rows(self._view, self._ids[first:last])).cpu()
-        return host_bytes(pages.view(torch.uint8).view(-1))[at - first * page :][:length]
+            pages = self._view.index_select(0, rows(self._ids[first:last], self._view.device)).cpu()
+        return host_bytes(byte_view(pages))[at - first * self._page :][:length]
 
     def run(self, at: int, length: int) -> None:
         """They do not lie one after another."""
         return None
 
 
-def _rows(view: torch.Tensor, ids: list[int]) -> torch.Tensor:
-    return torch.tensor(ids, dtype=torch.long, device=view.device)
-
-
 @answering
 @torch.inference_mode()
 def fill(worker: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """Verify this rank's file, then put pages into blocks that nobody uses.
+    """Verify this rank's file while its pages are put into blocks that nobody uses.
+
+    Where the file turns out to be damaged some of those blocks have been written to; nobody may use them.
 
     Args:
         options: ``path``; ``blocks`` of the pool; ``slots`` of the file and ``ids`` of the blocks that they go to;
@@ -210,7 +252,7 @@ def fill(worker: Any, options: dict[str, Any]) -> dict[str, Any]:
     found = regions(worker, options["blocks"])
     wanted = _layout(options["layout"], found)
     with collection_paused(), open_rank(options["path"], own.parallel.rank) as opened:
-        header, index = opened.snapshot.header, opened.snapshot.index
+        header = opened.snapshot.header
         require(header.identity, own, options["path"])
         if header.kv is None:
             raise MismatchError(f"{options['path']!r} holds weights, not KV blocks")
@@ -222,23 +264,41 @@ def fill(worker: Any, options: dict[str, Any]) -> dict[str, Any]:
                 "up, copy all of it again or freeze again"
             )
         phases.end("open")
-        views = {PAGES + region.name: view for region, view in found}
-        targets = {}
-        _check_memory(options["path"], sum(tensor.bytes for tensor in index.tensors))
-        for tensor in index.tensors:
-            device = (
-                views[tensor.name].device if tensor.name in views and _fits(views[tensor.name], tensor.bytes) else "cpu"
-            )
-            targets[tensor.name] = torch.empty(tensor.shape, dtype=getattr(torch, tensor.dtype), device=device)
-        phases.end("room")
-        done = restore(opened.source, opened.snapshot, targets, set(), RestoreOptions())
-        phases.add({name: value for name, value in done.seconds.items() if name != "total"}, "close")
-    for name, view in views.items():
-        _scatter(view, targets[name], options["slots"], options["ids"])
-    for device in {view.device for view in views.values() if view.device.type == "cuda"}:
-        torch.cuda.synchronize(device)
-    phases.end("scatter")
+        _pass(opened, found, held, options["slots"], options["ids"], _kept(worker), phases)
     return {"bytes": sum(region.page for region, _ in found) * len(options["ids"]), "phases": phases.seconds}
+
+
+def _pass(
+    opened: Opened,
+    found: list[tuple[Region, torch.Tensor]],
+    held: int,
+    slots: list[int],
+    ids: list[int],
+    kept: KeptHelpers,
+    phases: Phases,
+) -> None:
+    """``held`` pages of each region into memory on the way, a group of regions at a time, and from there to blocks."""
+    device = found[0][1].device
+    longest = held * max(region.page for region, _ in found)
+    where = device if longest <= _room(device) else torch.device("cpu")
+    groups = [*_groups(found, held, max(_room(where), longest))]
+    size = max(held * sum(region.page for region, _ in group) for group in groups)
+    into = rows(ids, device)
+    taken = None if slots == [*range(held)] else rows(slots, where)
+    options = RestoreOptions()
+    with scratch(size, where) as memory, reading(opened.source, [memory], options, kept) as way:
+        phases.end("room")
+        for group in groups:
+            parts = _cut(memory, group, held)
+            targets = {PAGES + name: part for name, part in parts.items()}
+            done = restore(opened.source, opened.snapshot, targets, targets, options, way, partial=True)
+            phases.add({name: done.seconds[name] for name in ("match", "plan", "read", "settle")}, "close")
+            for region, view in group:
+                scatter(view, parts[region.name], taken, into)
+            if device.type == "cuda":  # before the next group takes their place
+                torch.cuda.current_stream(device).synchronize()
+            phases.end("scatter")
+    phases.end("close")
 
 
 def _layout(shared: dict[str, Any], found: list[tuple[Region, torch.Tensor]]) -> Layout:
@@ -282,69 +342,3 @@ def _length_matters(config: Any) -> bool:
             kinds |= {value.get("rope_type"), value.get("type")}
             held += value.values()
     return bool(kinds & {"longrope", "su", "dynamic"})
-
-
-def regions(worker: Any, blocks: int) -> list[tuple[Region, torch.Tensor]]:
-    """The memory of which every block has a page: what it is, and its bytes as ``(blocks, page)``, int8.
-
-    Layers of several groups may share memory; it is listed once.
-
-    Args:
-        blocks: of the pool; the first dimension of every tensor, or a divisor of it.
-
-    Raises:
-        UnsupportedError: a tensor that is laid out in no way known here.
-    """
-    found: list[tuple[Region, torch.Tensor]] = []
-    seen: set[tuple[int, int, int]] = set()
-    for layer, tensors in versions.kv_tensors(worker).items():
-        for number, tensor in enumerate(tensors):
-            if tensor.shape[0] % blocks:
-                raise UnsupportedError(
-                    f"the KV cache of {layer!r} has {tensor.shape[0]} rows for {blocks} blocks: a layout not known here"
-                )
-            if tensor.shape[0] != blocks:  # the kernel's blocks are parts of the manager's
-                tensor = tensor.unflatten(0, (blocks, -1))  # type: ignore[no-untyped-call]
-            item, shape, stride = tensor.element_size(), tuple(tensor.shape[1:]), tuple(tensor.stride()[1:])
-            step = tensor.stride(0) * item
-            page = item * (1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True)))
-            if page != tensor[0].numel() * item or page > step:
-                raise UnsupportedError(f"the KV cache of {layer!r} has blocks with gaps; this layout is not known")
-            place = (tensor.data_ptr(), step, page)
-            if place in seen:
-                continue
-            seen.add(place)
-            raw = torch.empty(0, dtype=torch.int8, device=tensor.device).set_(tensor.untyped_storage())
-            view = raw.as_strided((blocks, page), (step, 1), tensor.storage_offset() * item)
-            found.append((Region(f"{layer}#{number}", dtype_name(tensor.dtype), shape, stride, page), view))
-    if not found:
-        raise UnsupportedError("this engine has no KV cache that thaw knows")
-    return found
-
-
-def _check_memory(path: str, size: int) -> None:
-    """A file is verified whole before a page of it is used; the kernel would end this process if that were too much."""
-    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    free = int(fields["MemAvailable"].split()[0]) * 1024
-    if size > _IN_MEMORY * free:
-        raise SpaceError(
-            f"{path!r} holds {size / 1e9:.2f} GB of pages, and {free / 1e9:.2f} GB of memory are free to verify them; "
-            "make room, or freeze fewer prefixes in a file"
-        )
-
-
-def _fits(view: torch.Tensor, size: int) -> bool:
-    if view.device.type != "cuda":
-        return False
-    return size < _ON_DEVICE * torch.cuda.mem_get_info(view.device)[0]
-
-
-def _scatter(view: torch.Tensor, pages: torch.Tensor, slots: list[int], ids: list[int]) -> None:
-    """``pages[slots[i]]`` to block ``ids[i]``."""
-    pages = pages.view(torch.int8)
-    into = torch.tensor(ids, dtype=torch.long, device=view.device)
-    taken = torch.tensor(slots, dtype=torch.long, device=pages.device)
-    at = len(ids) if pages.device == view.device else max(1, _PIECE // view.shape[1])
-    for first in range(0, len(ids), max(at, 1)):
-        part = pages.index_select(0, taken[first : first + at]).to(view.device)
-        view.index_copy_(0, into[first : first + at], part)

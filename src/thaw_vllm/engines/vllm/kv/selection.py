@@ -20,6 +20,7 @@ class Selection:
 
     def __init__(self, core: Any, pool: Any, layout: Layout) -> None:
         self._core, self._pool, self._groups = core, pool, len(layout.groups)
+        self._key = versions.block_keys()
         self._whole = [number for number, group in enumerate(layout.groups) if group.window is None]
         self.builder = Builder(pool.hash_block_size, self._groups)
         self.ids: list[int] = []
@@ -76,18 +77,18 @@ class Selection:
                 placed[name] = self.builder.add(parent, ids, self._slots_of(name), name, entry.salt)
 
     def _cached(self, name: bytes) -> bool:
-        keys = (versions.block_key(name, group) for group in range(self._groups))
+        keys = (self._key(name, group) for group in range(self._groups))
         return any(versions.cached_block(self._pool, key) is not None for key in keys)
 
     def _broken(self, name: bytes) -> bool:
         """Whether a group that needs the block does not have it."""
-        keys = (versions.block_key(name, group) for group in self._whole)
+        keys = (self._key(name, group) for group in self._whole)
         return any(versions.cached_block(self._pool, key) is None for key in keys)
 
     def _slots_of(self, name: bytes) -> tuple[int, ...]:
         found = []
         for group in range(self._groups):
-            block = versions.cached_block(self._pool, versions.block_key(name, group))
+            block = versions.cached_block(self._pool, self._key(name, group))
             if block is None:
                 found.append(NONE)
                 continue

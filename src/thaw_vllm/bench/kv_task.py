@@ -1,0 +1,162 @@
+"""The child's side of ``thaw bench kv``: an engine that freezes, and a fresh one that thaws, both timed."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ThawError, UsageError
+from .files import check_room
+from .kv_pages import difference
+
+if TYPE_CHECKING:
+    from ..engines.vllm.prompted import Prompted
+    from .child import Steps
+
+ANSWER = 16
+"""Tokens of the answers that are compared."""
+SHORT = 32
+"""Tokens of the short prompt of the warm-up."""
+FIRST = 256
+"""Ids below it are often special tokens; prompts have none of them where the vocabulary is large enough."""
+SPARE = 1.05
+"""Room for files over that for their pages."""
+
+
+def prompt(tokens: int, vocabulary: int, seed: str = "asked") -> list[int]:
+    """Random token ids, the same in every process."""
+    drawn = random.Random(f"{seed} {tokens}")
+    first = FIRST if vocabulary > 2 * FIRST else 0
+    return [drawn.randrange(first, vocabulary) for _ in range(tokens)]
+
+
+def freezing(request: dict[str, Any]) -> Steps:
+    """``model``, ``model_id``, ``engine_args``, ``tokens``, ``vocabulary``, ``runs``, ``folder``.
+
+    The answer has ``lengths``, for each of ``tokens``: seconds of every run (``cold``, ``prefix``, ``freeze``), the
+    freezes' ``reports``, how many tokens were ``cached``, and the answers from the cache (``answer``) and with nothing
+    cached (``cold_answer``).
+    """
+    _import()
+    yield
+    with _started(request) as engine:
+        yield
+        lengths: list[dict[str, Any]] = []
+        for tokens in request["tokens"]:
+            lengths.append(_frozen(engine, tokens, request))
+            if len(lengths) == 1:
+                _check_room(lengths[0]["reports"][-1]["bytes"] / tokens, request)
+        yield
+    return {"lengths": lengths}
+
+
+def thawing(request: dict[str, Any]) -> Steps:
+    """The same request, once ``freezing`` left its files in ``folder``.
+
+    The answer has ``lengths``: seconds of every run (``restore``, ``thawed``), the restores' ``reports``, the fewest
+    tokens that were ``cached``, the ``answer`` from the thawed cache, and how the pages differ that this engine froze
+    of it (``different``).
+    """
+    _import()
+    yield
+    with _started(request) as engine:
+        yield
+        lengths = [_thawed(engine, tokens, request) for tokens in request["tokens"]]
+        yield
+    return {"lengths": lengths}
+
+
+TASKS = {"kv-freeze": freezing, "kv-thaw": thawing}
+
+
+def _import() -> None:
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; without a GPU only
+    import vllm  # noqa: F401
+
+
+def _started(request: dict[str, Any]) -> Prompted:
+    """The engine, which has seen the longest prompt's length with other tokens, cold and cached, and a short prompt."""
+    from ..engines.vllm.prompted import Prompted
+
+    engine = Prompted(request["model"], **request["engine_args"])
+    try:
+        longest = max(request["tokens"])
+        for tokens in (longest, longest, min(longest, SHORT)):
+            engine.first_token(prompt(tokens, request["vocabulary"], "warm"))
+    except BaseException:
+        engine.close()
+        raise
+    return engine
+
+
+def _frozen(engine: Prompted, tokens: int, request: dict[str, Any]) -> dict[str, Any]:
+    from ..engines.vllm.kv.api import freeze_kv_cache
+
+    ids, path = prompt(tokens, request["vocabulary"]), _file(request, tokens)
+    seconds: dict[str, list[float]] = {"cold": [], "prefix": [], "freeze": []}
+    reports = []
+    cached = 0
+    for _ in range(request["runs"]):
+        engine.forget()
+        took, cached = engine.first_token(ids)
+        if cached:
+            raise ThawError(f"of {tokens} tokens {cached} were cached after the prefix cache had been emptied")
+        seconds["cold"].append(took)
+        took, cached = engine.first_token(ids)
+        if not cached:
+            raise UsageError(
+                f"of {tokens} tokens none were cached; give more --tokens (a block may be longer), and leave prefix "
+                "caching on"
+            )
+        seconds["prefix"].append(took)
+        start = time.perf_counter()
+        report = freeze_kv_cache(engine.llm, path, token_ids=ids, model_id=request["model_id"], force=True)
+        seconds["freeze"].append(time.perf_counter() - start)
+        reports.append(asdict(report))
+    answer = engine.answer(ids, ANSWER)
+    engine.forget()
+    cold = engine.answer(ids, ANSWER)
+    return seconds | {"reports": reports, "cached": cached, "answer": answer, "cold_answer": cold}
+
+
+def _thawed(engine: Prompted, tokens: int, request: dict[str, Any]) -> dict[str, Any]:
+    from ..engines.vllm.kv.api import freeze_kv_cache, restore_kv_cache
+
+    ids, path, model = prompt(tokens, request["vocabulary"]), _file(request, tokens), request["model_id"]
+    seconds: dict[str, list[float]] = {"restore": [], "thawed": []}
+    reports, cached = [], []
+    for _ in range(request["runs"]):
+        engine.forget()
+        start = time.perf_counter()
+        report = restore_kv_cache(engine.llm, path, model_id=model)
+        seconds["restore"].append(time.perf_counter() - start)
+        reports.append(asdict(report))
+        took, found = engine.first_token(ids)
+        seconds["thawed"].append(took)
+        cached.append(found)
+    # Before a request computes the last block once more, whose roundings may be others.
+    engine.forget()
+    restore_kv_cache(engine.llm, path, model_id=model)
+    again = freeze_kv_cache(engine.llm, path.with_name("again.thawkv"), token_ids=ids, model_id=model)
+    different = difference(path, Path(again.path))
+    for file in again.files:
+        Path(file).unlink(missing_ok=True)
+    answer = engine.answer(ids, ANSWER)
+    cached.append(answer["cached"])
+    return seconds | {"reports": reports, "cached": min(cached), "answer": answer, "different": different}
+
+
+def _file(request: dict[str, Any], tokens: int) -> Path:
+    return Path(request["folder"]) / f"{tokens}.thawkv"
+
+
+def _check_room(bytes_per_token: float, request: dict[str, Any]) -> None:
+    """For the other files, and for one more while another is replaced, now that a token's size is known."""
+    lengths = request["tokens"]
+    needed = int(SPARE * bytes_per_token * (sum(lengths[1:]) + max(lengths)))
+    check_room(Path(request["folder"]).parent, needed, "give fewer or smaller --tokens, or another --dir")
