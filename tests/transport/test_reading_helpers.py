@@ -5,6 +5,7 @@ import contextlib
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ from tests.transport.test_links import runs_of
 from tests.transport.test_pipeline import LAYOUTS, Work
 
 from thaw_vllm.errors import CorruptionError, DeviceError, StorageError
+from thaw_vllm.transport import reading_helper
 from thaw_vllm.transport import reading_helpers as helpers_
 from thaw_vllm.transport.links import CudaLink
 from thaw_vllm.transport.pipeline import deliver
@@ -451,6 +453,90 @@ def test_one_delivery_after_another(memory_path, driver):
     ending()
     assert not helpers.sound
     assert driver.idle()
+
+
+def test_interrupt_while_helpers_are_told(memory_path):
+    """Some know of the next file and some do not: of no more use."""
+    (memory_path / "source.bin").write_bytes(bytes(ROOM))
+
+    def interrupted(file):
+        raise KeyboardInterrupt
+
+    for what in ("begin", "finish"):
+        with FileSource(memory_path / "source.bin") as source, Helpers(0, 2, slot=ROOM) as helpers:
+            setattr(helpers.helpers[1], what, interrupted if what == "begin" else lambda: interrupted(None))
+            with pytest.raises(KeyboardInterrupt), helpers.reading(source):
+                pass
+            assert not helpers.sound
+
+
+def test_no_room_for_a_descriptor_on_its_way(send, monkeypatch):
+    """The helper that got none is given up, and does not wait for ever."""
+    real, told = helpers_.socket.send_fds, []
+
+    def refusing_once(*arguments):
+        told.append(arguments)
+        if len(told) == 1:
+            raise OSError(109, "Too many references: cannot splice")
+        return real(*arguments)
+
+    monkeypatch.setattr(helpers_.socket, "send_fds", refusing_once)
+    work = Work([(0, 60 * ROOM)])
+    assert send(work)
+    assert work.arrived() and len(told) == 3
+
+
+def test_default_timeout_of_sockets(memory_path, monkeypatch):
+    socket.setdefaulttimeout(0.01)
+    try:
+        with Helpers(0, 2, slot=ROOM) as helpers:
+            known = numbers(helpers)
+            while not all(found._words[reading_helper.READY] for found in helpers.helpers):
+                time.sleep(0.001)
+            time.sleep(0.1)
+            assert numbers(helpers) == known
+    finally:
+        socket.setdefaulttimeout(None)
+
+
+def test_helpers_end_although_a_fork_holds_their_lines():
+    helpers = Helpers(0, 3, slot=ROOM)
+    known = numbers(helpers)
+    child = os.fork()
+    if not child:
+        time.sleep(60)
+        os._exit(0)
+    try:
+        helpers.close()
+        ending()
+        assert not any(_runs(number) for number in known)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_nobody_is_left_to_a_process_1_that_waits_for_nobody():
+    """As in a container: whoever is orphaned becomes this process's child, and stays a zombie."""
+    script = f"""
+import ctypes, os, threading
+ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
+from tests.transport.driver import Driver
+from thaw_vllm.transport import cuda
+made = Driver()
+cuda.driver = lambda: made
+from thaw_vllm.transport import reading_helpers as helpers
+for _ in range(3):
+    helpers.Helpers(0, 6, slot={ROOM}).close()
+for thread in threading.enumerate():
+    if thread.name == "thaw-helpers-end":
+        thread.join()
+try:
+    print(os.waitpid(-1, os.WNOHANG))
+except ChildProcessError:
+    print("none")
+"""
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "none\n", "")
 
 
 def test_admitting_is_for_threads(send):

@@ -109,7 +109,8 @@ class Child:
                     continue
                 more = os.read(self._answers, 1 << 16)
                 if not more:
-                    code = self._process.wait()
+                    self._end_all()
+                    code = self._process.returncode
                     how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
                     raise ChildError(f"ended with {how}{self._last()}")
                 self._buffer += more
@@ -121,6 +122,15 @@ class Child:
         # Not reaped yet, so that its process group cannot be another's.
         if os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
             os.killpg(self._process.pid, signal.SIGKILL)
+
+    def _end_all(self, *, at_once: bool = False) -> None:
+        """Wait for the child, or end it, and end whatever it left in its process group."""
+        if self._process.returncode is not None:
+            return
+        if not at_once:
+            os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
+        os.killpg(self._process.pid, signal.SIGKILL)  # not reaped yet, so that the group cannot be another's
+        self._process.wait()
 
     def printed(self) -> str:
         """The end of what it and its processes printed, up to a mebibyte."""
@@ -138,9 +148,7 @@ class Child:
             return
         os.close(self._answers)
         self._answers = -1
-        if self._process.poll() is None:
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        self._end_all(at_once=True)
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()

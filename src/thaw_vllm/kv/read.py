@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..errors import FormatError, MismatchError
+from ..format.header import Header
 from ..format.index import TENSOR, Tensor
 from ..format.kv import EXTRA, HASHES, PAGES, PARENTS, SLOTS, TOKENS, Layout
 from ..weights.open import Opened
@@ -71,6 +72,11 @@ def count_slots(opened: Opened) -> int:
     if len(slots) != 1:
         raise FormatError(f"{name!r}: its page tensors differ in length")
     return slots.pop()
+
+
+def freeze_of(header: Header) -> str:
+    """Which freeze made a file: the same for every rank of a set, and for no other file of other pages."""
+    return header.ranks.id if header.ranks is not None else header.content
 
 
 def _layout(opened: Opened) -> Layout:

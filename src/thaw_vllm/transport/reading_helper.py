@@ -59,13 +59,21 @@ def main(arguments: list[str]) -> None:
     for number in range(count):
         if number != own:
             _close(lines[number])
-    _serve(shared, _socket.socket(fileno=lines[own]), own * PAGE, first + own * slots * size, slots, size)
+    line = _socket.socket(fileno=lines[own])
+    try:
+        _serve(shared, line, own * PAGE, first + own * slots * size, slots, size)
+    finally:
+        line.close()
+        try:  # noqa: SIM105 - see below
+            posix.wait()  # for all of them, since SIGCHLD is ignored: then none is left to others to wait for
+        except OSError:  # there are none any more
+            pass
 
 
 def _serve(shared: int, line: _socket.socket, control: int, first: int, slots: int, size: int) -> None:
     """Read what comes on the socket, a file for each delivery, until its other end is closed."""
     mapped = mmap.mmap(shared, 0)
-    try:  # noqa: SIM105 - contextlib takes longer to import than all the rest
+    try:  # noqa: SIM105 - see below
         mapped.madvise(_POPULATE, first, slots * size)
     except OSError:  # an older kernel: they come with the first range
         pass
@@ -130,7 +138,7 @@ def _read(file: int, view: memoryview, offset: int, length: int, words: memoryvi
 
 
 def _close(descriptor: int) -> None:
-    try:  # noqa: SIM105 - see above
+    try:  # noqa: SIM105 - contextlib takes longer to import than all the rest
         posix.close(descriptor)
     except OSError:  # the one that listed them, or closed before
         pass

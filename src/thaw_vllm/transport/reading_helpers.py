@@ -45,6 +45,8 @@ _WORTH, WORTH_RUNNING = 1 << 30, 64 << 20
 _SCRIPT = Path(helper.__file__)
 _LOCKERS = 4
 """Threads that page-lock slots, 0.4 ms each."""
+_END = 2.0
+"""Seconds in which they end by themselves, or the first one is killed: a device may keep one of them longer."""
 _PATIENCE = 0.1
 """Seconds to wait for a helper to bring in its slots' pages; page-locking does it too, slower."""
 
@@ -120,8 +122,10 @@ class Helper:
     def begin(self, file: FileSource) -> None:
         """The next delivery, from this file, which stays the caller's."""
         self._file = file
-        with contextlib.suppress(OSError):  # it has ended, which ``check`` finds out
+        try:
             socket.send_fds(self._line, [b"\0"], [file.descriptor], socket.MSG_NOSIGNAL)
+        except OSError:  # it has ended, or is made to: no room for a descriptor on its way. ``check`` finds out
+            _hang_up(self._line)
 
     def finish(self) -> None:
         """That delivery is over, and all that was given has been filled."""
@@ -254,6 +258,8 @@ class Helpers:
                 own, other = socket.socketpair()
                 self._lines.append(own)
                 theirs.append(other)
+                for line in (own, other):  # whatever the process's default for sockets is
+                    line.setblocking(True)
             free = max(self._shared, *(line.fileno() for line in theirs)) + 1
             actions = [(os.POSIX_SPAWN_DUP2, self._shared, free)]
             actions += [(os.POSIX_SPAWN_DUP2, line.fileno(), free + 1 + n) for n, line in enumerate(theirs)]
@@ -284,16 +290,14 @@ class Helpers:
     @contextlib.contextmanager
     def reading(self, source: FileSource) -> Iterator[None]:
         """A delivery of this file's ranges; after one that fails they are of no more use."""
+        sound, self._broken = not self._broken, True  # until all of them have heard of its end
         for found in self.helpers:
             found.begin(source)
-        try:
-            yield
-        except BaseException:
-            self._broken = True
-            raise
+        yield
         for found in self.helpers:
-            self._broken = self._broken or (found.filled < found.given and not found.ended)
+            sound = sound and (found.filled == found.given or found.ended)
             found.finish()
+        self._broken = not sound
 
     def close(self) -> None:
         """End them; nothing may be copying from their slots any more. A second call does nothing.
@@ -310,14 +314,16 @@ class Helpers:
             self._end()
 
     def _end(self) -> None:
+        for line in self._lines:
+            _hang_up(line)
         if self._process >= 0:
-            with contextlib.suppress(OSError):  # ended
-                signal.pidfd_send_signal(self._process, signal.SIGKILL)
+            # The first waits for the others, so that none of them is left to a process 1 that waits for nobody.
+            if not _readable(self._process, _END):
+                with contextlib.suppress(OSError):  # ended
+                    signal.pidfd_send_signal(self._process, signal.SIGKILL)
             with contextlib.suppress(ChildProcessError):  # waited for by somebody else
                 os.waitid(os.P_PIDFD, self._process, os.WEXITED)
             os.close(self._process)
-        for line in self._lines:  # which the others see
-            line.close()
         self._pool.shutdown()  # no slot is being locked any more
         try:
             with self._context.entered():
@@ -350,8 +356,18 @@ class Helpers:
 
 def _has_ended(line: socket.socket) -> bool:
     """Whether the process at the other end has closed it; it never says anything."""
-    if line.fileno() < 0:
-        return True
+    descriptor = line.fileno()
+    return descriptor < 0 or _readable(descriptor, 0)
+
+
+def _hang_up(line: socket.socket) -> None:
+    """Close a line for good: a process that was forked from this one meanwhile may hold it too."""
+    with contextlib.suppress(OSError):  # nobody is at the other end
+        line.shutdown(socket.SHUT_RDWR)
+    line.close()
+
+
+def _readable(descriptor: int, seconds: float) -> bool:
     poll = select.poll()
-    poll.register(line, select.POLLIN)
-    return bool(poll.poll(0))
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(1000 * seconds))

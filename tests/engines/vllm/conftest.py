@@ -114,3 +114,12 @@ def thaw_args() -> Callable[..., dict[str, Any]]:
         return {"load_format": "thaw", "model_loader_extra_config": {"snapshot": str(snapshot)} | options}
 
     return make
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """A real model; made by ``make model``."""
+    path = Path(os.environ.get("THAW_SMOLLM2", ".cache/models/SmolLM2-135M-Instruct"))
+    if not path.is_dir():
+        pytest.skip("the real model is not here: make model")
+    return path

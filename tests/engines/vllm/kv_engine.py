@@ -138,6 +138,15 @@ def do(llm, step):
             time.sleep(0.02)
         time.sleep(0.5)
         return [kv_cache_info(llm), ask(llm, {"prompts": [[3, 4, 5]], "max_tokens": 1}) and kv_cache_info(llm)]
+    if what == "fill":  # as if another freeze had taken the file's place since its table was read
+        from thaw_vllm.weights.open import open_snapshot
+
+        with open_snapshot(options["path"]) as opened:
+            header = opened.snapshot.header
+        layout = {name: value for name, value in header.kv.to_json().items() if name != "regions"}
+        asked = {"path": options["path"], "model": header.identity.model, "layout": layout, "slots": [0], "ids": [1]}
+        asked |= {"blocks": kv_cache_info(llm)["blocks"], "freeze": options["freeze"] or header.content}
+        return llm.collective_rpc("thaw_kv_fill", args=(asked,))
     if what == "random":
         return interleave(llm, **options)
     raise ValueError(what)

@@ -204,14 +204,6 @@ class TestBeforeTheEngineStarts:
             ask(checkpoints("untied"), path, dtype="float32")
 
 
-@pytest.fixture(scope="class")
-def smollm2() -> Path:
-    path = Path(os.environ.get("THAW_SMOLLM2", ".cache/models/SmolLM2-135M-Instruct"))
-    if not path.is_dir():
-        pytest.skip("the real model is not here: make model")
-    return path
-
-
 class TestSmolLM2:
     """A real model; made by ``make model``."""
 

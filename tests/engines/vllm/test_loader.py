@@ -9,24 +9,10 @@ import pytest
 import torch
 from tests.engines.vllm.models import KINDS
 
-from thaw_vllm.errors import UnsupportedError
-
 pytestmark = pytest.mark.vllm
 
 
-NOT_FROZEN = {"latent-attention"}
-"""vLLM's loading of DeepSeek leaves a dictionary on the model, here an empty one, and the audit refuses any."""
-
-
-def test_loading_that_leaves_a_dictionary_is_refused(
-    checkpoints: Callable, load: Callable, thaw_args: Callable, tmp_path: Path
-):
-    with pytest.raises(UnsupportedError, match="cannot be frozen exactly at the raw stage"):
-        load(checkpoints("latent-attention"), **thaw_args(tmp_path / "weights.thaw", mode="freeze"))
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("kind", sorted({*KINDS} - NOT_FROZEN))
+@pytest.mark.parametrize("kind", sorted(KINDS))
 def test_every_tensor_is_equal(kind: str, checkpoints: Callable, load: Callable, thaw_args: Callable, tmp_path: Path):
     if kind == "int8" and not (torch.cuda.is_available() or hasattr(torch.ops._C, "release_dnnl_matmul_handler")):
         pytest.skip("this vLLM's int8 kernels are not loaded")

@@ -101,6 +101,8 @@ def changed_attributes(before: State, after: State) -> dict[str, Any]:
                 "exactly at the raw stage, serve it from its checkpoint"
             )
     for key in sorted(before.containers.keys() | after.containers.keys()):
+        if key not in before.others and key not in before.attributes and after.containers[key] in _EMPTY:
+            continue  # where loading keeps what it has not placed yet; a fresh model goes without
         if before.containers.get(key) != after.containers.get(key):
             raise UnsupportedError(
                 f"loading changed what {key.replace('|', '.')!r} holds to {after.containers.get(key, 'nothing')[:80]}; "
@@ -178,6 +180,7 @@ def _owners(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 _CONTAINERS = (list, tuple, set, frozenset, dict)
+_EMPTY = {f"{kind.__name__}()" for kind in _CONTAINERS}
 _DEPTH = 4
 
 

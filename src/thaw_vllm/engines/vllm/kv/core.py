@@ -14,7 +14,7 @@ from .... import __version__
 from ....errors import MismatchError, UnsupportedError, UsageError
 from ....format.identity import Identity, require
 from ....format.kv import Group, Layout, require_layout
-from ....kv.read import read_table
+from ....kv.read import freeze_of, read_table
 from ....kv.table import NONE, Table
 from ....transport.collector import collection_paused
 from ....weights.open import open_rank
@@ -165,7 +165,7 @@ def restore(core: Any, options: dict[str, Any]) -> dict[str, Any]:
     model = _model(core, options.get("model"), required=True)
     phases.end("identify")
     wanted = Identity.from_json(described["identity"] | {"model": model})
-    table = _read_table(path, wanted, layout)
+    table, of_freeze = _read_table(path, wanted, layout)
     phases.end("table")
     names, key = _names(core, table), versions.block_keys()
     missing: list[tuple[int, int, int]] = []  # block, group, slot
@@ -194,6 +194,7 @@ def restore(core: Any, options: dict[str, Any]) -> dict[str, Any]:
                     {
                         "path": path,
                         "model": model,
+                        "freeze": of_freeze,
                         "blocks": pool.num_gpu_blocks,
                         "layout": layout.to_json(),
                         "slots": [slot for _, _, slot in chosen],
@@ -275,8 +276,8 @@ def _choose(table: Table, missing: list[tuple[int, int, int]], room: int) -> tup
     return sorted(chosen), len(missing) - len(chosen)
 
 
-def _read_table(path: str, wanted: Identity, layout: Layout) -> Table:
-    """Rank 0's table of blocks, verified, once the file is known to be of these weights and this layout."""
+def _read_table(path: str, wanted: Identity, layout: Layout) -> tuple[Table, str]:
+    """Rank 0's table of blocks, verified, once the file is known to be of these weights and this layout; its freeze."""
     with open_rank(path, 0) as opened:
         header = opened.snapshot.header
         if header.kv is None:
@@ -286,7 +287,7 @@ def _read_table(path: str, wanted: Identity, layout: Layout) -> Table:
             raise MismatchError(f"{path!r} does not say which weights made it; freeze again")
         # Regions differ between ranks, and each holds its own against its file.
         require_layout(header.kv, layout, path, regions=False)
-        return read_table(opened)
+        return read_table(opened), freeze_of(header)
 
 
 def _layout(core: Any, pool: Any) -> Layout:

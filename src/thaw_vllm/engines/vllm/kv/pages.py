@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from ....errors import CorruptionError, DeviceError, MismatchError, UnsupportedError
+from ....errors import CorruptionError, DeviceError, MismatchError, ReplacedError, UnsupportedError
 from ....format.header import Header
 from ....format.identity import Identity, require
 from ....format.index import Index, Tensor
 from ....format.kv import PAGES, Layout, Region, require_layout
-from ....kv.read import count_slots
+from ....kv.read import count_slots, freeze_of
 from ....transport.collector import collection_paused
 from ....transport.kept_helpers import KeptHelpers
 from ....transport.links import by_driver
@@ -39,6 +39,10 @@ from .regions import gather, page_of, regions, rows, scatter, scratch
 
 _SHARE, _MOST = 0.25, 2 << 30
 """Share of a GPU's free memory, and bytes of it, that pages on their way may take."""
+_NICE = 19
+"""Priority of a freeze beside an engine that computes on the same cores: the lowest that still gets its turn."""
+_ALIGNED = 256
+"""Bytes that a part of memory on the way is a multiple of."""
 _ON_HOST = 256 << 20
 """The same of the host's memory, where the KV cache is there, or a GPU has no room."""
 
@@ -123,12 +127,14 @@ def _write(
     event: torch.cuda.Event | None,
 ) -> dict[str, Any]:
     phases, named = Phases(), list[Named]()
+    device = found[0][1].device
+    if options["job"] is not None and device.type == "cpu":  # this thread, and those that it starts
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
     if header.identity.parallel.rank == 0:
         for name, (dtype, shape, data) in options["table"].items():
             whole = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
             named.append((name, "tensor", whole.view(getattr(torch, dtype)).view(shape)))
     ids = options["ids"]
-    device = found[0][1].device
     with _beside(event, device) as stream, _gathered(found, ids) as gathered:
         phases.end("gather")
         table = capture(named)
@@ -170,16 +176,21 @@ def _beside(event: torch.cuda.Event | None, device: torch.device) -> Iterator[to
 def _gathered(found: list[tuple[Region, torch.Tensor]], ids: list[int]) -> Iterator[dict[str, torch.Tensor]]:
     """Pages in a GPU's memory, one after another, by region: as many regions as it has room for."""
     device = found[0][1].device
+    if device.type != "cuda":
+        yield {}
+        return
     with contextlib.ExitStack() as stack:
         gathered = {}
-        first = next(_groups(found, len(ids), _room(device))) if device.type == "cuda" else []
-        with contextlib.suppress(DeviceError):  # less room than the driver said: they pass through host memory
-            memory = stack.enter_context(scratch(len(ids) * sum(region.page for region, _ in first), device))
-            gathered = _cut(memory, first, len(ids))
-            numbers = rows(ids, device)
+        first = next(_groups(found, len(ids), _room(device)))
+        try:
+            memory = stack.enter_context(scratch(_size(first, len(ids)), device))
+            parts, numbers = _cut(memory, first, len(ids)), rows(ids, device)
             for region, view in first:
-                gather(view, numbers, gathered[region.name])
-            torch.cuda.current_stream(device).synchronize()
+                gather(view, numbers, parts[region.name])
+            gathered = parts
+        except (DeviceError, torch.OutOfMemoryError):  # less room than the driver said: all go through host memory
+            pass
+        torch.cuda.current_stream(device).synchronize()  # and what was asked for before is done, whoever reads
         yield gathered
 
 
@@ -188,25 +199,28 @@ def _groups(
 ) -> Iterator[list[tuple[Region, torch.Tensor]]]:
     """Regions, as many together as there is room for pages of; none where there is not for one."""
     group: list[tuple[Region, torch.Tensor]] = []
-    size = 0
-    for region, view in found:
-        if size + pages * region.page > room and group:
+    for item in found:
+        if _size([*group, item], pages) > room and group:
             yield group
-            group, size = [], 0
-        if pages * region.page > room:
+            group = []
+        if _size([item], pages) > room:
             yield []
             return
-        group.append((region, view))
-        size += pages * region.page
+        group.append(item)
     yield group
+
+
+def _size(group: list[tuple[Region, torch.Tensor]], pages: int) -> int:
+    """Bytes for so many pages of each region, each part rounded up to what any word may lie at."""
+    return sum(-(-pages * region.page // _ALIGNED) * _ALIGNED for region, _ in group)
 
 
 def _cut(memory: torch.Tensor, group: list[tuple[Region, torch.Tensor]], pages: int) -> dict[str, torch.Tensor]:
     """A part for the pages of each region, ``(pages, page)``, by its name."""
     parts, at = {}, 0
-    for region, _ in group:
+    for region, view in group:
         parts[region.name] = memory[at : at + pages * region.page].view(pages, region.page)
-        at += pages * region.page
+        at += _size([(region, view)], pages)
     return parts
 
 
@@ -245,7 +259,7 @@ def fill(worker: Any, options: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         options: ``path``; ``blocks`` of the pool; ``slots`` of the file and ``ids`` of the blocks that they go to;
-            ``model``: the model id; ``layout`` without regions.
+            ``model``: the model id; ``layout`` without regions; ``freeze``: which one the blocks' table is of.
     """
     phases = Phases()
     own = dataclasses.replace(identity(worker), model=options["model"])
@@ -257,6 +271,8 @@ def fill(worker: Any, options: dict[str, Any]) -> dict[str, Any]:
         if header.kv is None:
             raise MismatchError(f"{options['path']!r} holds weights, not KV blocks")
         require_layout(header.kv, wanted, options["path"])
+        if freeze_of(header) != options["freeze"]:
+            raise ReplacedError(f"{options['path']!r} was replaced while it was being restored; restore it again")
         held = count_slots(opened)
         if held <= max(options["slots"]):
             raise CorruptionError(
@@ -279,10 +295,10 @@ def _pass(
 ) -> None:
     """``held`` pages of each region into memory on the way, a group of regions at a time, and from there to blocks."""
     device = found[0][1].device
-    longest = held * max(region.page for region, _ in found)
+    longest = max(_size([item], held) for item in found)
     where = device if longest <= _room(device) else torch.device("cpu")
     groups = [*_groups(found, held, max(_room(where), longest))]
-    size = max(held * sum(region.page for region, _ in group) for group in groups)
+    size = max(_size(group, held) for group in groups)
     into = rows(ids, device)
     taken = None if slots == [*range(held)] else rows(slots, where)
     options = RestoreOptions()
