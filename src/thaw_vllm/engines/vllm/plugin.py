@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 
 _WORKER_METHODS = (
     "thaw_freeze",
@@ -20,14 +21,22 @@ def register() -> None:
 
     A second call does nothing.
 
-    No environment variable, no default and no security setting of vLLM is touched.
+    No environment variable, no default and no security setting of vLLM is touched. Where ``THAW_START_REPORT`` names a
+    directory, this process writes there what its start spends time on (``startup``).
     """
     from ...errors import ThawError
 
+    reporting = bool(os.environ.get("THAW_START_REPORT"))
+    if reporting:
+        from . import startup
+
+        startup.begin()
     try:
         _register()
     except ThawError as error:  # vLLM without thaw must start all the same
         logging.getLogger(__name__).warning("load_format='thaw' is not available: %s", error)
+    if reporting:
+        startup.plugin_loaded()
 
 
 def _register() -> None:

@@ -143,6 +143,64 @@ def _holds_parameters(module: torch.nn.Module) -> bool:
     return any(True for _ in module.parameters(recurse=False))
 
 
+# --- A start, phase by phase ------------------------------------------------------------------------------------------
+
+SPAN, CONTEXT, DEVICE, REQUEST, STEP, READY = "span", "context", "device", "request", "step", "ready"
+"""What a hook does: time a call; time what a context manager encloses; as SPAN, and look for hooks once more before and
+after, since workers' modules are imported here; note that a request has come; note that tokens have; note that the
+engine core serves."""
+
+_START = (
+    (SPAN, "config", "vllm.engine.arg_utils", "EngineArgs", "create_engine_config"),
+    (SPAN, "front", "vllm.v1.engine.llm_engine", "LLMEngine", "__init__"),
+    (SPAN, "front", "vllm.v1.engine.async_llm", "AsyncLLM", "__init__"),
+    (SPAN, "engine process", "vllm.v1.engine.utils", "CoreEngineProcManager", "__init__"),
+    (SPAN, "engine init", "vllm.v1.engine.core", "EngineCore", "__init__"),
+    (READY, "engine init", "vllm.v1.engine.core", "EngineCoreProc", "run_busy_loop"),
+    (SPAN, "worker process", "vllm.v1.executor.multiproc_executor", "WorkerProc", "make_worker_process"),
+    (SPAN, "worker init", "vllm.v1.worker.worker_base", "WorkerWrapperBase", "init_worker"),
+    (DEVICE, "device", "vllm.v1.worker.worker_base", "WorkerWrapperBase", "init_device"),
+    (SPAN, "model loading", "vllm.v1.worker.worker_base", "WorkerBase", "load_model"),
+    (SPAN, "model init", "vllm.model_executor.model_loader.base_loader", "", "initialize_model"),
+    (SPAN, "weights", "vllm.model_executor.model_loader.base_loader", "BaseModelLoader", "load_weights"),
+    (SPAN, "post-processing", "vllm.model_executor.model_loader.base_loader", "", "process_weights_after_loading"),
+    (SPAN, "profile", "vllm.v1.worker.worker_base", "WorkerBase", "determine_available_memory"),
+    (CONTEXT, "compile", "vllm.compilation.decorators", "", "monitor_torch_compile"),
+    (SPAN, "KV cache", "vllm.v1.worker.worker_base", "WorkerBase", "initialize_from_config"),
+    (SPAN, "warm-up", "vllm.v1.worker.worker_base", "WorkerBase", "compile_or_warm_up_model"),
+    (SPAN, "kernel warm-up", "vllm.v1.worker.gpu_worker", "", "kernel_warmup"),
+    (SPAN, "graphs", "vllm.v1.worker.gpu_model_runner", "GPUModelRunner", "capture_model"),
+    (SPAN, "graphs", "vllm.v1.worker.gpu.model_runner", "GPUModelRunner", "capture_model"),
+    (REQUEST, "first token", "vllm.v1.engine.core", "EngineCore", "add_request"),
+    (STEP, "first token", "vllm.v1.engine.core", "EngineCore", "step"),
+    (STEP, "first token", "vllm.v1.engine.core", "EngineCore", "step_with_batch_queue"),
+)
+
+
+def start_hooks() -> list[tuple[str, str, Any, str]]:
+    """(what to do, phase, owner, name) of what a start goes through, where this process has imported it.
+
+    A class's subclasses count with it, each by its own definition. A name that vLLM lost is left out, and with it its
+    phase: a start must not fail for being looked at.
+    """
+    found: list[tuple[str, str, Any, str]] = []
+    for kind, phase, module, owner, name in _START:
+        holder: Any = sys.modules.get(module)
+        owners: list[Any] = [getattr(holder, owner, None) if owner else holder]
+        for one in owners:  # grows while it is gone through
+            if isinstance(one, type):
+                owners.extend(set(one.__subclasses__()) - set(owners))
+            if one is not None and callable(getattr(one, name, None)) and name in vars(one):
+                found.append((kind, phase, one, name))
+    return found
+
+
+def gave_tokens(outputs: Any) -> bool:
+    """Whether what a step of the engine core returned holds anything for a request."""
+    by_client = outputs[0] or {}
+    return any(getattr(one, "outputs", None) for one in by_client.values())
+
+
 # --- KV cache ---------------------------------------------------------------------------------------------------------
 
 
