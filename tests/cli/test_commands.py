@@ -40,7 +40,7 @@ def sections():
 
 def test_documented_are_the_commands_there_are():
     assert list(sections()) == list(ALL)
-    table = re.findall(r"^\| \[`(thaw [a-z]+)`\]\(#(thaw-[a-z]+)\)", DOCS.read_text(encoding="utf-8"), re.MULTILINE)
+    table = re.findall(r"^\| \[`(thaw [a-z-]+)`\]\(#(thaw-[a-z-]+)\)", DOCS.read_text(encoding="utf-8"), re.MULTILINE)
     assert table == [(f"thaw {name}", f"thaw-{name}") for name in COMMANDS]
 
 
@@ -94,7 +94,7 @@ def test_help_has_every_option_in_full_and_an_example(thaw, name):
 def test_examples_in_the_help_parse():
     """Each example's arguments are accepted by its own command, which is not run."""
     for name in COMMANDS:
-        module = importlib.import_module(f"thaw_vllm.cli.{name}")
+        module = importlib.import_module(f"thaw_vllm.cli.{name.replace('-', '_')}")
         for line in getattr(module, "EXAMPLES", "").strip().splitlines():
             words = shlex.split(line.partition(" | ")[0].replace('"$(', "").replace(')"', ""))
             if words[0] != "thaw":
@@ -110,7 +110,10 @@ def test_version(thaw):
     assert (ran.code, ran.out, ran.err) == (0, f"thaw {__version__}\n", "")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["info", "--help"], ["bench", "--help"], ["nothing"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["--version"], ["info", "--help"], ["start-report", "nowhere"], ["bench", "--help"], ["nothing"]],
+)
 def test_light(arguments, tmp_path):
     code = f"""
 import sys

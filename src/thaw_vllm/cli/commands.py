@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-COMMANDS = ("freeze", "info", "verify", "convert", "id", "kv", "doctor", "demo", "bench")
-"""Each is a file here with a function of its name, or with a typer ``app`` of several."""
+COMMANDS = ("freeze", "info", "verify", "convert", "id", "kv", "doctor", "start-report", "demo", "bench")
+"""Each is a file here with a function of its name (``-`` is ``_``), or with a typer ``app`` of several."""
 
 
 class Commands(TyperGroup):
@@ -23,11 +23,12 @@ class Commands(TyperGroup):
         """The command, or None when there is none of that name."""
         if cmd_name not in COMMANDS:
             return None
-        module = import_module(f"{__package__}.{cmd_name}")
+        name = cmd_name.replace("-", "_")
+        module = import_module(f"{__package__}.{name}")
         single = getattr(module, "app", None)
         if single is None:
             single = plain_app(add_completion=False)
-            single.command(cmd_name, epilog=examples(module))(getattr(module, cmd_name))
+            single.command(cmd_name, epilog=examples(module))(getattr(module, name))
         command = typer.main.get_command(single)
         command.name = cmd_name
         return command

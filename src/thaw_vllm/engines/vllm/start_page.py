@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from html import escape
 
+from ...transport.writer import StagedFile
 from .start_report import PHASES, Process, StartReport
 
 _WIDTH, _ROW, _LEFT = 1000.0, 22, 10
@@ -25,6 +27,18 @@ td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 """
 
 
+def write(report: StartReport, target: str | os.PathLike[str], *, force: bool = False) -> None:
+    """The page into a file, which appears whole or not at all.
+
+    Raises:
+        ExistsError, StorageError, UsageError: as any file of thaw's.
+    """
+    content = page(report).encode()
+    with StagedFile(target, len(content), force=force, mode=0o644) as file:
+        file.write(0, content)
+        file.publish()
+
+
 def page(report: StartReport) -> str:
     """The whole file."""
     until = "first token" if report.first_token else "end of what was recorded"
@@ -35,7 +49,7 @@ def page(report: StartReport) -> str:
         f'<td class="number">{phase.seconds / max(report.total, 1e-9):.1%}</td></tr>'
         for phase in report.phases
     )
-    skipped = f"<p>{report.skipped} lines were of other starts, or no events.</p>" if report.skipped else ""
+    skipped = f"<p>Skipped lines, of other starts or no events: {report.skipped}.</p>" if report.skipped else ""
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
