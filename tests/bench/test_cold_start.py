@@ -1,5 +1,8 @@
 """Starts of an engine that is not there: ``fresh.run`` is replaced."""
 
+import json
+from pathlib import Path
+
 import pytest
 from tests.cli.ranks import freeze_set
 
@@ -8,22 +11,39 @@ from thaw_vllm.errors import UsageError
 
 
 class Engine:
-    """Answers like ``fresh.run``; loaders in ``failing`` raise, those in ``different`` give another token."""
+    """Answers like ``fresh.run``; loaders in ``failing`` raise, those in ``different`` give another token.
 
-    def __init__(self, failing=(), different=()):
-        self.failing, self.different, self.asked = failing, different, []
+    With ``reporting`` each start also writes what a real one does, its imports a second longer each time.
+    """
+
+    def __init__(self, failing=(), different=(), reporting=False):
+        self.failing, self.different, self.reporting, self.asked = failing, different, reporting, []
+        self.environments = []
 
     def __call__(self, action, *, model, snapshot, engine_args, questions, max_tokens, environment):
         name = "snapshot" if snapshot is not None else engine_args.get("load_format", "default")
         self.asked.append((name, engine_args["enforce_eager"]))
+        self.environments.append(environment)
         if name in self.failing:
             raise UsageError(f"the process failed: {name}\nis not known")
+        if self.reporting:
+            self.report(Path(environment["THAW_START_REPORT"]))
         seconds = {"process": 1.0, "imports": 20.0, "engine": 8.0, "first_token": 0.5, "answers": 3.0, "total": 40.0}
         if name != "runai_streamer":  # vLLM's log does not tell for all of them
             seconds["weights"] = 2.5
         reports = [{"verified": "wordsum", "seconds": {"total": 2.5}}] if name in ("snapshot", "thaw") else []
         tokens = [1, 2, 4 if name in self.different else 3]
         return {"seconds": seconds, "reports": reports, "outputs": [{"tokens": tokens, "logprobs": [], "text": ""}]}
+
+    def report(self, directory):
+        directory.mkdir()
+        assert not any(Path(path).exists() for name, path in self.environments[-1].items() if "CACHE" in name)
+        common = {"pid": 7, "parent": 1, "name": "MainProcess", "created": 100}
+        until = 104 + len(self.asked)
+        phases = [("process", 100, 101), ("imports", 101, until), ("config", until, until + 2)]
+        phases.append(("first token", until + 2, until + 3))
+        lines = (json.dumps(common | {"phase": phase, "begin": b, "end": e}) for phase, b, e in phases)
+        (directory / "7.jsonl").write_text("\n".join(lines))
 
 
 @pytest.fixture
@@ -90,9 +110,49 @@ def test_chosen_loaders_and_engine_arguments(thaw, model, engine):
     assert ran.code == 0 and started.asked == [("default", True)]
 
 
+def test_phases_of_every_start(thaw, model, engine, tmp_path):
+    started = engine(reporting=True)
+    arguments = ("bench", "cold-start", "--model", model, "--mode", "eager", "--runs", 2, "--loader", "default-loader")
+    found = thaw(*arguments, "--json", "--reports", tmp_path / "kept").document["records"][0]
+    assert found["work"] == "start-eager"
+    assert found["phases"] == {"process": [1, 1], "imports": [4, 5], "config": [2, 2], "first token": [1, 1]}
+    assert found["asked"]["imports"] == [20, 20]
+    names = sorted(path.name.partition("-")[2] for path in (tmp_path / "kept").iterdir())
+    assert names == [f"start-eager-default-loader-{n}.{kind}" for n in (1, 2) for kind in ("html", "json")]
+    first = next((tmp_path / "kept").glob("*-1.json"))
+    assert json.loads(first.read_text())["total"] == 8
+    assert [set(e) for e in started.environments] == [{"VLLM_NO_USAGE_STATS", "THAW_START_REPORT"}] * 2
+    assert not Path(started.environments[0]["THAW_START_REPORT"]).exists()
+
+    ran = thaw(*arguments)
+    title, _, rows = ran.out.partition("start-eager, seconds of the wall clock by phase")
+    lines = [line.split() for line in rows.strip().splitlines()]
+    assert lines[0] == ["PHASE", "vllm:", "default-loader"]
+    assert lines[2] == ["imports", "6.50", "(6.00–7.00)"] and lines[5] == ["total", "10.50", "(10.00–11.00)"]
+    assert "SECONDS" in title and "29.50" in title
+
+
+def test_starts_with_empty_caches(thaw, model, engine):
+    started = engine(reporting=True)
+    arguments = ("--mode", "graphs", "--loader", "checkpoint", "--caches", "cold", "--runs", 2)
+    ran = thaw("bench", "cold-start", "--model", model, *arguments, "--json")
+    assert [r["work"] for r in ran.document["records"]] == ["start-graphs-cold", "vllm-load-weights"]
+    assert ran.document["records"][1]["start"] == "start-graphs-cold"
+    places = [{name: e[name] for name in cold_start.CACHES} for e in started.environments]
+    assert len({path for place in places for path in place.values()}) == 2 * len(cold_start.CACHES)
+
+
+def test_reports_that_cannot_be_kept(thaw, model, engine, tmp_path):
+    engine(reporting=True)
+    (tmp_path / "file").touch()
+    ran = thaw("bench", "cold-start", "--model", model, "--mode", "eager", "--reports", tmp_path / "file")
+    assert ran.code == 6 and "give another --reports" in ran.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
+        (["--model", "model", "--caches", "tepid"], 2, "there is no kind of caches 'tepid'; there are warm, cold"),
         (["--model", "nowhere"], 6, "no model directory 'nowhere'"),
         (["--model", "."], 6, "no *.safetensors files"),
         (["--model", "model", "--snapshot", "no.thaw"], 6, "thaw freeze --model model --output no.thaw"),

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ..engines.vllm import fresh
+from ..engines.vllm import fresh, start_page, start_report, startup
 from ..engines.vllm.api import check_sizes
 from ..errors import StorageError, ThawError, UsageError
 from .outcome import Missed, Outcome, Say
-from .record import Record, file_system_of
+from .record import RUN, Record, file_system_of
 
 LOAD, EAGER, GRAPHS = "vllm-load-weights", "start-eager", "start-graphs"
 MODES = {"eager": EAGER, "graphs": GRAPHS}
+WARM, COLD = "warm", "cold"
+CACHES = (
+    *("VLLM_CACHE_ROOT", "VLLM_FLASHINFER_AUTOTUNE_CACHE_DIR", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"),
+    *("CUDA_CACHE_PATH", "FLASHINFER_WORKSPACE_BASE", "DG_JIT_CACHE_DIR"),
+)
+"""Variables that name where a start finds what an earlier one has compiled, tuned or looked up."""
 DEFAULT, SNAPSHOT, STREAMED = "default-loader", "snapshot", "checkpoint"
 FORMATS = {
     "fastsafetensors": "fastsafetensors",
@@ -41,6 +49,8 @@ class Settings:
         runs: fresh processes each loader gets in each mode.
         engine_args: further ones of vLLM.
         max_tokens: of each answer.
+        caches: WARM: of compiled and tuned kernels, as they are; COLD: empty ones for every start.
+        reports: a directory for the report of every start, as JSON and as a page; None to keep none.
     """
 
     model: Path
@@ -50,6 +60,8 @@ class Settings:
     runs: int
     engine_args: dict[str, Any]
     max_tokens: int = 16
+    caches: str = WARM
+    reports: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -72,8 +84,10 @@ class Loader:
 def measure(settings: Settings, say: Say) -> Outcome:
     """Every loader in every mode; a loader that fails is a line, the others go on.
 
+    A record's ``phases`` are those of the starts' reports, ``asked`` what the asking process itself has measured.
+
     Raises:
-        StorageError: there is no such model or snapshot.
+        StorageError: there is no such model or snapshot; reports cannot be kept where they should.
         FormatError, MismatchError: it is no snapshot for vLLM.
         UsageError: an unknown loader.
     """
@@ -109,7 +123,7 @@ def loaders(settings: Settings) -> list[Loader]:
 
 
 def _mode(mode: str, chosen: Sequence[Loader], size: int, settings: Settings, say: Say) -> Outcome:
-    outcome, work = Outcome(), MODES[mode]
+    outcome, work = Outcome(), MODES[mode] + ("-cold" if settings.caches == COLD else "")
     found: dict[str, list[dict[str, Any]]] = {loader.route: [] for loader in chosen}
     failed: dict[str, str] = {}
     for number in range(settings.runs):
@@ -117,7 +131,7 @@ def _mode(mode: str, chosen: Sequence[Loader], size: int, settings: Settings, sa
         for loader in [*chosen[shift:], *chosen[:shift]]:
             if loader.route in failed:
                 continue
-            answer = _start(loader, mode, settings)
+            answer = _start(loader, mode, settings, f"{work}-{loader.route}-{number + 1}")
             if isinstance(answer, str):
                 failed[loader.route] = answer
             else:
@@ -133,8 +147,8 @@ def _mode(mode: str, chosen: Sequence[Loader], size: int, settings: Settings, sa
     return outcome
 
 
-def _start(loader: Loader, mode: str, settings: Settings) -> dict[str, Any] | str:
-    """The answer, or why there is none."""
+def _start(loader: Loader, mode: str, settings: Settings, name: str) -> dict[str, Any] | str:
+    """The answer, with the ``report`` of the start where there is one; or why there is none."""
     package = FORMATS.get(loader.route)
     if package is not None:
         try:
@@ -142,35 +156,68 @@ def _start(loader: Loader, mode: str, settings: Settings) -> dict[str, Any] | st
         except metadata.PackageNotFoundError:
             return f"not installed: pip install {package}"
     args = {"enforce_eager": mode == "eager"} | settings.engine_args | loader.engine_args
+    with tempfile.TemporaryDirectory(prefix="thaw-", ignore_cleanup_errors=True) as folder:
+        environment = {"VLLM_NO_USAGE_STATS": "1", startup.VARIABLE: os.path.join(folder, "start")}
+        if settings.caches == COLD:
+            environment |= {variable: os.path.join(folder, variable.lower()) for variable in CACHES}
+        try:
+            answer = fresh.run(
+                "ask",
+                model=str(settings.model),
+                snapshot=loader.snapshot,
+                engine_args=args,
+                questions=QUESTIONS,
+                max_tokens=settings.max_tokens,
+                environment=environment,
+            )
+        except (ThawError, OSError) as error:
+            return " ".join(str(error).split())[:300]
+        try:
+            answer["report"] = start_report.read(environment[startup.VARIABLE])
+        except ThawError:  # the start itself was measured all the same
+            return answer
+    if settings.reports is not None:
+        _keep(answer["report"], settings.reports, f"{RUN}-{name}")
+    return answer
+
+
+def _keep(report: start_report.StartReport, directory: Path, name: str) -> None:
     try:
-        return fresh.run(
-            "ask",
-            model=str(settings.model),
-            snapshot=loader.snapshot,
-            engine_args=args,
-            questions=QUESTIONS,
-            max_tokens=settings.max_tokens,
-            environment={"VLLM_NO_USAGE_STATS": "1"},
-        )
-    except (ThawError, OSError) as error:
-        return " ".join(str(error).split())[:300]
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / f"{name}.json").write_text(json.dumps(report.to_json(), indent=2) + "\n")
+    except OSError as error:
+        raise StorageError(f"cannot write to {str(directory)!r}: {error.strerror}; give another --reports") from None
+    start_page.write(report, directory / f"{name}.html")
 
 
 def _records(
     work: str, loader: Loader, answers: Sequence[dict[str, Any]], size: int, model: Path, reference: Any
 ) -> Iterator[Record]:
-    phases = [answer["seconds"] for answer in answers]
+    asked = [answer["seconds"] for answer in answers]
     equal = all(_tokens(answer["outputs"]) == _tokens(reference) for answer in answers)
     verified = bool(answers[-1]["reports"]) and answers[-1]["reports"][0].get("verified", "none") != "none"
-    shown = {name: [round(p[name], 3) for p in phases if name in p] for name in phases[-1]}
     place = file_system_of(loader.snapshot or model)
-    extra = {"phases": shown, "logprobs_equal": all(answer["outputs"] == reference for answer in answers)}
-    starts = [sum(p.get(name, 0.0) for name in BEFORE_FIRST_TOKEN) for p in phases]
+    extra = {
+        "phases": _phases(answers) or {name: [round(s[name], 3) for s in asked if name in s] for name in asked[-1]},
+        "asked": {name: [round(s[name], 3) for s in asked if name in s] for name in asked[-1]},
+        "logprobs_equal": all(answer["outputs"] == reference for answer in answers),
+    }
+    starts = [sum(s.get(name, 0.0) for name in BEFORE_FIRST_TOKEN) for s in asked]
     yield Record(work, loader.system, loader.route, size, starts, "warm", verified, equal, None, extra, place)
-    loads = [p["weights"] for p in phases if "weights" in p]
+    loads = [s["weights"] for s in asked if "weights" in s]
     if loads:
         mode = {"start": work}
         yield Record(LOAD, loader.system, loader.route, size, loads, "warm", verified, equal, None, mode, place)
+
+
+def _phases(answers: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
+    """Seconds of the wall clock by phase, a list of all runs each; empty where a start has no report."""
+    if not all("report" in answer for answer in answers):
+        return {}
+    runs = [answer["report"].seconds for answer in answers]
+    names = {name for seconds in runs for name in seconds}
+    ordered = [name for name in start_report.PHASES if name in names] + sorted(names - set(start_report.PHASES))
+    return {name: [round(seconds.get(name, 0.0), 4) for seconds in runs] for name in ordered}
 
 
 def _tokens(outputs: Any) -> list[list[int]]:

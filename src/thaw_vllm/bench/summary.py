@@ -132,6 +132,27 @@ def seconds_table(records: Sequence[Record]) -> list[tuple[str, ...]]:
     return rows
 
 
+def phase_tables(records: Sequence[Record]) -> dict[str, list[tuple[str, ...]]]:
+    """Of starts, by their work: a row a phase, a column a loader; median seconds, and the range of several runs."""
+    found: dict[str, list[tuple[str, ...]]] = {}
+    for work in dict.fromkeys(record.work for record in records if "asked" in record.extra):
+        starts = [r for r in records if r.work == work and r.extra.get("phases") != r.extra.get("asked")]
+        names = dict.fromkeys(name for record in starts for name in record.extra["phases"])
+        if names:
+            rows = [(name, *(_seconds(record.extra["phases"].get(name, ())) for record in starts)) for name in names]
+            total = [[sum(run) for run in zip(*r.extra["phases"].values(), strict=True)] for r in starts]
+            head = ("PHASE", *(f"{record.system}: {record.route}" for record in starts))
+            found[work] = [head, *rows, ("total", *map(_seconds, total))]
+    return found
+
+
+def _seconds(runs: Sequence[float]) -> str:
+    if not runs:
+        return ""
+    spread_out = f" ({min(runs):.2f}–{max(runs):.2f})" if len(runs) > 1 else ""
+    return f"{statistics.median(runs):.2f}{spread_out}"
+
+
 def kv_table(outcome: Outcome) -> list[tuple[str, ...]]:
     """Of prompts by their length: seconds to the first token, and of freezing and restoring what they have cached."""
     rows: list[tuple[str, ...]] = [KV_HEAD]

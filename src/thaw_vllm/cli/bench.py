@@ -24,6 +24,7 @@ thaw bench weights --dir /dev/shm --dir /mnt/nvme --record
 thaw bench weights --size-gb 2 --dir /dev/shm --system thaw --system safetensors --device cpu
 thaw bench freeze --dir /dev/shm --dir /mnt/nvme --runs 3 --record
 thaw bench cold-start --model Llama-3-8B/ --snapshot /dev/shm/W.thaw --mode eager --record
+thaw bench cold-start --model Llama-3-8B/ --loader default-loader --caches cold --reports starts/
 thaw bench kv --model Llama-3-8B/ --tokens 1024 --tokens 4096 --record
 thaw bench report
 """
@@ -204,6 +205,12 @@ def cold_start(
         ),
     ] = None,
     runs: Annotated[int, typer.Option(min=1, help="Fresh processes for each loader and mode.")] = 1,
+    caches: Annotated[
+        str, typer.Option(help="warm: compiled kernels as they are; cold: none, for every start.", metavar="KIND")
+    ] = "warm",
+    reports: Annotated[
+        Path | None, typer.Option(help="Keep every start's report here, as JSON and HTML.", metavar="DIR")
+    ] = None,
     engine_arg: EngineArguments = None,
     record: Recording = False,
     as_json: Json = False,
@@ -211,10 +218,11 @@ def cold_start(
     """Start vLLM by every loader, from the process to its first token.
 
     vLLM's own loader, thaw from a snapshot, thaw from the checkpoint, and vLLM's load formats whose packages are
-    installed. Tokens are compared. The first start on a machine also compiles kernels: make one before.
+    installed. Tokens are compared. The first start on a machine also compiles kernels: make one before, or give every
+    start empty caches. Shown is also what each phase of a start took (thaw start-report).
     """
     from ..bench import cold_start as measuring
-    from ..bench.summary import failures, seconds_table
+    from ..bench.summary import failures, phase_tables, seconds_table
     from ..bench.summary import plain as plainly
     from ..engines.vllm.api import require_vllm_installed
     from .freeze import parse_engine_arg
@@ -226,6 +234,8 @@ def cold_start(
         tuple(loader or ()),
         runs,
         {"max_model_len": 2048} | dict(parse_engine_arg(text) for text in engine_arg or []),
+        caches=_chosen([caches], (measuring.WARM, measuring.COLD), "kind of caches")[0],
+        reports=reports,
     )
     require_vllm_installed()
     outcome = measuring.measure(settings, _tell)
@@ -233,6 +243,9 @@ def cold_start(
         document(plainly(outcome))
     elif outcome.records:
         table(seconds_table(outcome.records), right=frozenset({2, 3, 4}))
+        for work, rows in phase_tables(outcome.records).items():
+            print(f"\n{work}, seconds of the wall clock by phase\n")
+            table(rows, right=frozenset(range(1, len(rows[0]))))
     if not as_json:
         print("\n".join(failures(outcome.missed)))
     _end(outcome, record)

@@ -29,6 +29,8 @@ TITLES = {
     "vllm-load-weights": "vLLM: loading the weights",
     "start-eager": "vLLM: process start to first token, eager",
     "start-graphs": "vLLM: process start to first token, with CUDA graphs",
+    "start-eager-cold": "vLLM: process start to first token, eager, caches of kernels empty",
+    "start-graphs-cold": "vLLM: process start to first token, with CUDA graphs, caches of kernels empty",
     "ttft-cold": "KV cache: first token, nothing cached",
     "ttft-prefix": "KV cache: first token, from the engine's own prefix cache",
     "ttft-thawed": "KV cache: first token, thawed in a fresh engine",
