@@ -26,10 +26,11 @@ from ...weights.waterfall import waterfall
 FRONT, CORE, WORKER, HELPER = "front", "engine core", "worker", "helper"
 FIRST_TOKEN, OTHER, UNTIL_REQUEST = "first token", "other", "until the request"
 PHASES = (
-    *("process", "imports", "plugin", "config", FRONT, "engine process", "engine imports", "engine init"),
+    *("process", "imports", "plugin", "helper process", "helper imports", "config", FRONT),
+    *("engine process", "engine imports", "engine init"),
     *("worker process", "worker imports", "worker init", "device", "model loading", "model init", "weights"),
     *("post-processing", "profile", "compile", "KV cache", "warm-up", "kernel warm-up", "graphs"),
-    *(UNTIL_REQUEST, FIRST_TOKEN, "helper process", "helper imports", OTHER),
+    *(UNTIL_REQUEST, FIRST_TOKEN, OTHER),
 )
 """In the order in which a start goes through them."""
 _OF_ROLE = {CORE: "engine", WORKER: "worker", HELPER: "helper"}
