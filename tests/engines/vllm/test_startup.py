@@ -182,6 +182,23 @@ class TestRecorder:
             made.span("weights", made.enter())
         assert made.done and len(caplog.records) == 1 and "THAW_START_REPORT" in caplog.text
 
+    def test_a_vllm_of_another_shape_starts_all_the_same(
+        self, recorder: startup.Recorder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ):
+        monkeypatch.setattr(versions, "start_hooks", lambda: [(versions.SPAN, "weights", Base, "not there")])
+        monkeypatch.setattr(startup, "_recorder", recorder)
+        startup.plugin_loaded()
+        assert "THAW_START_REPORT: no report" in caplog.text
+
+    def test_a_directory_that_has_gone(self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+        def gone() -> str:
+            raise FileNotFoundError("the current directory")
+
+        monkeypatch.setenv(startup.VARIABLE, "start")
+        monkeypatch.setattr(os, "getcwd", gone)
+        startup.begin()
+        assert startup._recorder is None and "the current directory" in caplog.text
+
     def test_without_the_variable_nothing_is_made(self, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.delenv(startup.VARIABLE, raising=False)
         startup.begin()

@@ -106,14 +106,14 @@ class Recorder:
         try:
             os.makedirs(self.directory, exist_ok=True)
             path = os.path.join(self.directory, f"{self._pid}.jsonl")
-            file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o644)
             try:
                 os.write(file, json.dumps(event).encode() + b"\n")
             finally:
                 os.close(file)
         except OSError as error:
             self.done = True
-            logging.getLogger(__name__).warning("%s: no report of this start is written: %s", VARIABLE, error)
+            _say(error)
 
     def under_way(self, phase: str, end: float) -> None:
         """A phase in which the plugin was loaded, and which nobody could see begin."""
@@ -139,9 +139,13 @@ def begin() -> None:
     """Call first of all when the plugin is loaded; without the variable, and a second time, does nothing."""
     global _recorder
     directory = os.environ.get(VARIABLE)
-    if directory and _recorder is None:
+    if not directory or _recorder is not None:
+        return
+    try:
         _recorder = Recorder(directory)
         _recorder.begin()
+    except Exception as error:  # a start must not fail for being looked at
+        _say(error)
 
 
 def plugin_loaded() -> None:
@@ -151,11 +155,22 @@ def plugin_loaded() -> None:
         _recorder.under_way("plugin", now())
 
 
+def _say(error: Exception) -> None:
+    logging.getLogger(__name__).warning("%s: no report of this start is written: %s", VARIABLE, error)
+
+
 def install(recorder: Recorder) -> None:
     """Look on from now at whatever of vLLM this process has imported; a second call adds what has come since.
 
-    Never raises: what cannot be looked at is left out.
+    Never raises: what cannot be looked at is left out, with a warning.
     """
+    try:
+        _install(recorder)
+    except Exception as error:
+        _say(error)
+
+
+def _install(recorder: Recorder) -> None:
     from . import versions
 
     makers = {
