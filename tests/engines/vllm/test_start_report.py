@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
@@ -179,3 +181,24 @@ def test_nothing_to_read_says_how_to_get_it(tmp_path: Path):
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(UsageError, match=r"holds no report.*THAW_START_REPORT=start/ vllm serve"):
         read(tmp_path)
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="there is no Chromium")
+def test_a_browser_shows_it(tmp_path: Path):
+    """As wide as it says, every span drawn within the chart, and nothing to complain about."""
+    found = [Event(1, 0, "", 0.0, "imports", 0.0, 10.0), Event(1, 0, "", 0.0, "config", 10.0, 12.0)]
+    found += [Event(2, 1, "EngineCore", 3.0, "engine init", 4.0, 9.0), Event(2, 1, "EngineCore", 3.0, "<b>", 5.0, 6.0)]
+    page = tmp_path / "page.html"
+    script = """<script>
+      const chart = document.querySelector("svg").getBoundingClientRect();
+      const bars = [...document.querySelectorAll("svg rect")].map((bar) => bar.getBoundingClientRect());
+      const inside = bars.filter((b) => b.width > 0 && b.left >= chart.left && b.right <= chart.right + 1);
+      document.title = `${bars.length} bars, ${inside.length} inside, ${document.querySelectorAll("b").length} bold`;
+    </script></body>"""
+    page.write_text(report(found).html().replace("</body>", script))
+    command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    ran = subprocess.run([*command, "--dump-dom", page.as_uri()], capture_output=True, text=True, check=True)
+    assert "<title>4 bars, 4 inside, 0 bold</title>" in ran.stdout
