@@ -150,7 +150,7 @@ def test_page(results):
     assert section.startswith(
         "\n![Restore from tmpfs](plots/restore-tmpfs.svg)\n\n`restore-tmpfs`, 2026-11-20, 16.06 GB."
     )
-    assert "Earlier runs:" in section and section.count("\n- 2026-11-") == 2
+    assert "Other runs:" in section and section.count("\n- 2026-11-") == 2
     assert "- 2026-11-22, H100: thaw, verified: route 1.00 GB/s\n" in section
     assert "| instanttensor: route | 28.00 |" in section
     headings = [h for h in made.splitlines() if h.startswith("## ")]

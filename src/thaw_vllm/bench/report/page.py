@@ -94,7 +94,7 @@ def _work(work: str, runs: Sequence[Run]) -> str:
         lines += [f"![{KV_TITLE}](plots/{KV_PLOT}.svg)", ""]
     lines += _run(work, latest)
     if older:
-        lines += ["", "Earlier runs:", ""]
+        lines += ["", "Other runs:", ""]
         lines += [f"- {run.date[:10]}, {_short_machine(run.machine)}: {_short(work, run)}" for run in older]
     return "\n".join(lines)
 
