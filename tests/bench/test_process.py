@@ -150,3 +150,24 @@ def test_rounds_turn_and_go_on_without_those_that_fail():
 
 def test_no_entries():
     assert rounds.run("work", [], 2, lambda entry: None, print) == ({}, [])
+
+
+@pytest.mark.parametrize("how", ["crash", "close"])
+def test_processes_that_it_leaves_may_clean_up(how, tmp_path):
+    """As a resource tracker does, which ignores SIGTERM and ends when its parent has, or an engine that handles it."""
+    cleaner = "import signal, sys, pathlib; signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))\n"
+    cleaner += f"import time\npathlib.Path({str(tmp_path / 'there')!r}).touch()\n"
+    cleaner += f"try: time.sleep(60)\nfinally: pathlib.Path({str(tmp_path / 'there')!r}).unlink()"
+    code = f"""
+import os, signal, subprocess, sys, time
+subprocess.Popen([sys.executable, "-c", {cleaner!r}])
+while not os.path.exists({str(tmp_path / "there")!r}): time.sleep(0.01)
+"""
+    code += (
+        "os.kill(os.getpid(), signal.SIGSEGV)"
+        if how == "crash"
+        else "os.write(int(sys.argv[1]), b'{}\\n'); time.sleep(60)"
+    )
+    with Child("restore", {}, command(code)) as child, pytest.raises(ChildError):
+        child.reach(READY, 30)
+    assert not (tmp_path / "there").exists()

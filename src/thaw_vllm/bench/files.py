@@ -69,8 +69,10 @@ def check_room(directory: Path, needed: int, cure: str) -> None:
     """
     free = os.statvfs(directory)
     if free.f_bavail * free.f_frsize < needed:
-        have = free.f_bavail * free.f_frsize / 1e9
-        raise SpaceError(f"{str(directory)!r} has {have:.1f} GB free and needs {needed / 1e9:.1f} GB for this; {cure}")
+        have = free.f_bavail * free.f_frsize / 1e6
+        raise SpaceError(
+            f"{str(directory)!r} has {have:,.0f} MB free and needs {needed / 1e6:,.0f} MB for this; {cure}"
+        )
 
 
 def make(request: dict[str, Any]) -> Steps:

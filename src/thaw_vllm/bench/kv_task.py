@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..engines.vllm.fresh import endpoints
 from ..errors import ThawError, UsageError
 from .files import check_room
 from .kv_pages import difference
@@ -41,7 +42,7 @@ def freezing(request: dict[str, Any]) -> Steps:
     freezes' ``reports``, how many tokens were ``cached``, and the answers from the cache (``answer``) and with nothing
     cached (``cold_answer``).
     """
-    _import()
+    _import(request["folder"])
     yield
     with _started(request) as engine:
         yield
@@ -61,7 +62,7 @@ def thawing(request: dict[str, Any]) -> Steps:
     tokens that were ``cached``, the ``answer`` from the thawed cache, and how the pages differ that this engine froze
     of it (``different``).
     """
-    _import()
+    _import(request["folder"])
     yield
     with _started(request) as engine:
         yield
@@ -73,9 +74,10 @@ def thawing(request: dict[str, Any]) -> Steps:
 TASKS = {"kv-freeze": freezing, "kv-thaw": thawing}
 
 
-def _import() -> None:
+def _import(folder: str) -> None:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; without a GPU only
+    os.environ.update(endpoints(folder))
     import vllm  # noqa: F401
 
 

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from ..errors import ThawError
@@ -19,6 +20,8 @@ from ..errors import ThawError
 READY, PREPARED, DONE, RESULT, ERROR = "ready", "prepared", "done", "result", "error"
 """What a child says: imports are made; memory is there; the clock has stopped; the answer; why there is none."""
 
+GRACE = 5.0
+"""Seconds in which what is ended may clean up: shared memory of engines, which their last process removes."""
 STARTING, RUNNING = 300.0, 300.0
 """Seconds that imports and the CUDA context, and each later step, may take at most."""
 LOOK = 1.0
@@ -127,9 +130,17 @@ class Child:
         """Wait for the child, or end it, and end whatever it left in its process group."""
         if self._process.returncode is not None:
             return
+        group = self._process.pid
         if not at_once:
-            os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
-        os.killpg(self._process.pid, signal.SIGKILL)  # not reaped yet, so that the group cannot be another's
+            os.waitid(os.P_PID, group, os.WEXITED | os.WNOWAIT)
+        os.killpg(group, signal.SIGTERM)  # not reaped yet, so that the group cannot be another's
+        until = time.monotonic() + GRACE
+        while time.monotonic() < until:
+            ended = os.waitid(os.P_PID, group, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if ended is not None and not _others(group):
+                break
+            time.sleep(0.02)
+        os.killpg(group, signal.SIGKILL)
         self._process.wait()
 
     def printed(self) -> str:
@@ -159,6 +170,18 @@ class Child:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _others(group: int) -> bool:
+    """Whether a process group has processes beside its first that have not ended."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:  # ended
+            continue
+        if int(fields[2]) == group and fields[0] not in "ZX" and path.parent.name != str(group):
+            return True
+    return False
 
 
 def ask(task: str, request: dict[str, Any], timeout: float = RUNNING) -> dict[str, Any]:

@@ -58,11 +58,14 @@ def demo(
 
     from ..engines.vllm import fresh
     from ..engines.vllm.api import check_model, require_vllm_installed
+    from ..errors import ExistsError
     from ..transport.writer import check_target
 
     require_vllm_installed()
     check_model(model)
     if snapshot is not None:
+        if snapshot.exists():
+            raise ExistsError(f"{str(snapshot)!r} exists; remove it, or give --snapshot another name")
         check_target(snapshot, force=False)
     if what is What.kv:
         from .demo_kv import demo_kv

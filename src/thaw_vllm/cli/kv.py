@@ -80,8 +80,10 @@ def freeze(
 ) -> None:
     """Write cached prefixes of a server to a file.
 
-    The server does not generate meanwhile. The file holds the prompts in the clear.
+    With several ranks the server does not generate meanwhile. The file holds the prompts in the clear.
     """
+    from ..errors import UsageError
+
     body: dict[str, Any] = {"name": name, "force": force, "everything": everything}
     texts = [*(prompt or ()), *(_text_of(path) for path in prompt_file or ())]
     given = {
@@ -92,6 +94,11 @@ def freeze(
         "model_id": model_id,
     }
     body |= {field: value for field, value in given.items() if value is not None}
+    selections = {"--prompt or --prompt-file": texts, "--token-ids": token_ids, "--request": request}
+    chosen = [option for option, value in (selections | {"--everything": everything}).items() if value]
+    if len(chosen) != 1:
+        told = f"{' and '.join(chosen)} do not go together" if chosen else "nothing is named to freeze"
+        raise UsageError(f"{told}; give one of --prompt, --prompt-file, --token-ids, --request and --everything")
     answer = _ask(server, "freeze", token, api_key, body)
     if as_json:
         document(answer)

@@ -17,7 +17,19 @@ from ...errors import ThawError
 
 # The default loader says how long it took at this level only, whatever the caller's own level is.
 READ_FROM_THE_LOG = {"VLLM_LOGGING_LEVEL": "INFO"}
+_DOES = {"ask": "ask", "freeze": "freeze", "kv": "freeze or thaw the KV cache"}
+_ENDPOINT = 37
+"""Characters of the names that vLLM gives its sockets."""
 _WEIGHTS_TOOK = re.compile(r"Loading weights took ([0-9.]+) seconds")
+
+
+def endpoints(folder: str) -> dict[str, str]:
+    """Variables that put an engine's sockets into ``folder``, where vLLM, which leaves them behind, leaves them.
+
+    Empty where the folder's path is too long for a socket's address, and where the user has chosen a place.
+    """
+    fits = len(os.fsencode(folder)) + _ENDPOINT < 107
+    return {"VLLM_RPC_BASE_PATH": folder} if fits and "VLLM_RPC_BASE_PATH" not in os.environ else {}
 
 
 def run(
@@ -61,13 +73,15 @@ def run(
                 stdin=subprocess.DEVNULL,
                 stdout=stream,
                 stderr=subprocess.STDOUT,
-                env=os.environ | READ_FROM_THE_LOG | (environment or {}),
+                env=os.environ | READ_FROM_THE_LOG | endpoints(folder) | (environment or {}),
                 check=False,
             )
         elapsed = time.perf_counter() - started
         printed = log.read_text(errors="replace")
         if done.returncode or not answer.exists():
-            raise _failure(f"the process that should {action} failed (exit {done.returncode})", _last_error(printed))
+            raise _failure(
+                f"the process that should {_DOES[action]} failed (exit {done.returncode})", _last_error(printed)
+            )
         found: dict[str, Any] = json.loads(answer.read_text())
     found["seconds"]["total"] = elapsed
     if found["reports"]:
