@@ -303,6 +303,7 @@ def test_real_engine_that_cannot_start(tmp_path, cpu):
         "engine_args": {"enforce_eager": True, "max_model_len": 256, "num_gpu_blocks_override": 1},
         "tokens": [100],
         "vocabulary": 512,
+        "sockets": str(tmp_path),
     }
     with pytest.raises(ThawError, match=r"^the engine that freezes: ValueError: ") as caught:
         kv.run("kv-freeze", request, lambda line: None)

@@ -87,7 +87,10 @@ def measure(settings: Settings, say: Say) -> Outcome:
     say("the model id, which the cache belongs to")
     model_id = checkpoint_id(open_checkpoint(settings.model))
     outcome = _limits(settings, say)
-    with tempfile.TemporaryDirectory(prefix="thaw-bench-kv-", dir=settings.directory) as folder:
+    with (
+        tempfile.TemporaryDirectory(prefix="thaw-bench-kv-", dir=settings.directory) as folder,
+        tempfile.TemporaryDirectory(prefix="thaw-") as sockets,
+    ):
         request = {
             "model": str(settings.model),
             "model_id": model_id,
@@ -96,6 +99,7 @@ def measure(settings: Settings, say: Say) -> Outcome:
             "vocabulary": planned.vocabulary,
             "runs": settings.runs,
             "folder": folder,
+            "sockets": sockets,
         }
         frozen = run("kv-freeze", request, say)
         try:

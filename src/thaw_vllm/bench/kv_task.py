@@ -36,13 +36,14 @@ def prompt(tokens: int, vocabulary: int, seed: str = "asked") -> list[int]:
 
 
 def freezing(request: dict[str, Any]) -> Steps:
-    """``model``, ``model_id``, ``engine_args``, ``tokens``, ``vocabulary``, ``runs``, ``folder``.
+    """``model``, ``model_id``, ``engine_args``, ``tokens``, ``vocabulary``, ``runs``, ``folder``, and one for
+    ``sockets``.
 
     The answer has ``lengths``, for each of ``tokens``: seconds of every run (``cold``, ``prefix``, ``freeze``), the
     freezes' ``reports``, how many tokens were ``cached``, and the answers from the cache (``answer``) and with nothing
     cached (``cold_answer``).
     """
-    _import(request["folder"])
+    _import(request["sockets"])
     yield
     with _started(request) as engine:
         yield
@@ -62,7 +63,7 @@ def thawing(request: dict[str, Any]) -> Steps:
     tokens that were ``cached``, the ``answer`` from the thawed cache, and how the pages differ that this engine froze
     of it (``different``).
     """
-    _import(request["folder"])
+    _import(request["sockets"])
     yield
     with _started(request) as engine:
         yield
@@ -74,10 +75,10 @@ def thawing(request: dict[str, Any]) -> Steps:
 TASKS = {"kv-freeze": freezing, "kv-thaw": thawing}
 
 
-def _import(folder: str) -> None:
+def _import(sockets: str) -> None:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; without a GPU only
-    os.environ.update(endpoints(folder))
+    os.environ.update(endpoints(sockets))
     import vllm  # noqa: F401
 
 

@@ -134,12 +134,12 @@ class Child:
         if not at_once:
             os.waitid(os.P_PID, group, os.WEXITED | os.WNOWAIT)
         os.killpg(group, signal.SIGTERM)  # not reaped yet, so that the group cannot be another's
-        until = time.monotonic() + GRACE
-        while time.monotonic() < until:
-            ended = os.waitid(os.P_PID, group, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            if ended is not None and not _others(group):
-                break
-            time.sleep(0.02)
+        if not _ended(group, GRACE):
+            for process in _members(group):
+                if not _cleans(process):
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(process, signal.SIGKILL)
+            _ended(group, GRACE)
         os.killpg(group, signal.SIGKILL)
         self._process.wait()
 
@@ -172,16 +172,35 @@ class Child:
         self.close()
 
 
-def _others(group: int) -> bool:
-    """Whether a process group has processes beside its first that have not ended."""
+def _ended(group: int, patience: float) -> bool:
+    """Whether every process of a group has ended, after so many seconds at most."""
+    until = time.monotonic() + patience
+    while _members(group):
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def _members(group: int) -> list[int]:
+    """Processes of a group that have not ended."""
+    found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = path.read_text().rpartition(")")[2].split()
         except OSError:  # ended
             continue
-        if int(fields[2]) == group and fields[0] not in "ZX" and path.parent.name != str(group):
-            return True
-    return False
+        if int(fields[2]) == group and fields[0] not in "ZX":
+            found.append(int(path.parent.name))
+    return found
+
+
+def _cleans(process: int) -> bool:
+    """Whether it is multiprocessing's tracker, which removes what the others leave once they have ended."""
+    try:
+        return b"multiprocessing.resource_tracker" in Path(f"/proc/{process}/cmdline").read_bytes()
+    except OSError:
+        return False
 
 
 def ask(task: str, request: dict[str, Any], timeout: float = RUNNING) -> dict[str, Any]:
