@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from thaw_vllm.engines.vllm import fresh
-from thaw_vllm.errors import CorruptionError, MismatchError, UsageError
+from thaw_vllm.errors import CorruptionError, MismatchError, StorageError, UsageError
 from thaw_vllm.weights.open import open_rank, open_snapshot
 
 pytestmark = pytest.mark.vllm
@@ -183,9 +183,9 @@ class TestBeforeTheEngineStarts:
         import thaw_vllm
         from thaw_vllm.engines.vllm.api import freeze_checkpoint
 
-        with pytest.raises(UsageError, match="there is no model directory"):
+        with pytest.raises(StorageError, match="there is no model directory"):
             freeze_checkpoint(str(tmp_path / "none"), tmp_path / "w.thaw")
-        with pytest.raises(UsageError, match="there is no model directory"):
+        with pytest.raises(StorageError, match="there is no model directory"):
             thaw_vllm.load(str(tmp_path / "none"), tmp_path / "w.thaw")
 
     def test_a_module_snapshot(self, tmp_path: Path):

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...errors import MismatchError, MissingDependencyError, UsageError
+from ...errors import MismatchError, MissingDependencyError, StorageError, UsageError
 from ...weights.freeze import FreezeReport
 from ...weights.open import open_snapshot
 from . import versions
@@ -149,7 +149,7 @@ def check_model(model: str) -> None:
     """Refuse what is written like a path and is no directory; anything else may be a name on the hub."""
     looks_like_path = model.startswith((".", "~", os.sep)) or model.endswith(os.sep) or model.count("/") > 1
     if not os.path.isdir(model) and looks_like_path:
-        raise UsageError(f"there is no model directory {model!r}; give one, or a model's name on the hub")
+        raise StorageError(f"there is no model directory {model!r}; give one, or a model's name on the hub")
 
 
 def check_sizes(path: str, llm_kwargs: dict[str, Any]) -> None:
