@@ -197,9 +197,10 @@ def _records(
     equal = all(_tokens(answer["outputs"]) == _tokens(reference) for answer in answers)
     verified = bool(answers[-1]["reports"]) and answers[-1]["reports"][0].get("verified", "none") != "none"
     place = file_system_of(loader.snapshot or model)
+    told = {name: [round(s[name], 3) for s in asked if name in s] for name in asked[-1]}
     extra = {
-        "phases": _phases(answers) or {name: [round(s[name], 3) for s in asked if name in s] for name in asked[-1]},
-        "asked": {name: [round(s[name], 3) for s in asked if name in s] for name in asked[-1]},
+        "phases": _phases(answers) or told,
+        "asked": told,
         "logprobs_equal": all(answer["outputs"] == reference for answer in answers),
     }
     starts = [sum(s.get(name, 0.0) for name in BEFORE_FIRST_TOKEN) for s in asked]

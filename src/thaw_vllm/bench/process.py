@@ -108,7 +108,8 @@ class Child:
                 if left <= 0:
                     raise ChildError(f"took longer than {timeout:.0f} s and was ended{self._last()}")
                 if not selector.select(min(left, LOOK)):
-                    self._end_what_it_left()
+                    if self._process.returncode is None:
+                        self._end_what_it_left()
                     continue
                 more = os.read(self._answers, 1 << 16)
                 if not more:
@@ -122,9 +123,8 @@ class Child:
 
     def _end_what_it_left(self) -> None:
         """Processes of a child that has ended may hold the other end of the pipe, so that nobody would be told."""
-        # Not reaped yet, so that its process group cannot be another's.
         if os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
-            os.killpg(self._process.pid, signal.SIGKILL)
+            self._end_all()
 
     def _end_all(self, *, at_once: bool = False) -> None:
         """Wait for the child, or end it, and end whatever it left in its process group."""
