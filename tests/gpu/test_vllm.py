@@ -41,8 +41,12 @@ def test_tokens_are_equal_in_fresh_processes(eager: bool, checkpoints: Callable,
     assert thawed["outputs"] == default["outputs"]
 
 
-def test_a_running_engine_freezes_to_the_same_content(checkpoints: Callable, tmp_path: Path):
+def test_a_running_engine_freezes_to_the_same_content(
+    checkpoints: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """On CUDA post-processing of unquantised dense models is the identity, so both ways give the same file content."""
+    # Making the checkpoint starts OpenMP's threads, and an engine core forked after that would wait for them for ever.
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     from vllm import LLM
 
     import thaw_vllm
