@@ -5,6 +5,7 @@ import time
 import pytest
 from tests.transport.test_reading_helpers import ROOM, ending, no_children, numbers
 
+from thaw_vllm.errors import DeviceError
 from thaw_vllm.transport import kept_helpers, reading_helpers
 from thaw_vllm.transport.kept_helpers import KeptHelpers
 
@@ -74,6 +75,59 @@ def test_ended_when_nobody_wants_them(few):
     while kept.running(0):
         assert time.monotonic() < until
         time.sleep(0.01)
+    ending()
+    kept.close()  # the kernel stays
+    assert few.idle()
+
+
+def test_announced_they_wait_longer(few):
+    with KeptHelpers(idle=0.05) as kept:
+        kept.start(0, idle=30)
+        known = kept._helpers
+        kept.start(0)  # does not shorten it
+        time.sleep(0.3)
+        assert kept.running(0) and kept._helpers is known
+        kept.give_back(kept.borrow(0))  # it has come
+        until = time.monotonic() + 30
+        while kept.running(0):
+            assert time.monotonic() < until
+            time.sleep(0.01)
+    ending()
+
+
+def test_used_again_and_again_they_stay(few):
+    with KeptHelpers(idle=0.2) as kept:
+        kept.start(0)
+        known = kept._helpers
+        for _ in range(8):
+            time.sleep(0.05)
+            kept.give_back(kept.borrow(0))
+        assert kept._helpers is known
+    ending()
+
+
+def test_the_kernel_is_loaded_once(few):
+    with KeptHelpers() as kept:
+        kept.start(0)
+        kept.start(0)
+        assert kept.kernel(0) is kept.kernel(0)
+        assert few.calls.count("cuModuleLoadData") == 1
+        assert kept.kernel(1).device == 1 and len(few.modules) == 1
+    ending()
+    assert few.idle()
+
+
+def test_a_kernel_that_the_driver_does_not_take(few):
+    few.refuse["cuModuleLoadData"] = 0
+    with KeptHelpers() as kept:
+        kept.start(0)
+        assert kept.running(0)
+        kept._loader.join()
+        few.refuse["cuModuleLoadData"] = 0
+        with pytest.raises(DeviceError):
+            kept.kernel(0)
+        few.refuse.clear()
+        assert kept.kernel(0).device == 0
     ending()
     assert few.idle()
 

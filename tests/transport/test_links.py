@@ -16,7 +16,7 @@ from thaw_vllm.transport.pipeline import deliver
 from thaw_vllm.transport.readers import Cached, choose
 from thaw_vllm.transport.resident import Resident
 from thaw_vllm.transport.source import FileSource, MemorySource
-from thaw_vllm.transport.wordsum_cuda import CudaSums
+from thaw_vllm.transport.wordsum_cuda import CudaSums, Kernel
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -34,10 +34,10 @@ def runs_of(work):
     return [(place.view.data_ptr() + place.begin, place.length) for place in work.places]
 
 
-def sent(work, **options):
+def sent(work, kernel=None, **options):
     with (
         contextlib.closing(MemorySource(work.data)) as source,
-        contextlib.closing(CudaLink(0, runs_of(work))) as link,
+        contextlib.closing(CudaLink(0, runs_of(work), kernel)) as link,
     ):
         deliver(Cached(source, "memory", "a test"), "it", work.ranges, link, slot=ROOM, **options)
 
@@ -60,6 +60,18 @@ def test_flipped_byte_is_found(seed, driver):
     work.data[hurt.offset + rng.randrange(hurt.length)] ^= 1 << rng.randrange(8)
     with pytest.raises(CorruptionError, match=f"checksum of {hurt.label} "):
         sent(work, workers=3)
+    assert driver.idle()
+
+
+def test_a_kernel_is_borrowed_again_and_again(driver):
+    with contextlib.closing(Kernel(0)) as kernel:
+        for damage in (False, True):
+            work = Work(LAYOUTS["of every kind"])
+            if damage:
+                work.data[next(found.offset for found in work.ranges if found.length)] ^= 1
+            with pytest.raises(CorruptionError) if damage else contextlib.nullcontext():
+                sent(work, kernel, workers=3)
+    assert driver.calls.count("cuModuleLoadData") == 1
     assert driver.idle()
 
 

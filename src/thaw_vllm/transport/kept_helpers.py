@@ -1,42 +1,78 @@
-"""Helpers that stay between deliveries, for a process that reads again and again."""
+"""What stays between deliveries, for a process that reads again and again: helpers, and the kernel that sums."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from types import TracebackType
 
+from ..errors import DeviceError
 from . import parallel
 from .cuda import Context
 from .numa import near
 from .reading_helpers import Helpers, able, most
+from .wordsum_cuda import Kernel
 
 IDLE = 30.0
 """Seconds without use after which they are ended: 14 sleeping processes of 8 MiB and 56 MiB of page-locked memory."""
+ANNOUNCED = 600.0
+"""The same where somebody has said that they will be wanted."""
 
 
 class KeptHelpers:
     """Those of one GPU at a time, lent to one user at a time, and ended when nobody has wanted them for a while.
 
-    A context manager: leaving it ends them.
+    The kernel is a few kilobytes and stays. A context manager: leaving it ends them, and unloads the kernel.
     """
 
     def __init__(self, idle: float = IDLE) -> None:
         self._idle = idle
         self._helpers: Helpers | None = None
-        self._lock = threading.Lock()
+        self._kernel: Kernel | None = None
+        self._loader: threading.Thread | None = None
+        self._lock, self._loading = threading.Lock(), threading.Lock()
         self._timer: threading.Timer | None = None
+        self._until = self._rings = 0.0
 
-    def start(self, device: int) -> None:
-        """Have them come up, if they can: whoever borrows them soon then waits less. Never raises for want of them.
+    def start(self, device: int, idle: float | None = None) -> None:
+        """Have all of it come up, if it can: whoever wants it soon then waits less. Never raises for want of it.
 
         Args:
             device: ordinal of the GPU, as torch counts.
+            idle: seconds for which the helpers wait to be borrowed, at least; None for what was said at first.
         """
+        idle = self._idle if idle is None else idle
         with contextlib.suppress(OSError, RuntimeError):  # no memory, process or thread
+            if self._kernel is None and self._loader is None:  # the driver translates it, and others go on meanwhile
+                loader = threading.Thread(target=self._load, args=(device,), name="thaw-kernel", daemon=True)
+                loader.start()
+                self._loader = loader
+            with self._lock:
+                if self._waiting(device):
+                    self._wait(max(idle, self._until - time.monotonic()))
+                    return
             found = self.borrow(device)
             if found is not None:
-                self.give_back(found)
+                self.give_back(found, idle)
+
+    def kernel(self, device: int) -> Kernel:
+        """Loaded once, and borrowed.
+
+        Raises:
+            DeviceError: the driver does not take it.
+        """
+        with self._loading:
+            if self._kernel is not None and self._kernel.device != device:
+                self._kernel.close()
+                self._kernel = None
+            if self._kernel is None:
+                self._kernel = Kernel(device)
+            return self._kernel
+
+    def _load(self, device: int) -> None:
+        with contextlib.suppress(DeviceError):  # whoever wants it is told then
+            self.kernel(device)
 
     def borrow(self, device: int) -> Helpers | None:
         """Those that are there, else new ones; None where there can be none. The caller's until given back.
@@ -45,7 +81,6 @@ class KeptHelpers:
             OSError, RuntimeError, DeviceError: they cannot be started.
         """
         with self._lock:
-            self._stop()
             found, self._helpers = self._helpers, None
         if found is not None and (not found.sound or found.device != device):
             found.close()
@@ -59,32 +94,76 @@ class KeptHelpers:
     def running(self, device: int) -> bool:
         """Whether there are some that nobody has borrowed."""
         with self._lock:
-            return self._helpers is not None and self._helpers.sound and self._helpers.device == device
+            return self._waiting(device)
 
-    def give_back(self, helpers: Helpers) -> None:
-        """For the next one. Where somebody else has given back his, or they are of no use, they are ended."""
+    def give_back(self, helpers: Helpers, idle: float | None = None) -> None:
+        """For the next one. Where somebody else has given back his, or they are of no use, they are ended.
+
+        Args:
+            idle: see ``start``.
+        """
         with self._lock:
             if self._helpers is None and helpers.sound:
                 self._helpers, helpers = helpers, None  # type: ignore[assignment]
-                self._stop()
-                self._timer = threading.Timer(self._idle, self.close)
-                self._timer.daemon = True
-                self._timer.start()
+                self._wait(self._idle if idle is None else idle)
         if helpers is not None:
             helpers.close()
+
+    def close(self) -> None:
+        """End those that nobody has borrowed, and unload the kernel, which nobody may be using.
+
+        There can be others afterwards.
+        """
+        with self._lock:
+            self._stop()
+            found, self._helpers = self._helpers, None
+        if found is not None:
+            found.close()
+        loader, self._loader = self._loader, None
+        if loader is not None:
+            loader.join()
+        with self._loading:
+            kernel, self._kernel = self._kernel, None
+        if kernel is not None:
+            kernel.close()
+
+    # With the lock:
+
+    def _waiting(self, device: int) -> bool:
+        return self._helpers is not None and self._helpers.sound and self._helpers.device == device
+
+    def _wait(self, idle: float) -> None:
+        """End them after so many seconds from now."""
+        self._until = time.monotonic() + idle
+        if self._timer is None or self._until < self._rings:  # else it sees that it is too early: threads cost time
+            self._stop()
+            self._set(idle)
+
+    def _set(self, seconds: float) -> None:
+        self._rings = time.monotonic() + seconds
+        timer = threading.Timer(seconds, self._ring)
+        timer.daemon = True
+        timer.start()
+        self._timer = timer
 
     def _stop(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
-    def close(self) -> None:
-        """End those that nobody has borrowed; there can be others afterwards."""
+    def _ring(self) -> None:
         with self._lock:
-            self._stop()
-            found, self._helpers = self._helpers, None
-        if found is not None:
-            found.close()
+            if self._timer is not threading.current_thread():  # stopped too late
+                return
+            self._timer = None
+            found, left = self._helpers, self._until - time.monotonic()
+            if found is None:
+                return
+            if left > 0:
+                self._set(left)
+                return
+            self._helpers = None
+        found.close()
 
     def __enter__(self) -> KeptHelpers:
         return self

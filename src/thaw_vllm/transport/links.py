@@ -11,7 +11,7 @@ from .cuda import Context, Driver, Stream
 from .numa import near, pinned_to
 from .plan import Step
 from .staging import Slot
-from .wordsum_cuda import CudaSums
+from .wordsum_cuda import CudaSums, Kernel
 from .wordsum_torch import wordsum
 
 if TYPE_CHECKING:
@@ -76,15 +76,20 @@ def by_driver(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.cuda is not None
 
 
-def link_to(places: Sequence[Place]) -> Link:
+def link_to(places: Sequence[Place], kernel: Kernel | None = None) -> Link:
     """The link for ranges that go to places on one device.
+
+    Args:
+        kernel: on that device, if it is one with a kernel, borrowed; None has one loaded.
 
     Raises:
         DeviceError: the GPU or its driver refused.
     """
     device = places[0].view.device
     if by_driver(device):
-        return CudaLink(device.index or 0, [(place.view.data_ptr() + place.begin, place.length) for place in places])
+        return CudaLink(
+            device.index or 0, [(place.view.data_ptr() + place.begin, place.length) for place in places], kernel
+        )
     return TorchLink(places, device.type)
 
 
@@ -151,14 +156,15 @@ class CudaLink:
         cores: those near the GPU; empty where it makes no difference.
     """
 
-    def __init__(self, device: int, runs: Sequence[tuple[int, int]]) -> None:
+    def __init__(self, device: int, runs: Sequence[tuple[int, int]], kernel: Kernel | None = None) -> None:
         """
         Args:
             device: ordinal, as torch counts.
             runs: address and bytes of each range in that device's memory, the caller's; may grow, a run is needed
                 when its range begins to be sent.
+            kernel: see CudaSums.
         """
-        self.context = Context(device)
+        self.context, self._kernel = Context(device), kernel
         self.name = f"page-locked slots to cuda:{device}"
         self.runs = runs
         try:
@@ -187,7 +193,7 @@ class CudaLink:
     @contextlib.contextmanager
     def sums(self, count: int) -> Iterator[Sums]:
         """See Link."""
-        with self.context.entered(), CudaSums(self.context, count) as sums:
+        with self.context.entered(), CudaSums(self.context, count, self._kernel) as sums:
             yield _CudaRanges(sums, self.runs)
 
     def close(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 SYSTEM = Path("/sys")
@@ -19,14 +20,22 @@ def near(bus: str, system: Path = SYSTEM) -> frozenset[int]:
     Returns:
         Empty where it makes no difference: one node, or not known.
     """
-    try:
-        if len(list((system / "devices/system/node").glob("node[0-9]*"))) < 2:
-            return frozenset()
-        cores = _listed((system / "bus/pci/devices" / bus / "local_cpulist").read_text())
-    except (OSError, ValueError):
+    cores = _beside(bus, system)
+    if not cores:
         return frozenset()
     allowed = os.sched_getaffinity(0)
     return frozenset(cores & allowed) if cores & allowed != allowed else frozenset()
+
+
+@cache
+def _beside(bus: str, system: Path) -> frozenset[int]:
+    """Of all cores; the machine does not change."""
+    try:
+        if len(list((system / "devices/system/node").glob("node[0-9]*"))) < 2:
+            return frozenset()
+        return _listed((system / "bus/pci/devices" / bus / "local_cpulist").read_text())
+    except (OSError, ValueError):
+        return frozenset()
 
 
 @contextlib.contextmanager
@@ -48,11 +57,11 @@ def pinned_to(cores: frozenset[int]) -> Iterator[None]:
             os.sched_setaffinity(0, before)
 
 
-def _listed(text: str) -> set[int]:
+def _listed(text: str) -> frozenset[int]:
     """The kernel's list format: ``0-3,8``."""
     found: set[int] = set()
     for part in text.strip().split(","):
         first, _, last = part.partition("-")
         if first:
             found.update(range(int(first), int(last or first) + 1))
-    return found
+    return frozenset(found)

@@ -148,7 +148,11 @@ done:
 
 
 class Kernel:
-    """The kernel on one GPU; owns a reference to its context until closed."""
+    """The kernel on one GPU; owns a reference to its context until closed.
+
+    Attributes:
+        device: which GPU.
+    """
 
     def __init__(self, device: int) -> None:
         """
@@ -158,7 +162,7 @@ class Kernel:
         Raises:
             DeviceError: the driver does not take it.
         """
-        self._context = Context(device)
+        self.device, self._context = device, Context(device)
         self._module = 0
         try:
             with self._context.entered():

@@ -28,6 +28,7 @@ from ..transport.readers import ROUTES, Reader, Through, choose
 from ..transport.reading_helpers import Helpers, wanted
 from ..transport.resident import Resident
 from ..transport.source import FileSource, Source
+from ..transport.wordsum_cuda import Kernel
 from .layout import byte_view, check_storable, dense, dtype_name, extent, host_bytes, integers, ordered, runs, settle
 from .waterfall import waterfall
 
@@ -101,11 +102,13 @@ class Reading:
     Attributes:
         reader: the way.
         helpers: processes that read by it, if that is faster.
+        kernel: that sums on the GPU, borrowed; None has it loaded.
         seconds: what choosing and starting took.
     """
 
     reader: Reader
     helpers: Helpers | None
+    kernel: Kernel | None
     seconds: float
 
 
@@ -119,7 +122,7 @@ def reading(
         source: stays the caller's.
         targets: tensors that will be filled, for where most of their bytes are.
         options: how to read.
-        kept: helpers to borrow, in place of some for this time only.
+        kept: whose helpers and kernel to borrow, in place of some for this time only.
     """
     start = time.perf_counter()
     sizes: dict[torch.device, int] = {}
@@ -130,10 +133,12 @@ def reading(
     host = sum(size for device, size in sizes.items() if device.type == "cpu")
     staged = host < sum(sizes.values()) / 2
     with contextlib.closing(choose(source, options.route, staged=staged)) as reader, contextlib.ExitStack() as stack:
-        helpers = None
+        helpers = kernel = None
+        if len(gpus) == 1 and kept is not None and options.verify:
+            kernel = kept.kernel(gpus[0].index or 0)
         if staged and len(gpus) == 1 and options.processes and isinstance(source, FileSource):
             helpers = stack.enter_context(_helpers(source, reader, options, gpus[0].index or 0, kept))
-        yield Reading(reader, helpers, time.perf_counter() - start)
+        yield Reading(reader, helpers, kernel, time.perf_counter() - start)
 
 
 @contextlib.contextmanager
@@ -256,7 +261,7 @@ def _to_device(
 ) -> str:
     """Bring chunks to one device; returns what reports call the way."""
     name, helpers = source.name, way.helpers
-    with contextlib.closing(link_to(places)) as link:
+    with contextlib.closing(link_to(places, way.kernel)) as link:
         if isinstance(link, CudaLink) and isinstance(source, Resident) and source.locked is not None:
             source.send(link.context, ranges, link.runs, verify=verify, progress=progress)
             return f"page-locked memory to cuda:{link.context.device}"
