@@ -9,6 +9,7 @@ import sys
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from ..errors import FormatError, UnsupportedError
 from ..format.document import canonical, mapping, parse, printable, text
@@ -31,8 +32,7 @@ NONE = -1
 MAX_SALT = 4096
 
 
-@dataclass(frozen=True)
-class Block:
+class Block(NamedTuple):
     """One block of a prefix.
 
     Attributes:
@@ -129,7 +129,7 @@ class Table:
             FormatError: what docs/format.md, section 16, does not allow.
         """
         groups, size = len(layout.groups), layout.block_size
-        count = check_shapes(size, groups, {name: shape for name, (shape, _) in tensors.items()})
+        check_shapes(size, groups, {name: shape for name, (shape, _) in tensors.items()})
         for name, (shape, data) in tensors.items():
             wanted = math.prod(shape) * (1 if name in (HASHES, EXTRA) else 4)
             if len(data) != wanted:
@@ -138,19 +138,19 @@ class Table:
         shape, hashes = tensors.get(HASHES, ((0, 0), b""))
         length = shape[1]
         salts = _salts(tensors[EXTRA][1]) if EXTRA in tensors else {}
-        blocks = []
-        for number in range(count):
-            parent = parents[number]
+        for number, parent in enumerate(parents):
             if not NONE <= parent < number:
                 raise FormatError(f"block {number}: its parent {parent} does not come before it")
-            own = tuple(places[number * groups : (number + 1) * groups])
-            for slot in own:
-                if not NONE <= slot < slots:
-                    raise FormatError(f"block {number}: slot {slot} is not below {slots}")
-            ids = tuple(tokens[number * size : (number + 1) * size])
-            if min(ids) < 0:
-                raise FormatError(f"block {number}: a token id below 0")
-            salt = salts.pop(number, None)
+        if min(places, default=NONE) < NONE or max(places, default=NONE) >= slots:
+            at, slot = next((at, slot) for at, slot in enumerate(places) if not NONE <= slot < slots)
+            raise FormatError(f"block {at // groups}: slot {slot} is not below {slots}")
+        if not tensors[TOKENS][1][3::4].isascii():  # the highest bit of each, which is its sign
+            at = next(at for at, token in enumerate(tokens) if token < 0)
+            raise FormatError(f"block {at // size}: a token id below 0")
+        blocks = []
+        by_block = zip(*[iter(tokens)] * size, strict=True), zip(*[iter(places)] * groups, strict=True)
+        for number, (parent, ids, own) in enumerate(zip(parents, *by_block, strict=True)):
+            salt = salts.pop(number, None) if salts else None
             if salt is not None and parent != NONE:
                 raise FormatError(f"block {number}: only a first block has a salt")
             blocks.append(Block(parent, ids, own, hashes[number * length : (number + 1) * length], salt))

@@ -12,6 +12,7 @@ _WORKER_METHODS = (
     "thaw_kv_describe",
     "thaw_kv_freeze",
     "thaw_kv_job",
+    "thaw_kv_expect",
     "thaw_kv_fill",
 )
 

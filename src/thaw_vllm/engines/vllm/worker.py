@@ -46,6 +46,13 @@ def thaw_kv_job(worker: Any, options: dict[str, Any]) -> dict[str, Any]:
     return pages.job(worker, options)
 
 
+def thaw_kv_expect(worker: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """See kv/pages.py."""
+    from .kv import pages
+
+    return pages.expect(worker, options)
+
+
 def thaw_kv_fill(worker: Any, options: dict[str, Any]) -> dict[str, Any]:
     """See kv/pages.py."""
     from .kv import pages

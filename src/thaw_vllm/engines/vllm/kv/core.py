@@ -17,17 +17,17 @@ from ....format.kv import Group, Layout, require_layout
 from ....kv.read import freeze_of, read_table
 from ....kv.table import NONE, Table
 from ....transport.collector import collection_paused
-from ....weights.open import open_rank
+from ....weights.open import Opened, open_rank
 from ....weights.waterfall import Phases
 from .. import versions
 from ..answers import all_raised, answering
-from . import recorder, watch
+from . import ahead, recorder, watch
 from .jobs import Job, jobs, look, reap, slowest
 from .selection import Selection
 
 _LEAVE = 0.25
 """Share of a pool's blocks that a freeze beside requests leaves free; else the engine waits for it."""
-METHODS = ("thaw_kv_info", "thaw_kv_freeze", "thaw_kv_job", "thaw_kv_restore")
+METHODS = ("thaw_kv_info", "thaw_kv_freeze", "thaw_kv_job", "thaw_kv_expect", "thaw_kv_restore")
 
 
 def install() -> None:
@@ -37,7 +37,7 @@ def install() -> None:
         return
     recorder.install()
     watch.install()
-    for name, work in zip(METHODS, (info, freeze, job, restore), strict=True):
+    for name, work in zip(METHODS, (info, freeze, job, expect, restore), strict=True):
         if not hasattr(core, name):
             setattr(core, name, answering(work))
 
@@ -144,6 +144,13 @@ def job(core: Any, options: dict[str, Any]) -> dict[str, Any]:
     return look(core, options["job"])
 
 
+def expect(core: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Have the workers make ready what a restore needs, which then takes less long; it may come, or not."""
+    asked = {"blocks": versions.block_pool(core).num_gpu_blocks}
+    all_raised(core.model_executor.collective_rpc("thaw_kv_expect", args=(asked,)))
+    return {}
+
+
 @collection_paused()
 def restore(core: Any, options: dict[str, Any]) -> dict[str, Any]:
     """Bring blocks of a file into the pool, so that the next request with such a prefix finds them.
@@ -165,67 +172,75 @@ def restore(core: Any, options: dict[str, Any]) -> dict[str, Any]:
     model = _model(core, options.get("model"), required=True)
     phases.end("identify")
     wanted = Identity.from_json(described["identity"] | {"model": model})
-    table, of_freeze = _read_table(path, wanted, layout)
-    phases.end("table")
+    with open_rank(path, 0) as opened, ahead.lending(opened) as lent:
+        table = _table(opened, path, wanted, layout)
+        asked = {
+            "path": path,
+            "opened": lent,
+            "model": model,
+            "freeze": freeze_of(opened.snapshot.header),
+            "blocks": pool.num_gpu_blocks,
+            "layout": layout.to_json(),
+        }
+        phases.end("table")
+        return {"path": path} | _bring_in(core, pool, table, asked, bool(options.get("evict")), phases)
+
+
+def _bring_in(core: Any, pool: Any, table: Table, asked: dict[str, Any], evict: bool, phases: Phases) -> dict[str, Any]:
+    """The blocks of a table that are not cached, by the workers, who are asked with ``slots`` and ``ids`` added."""
     names, key = _names(core, table), versions.block_keys()
-    missing: list[tuple[int, int, int]] = []  # block, group, slot
+    missing: list[_Page] = []
     present = []
     for number, block in enumerate(table.blocks):
         for group, slot in enumerate(block.slots):
             if slot == NONE:
                 continue
-            there = versions.cached_block(pool, key(names[number], group))
+            known_as = key(names[number], group)
+            there = versions.cached_block(pool, known_as)
             if there is None:
-                missing.append((number, group, slot))
+                missing.append((number, group, slot, known_as))
             else:
                 present.append(there)
     pool.touch(present)  # they must not make room for the others
     blocks: list[Any] = []
     moved, depths = 0, table.depths()
     try:
-        room = pool.get_num_free_blocks() if options.get("evict") else versions.uncached_free(pool, len(missing))
+        room = pool.get_num_free_blocks() if evict else versions.uncached_free(pool, len(missing))
         chosen, left_out = _choose(table, missing, room)
         phases.end("choose")
         if chosen:
             blocks = pool.get_new_blocks(len(chosen))
-            answers = core.model_executor.collective_rpc(
-                "thaw_kv_fill",
-                args=(
-                    {
-                        "path": path,
-                        "model": model,
-                        "freeze": of_freeze,
-                        "blocks": pool.num_gpu_blocks,
-                        "layout": layout.to_json(),
-                        "slots": [slot for _, _, slot in chosen],
-                        "ids": [block.block_id for block in blocks],
-                    },
-                ),
-            )
-            filled = all_raised(answers)
+            pages = {"slots": [slot for _, _, slot, _ in chosen], "ids": [block.block_id for block in blocks]}
+            filled = all_raised(core.model_executor.collective_rpc("thaw_kv_fill", args=(asked | pages,)))
             moved = sum(answer["bytes"] for answer in filled)
             phases.add(slowest(filled), "workers")
-            for (number, group, _), block in zip(chosen, blocks, strict=True):
-                versions.insert_block(pool, key(names[number], group), block, depths[number] * table.block_size)
+            for (number, _, _, known_as), block in zip(chosen, blocks, strict=True):
+                versions.insert_block(pool, known_as, block, depths[number] * table.block_size)
+            entries = recorder.known(pool)
+            for number in dict.fromkeys(number for number, *_ in chosen):
                 source = table.blocks[number]
                 parent = None if source.parent == NONE else names[source.parent]
-                recorder.note(pool, names[number], parent, source.tokens, source.salt)
+                recorder.note(entries, names[number], parent, source.tokens, source.salt)
     finally:
         # The ends of prefixes go first, should room be needed.
         pool.free_blocks(reversed(blocks))
         pool.free_blocks(reversed(present))
         phases.end("insert")
+    absent = {number for number, *_ in set(missing) - set(chosen)} if left_out else set()
     return {
-        "path": path,
         "blocks": len(chosen),
         "present": len(present),
         "left_out": left_out,
         "prefixes": len(table.leaves()),
-        "tokens": _reached(pool, table, names) * table.block_size,
+        "tokens": _reached(table, absent) * table.block_size,
         "bytes": moved,
         "seconds": phases.total,
         "phases": phases.seconds,
     }
+
+
+_Page = tuple[int, int, int, bytes]
+"""A page of a table: block, group, slot, and under which key the pool knows it."""
 
 
 def _names(core: Any, table: Table) -> list[bytes]:
@@ -238,31 +253,26 @@ def _names(core: Any, table: Table) -> list[bytes]:
     return names
 
 
-def _reached(pool: Any, table: Table, names: list[bytes]) -> int:
-    """Blocks of the longest prefix of which every page that the file holds is cached."""
-    depths, key = table.depths(), versions.block_keys()
-    whole = [
-        all(
-            slot == NONE or versions.cached_block(pool, key(names[number], group)) is not None
-            for group, slot in enumerate(block.slots)
-        )
-        for number, block in enumerate(table.blocks)
-    ]
+def _reached(table: Table, absent: set[int]) -> int:
+    """Blocks of the longest prefix of which every page that the file holds is cached, all but ``absent`` blocks'."""
+    depths = table.depths()
+    if not absent:
+        return max(depths, default=0)
     reached: list[int] = []
     for number, block in enumerate(table.blocks):
         before = 0 if block.parent == NONE else reached[block.parent]
-        reached.append(before + 1 if whole[number] and before == depths[number] - 1 else before)
+        reached.append(before + 1 if number not in absent and before == depths[number] - 1 else before)
     return max(reached, default=0)
 
 
-def _choose(table: Table, missing: list[tuple[int, int, int]], room: int) -> tuple[list[tuple[int, int, int]], int]:
+def _choose(table: Table, missing: list[_Page], room: int) -> tuple[list[_Page], int]:
     """What fits of what is missing: whole prefixes, the longest first, and of the last one its beginning."""
     if len(missing) <= room:
         return missing, 0
-    of_block: dict[int, list[tuple[int, int, int]]] = {}
+    of_block: dict[int, list[_Page]] = {}
     for item in missing:
         of_block.setdefault(item[0], []).append(item)
-    chosen: list[tuple[int, int, int]] = []
+    chosen: list[_Page] = []
     done: set[int] = set()
     for leaf in table.leaves():
         for number in table.chain(leaf):
@@ -276,18 +286,17 @@ def _choose(table: Table, missing: list[tuple[int, int, int]], room: int) -> tup
     return sorted(chosen), len(missing) - len(chosen)
 
 
-def _read_table(path: str, wanted: Identity, layout: Layout) -> tuple[Table, str]:
-    """Rank 0's table of blocks, verified, once the file is known to be of these weights and this layout; its freeze."""
-    with open_rank(path, 0) as opened:
-        header = opened.snapshot.header
-        if header.kv is None:
-            raise MismatchError(f"{path!r} holds weights, not KV blocks; thaw_vllm.load(..., snapshot=...) thaws those")
-        require(header.identity, wanted, path)
-        if header.identity.model is None:
-            raise MismatchError(f"{path!r} does not say which weights made it; freeze again")
-        # Regions differ between ranks, and each holds its own against its file.
-        require_layout(header.kv, layout, path, regions=False)
-        return read_table(opened), freeze_of(header)
+def _table(opened: Opened, path: str, wanted: Identity, layout: Layout) -> Table:
+    """Of rank 0's file, verified, once it is known to be of these weights and this layout."""
+    header = opened.snapshot.header
+    if header.kv is None:
+        raise MismatchError(f"{path!r} holds weights, not KV blocks; thaw_vllm.load(..., snapshot=...) thaws those")
+    require(header.identity, wanted, path)
+    if header.identity.model is None:
+        raise MismatchError(f"{path!r} does not say which weights made it; freeze again")
+    # Regions differ between ranks, and each holds its own against its file.
+    require_layout(header.kv, layout, path, regions=False)
+    return read_table(opened)
 
 
 def _layout(core: Any, pool: Any) -> Layout:

@@ -22,7 +22,6 @@ from ....format.index import Index, Tensor
 from ....format.kv import PAGES, Layout, Region, require_layout
 from ....kv.read import count_slots, freeze_of
 from ....transport.collector import collection_paused
-from ....transport.kept_helpers import KeptHelpers
 from ....transport.links import by_driver
 from ....transport.reading_helpers import WORTH_RUNNING
 from ....weights.capture import Captured, Named, Storage, StorageBytes, capture
@@ -35,6 +34,7 @@ from ....weights.waterfall import Phases
 from ..answers import answering
 from ..exchange import world_exchange
 from ..identity import engine_identity
+from . import ahead
 from .regions import gather, page_of, regions, rows, scatter, scratch
 
 _SHARE, _MOST = 0.25, 2 << 30
@@ -55,21 +55,25 @@ def describe(worker: Any, options: dict[str, Any]) -> dict[str, Any]:
     Args:
         options: ``blocks`` of the pool; ``path`` of a file that ``fill`` will be asked for, or None.
     """
-    found = regions(worker, options["blocks"])
-    device = found[0][1].device
+    device: torch.device | None = getattr(worker, "_thaw_kv_device", None)
+    if device is None or options["path"] is None:  # once is enough for a restore: ``fill`` looks again
+        device = worker._thaw_kv_device = regions(worker, options["blocks"])[0][1].device
     if options["path"] is not None and by_driver(device):
         with contextlib.suppress(OSError):  # there is none, which the core finds out
             if os.path.getsize(options["path"]) >= WORTH_RUNNING:
-                _kept(worker).start(device.index or 0)  # they come up while the core reads what the file holds
+                ahead.kept(device).start(device.index or 0)  # while the core reads what the file holds
     return {"identity": identity(worker).to_json()}
 
 
-def _kept(worker: Any) -> KeptHelpers:
-    """A worker's, which end with it."""
-    found: KeptHelpers | None = getattr(worker, "_thaw_helpers", None)
-    if found is None:
-        found = worker._thaw_helpers = KeptHelpers()
-    return found
+@answering
+def expect(worker: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Make ready what ``fill`` will need.
+
+    Args:
+        options: ``blocks`` of the pool.
+    """
+    ahead.expect(regions(worker, options["blocks"])[0][1].device)
+    return {}
 
 
 @answering
@@ -199,14 +203,17 @@ def _groups(
 ) -> Iterator[list[tuple[Region, torch.Tensor]]]:
     """Regions, as many together as there is room for pages of; none where there is not for one."""
     group: list[tuple[Region, torch.Tensor]] = []
+    taken = 0
     for item in found:
-        if _size([*group, item], pages) > room and group:
+        size = _size([item], pages)
+        if taken + size > room and group:
             yield group
-            group = []
-        if _size([item], pages) > room:
+            group, taken = [], 0
+        if size > room:
             yield []
             return
         group.append(item)
+        taken += size
     yield group
 
 
@@ -258,14 +265,15 @@ def fill(worker: Any, options: dict[str, Any]) -> dict[str, Any]:
     Where the file turns out to be damaged some of those blocks have been written to; nobody may use them.
 
     Args:
-        options: ``path``; ``blocks`` of the pool; ``slots`` of the file and ``ids`` of the blocks that they go to;
-            ``model``: the model id; ``layout`` without regions; ``freeze``: which one the blocks' table is of.
+        options: ``path``; ``opened``: as what the core lends rank 0's file, or left out; ``blocks`` of the pool;
+            ``slots`` of the file and ``ids`` of the blocks that they go to; ``model``: the model id; ``layout`` without
+            regions; ``freeze``: which one the blocks' table is of.
     """
     phases = Phases()
     own = dataclasses.replace(identity(worker), model=options["model"])
     found = regions(worker, options["blocks"])
     wanted = _layout(options["layout"], found)
-    with collection_paused(), open_rank(options["path"], own.parallel.rank) as opened:
+    with collection_paused(), _opened(options, own.parallel.rank) as opened:
         header = opened.snapshot.header
         require(header.identity, own, options["path"])
         if header.kv is None:
@@ -280,8 +288,19 @@ def fill(worker: Any, options: dict[str, Any]) -> dict[str, Any]:
                 "up, copy all of it again or freeze again"
             )
         phases.end("open")
-        _pass(opened, found, held, options["slots"], options["ids"], _kept(worker), phases)
+        _pass(opened, found, held, options["slots"], options["ids"], phases)
     return {"bytes": sum(region.page for region, _ in found) * len(options["ids"]), "phases": phases.seconds}
+
+
+@contextlib.contextmanager
+def _opened(options: dict[str, Any], rank: int) -> Iterator[Opened]:
+    """A rank's file: the one that the core has read, where that is in this process, else opened and read here."""
+    lent = ahead.borrowed(options.get("opened", ""))
+    if lent is not None and rank == 0:
+        yield lent
+        return
+    with open_rank(options["path"], rank) as opened:
+        yield opened
 
 
 def _pass(
@@ -290,18 +309,17 @@ def _pass(
     held: int,
     slots: list[int],
     ids: list[int],
-    kept: KeptHelpers,
     phases: Phases,
 ) -> None:
     """``held`` pages of each region into memory on the way, a group of regions at a time, and from there to blocks."""
     device = found[0][1].device
-    longest = max(_size([item], held) for item in found)
-    where = device if longest <= _room(device) else torch.device("cpu")
-    groups = [*_groups(found, held, max(_room(where), longest))]
+    longest, room = max(_size([item], held) for item in found), _room(device)
+    where = device if longest <= room else torch.device("cpu")
+    groups = [*_groups(found, held, max(room if where == device else _room(where), longest))]
     size = max(_size(group, held) for group in groups)
     into = rows(ids, device)
     taken = None if slots == [*range(held)] else rows(slots, where)
-    options = RestoreOptions()
+    options, kept = RestoreOptions(), ahead.kept(where) if by_driver(where) else None
     with scratch(size, where) as memory, reading(opened.source, [memory], options, kept) as way:
         phases.end("room")
         for group in groups:

@@ -83,9 +83,12 @@ def record(pool: Any, request: Any, first: int, last: int) -> None:
         _prune(pool, entries)
 
 
-def note(pool: Any, name: bytes, parent: bytes | None, tokens: tuple[int, ...], salt: str | None) -> None:
-    """Note a block that was thawed."""
-    known(pool).setdefault(name, Entry(parent, array("i", tokens).tobytes(), salt, ""))
+def note(
+    entries: dict[bytes, Entry], name: bytes, parent: bytes | None, tokens: tuple[int, ...], salt: str | None
+) -> None:
+    """Note a block that was thawed among those that are ``known``."""
+    if name not in entries:
+        entries[name] = Entry(parent, array("i", tokens).tobytes(), salt, "")
 
 
 def _foreign(request: Any) -> str:
