@@ -12,6 +12,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "ThawModelLoader": "engines.vllm.loader",
+    "expect_kv_restore": "engines.vllm.kv.api",
+    "expect_kv_restore_async": "engines.vllm.kv.api",
     "freeze_cache": "engines.transformers.cache",
     "freeze_kv_cache": "engines.vllm.kv.api",
     "freeze_kv_cache_async": "engines.vllm.kv.api",
@@ -33,6 +35,8 @@ _HOMES = {
 __all__ = [
     "ThawModelLoader",
     "__version__",
+    "expect_kv_restore",
+    "expect_kv_restore_async",
     "freeze_cache",
     "freeze_kv_cache",
     "freeze_kv_cache_async",
@@ -55,6 +59,8 @@ if TYPE_CHECKING:
     from .engines.transformers.cache import freeze_cache, restore_cache
     from .engines.vllm.api import freeze_model_tp, load
     from .engines.vllm.kv.api import (
+        expect_kv_restore,
+        expect_kv_restore_async,
         freeze_kv_cache,
         freeze_kv_cache_async,
         freeze_kv_cache_tp,

@@ -65,7 +65,7 @@ def thawing(request: dict[str, Any]) -> Steps:
     """
     _import(request["sockets"])
     yield
-    with _started(request) as engine:
+    with _started(request, thaws=True) as engine:
         yield
         lengths = [_thawed(engine, tokens, request) for tokens in request["tokens"]]
         yield
@@ -82,12 +82,18 @@ def _import(sockets: str) -> None:
     import vllm  # noqa: F401
 
 
-def _started(request: dict[str, Any]) -> Prompted:
-    """The engine, which has seen the longest prompt's length with other tokens, cold and cached, and a short prompt."""
+def _started(request: dict[str, Any], *, thaws: bool = False) -> Prompted:
+    """The engine, which has seen the longest prompt's length with other tokens, cold and cached, and a short prompt.
+
+    One that ``thaws`` has been told so, as ``load(..., kv_snapshot=...)`` and a server of ``THAW_KV_DIR`` tell theirs.
+    """
+    from ..engines.vllm.kv.api import expect_kv_restore
     from ..engines.vllm.prompted import Prompted
 
     engine = Prompted(request["model"], **request["engine_args"])
     try:
+        if thaws:
+            expect_kv_restore(engine.llm)
         longest = max(request["tokens"])
         for tokens in (longest, longest, min(longest, SHORT)):
             engine.first_token(prompt(tokens, request["vocabulary"], "warm"))

@@ -74,6 +74,34 @@ def server(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Server:
     return Server(Access(TOKEN, str(directory)))
 
 
+@pytest.mark.parametrize(("token", "there", "asked"), [(TOKEN, True, 1), (TOKEN, False, 0), ("", True, 0)])
+def test_a_server_that_lets_somebody_restore_makes_ready(token, there, asked, directory, monkeypatch):
+    monkeypatch.setenv("THAW_ADMIN_TOKEN", token)
+    monkeypatch.setenv("THAW_KV_DIR", str(directory if there else directory / "absent"))
+    engine, state = Engine(), SimpleNamespace()
+
+    async def start():
+        await routes.KVRoutes().init_state(engine, state, SimpleNamespace())
+        await asyncio.gather(*[task for task in asyncio.all_tasks() if task is not asyncio.current_task()])
+
+    asyncio.run(start())
+    assert engine.asked == [("thaw_kv_expect", {})] * asked
+
+
+def test_a_server_starts_where_that_fails(directory, monkeypatch, caplog):
+    monkeypatch.setenv("THAW_ADMIN_TOKEN", TOKEN)
+    monkeypatch.setenv("THAW_KV_DIR", str(directory))
+    engine, state = Engine(), SimpleNamespace()
+    engine.answer = {"error": "UnsupportedError", "message": "this engine does not cache prefixes"}
+
+    async def start():
+        await routes.KVRoutes().init_state(engine, state, SimpleNamespace())
+        await state.thaw_kv_ready
+
+    asyncio.run(start())
+    assert "does not cache prefixes" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("token", "place", "sent", "cure"),
     [

@@ -53,6 +53,8 @@ def load(
         model = str(carried_directory(path))
     vllm = require_vllm()
     extra = {"snapshot": path, **llm_kwargs.pop("model_loader_extra_config", {})}
+    if kv_snapshot is not None:
+        extra["expects_kv"] = True
     _check_options(extra)
     llm_kwargs["load_format"] = "thaw"
     with reported() as folder:

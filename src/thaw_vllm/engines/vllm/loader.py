@@ -37,6 +37,7 @@ from . import audit, streaming
 from .exchange import world_exchange
 from .failures import noted
 from .identity import config_directory, engine_identity, model_directory
+from .kv import ahead
 from .versions import parallel_groups, untie, untied_by_checkpoint
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ class LoaderConfig:
         source_config: freeze: that loader's own extra config.
         workers: threads or helper processes a rank; None for what the machine bears.
         processes: thaw: whether helper processes may be started to read.
+        expects_kv: a restore of KV blocks follows the start, for which to make ready; set by ``load``.
         failures: directory in which a worker notes its error for the caller; set by ``load`` and ``freeze_checkpoint``.
     """
 
@@ -83,6 +85,7 @@ class LoaderConfig:
     source_config: dict[str, Any] = dataclasses.field(default_factory=dict)
     workers: int | None = None
     processes: bool = True
+    expects_kv: bool = False
     failures: str | None = None
 
     @classmethod
@@ -101,7 +104,7 @@ class LoaderConfig:
             raise UsageError(f"load_format='thaw' needs the snapshot's path: {example}")
         options: dict[str, Any] = {"mode": "thaw" if given.get("snapshot") else "stream"}
         found = cls(**options | given)
-        for name in ("verify", "check_source", "force", "processes"):
+        for name in ("verify", "check_source", "force", "processes", "expects_kv"):
             if not isinstance(getattr(found, name), bool):
                 raise UsageError(f"load_format='thaw': {name} must be true or false")
         if found.workers is not None and (type(found.workers) is not int or found.workers < 1):
@@ -160,6 +163,8 @@ class ThawModelLoader(BaseModelLoader):
         work = self._freeze if self.config.mode == "freeze" else self._thaw
         last_report, found = work(model, model_config, identity)
         model._thaw_model_id = found  # type: ignore[assignment]  # of this model, not of this process
+        if self.config.expects_kv:
+            ahead.expect(next(model.parameters()).device)
 
     def _thaw(
         self, model: torch.nn.Module, model_config: ModelConfig, identity: Identity

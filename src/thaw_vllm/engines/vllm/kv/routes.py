@@ -7,6 +7,7 @@ is the general plugin's, so that neither is loaded without the other.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from argparse import Namespace
 from collections.abc import Awaitable, Callable
@@ -32,6 +33,8 @@ from .. import versions
 from .access import TOKEN_HEADER, Access
 from .api import ask
 from .bodies import LARGEST_BODY, Freezing, Restoring, parse
+
+logger = logging.getLogger(__name__)
 
 STATUS: dict[type[ThawError], int] = {
     UsageError: 400,
@@ -76,8 +79,19 @@ class KVRoutes:
             app.add_api_route(path, _answering(work), methods=[method], include_in_schema=False)
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
-        """Remember the engine, and what the operator allows."""
-        state.thaw_kv = _Served(Access.from_environment(), engine_client)
+        """Remember the engine, and what the operator allows; where that is anything, a restore is to be expected."""
+        access = Access.from_environment()
+        state.thaw_kv = _Served(access, engine_client)
+        if access.token is not None and access.refusal(access.token) is None:
+            state.thaw_kv_ready = asyncio.create_task(_make_ready(engine_client))  # the server starts meanwhile
+
+
+async def _make_ready(client: Any) -> None:
+    """A server is not to fail, or to wait, for what makes its first restore faster."""
+    try:
+        await ask(client, "thaw_kv_expect", {})
+    except Exception as error:
+        logger.warning("the first restore of KV blocks will take longer: %s", error)
 
 
 def _answering(
