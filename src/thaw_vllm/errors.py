@@ -86,3 +86,9 @@ class MissingDependencyError(ThawError):
     """An optional package is not installed; the message holds the install line."""
 
     exit_code = 7
+
+
+def named(name: object) -> type[ThawError] | None:
+    """The class that another process or a server has named; None where it is none of these."""
+    found = globals().get(name) if isinstance(name, str) else None
+    return found if isinstance(found, type) and issubclass(found, ThawError) else None

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import errors
-from ..errors import StorageError, ThawError, UsageError
+from ..errors import StorageError, ThawError, UsageError, named
 from ..weights.checkpoint import open_checkpoint
 from ..weights.provenance import checkpoint_id
 from . import ceilings
@@ -176,12 +175,9 @@ def _failure(who: str, said: str, printed: str) -> ThawError:
         found = re.findall(r"\b(\w*(?:Error|Exception): .+)", printed)
         told = [line for line in found if not re.search("root cause|stack trace", line)]
         said = told[-1].strip()[:400] if told else said
-    named = re.match(r"(?:thaw_vllm\.errors\.)?(\w+): (.*)", said)
-    kind = getattr(errors, named[1], None) if named else None
-    if named and isinstance(kind, type) and issubclass(kind, ThawError):
-        ours: ThawError = kind(f"{who}: {named[2]}")
-        return ours
-    return ChildError(f"{who}: {said}")
+    spelt = re.match(r"(?:thaw_vllm\.errors\.)?(\w+): (.*)", said)
+    kind = named(spelt[1]) if spelt else None
+    return kind(f"{who}: {spelt[2]}") if spelt and kind else ChildError(f"{who}: {said}")
 
 
 def _limits(settings: Settings, say: Say) -> Outcome:

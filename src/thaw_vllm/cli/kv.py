@@ -245,8 +245,8 @@ def _told(server: str, status: int, answer: Any) -> Exception:
 
     found = answer.get("error") if isinstance(answer, dict) else None
     kind, message = (found.get("type"), str(found.get("message"))) if isinstance(found, dict) else (None, "")
-    ours = getattr(errors, kind, None) if isinstance(kind, str) else None
-    if isinstance(ours, type) and issubclass(ours, errors.ThawError):
+    ours = errors.named(kind)
+    if ours is not None:
         return ours(plain(message))
     if kind == "Forbidden":
         return errors.UsageError(f"the server at {server} refused: {plain(message)}")

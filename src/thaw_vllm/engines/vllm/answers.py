@@ -6,8 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from ... import errors
-from ...errors import ThawError
+from ...errors import ThawError, named
 
 Answer = dict[str, Any]
 """Plain values; of a failure ``{"error": class name, "message": text}``."""
@@ -31,8 +30,7 @@ def answering(work: Callable[..., Answer]) -> Callable[..., Answer]:
 def raised(answer: Answer) -> Answer:
     """An answer, or the error that it tells of."""
     if "error" in answer:
-        kind = getattr(errors, answer["error"], ThawError)
-        raise kind(answer["message"])
+        raise (named(answer["error"]) or ThawError)(answer["message"])
     return answer
 
 

@@ -9,8 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from ... import errors
-from ...errors import ThawError
+from ...errors import ThawError, named
 
 
 @contextlib.contextmanager
@@ -29,7 +28,7 @@ def reported() -> Iterator[str]:
             chosen = min(noted, key=lambda entry: entry["message"].startswith("rank "))
             if chosen["error"] == type(failure).__name__:  # it came here by itself
                 raise
-            kind = getattr(errors, chosen["error"], None)
+            kind = named(chosen["error"])
             if kind is None:
                 raise ThawError(f"vLLM could not load the model: {chosen['error']}: {chosen['message']}") from failure
             raise kind(chosen["message"]) from failure

@@ -12,8 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ... import errors
-from ...errors import ThawError
+from ...errors import ThawError, named
 
 # The default loader says how long it took at this level only, whatever the caller's own level is.
 READ_FROM_THE_LOG = {"VLLM_LOGGING_LEVEL": "INFO"}
@@ -42,12 +41,14 @@ def run(
     max_tokens: int = 32,
     environment: dict[str, str] | None = None,
     kv: dict[str, Any] | None = None,
+    zygote: str | None = None,
 ) -> dict[str, Any]:
     """What ``ask`` answered, with ``seconds["weights"]`` added from thaw's report or vLLM's own log.
 
     Args:
         action: ``ask``, ``freeze`` or ``kv``; the rest as in ``ask.main``.
         environment: added to this process's environment.
+        zygote: the name of one whose fork it shall be, instead of a process that imports all anew.
 
     Raises:
         ThawError: the process failed; of the class of the last error it printed where that is one of thaw's.
@@ -65,7 +66,8 @@ def run(
             "started": time.time(),
         }
         request.write_text(json.dumps(document))
-        command = [sys.executable, "-m", "thaw_vllm.engines.vllm.ask", str(request), str(answer)]
+        how = [] if zygote is None else ["-m", "thaw_vllm", "run", "--zygote", zygote]
+        command = [sys.executable, *how, "-m", "thaw_vllm.engines.vllm.ask", str(request), str(answer)]
         started = time.perf_counter()
         with log.open("wb") as stream:
             done = subprocess.run(
@@ -93,9 +95,8 @@ def run(
 
 def _failure(what: str, line: str) -> ThawError:
     ours = re.search(r"thaw_vllm\.errors\.(\w+): (.*)", line)
-    kind = getattr(errors, ours[1], ThawError) if ours else ThawError
-    said: ThawError = kind(f"{what}: {ours[2] if ours else line}")
-    return said
+    kind = (named(ours[1]) if ours else None) or ThawError
+    return kind(f"{what}: {ours[2] if ours else line}")
 
 
 def _last_error(printed: str) -> str:
