@@ -252,9 +252,10 @@ def test_prompts_are_the_same_everywhere():
 
 def test_pages_that_differ(monkeypatch):
     files = {"a": {1: b"x", 2: b"y"}, "b": {2: b"y", 1: b"x"}, "c": {1: b"x", 2: b"z"}, "d": {1: b"x"}}
-    monkeypatch.setattr(kv_pages, "pages", files.get)
+    monkeypatch.setattr(kv_pages, "_ranks", lambda path: 2)
+    monkeypatch.setattr(kv_pages, "pages_by_address", lambda path, rank: files[path] if rank else {3: b"same"})
     assert kv_pages.difference("a", "b") is None
-    assert kv_pages.difference("a", "c") == "1 of 2 pages"
+    assert kv_pages.difference("a", "c") == "1 of 3 pages"
     assert kv_pages.difference("a", "d") == "1 pages are in one file only"
 
 
@@ -285,7 +286,7 @@ def test_real_engines(thaw, tmp_path, cpu, monkeypatch):
     assert not list((tmp_path / "files").iterdir())
     long, short = (tmp_path / "kv-thaw" / f"{tokens}.thawkv" for tokens in (300, 160))
     assert sorted(path.name for path in long.parent.iterdir()) == [short.name, long.name]
-    one = kv_pages.pages(long)
+    one = kv_pages.pages_by_address(long)
     assert len(one) == len(set(one.values())) == 9 * 2  # blocks, layers
     assert kv_pages.difference(long, long) is None
     assert kv_pages.difference(long, short) == f"{(9 + 5) * 2} pages are in one file only"

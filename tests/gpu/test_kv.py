@@ -12,9 +12,9 @@ import torch
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
-from tests.engines.vllm.kv_files import pages_by_address
 from tests.engines.vllm.test_kv import FORKED, ID, LONG, cached, engine, run_script, same
 
+from thaw_vllm.bench.kv_pages import pages_by_address
 from thaw_vllm.engines.vllm.kv.regions import gather, page_of, rows, scatter, scratch
 
 ARGS: dict[str, Any] = {"block_size": 16, "kv_cache_memory_bytes": 64 << 20, "gpu_memory_utilization": 0.1}

@@ -48,9 +48,8 @@ def interleave(llm, folder, prompts, seeds, length, model_id):
     """
     import random
 
-    from tests.engines.vllm.kv_files import pages_by_address
-
     from thaw_vllm import freeze_kv_cache, restore_kv_cache
+    from thaw_vllm.bench.kv_pages import pages_by_address
     from thaw_vllm.engines.vllm.kv.api import kv_cache_info
     from thaw_vllm.errors import UsageError
 

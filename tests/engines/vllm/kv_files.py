@@ -1,33 +1,10 @@
-"""What is in files of KV blocks, for comparing, and files that were altered and sealed again."""
+"""Files of KV blocks that were altered and sealed again."""
 
 import dataclasses
-import hashlib
 from pathlib import Path
 
-from thaw_vllm.format.kv import PAGES
 from thaw_vllm.format.snapshot import front
-from thaw_vllm.kv.read import read_table
-from thaw_vllm.kv.table import NONE, addresses, root
-from thaw_vllm.weights.open import open_rank, open_snapshot
-from thaw_vllm.weights.read_storage import filled
-
-
-def pages_by_address(path, rank=0):
-    """Digest of every page of every block: (address, group, region) to it."""
-    with open_snapshot(path) as opened:
-        table, header = read_table(opened), opened.snapshot.header
-    names = addresses(table, root(header.identity, header.kv))
-    found = {}
-    with open_rank(path, rank) as opened:
-        for tensor in opened.snapshot.index.tensors:
-            if tensor.name.startswith(PAGES):
-                data, size = filled(opened.snapshot, opened.source, tensor.storage), tensor.shape[1]
-                for name, block in zip(names, table.blocks, strict=True):
-                    for group, slot in enumerate(block.slots):
-                        if slot != NONE:
-                            page = data[slot * size : (slot + 1) * size]
-                            found[name, group, tensor.name] = hashlib.sha256(page).digest()
-    return found
+from thaw_vllm.weights.open import open_snapshot
 
 
 def altered(path, target, change):

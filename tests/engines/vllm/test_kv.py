@@ -14,9 +14,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tests.engines.vllm.kv_files import altered, flipped, pages_by_address, with_identity, with_layout
+from tests.engines.vllm.kv_files import altered, flipped, with_identity, with_layout
 from tests.engines.vllm.test_engine import PARALLEL, freeze
 
+from thaw_vllm.bench.kv_pages import pages_by_address
 from thaw_vllm.errors import MismatchError
 from thaw_vllm.format.kv import Group
 from thaw_vllm.weights.open import open_snapshot
