@@ -18,7 +18,8 @@ from thaw_vllm.kv.table import addresses, root
 from thaw_vllm.transport.checksum import wordsum, xxh3
 from thaw_vllm.weights.open import open_memory, open_rank, open_snapshot
 from thaw_vllm.weights.read_storage import filled
-from thaw_vllm.weights.restore import RestoreOptions, restore
+from thaw_vllm.weights.reading import RestoreOptions
+from thaw_vllm.weights.restore import restore
 
 PLACE = Path(__file__).resolve().parents[1] / "data" / "format-v1"
 EXPECTED = json.loads((PLACE / "expected.json").read_text())

@@ -12,7 +12,8 @@ from thaw_vllm.weights.capture import capture, module_tensors, persistent_buffer
 from thaw_vllm.weights.freeze import FreezeOptions, write_snapshot
 from thaw_vllm.weights.open import open_snapshot
 from thaw_vllm.weights.read_storage import filled
-from thaw_vllm.weights.restore import RestoreOptions, restore
+from thaw_vllm.weights.reading import RestoreOptions
+from thaw_vllm.weights.restore import restore
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 

@@ -11,7 +11,7 @@ from thaw_vllm.transport.medium import in_memory
 from thaw_vllm.transport.readers import ROUTES
 from thaw_vllm.transport.source import FileSource
 from thaw_vllm.weights.open import open_snapshot
-from thaw_vllm.weights.restore import RestoreOptions
+from thaw_vllm.weights.reading import RestoreOptions
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 

@@ -16,7 +16,8 @@ from thaw_vllm.weights.capture import capture
 from thaw_vllm.weights.freeze import FreezeOptions
 from thaw_vllm.weights.open import open_rank
 from thaw_vllm.weights.ranks import MAX_MESSAGE, freeze_rank
-from thaw_vllm.weights.restore import RestoreOptions, restore
+from thaw_vllm.weights.reading import RestoreOptions
+from thaw_vllm.weights.restore import restore
 
 MODEL = "tensors-blake3:" + "5" * 64
 

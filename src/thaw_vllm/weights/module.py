@@ -19,7 +19,8 @@ from ..transport.source import FileSource, Source
 from .capture import capture, module_tensors, persistent_buffers
 from .freeze import FreezeOptions, FreezeReport, tensors_id, write_snapshot
 from .open import open_memory, sections
-from .restore import RestoreOptions, RestoreReport, reading, restore
+from .reading import RestoreOptions, reading
+from .restore import RestoreReport, restore
 
 WRITER = f"thaw {__version__}"
 

@@ -21,7 +21,8 @@ from ..transport.resident import Resident
 from ..transport.source import FileSource
 from .module import restore_opened
 from .open import Opened, open_snapshot
-from .restore import RestoreOptions, RestoreReport
+from .reading import RestoreOptions
+from .restore import RestoreReport
 
 
 def pin(

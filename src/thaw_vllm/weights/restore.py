@@ -6,56 +6,26 @@ import contextlib
 import itertools
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.nn.parameter import is_lazy
 
 from ..errors import MismatchError, UsageError
 from ..format.chunks import Chunk
 from ..format.index import Tensor
 from ..format.snapshot import Snapshot
 from ..transport import parallel
-from ..transport.cuda import Context
-from ..transport.kept_helpers import KeptHelpers
 from ..transport.links import CudaLink, Place, by_driver, link_to
-from ..transport.numa import near
 from ..transport.pipeline import Range, deliver
 from ..transport.read import Piece, read
-from ..transport.readers import ROUTES, Reader, Through, choose
-from ..transport.reading_helpers import Helpers, wanted
+from ..transport.readers import Through
 from ..transport.resident import Resident
 from ..transport.source import FileSource, Source
-from ..transport.wordsum_cuda import Kernel
 from .layout import byte_view, check_storable, dense, dtype_name, extent, host_bytes, integers, ordered, runs, settle
+from .reading import Reading, RestoreOptions, reading
 from .waterfall import waterfall
-
-
-@dataclass(frozen=True)
-class RestoreOptions:
-    """How a snapshot is read.
-
-    Attributes:
-        verify: hold every chunk against its checksum.
-        route: ``auto`` looks at the medium and chooses; ``cached`` reads through the page cache, ``direct`` past it.
-        workers: threads, or processes; None for what the machine bears.
-        processes: whether helper processes may be started to read for a GPU, where they are faster than threads.
-        progress: called as (bytes done, bytes in all) from any thread.
-    """
-
-    verify: bool = True
-    route: str = "auto"
-    workers: int | None = None
-    processes: bool = True
-    progress: Callable[[int, int], None] | None = None
-
-    def __post_init__(self) -> None:
-        if self.workers is not None and self.workers < 1:
-            raise UsageError(f"workers must be at least 1, not {self.workers}")
-        if self.route not in ROUTES:
-            raise UsageError(f"route must be one of {', '.join(ROUTES)}, not {self.route!r}")
 
 
 @dataclass(frozen=True)
@@ -93,78 +63,6 @@ class RestoreReport:
     def waterfall(self) -> str:
         """The phases as lines of text with bars."""
         return waterfall(self.seconds)
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How a source will be read; made by ``reading``.
-
-    Attributes:
-        reader: the way.
-        helpers: processes that read by it, if that is faster.
-        kernel: that sums on the GPU, borrowed; None has it loaded.
-        seconds: what choosing and starting took.
-    """
-
-    reader: Reader
-    helpers: Helpers | None
-    kernel: Kernel | None
-    seconds: float
-
-
-@contextlib.contextmanager
-def reading(
-    source: Source, targets: Iterable[torch.Tensor], options: RestoreOptions, kept: KeptHelpers | None = None
-) -> Iterator[Reading]:
-    """Choose how to read, and start helpers: they come up while the snapshot's index is read.
-
-    Args:
-        source: stays the caller's.
-        targets: tensors that will be filled, for where most of their bytes are.
-        options: how to read.
-        kept: whose helpers and kernel to borrow, in place of some for this time only.
-    """
-    start = time.perf_counter()
-    sizes: dict[torch.device, int] = {}
-    for target in targets:
-        size = 0 if is_lazy(target) else target.numel() * target.element_size()  # a lazy one is refused later
-        sizes[target.device] = sizes.get(target.device, 0) + size
-    gpus = [device for device in sizes if by_driver(device)]
-    host = sum(size for device, size in sizes.items() if device.type == "cpu")
-    staged = host < sum(sizes.values()) / 2
-    with contextlib.closing(choose(source, options.route, staged=staged)) as reader, contextlib.ExitStack() as stack:
-        helpers = kernel = None
-        if len(gpus) == 1 and kept is not None and options.verify:
-            kernel = kept.kernel(gpus[0].index or 0)
-        if staged and len(gpus) == 1 and options.processes and isinstance(source, FileSource):
-            helpers = stack.enter_context(_helpers(source, reader, options, gpus[0].index or 0, kept))
-        yield Reading(reader, helpers, kernel, time.perf_counter() - start)
-
-
-@contextlib.contextmanager
-def _helpers(
-    source: FileSource, reader: Reader, options: RestoreOptions, gpu: int, kept: KeptHelpers | None
-) -> Iterator[Helpers | None]:
-    """Near the GPU, if they are worth it; where they cannot be, threads do as well, slower."""
-    with contextlib.closing(Context(gpu)) as context:
-        cores = near(context.bus) or parallel.allowed_cores()
-    running = kept is not None and kept.running(gpu)
-    count = wanted(source, reader, options.workers, len(cores), running=running)
-    helpers = None
-    if count:
-        with contextlib.suppress(OSError, RuntimeError):  # no memory, process or thread
-            helpers = Helpers(gpu, count) if kept is None else kept.borrow(gpu)
-    if helpers is None:
-        yield None
-        return
-    try:
-        with helpers.reading(source):
-            yield helpers
-    finally:
-        if kept is None:
-            helpers.close()
-        else:
-            kept.give_back(helpers)
 
 
 def restore(

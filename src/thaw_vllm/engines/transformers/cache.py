@@ -27,7 +27,8 @@ from ...weights.capture import Named, capture
 from ...weights.freeze import FreezeOptions, FreezeReport, write_snapshot
 from ...weights.layout import dtype_name
 from ...weights.open import Opened, open_snapshot
-from ...weights.restore import RestoreOptions, restore
+from ...weights.reading import RestoreOptions
+from ...weights.restore import restore
 from .identity import checked_id, model_device, model_identity, own_id
 
 if TYPE_CHECKING:

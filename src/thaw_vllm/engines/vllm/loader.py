@@ -31,7 +31,8 @@ from ...weights.freeze import FreezeOptions, FreezeReport
 from ...weights.open import open_rank
 from ...weights.provenance import check_source, checkpoint_id, source_record
 from ...weights.ranks import freeze_rank
-from ...weights.restore import RestoreOptions, RestoreReport, reading, restore
+from ...weights.reading import RestoreOptions, reading
+from ...weights.restore import RestoreReport, restore
 from ...weights.stream import StreamReport
 from . import audit, streaming
 from .exchange import world_exchange

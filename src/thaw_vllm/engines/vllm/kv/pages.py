@@ -29,7 +29,8 @@ from ....weights.freeze import FreezeOptions
 from ....weights.layout import byte_view, host_bytes
 from ....weights.open import Opened, open_rank
 from ....weights.ranks import Exchange, alone, freeze_rank
-from ....weights.restore import RestoreOptions, reading, restore
+from ....weights.reading import RestoreOptions, reading
+from ....weights.restore import restore
 from ....weights.waterfall import Phases
 from ..answers import answering
 from ..exchange import world_exchange
