@@ -162,6 +162,18 @@ def test_what_freezing_sets_itself(name, tmp_path):
         api.freeze_checkpoint("M", tmp_path / "w.thaw", **{name: True})
 
 
+@pytest.mark.parametrize(
+    ("name", "cure"),
+    [("w.thaw", "give --snapshot another name"), ("folder", "is a directory"), ("absent/w.thaw", "make it first")],
+)
+def test_demo_says_what_its_target_is(name, cure, thaw, tmp_path, monkeypatch):
+    monkeypatch.setattr(api, "require_vllm_installed", lambda: None)
+    (tmp_path / "w.thaw").symlink_to("nowhere")
+    (tmp_path / "folder").mkdir()
+    ran = thaw("demo", "--model", tmp_path, "--snapshot", tmp_path / name)
+    assert ran.code != 0 and cure in ran.err and "--force" not in ran.err
+
+
 def test_demo_keeps_what_is_there(thaw, tmp_path, monkeypatch):
     monkeypatch.setattr(api, "require_vllm_installed", lambda: None)
     (tmp_path / "w.thaw").write_text("mine")

@@ -64,9 +64,10 @@ def demo(
     require_vllm_installed()
     check_model(model)
     if snapshot is not None:
-        if snapshot.exists():
-            raise ExistsError(f"{str(snapshot)!r} exists; remove it, or give --snapshot another name")
-        check_target(snapshot, force=False)
+        try:
+            check_target(snapshot, force=False)
+        except ExistsError:  # there is no --force here
+            raise ExistsError(f"{str(snapshot)!r} exists; remove it, or give --snapshot another name") from None
     if what is What.kv:
         from .demo_kv import demo_kv
 
