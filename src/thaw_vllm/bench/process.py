@@ -12,16 +12,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+from ..engines.vllm.ending import end_group
 from ..errors import ThawError
 
 READY, PREPARED, DONE, RESULT, ERROR = "ready", "prepared", "done", "result", "error"
 """What a child says: imports are made; memory is there; the clock has stopped; the answer; why there is none."""
 
-GRACE = 5.0
-"""Seconds in which what is ended may clean up: shared memory of engines, which their last process removes."""
 STARTING, RUNNING = 300.0, 300.0
 """Seconds that imports and the CUDA context, and each later step, may take at most."""
 LOOK = 1.0
@@ -130,18 +128,9 @@ class Child:
         """Wait for the child, or end it, and end whatever it left in its process group."""
         if self._process.returncode is not None:
             return
-        group = self._process.pid
         if not at_once:
-            os.waitid(os.P_PID, group, os.WEXITED | os.WNOWAIT)
-        os.killpg(group, signal.SIGTERM)  # not reaped yet, so that the group cannot be another's
-        if not _ended(group, GRACE):
-            for process in _members(group):
-                if not _cleans(process):
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(process, signal.SIGKILL)
-            _ended(group, GRACE)
-        os.killpg(group, signal.SIGKILL)
-        self._process.wait()
+            os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
+        end_group(self._process)
 
     def printed(self) -> str:
         """The end of what it and its processes printed, up to a mebibyte."""
@@ -170,37 +159,6 @@ class Child:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _ended(group: int, patience: float) -> bool:
-    """Whether every process of a group has ended, after so many seconds at most."""
-    until = time.monotonic() + patience
-    while _members(group):
-        if time.monotonic() > until:
-            return False
-        time.sleep(0.02)
-    return True
-
-
-def _members(group: int) -> list[int]:
-    """Processes of a group that have not ended."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = path.read_text().rpartition(")")[2].split()
-        except OSError:  # ended
-            continue
-        if int(fields[2]) == group and fields[0] not in "ZX":
-            found.append(int(path.parent.name))
-    return found
-
-
-def _cleans(process: int) -> bool:
-    """Whether it is multiprocessing's tracker, which removes what the others leave once they have ended."""
-    try:
-        return b"multiprocessing.resource_tracker" in Path(f"/proc/{process}/cmdline").read_bytes()
-    except OSError:
-        return False
 
 
 def ask(task: str, request: dict[str, Any], timeout: float = RUNNING) -> dict[str, Any]:

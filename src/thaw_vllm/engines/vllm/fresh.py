@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ThawError, named
+from .ending import end_group
 
 # The default loader says how long it took at this level only, whatever the caller's own level is.
 READ_FROM_THE_LOG = {"VLLM_LOGGING_LEVEL": "INFO"}
@@ -45,6 +46,8 @@ def run(
 ) -> dict[str, Any]:
     """What ``ask`` answered, with ``seconds["weights"]`` added from thaw's report or vLLM's own log.
 
+    The process and its engine are gone when this returns, or raises.
+
     Args:
         action: ``ask``, ``freeze`` or ``kv``; the rest as in ``ask.main``.
         environment: added to this process's environment.
@@ -70,19 +73,23 @@ def run(
         command = [sys.executable, *how, "-m", "thaw_vllm.engines.vllm.ask", str(request), str(answer)]
         started = time.perf_counter()
         with log.open("wb") as stream:
-            done = subprocess.run(
+            process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 env=os.environ | READ_FROM_THE_LOG | endpoints(folder) | (environment or {}),
-                check=False,
+                start_new_session=True,
             )
-        elapsed = time.perf_counter() - started
+            try:
+                os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+                elapsed = time.perf_counter() - started
+            finally:  # Ctrl-C, too: what is left of an engine holds its memory, and the folder with its sockets
+                end_group(process)
         printed = log.read_text(errors="replace")
-        if done.returncode or not answer.exists():
+        if process.returncode or not answer.exists():
             raise _failure(
-                f"the process that should {_DOES[action]} failed (exit {done.returncode})", _last_error(printed)
+                f"the process that should {_DOES[action]} failed (exit {process.returncode})", _last_error(printed)
             )
         found: dict[str, Any] = json.loads(answer.read_text())
     found["seconds"]["total"] = elapsed
