@@ -96,12 +96,14 @@ def _kv(request: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
 
     from vllm import LLM, SamplingParams
 
-    from .kv.api import freeze_kv_cache, restore_kv_cache
+    from .kv.api import expect_kv_restore, freeze_kv_cache, restore_kv_cache
 
     start = time.perf_counter()
     llm = LLM(model=request["model"], **request["engine_args"])
     seconds["engine"] = time.perf_counter() - start
     (question,), kv = request["questions"], request["kv"]
+    if not kv["freeze"]:
+        expect_kv_restore(llm)
 
     def asked(max_tokens: int) -> Any:
         sampling = SamplingParams(temperature=0, max_tokens=max_tokens, logprobs=1)
