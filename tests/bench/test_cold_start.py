@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from tests.cli.ranks import freeze_set
 
-from thaw_vllm.bench import cold_start
-from thaw_vllm.errors import UsageError
+from thaw_vllm.bench import cold_start, server_start
+from thaw_vllm.errors import ThawError, UsageError
 
 
 class Engine:
@@ -18,9 +19,10 @@ class Engine:
 
     def __init__(self, failing=(), different=(), reporting=False):
         self.failing, self.different, self.reporting, self.asked = failing, different, reporting, []
-        self.environments = []
+        self.environments, self.zygotes = [], []
 
-    def __call__(self, action, *, model, snapshot, engine_args, questions, max_tokens, environment):
+    def __call__(self, action, *, model, snapshot, engine_args, questions, max_tokens, environment, zygote):
+        self.zygotes.append(zygote)
         name = "snapshot" if snapshot is not None else engine_args.get("load_format", "default")
         self.asked.append((name, engine_args["enforce_eager"]))
         self.environments.append(environment)
@@ -130,6 +132,86 @@ def test_phases_of_every_start(thaw, model, engine, tmp_path):
     assert lines[0] == ["PHASE", "vllm:", "default-loader"]
     assert lines[2] == ["imports", "6.50", "(6.00–7.00)"] and lines[5] == ["total", "10.50", "(10.00–11.00)"]
     assert "SECONDS" in title and "29.50" in title
+
+
+@pytest.fixture
+def zygote(monkeypatch):
+    """What happened to a zygote that is not there."""
+    happened = []
+    monkeypatch.setattr(cold_start, "start", lambda where, **options: happened.append((where.name, options)))
+    monkeypatch.setattr(cold_start, "ask", lambda where, what: happened.append((where.name, what)))
+    return happened
+
+
+def test_forks_of_a_zygote(thaw, model, engine, zygote):
+    started = engine()
+    arguments = ("--mode", "eager", "--zygote", "--loader", "default-loader", "--loader", "default-loader-zygote")
+    ran = thaw("bench", "cold-start", "--model", model, *arguments, "--json")
+    assert ran.code == 0, ran.err
+    assert started.zygotes == [None, cold_start.ZYGOTE]
+    (name, options), stopped = zygote
+    assert name == cold_start.ZYGOTE and stopped == (name, "stop") and options["models"] == [str(model)]
+    assert options["environment"] == {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "INFO"}
+    found = [(r["system"], r["route"]) for r in ran.document["records"] if r["work"] == "start-eager"]
+    assert found == [("vllm", "default-loader"), ("thaw", "default-loader-zygote")]
+
+
+def test_a_zygote_is_stopped_after_an_error(thaw, model, engine, zygote, monkeypatch):
+    engine()
+    monkeypatch.setattr(cold_start.fresh, "run", lambda *args, **options: 1 / 0)
+    ran = thaw("bench", "cold-start", "--model", model, "--mode", "eager", "--zygote", "--loader", "default-loader")
+    assert ran.code == 1 and zygote[-1] == (cold_start.ZYGOTE, "stop")
+
+
+def test_no_zygote_with_empty_caches(thaw, model, engine, zygote):
+    engine()
+    ran = thaw("bench", "cold-start", "--model", model, "--zygote", "--caches", "cold")
+    assert ran.code == 2 and "leave out --zygote or --caches cold" in ran.err and not zygote
+
+
+def test_servers(thaw, model, engine, zygote, tmp_path, monkeypatch):
+    engine()
+    asked = []
+
+    def run(*, engine_args, zygote, **options):
+        asked.append((engine_args, zygote, options["question"]))
+        if engine_args.get("load_format") == "thaw" and zygote is None:
+            raise UsageError("the server did not come up: why")
+        return {"seconds": {"process": 4.0, "answers": 1.0, "total": 6.0}, "outputs": [{"tokens": [1]}], "reports": []}
+
+    monkeypatch.setattr(cold_start.server_start, "run", run)
+    snapshot = tmp_path / "W.thaw"
+    loaders = [x for name in ("default-loader", "snapshot", "snapshot-zygote") for x in ("--loader", name)]
+    arguments = ("--model", model, "--snapshot", snapshot, "--mode", "server", "--zygote", *loaders)
+    ran = thaw("bench", "cold-start", *arguments, "--json")
+    assert ran.code == 0, ran.err
+    thawing = {"load_format": "thaw", "model_loader_extra_config": {"snapshot": str(snapshot)}}
+    common = {"enforce_eager": True, "max_model_len": 2048}
+    assert [(args, name) for args, name, _ in asked] == [
+        (common, None),
+        (common | thawing, None),
+        (common | thawing, cold_start.ZYGOTE),
+    ]
+    found = {(r["work"], r["route"]): r["seconds"] for r in ran.document["records"]}
+    work = cold_start.HEALTHY if torch.cuda.is_available() else cold_start.HEALTHY_CPU
+    assert found == {(work, "default-loader"): [4.0], (work, "snapshot-zygote"): [4.0]}
+    assert ran.document["missed"][0]["why"] == "the server did not come up: why"
+
+
+def test_engine_arguments_as_the_server_takes_them():
+    args = {"enforce_eager": True, "enable_prefix_caching": False, "dtype": "float32", "max_model_len": 64}
+    args["compilation_config"] = {"level": 0}
+    assert server_start.options(args) == [
+        *("--enforce-eager", "--no-enable-prefix-caching", "--dtype", "float32", "--max-model-len", "64"),
+        *("--compilation-config", '{"level": 0}'),
+    ]
+
+
+def test_a_server_that_does_not_come_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(server_start, "MODULE", "no_such_module_anywhere")
+    asked = {"model": "M", "engine_args": {}, "question": [1], "max_tokens": 1, "environment": {}, "zygote": None}
+    with pytest.raises(ThawError, match=r"did not come up: .*No module named no_such_module_anywhere"):
+        server_start.run(**asked, folder=str(tmp_path))
 
 
 def test_starts_with_empty_caches(thaw, model, engine):

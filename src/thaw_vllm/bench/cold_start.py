@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,17 @@ from typing import Any
 from ..engines.vllm import fresh, start_page, start_report, startup
 from ..engines.vllm.api import check_sizes
 from ..errors import StorageError, ThawError, UsageError
+from ..zygote.client import ask
+from ..zygote.place import place
+from ..zygote.start import start
+from . import server_start
 from .outcome import Missed, Outcome, Say
 from .record import RUN, Record, file_system_of
 
 LOAD, EAGER, GRAPHS = "vllm-load-weights", "start-eager", "start-graphs"
-MODES = {"eager": EAGER, "graphs": GRAPHS}
+SERVER, HEALTHY, HEALTHY_CPU = "server", "server-healthy", "server-healthy-cpu"
+MODES = {"eager": EAGER, "graphs": GRAPHS, SERVER: HEALTHY}
+"""What is started: an engine in a program, until its first token; or vLLM's server, eager, until it is healthy."""
 WARM, COLD = "warm", "cold"
 CACHES = (
     *("VLLM_CACHE_ROOT", "VLLM_FLASHINFER_AUTOTUNE_CACHE_DIR", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"),
@@ -26,6 +34,10 @@ CACHES = (
 )
 """Variables that name where a start finds what an earlier one has compiled, tuned or looked up."""
 DEFAULT, SNAPSHOT, STREAMED = "default-loader", "snapshot", "checkpoint"
+FORKED = "-zygote"
+"""Ends the routes of starts in forks of a zygote."""
+ZYGOTE = f"bench-{os.getpid()}"
+QUIET = {"VLLM_NO_USAGE_STATS": "1"}
 FORMATS = {
     "fastsafetensors": "fastsafetensors",
     "instanttensor": "instanttensor",
@@ -51,6 +63,7 @@ class Settings:
         max_tokens: of each answer.
         caches: WARM: of compiled and tuned kernels, as they are; COLD: empty ones for every start.
         reports: a directory for the report of every start, as JSON and as a page; None to keep none.
+        zygote: also start by each loader of thaw's and vllm's own in forks of a zygote that is started for it.
     """
 
     model: Path
@@ -62,6 +75,7 @@ class Settings:
     max_tokens: int = 16
     caches: str = WARM
     reports: Path | None = None
+    zygote: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,12 +87,14 @@ class Loader:
         route: DEFAULT, SNAPSHOT, STREAMED or vLLM's load format.
         engine_args: that choose it.
         snapshot: for ``fresh.run``.
+        forked: whether the process is a fork of the zygote.
     """
 
     system: str
     route: str
     engine_args: dict[str, Any]
     snapshot: Path | None = None
+    forked: bool = False
 
 
 def measure(settings: Settings, say: Say) -> Outcome:
@@ -107,10 +123,38 @@ def measure(settings: Settings, say: Say) -> Outcome:
         raise UsageError(
             f"there is no loader {unknown[0]!r}; there are {', '.join(x.route for x in loaders(settings))}"
         )
-    outcome = Outcome()
-    for mode in settings.modes:
-        outcome += _mode(mode, chosen, size, settings, say)
+    if settings.zygote and settings.caches == COLD:
+        raise UsageError("a zygote has read where caches are; leave out --zygote or --caches cold")
+    with _zygote(settings, say):
+        outcome = Outcome()
+        for mode in settings.modes:
+            outcome += _mode(mode, chosen, size, settings, say)
     return outcome
+
+
+@contextlib.contextmanager
+def _zygote(settings: Settings, say: Say) -> Iterator[None]:
+    """One for the measurement's own use, in its own environment."""
+    if not settings.zygote:
+        yield
+        return
+    where = place(ZYGOTE)
+    begun = time.perf_counter()
+    start(where, imports=[], models=[os.path.abspath(settings.model)], environment=fresh.READ_FROM_THE_LOG | QUIET)
+    try:
+        say(f"zygote: ready after {time.perf_counter() - begun:.1f} s")
+        yield
+    finally:
+        with contextlib.suppress(ThawError):
+            ask(where, "stop")
+        for path in (where.log, where.lock):
+            path.unlink(missing_ok=True)
+
+
+def _gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def loaders(settings: Settings) -> list[Loader]:
@@ -119,11 +163,15 @@ def loaders(settings: Settings) -> list[Loader]:
     if settings.snapshot is not None:
         found.append(Loader("thaw", SNAPSHOT, {}, settings.snapshot))
     found.append(Loader("thaw", STREAMED, {"load_format": "thaw"}))
+    forked = [replace(loader, system="thaw", route=loader.route + FORKED, forked=True) for loader in found]
+    found += forked if settings.zygote else []
     return found + [Loader(package, name, {"load_format": name}) for name, package in FORMATS.items()]
 
 
 def _mode(mode: str, chosen: Sequence[Loader], size: int, settings: Settings, say: Say) -> Outcome:
     outcome, work = Outcome(), MODES[mode] + ("-cold" if settings.caches == COLD else "")
+    if mode == SERVER and not _gpu():
+        work = work.replace(HEALTHY, HEALTHY_CPU)
     found: dict[str, list[dict[str, Any]]] = {loader.route: [] for loader in chosen}
     failed: dict[str, str] = {}
     for number in range(settings.runs):
@@ -155,11 +203,14 @@ def _start(loader: Loader, mode: str, settings: Settings, name: str) -> dict[str
             metadata.version(package)
         except metadata.PackageNotFoundError:
             return f"not installed: pip install {package}"
-    args = {"enforce_eager": mode == "eager"} | settings.engine_args | loader.engine_args
+    args = {"enforce_eager": mode != "graphs"} | settings.engine_args | loader.engine_args
     with tempfile.TemporaryDirectory(prefix="thaw-", ignore_cleanup_errors=True) as folder:
-        environment = {"VLLM_NO_USAGE_STATS": "1", startup.VARIABLE: os.path.join(folder, "start")}
+        environment = QUIET | {startup.VARIABLE: os.path.join(folder, "start")}
         if settings.caches == COLD:
             environment |= {variable: os.path.join(folder, variable.lower()) for variable in CACHES}
+        zygote = ZYGOTE if loader.forked else None
+        if mode == SERVER:
+            return _serve(loader, args, settings, environment, folder)
         try:
             answer = fresh.run(
                 "ask",
@@ -169,6 +220,7 @@ def _start(loader: Loader, mode: str, settings: Settings, name: str) -> dict[str
                 questions=QUESTIONS,
                 max_tokens=settings.max_tokens,
                 environment=environment,
+                zygote=zygote,
             )
         except (ThawError, OSError) as error:
             return " ".join(str(error).split())[:300]
@@ -179,6 +231,27 @@ def _start(loader: Loader, mode: str, settings: Settings, name: str) -> dict[str
     if settings.reports is not None:
         _keep(answer["report"], settings.reports, f"{RUN}-{name}")
     return answer
+
+
+def _serve(
+    loader: Loader, args: dict[str, Any], settings: Settings, environment: dict[str, str], folder: str
+) -> dict[str, Any] | str:
+    """As ``_start``, of a server."""
+    if loader.snapshot is not None:
+        extra = {"snapshot": os.path.abspath(loader.snapshot)}
+        args = args | {"load_format": "thaw", "model_loader_extra_config": extra}
+    try:
+        return server_start.run(
+            model=str(settings.model),
+            engine_args=args,
+            question=QUESTIONS[0],
+            max_tokens=settings.max_tokens,
+            environment=fresh.READ_FROM_THE_LOG | environment,
+            zygote=ZYGOTE if loader.forked else None,
+            folder=folder,
+        )
+    except (ThawError, OSError) as error:
+        return " ".join(str(error).split())[:300]
 
 
 def _keep(report: start_report.StartReport, directory: Path, name: str) -> None:

@@ -196,7 +196,9 @@ def freeze(
 def cold_start(
     model: Annotated[Path, typer.Option(help="A model directory with safetensors files.")],
     snapshot: Annotated[Path | None, typer.Option(help="Its snapshot, made by thaw freeze.")] = None,
-    mode: Annotated[list[str] | None, typer.Option(help="eager or graphs; repeat. [default: both]")] = None,
+    mode: Annotated[
+        list[str] | None, typer.Option(help="eager, graphs or server; repeat. [default: the first two]")
+    ] = None,
     loader: Annotated[
         list[str] | None,
         typer.Option(
@@ -211,6 +213,7 @@ def cold_start(
     reports: Annotated[
         Path | None, typer.Option(help="Keep every start's report here, as JSON and HTML.", metavar="DIR")
     ] = None,
+    zygote: Annotated[bool, typer.Option("--zygote", help="Start in forks of a zygote, too.")] = False,
     engine_arg: EngineArguments = None,
     record: Recording = False,
     as_json: Json = False,
@@ -230,12 +233,13 @@ def cold_start(
     settings = measuring.Settings(
         model,
         snapshot,
-        _chosen(mode, tuple(measuring.MODES), "mode"),
+        _chosen(mode, tuple(measuring.MODES), "mode") if mode else ("eager", "graphs"),
         tuple(loader or ()),
         runs,
         {"max_model_len": 2048} | dict(parse_engine_arg(text) for text in engine_arg or []),
         caches=_chosen([caches], (measuring.WARM, measuring.COLD), "kind of caches")[0],
         reports=reports,
+        zygote=zygote,
     )
     require_vllm_installed()
     outcome = measuring.measure(settings, _tell)

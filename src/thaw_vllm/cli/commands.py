@@ -8,7 +8,10 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-COMMANDS = ("freeze", "info", "verify", "convert", "id", "kv", "doctor", "start-report", "demo", "bench")
+COMMANDS = (
+    *("freeze", "serve", "run", "zygote", "info", "verify", "convert", "id", "kv"),
+    *("doctor", "start-report", "demo", "bench"),
+)
 """Each is a file here with a function of its name (``-`` is ``_``), or with a typer ``app`` of several."""
 
 
@@ -28,7 +31,9 @@ class Commands(TyperGroup):
         single = getattr(module, "app", None)
         if single is None:
             single = plain_app(add_completion=False)
-            single.command(cmd_name, epilog=examples(module))(getattr(module, name))
+            kind, settings = getattr(module, "Command", None), getattr(module, "CONTEXT", None)
+            made = single.command(cmd_name, cls=kind, context_settings=settings, epilog=examples(module))
+            made(getattr(module, name))
         command = typer.main.get_command(single)
         command.name = cmd_name
         return command

@@ -31,6 +31,8 @@ TITLES = {
     "start-graphs": "vLLM: process start to first token, with CUDA graphs",
     "start-eager-cold": "vLLM: process start to first token, eager, caches of kernels empty",
     "start-graphs-cold": "vLLM: process start to first token, with CUDA graphs, caches of kernels empty",
+    "server-healthy": "vLLM's server: process start to healthy, eager",
+    "server-healthy-cpu": "vLLM's server: process start to healthy, eager, on the CPU",
     "ttft-cold": "KV cache: first token, nothing cached",
     "ttft-prefix": "KV cache: first token, from the engine's own prefix cache",
     "ttft-thawed": "KV cache: first token, thawed in a fresh engine",

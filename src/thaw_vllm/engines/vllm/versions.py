@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import importlib
+import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import metadata
@@ -237,6 +239,11 @@ def is_sleeping(core: Any) -> bool:
     return bool(core.is_sleeping())
 
 
+def is_busy(core: Any) -> bool:
+    """Whether an engine core has requests that are not finished."""
+    return bool(core.scheduler.has_unfinished_requests())
+
+
 def block_pool_class() -> Any:
     """The class that keeps an engine's blocks and which of them are cached."""
     return _get("vllm.v1.core.block_pool", "BlockPool")
@@ -346,6 +353,92 @@ def kv_tensors(worker: Any) -> dict[str, list[torch.Tensor]]:
         if tensors:
             found[name] = tensors
     return found
+
+
+# --- Forks of a process that has imported vLLM -----------------------------------------------------------------------
+
+_METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
+_KNOWN_START_METHOD = {
+    "_maybe_force_spawn": {"7f0ccd84dac60ec9"},
+    "get_mp_context": {"689fcfe7a9c5e042"},
+}
+"""SHA-256, its first 16 digits, of the sources of the functions of ``vllm.utils.system_utils`` that decide how engine
+cores and workers are started: those of 0.26 and 0.32, which are equal."""
+
+
+def on_cuda() -> bool:
+    """Whether vLLM of this process runs on CUDA; asks NVML, and leaves CUDA alone."""
+    return bool(_get("vllm.platforms", "current_platform").is_cuda())
+
+
+def load_plugins() -> None:
+    """The general plugins, as every process of vLLM loads them first of all."""
+    _get("vllm.plugins", "load_general_plugins")()
+
+
+def model_modules(architectures: Sequence[str]) -> list[str]:
+    """The modules that vLLM has these architectures in; those that it lacks are left out."""
+    known = _get("vllm.model_executor.models.registry", "ModelRegistry").models
+    names = (getattr(known.get(name), "module_name", None) for name in architectures)
+    return [name for name in names if name]
+
+
+def inspect_model(architecture: str) -> None:
+    """Have vLLM note on disk what it notes of an architecture; the first time it imports vLLM in a process for it."""
+    known = _get("vllm.model_executor.models.registry", "ModelRegistry").models
+    if architecture in known:
+        known[architecture].inspect_model_cls()
+
+
+_chosen: list[str] = []
+"""The start method that the user of this program chose, if he did."""
+
+
+def note_choice() -> None:
+    """Remember the start method that the environment names now, before vLLM's own choices are written there."""
+    if chosen := os.environ.get(_METHOD):
+        _chosen.append(chosen)
+
+
+def allow_forks(unsafe: Callable[[], str | None]) -> bool:
+    """Have engine cores and workers be forked in this process and its forks, wherever that is safe and nobody objects.
+
+    vLLM's CPU platform and its command line choose ``spawn`` for everybody; without this, each process imports all
+    anew. What ``note_choice`` has noted stays, and so do vLLM's own reasons for spawn.
+
+    Args:
+        unsafe: why the process that calls it should not be forked now, or None.
+
+    Returns:
+        False where this vLLM decides in a way that is not known here; then nothing was changed.
+    """
+    import hashlib
+    import inspect
+
+    utils = importlib.import_module("vllm.utils.system_utils")
+    for name, known in _KNOWN_START_METHOD.items():
+        function = getattr(utils, name, None)
+        try:
+            source = inspect.getsource(function) if function is not None else ""
+        except (OSError, TypeError):
+            source = ""
+        if hashlib.sha256(source.rstrip("\n").encode()).hexdigest()[:16] not in known:
+            return False
+    real = utils._maybe_force_spawn
+
+    @functools.wraps(real)
+    def decide() -> None:
+        chosen = _chosen[-1] if _chosen else None
+        os.environ[_METHOD] = chosen or "fork"
+        real()
+        if os.environ[_METHOD] == "fork" and (reason := unsafe()):
+            logging.getLogger(__name__).warning(
+                "this process is started anew (spawn) and not forked, which takes longer: %s", reason
+            )
+            os.environ[_METHOD] = "spawn"
+
+    vars(utils)["_maybe_force_spawn"] = decide
+    return True
 
 
 # --- Server -----------------------------------------------------------------------------------------------------------

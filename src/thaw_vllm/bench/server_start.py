@@ -1,0 +1,150 @@
+"""vLLM's own server from process start to healthy, and one completion of it."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..errors import ThawError
+
+MODULE = "vllm.entrypoints.openai.api_server"
+"""What ``vllm serve`` comes to; that command itself ends at once in the CPU build, which has another name."""
+_PATIENCE = 600.0
+"""Seconds for a server to come up, kernels compiled and all."""
+_ENDING = 60.0
+
+
+def options(engine_args: dict[str, Any]) -> list[str]:
+    """Engine arguments as the command line of the server has them; values that are no text in JSON."""
+    found = []
+    for name, value in engine_args.items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            found.append(flag if value else flag.replace("--", "--no-", 1))
+        else:
+            found += [flag, value if isinstance(value, str) else json.dumps(value)]
+    return found
+
+
+def run(
+    *,
+    model: str,
+    engine_args: dict[str, Any],
+    question: list[int],
+    max_tokens: int,
+    environment: dict[str, str],
+    zygote: str | None,
+    folder: str,
+) -> dict[str, Any]:
+    """Start a server, wait until it is healthy, ask it once, and end it.
+
+    Args:
+        question: token ids.
+        environment: added to this process's.
+        zygote: the name of one whose fork it shall be.
+        folder: for its log.
+
+    Returns:
+        As ``fresh.run``: ``outputs``, ``seconds`` with ``process`` (until it was healthy), ``first_token`` absent, and
+        ``answers`` (the completion).
+
+    Raises:
+        ThawError: it ended, or did not answer; with the last line that it printed.
+    """
+    log = Path(folder) / "server.txt"
+    port = _free_port()
+    how = [] if zygote is None else ["-m", "thaw_vllm", "run", "--zygote", zygote]
+    command = [sys.executable, *how, "-m", MODULE, "--model", model, "--host", "127.0.0.1", "--port", str(port)]
+    seconds = {}
+    begun = time.perf_counter()
+    with log.open("wb") as stream, _running([*command, *options(engine_args)], stream, environment) as process:
+        while not _healthy(port):
+            if process.poll() is not None or time.perf_counter() - begun > _PATIENCE:
+                raise ThawError(f"the server did not come up: {_last_line(log)}")
+            time.sleep(0.01)
+        seconds["process"] = time.perf_counter() - begun
+        asked = time.perf_counter()
+        answer = _complete(port, model, question, max_tokens, log)
+        seconds["answers"] = time.perf_counter() - asked
+    seconds["total"] = time.perf_counter() - begun
+    return {"seconds": seconds, "outputs": [answer], "reports": []}
+
+
+@contextlib.contextmanager
+def _running(command: list[str], log: Any, environment: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        env=os.environ | environment,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        process.terminate()
+        try:
+            process.wait(_ENDING)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        found: int = probe.getsockname()[1]
+    return found
+
+
+def _healthy(port: int) -> bool:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=1)
+    try:
+        connection.request("GET", "/health")
+        return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+def _complete(port: int, model: str, question: list[int], max_tokens: int, log: Path) -> dict[str, Any]:
+    body = {
+        "model": model,
+        "prompt": question,
+        "max_tokens": max_tokens,
+        "temperature": 0,
+        "logprobs": 1,
+        "return_token_ids": True,
+        "ignore_eos": True,
+    }
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_PATIENCE)
+    try:
+        connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        said = response.read()
+        choice = json.loads(said)["choices"][0]
+        return {"tokens": choice["token_ids"], "logprobs": choice["logprobs"]["token_logprobs"]}
+    except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError):
+        raise ThawError(f"the server gave no completion: {_last_line(log)}") from None
+    finally:
+        connection.close()
+
+
+def _last_line(log: Path) -> str:
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if "Error" in line]
+    return (errors or lines or ["it printed nothing"])[-1][:300]

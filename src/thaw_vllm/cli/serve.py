@@ -1,0 +1,69 @@
+"""``thaw serve``: vLLM's own server, in a fork of the zygote where there is one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+EXAMPLES = """
+thaw serve --model Llama-3-8B/ --snapshot W.thaw
+thaw serve --model Llama-3-8B/ --snapshot W.thaw --port 8001 --max-model-len 8192
+thaw serve --model Llama-3-8B/ --require-zygote
+"""
+CONTEXT = {"ignore_unknown_options": True, "allow_extra_args": True}
+MODULE = "vllm.entrypoints.openai.api_server"
+"""What ``vllm serve`` comes to; that command itself ends at once in the CPU build, which has another name."""
+
+
+def serve(
+    context: typer.Context,
+    model: Annotated[str, typer.Option("--model", help="A model directory, or its name on the hub.")],
+    snapshot: Annotated[
+        Path | None,
+        typer.Option("--snapshot", metavar="FILE", help="Thaw the weights from this file."),
+    ] = None,
+    zygote: Annotated[str, typer.Option("--zygote", metavar="NAME", help="Which one to fork.")] = "default",
+    require_zygote: Annotated[
+        bool, typer.Option("--require-zygote", help="Fail where no zygote can run the server; else it is started anew.")
+    ] = False,
+) -> None:
+    """Run vLLM's own server, in a fork of the zygote.
+
+    It is OpenAI-compatible; any other option is vllm serve's. With a zygote (thaw zygote start) it is up in seconds.
+    Without one, a new Python is started for it, and a line says so.
+    """
+    from ..engines.vllm.api import check_model, check_sizes, require_vllm_installed
+    from ..errors import UsageError
+    from .run import hand_over
+
+    require_vllm_installed()
+    check_model(model)
+    options = list(context.args)
+    if snapshot is not None:
+        for taken in ("--load-format", "--model-loader-extra-config"):
+            if any(option == taken or option.startswith(taken + "=") for option in options):
+                raise UsageError(f"--snapshot sets {taken} itself; leave {taken} out")
+        check_sizes(str(snapshot.absolute()), _sizes(options))
+        extra = json.dumps({"snapshot": str(snapshot.absolute())})
+        options = ["--load-format", "thaw", "--model-loader-extra-config", extra, *options]
+    hand_over([MODULE, "--model", model, *options], "module", zygote, fallback=not require_zygote)
+
+
+def _sizes(options: list[str]) -> dict[str, int]:
+    """The parallel sizes among vLLM's options, as ``check_sizes`` has them."""
+    names = {
+        "--tensor-parallel-size": "tensor_parallel_size",
+        "-tp": "tensor_parallel_size",
+        "--pipeline-parallel-size": "pipeline_parallel_size",
+        "-pp": "pipeline_parallel_size",
+    }
+    found = {}
+    for option, following in zip(options, [*options[1:], ""], strict=True):
+        name, _, value = option.partition("=")
+        value = value or following
+        if name in names and value.isdigit():
+            found[names[name]] = int(value)
+    return found

@@ -1,0 +1,160 @@
+"""Everything that starts of vLLM import, imported once, with a proof after each part that forks stay sound."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from ...errors import StorageError, UnsupportedError, UsageError
+from ...zygote import proof
+from ...zygote.environment import Reads
+from ...zygote.server import Imported
+from . import versions
+
+POOLS = ("numpy", "cv2", "scipy.linalg")
+"""Modules with an OpenBLAS of their own, whose threads start when it is loaded, and survive forks by its own care."""
+EVERYWHERE = (
+    "torch",
+    "vllm",
+    "vllm.entrypoints.llm",
+    "vllm.v1.engine.core",
+    "vllm.v1.engine.core_client",
+    "vllm.v1.engine.async_llm",
+    "vllm.v1.executor.uniproc_executor",
+    "vllm.v1.executor.multiproc_executor",
+    "vllm.entrypoints.cli.main",
+    "vllm.entrypoints.cli.serve",
+    "vllm.entrypoints.openai.api_server",
+    "vllm.entrypoints.launchers.api_server.entry",
+    "vllm.entrypoints.launchers.api_server.app_state",
+    "vllm.entrypoints.launchers.api_server.routers",
+    "vllm.entrypoints.generate.api_router",
+    "uvloop",
+    "thaw_vllm.engines.vllm.api",
+    "thaw_vllm.engines.vllm.loader",
+    "thaw_vllm.weights.restore",
+)
+"""Of thaw and of any vLLM; a version lacks some of them."""
+ON_CPU = ("vllm.v1.worker.cpu_worker", "vllm.v1.attention.backends.cpu_attn")
+ON_CUDA = (
+    "vllm.v1.worker.gpu_worker",
+    "vllm.v1.worker.gpu_model_runner",
+    "vllm.v1.worker.gpu.model_runner",
+    "vllm.v1.attention.backends.flash_attn",
+    "vllm.compilation.backends",
+    "vllm.compilation.cuda_graph",
+)
+MODELS = ("llama", "qwen2", "qwen3")
+"""Modules of models that are imported where no model is named."""
+
+
+def import_all(extra: list[str], models: list[str]) -> Imported:
+    """Import vLLM, thaw, the modules of ``models``' architectures and ``extra``.
+
+    Args:
+        extra: modules of the user's own, which must be there.
+        models: model directories.
+
+    Raises:
+        UnsupportedError: a module started a thread or a pool, or initialised CUDA; it is named.
+        UsageError: one of ``extra`` cannot be imported.
+        StorageError: a model directory has no config.json.
+    """
+    started = time.perf_counter()
+    architectures = [name for model in models for name in _architectures(Path(model))]
+    reads = Reads()
+    work = _Work()
+    with reads.watching():
+        for name in POOLS:
+            work.import_one(name, required=False)
+        work.pools = len(proof.native_threads())
+        for name in EVERYWHERE:
+            work.import_one(name, required=name in ("torch", "vllm"))
+        for name in ON_CUDA if versions.on_cuda() else ON_CPU:
+            work.import_one(name, required=False)
+        work.do("vLLM's plugins", versions.load_plugins)
+        for name in dict.fromkeys(versions.model_modules(architectures) or _default_models()):
+            work.import_one(name, required=False)
+        for name in architectures:
+            work.do(f"looking at {name}", lambda name=name: versions.inspect_model(name))  # type: ignore[misc]
+        for model in models:
+            work.do(f"the tokenizer of {model}", lambda model=model: _tokenizer(model))  # type: ignore[misc]
+        for name in extra:
+            work.import_one(name, required=True)
+    forks = versions.allow_forks(proof.fork_of_program)
+    return Imported(
+        modules=work.modules,
+        left_out=work.left_out,
+        pools=work.pools,
+        seconds=time.perf_counter() - started,
+        reads=reads,
+        program=_begin_program,
+        details={"vllm": versions.vllm_version(), "engines_forked": forks},
+    )
+
+
+class _Work:
+    """Imports one after the other, and looks after each what became of the process.
+
+    Attributes:
+        pools: native threads that may be there; None until that is known.
+    """
+
+    def __init__(self) -> None:
+        self.modules: list[str] = []
+        self.left_out: list[str] = []
+        self.pools: int = 1 << 20
+
+    def import_one(self, name: str, *, required: bool) -> None:
+        try:
+            self.do(name, lambda: importlib.import_module(name))
+        except ImportError as error:
+            if required:
+                raise UsageError(f"cannot import {name}: {error}") from None
+            self.left_out.append(name)
+        else:
+            self.modules.append(name)
+
+    def do(self, what: str, step: Callable[[], object]) -> None:
+        step()
+        reason = proof.unsound(self.pools)
+        if reason:
+            raise UnsupportedError(f"after {what}, which is to blame, the zygote could not be forked: {reason}")
+
+
+def _architectures(model: Path) -> list[str]:
+    try:
+        found = json.loads((model / "config.json").read_text()).get("architectures") or []
+    except (OSError, ValueError) as error:
+        raise StorageError(f"{str(model)!r} is no model directory, its config.json cannot be read: {error}") from None
+    return [str(name) for name in found]
+
+
+def _default_models() -> list[str]:
+    return [f"vllm.model_executor.models.{name}" for name in MODELS]
+
+
+def _tokenizer(model: str) -> None:
+    """Load it, for the modules that this imports; it is not kept."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    for kind in (AutoConfig, AutoTokenizer):
+        try:
+            kind.from_pretrained(model)
+        except Exception as error:  # the program will say so, should it need it
+            print(f"{kind.__name__} of {model}: {error}", file=sys.stderr)
+
+
+def _begin_program() -> None:
+    """In a program, before its first line."""
+    versions.note_choice()
+    if os.environ.get("THAW_START_REPORT"):
+        from . import startup
+
+        startup.begin()
+        startup.plugin_loaded()

@@ -1,0 +1,158 @@
+"""One process a program: it is the parent of all that the program starts, and outlives them, so that none is left."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import traceback
+from typing import Any, NoReturn
+
+from ..errors import ThawError
+from . import messages, processes
+
+GRACE = 10.0
+"""Seconds between asking and killing."""
+
+
+def keep(connection: socket.socket, files: list[int], *, detached: bool) -> None:
+    """Fork the program, which gets ``files``, and keep it. Returns in the program only; this process ends here.
+
+    This process becomes the leader of a session without a terminal, so that no file the program opens becomes its
+    terminal. The program leads a process group in it. As long as the program runs, signals that ``connection`` brings
+    are passed on. When the client has gone, and is not ``detached``, the program is ended; when the program has ended,
+    so is everything that it left.
+    """
+    os.setsid()
+    processes.adopt_orphans()
+    read, write = os.pipe()
+    for end in (read, write):
+        os.set_blocking(end, False)
+    asked: list[int] = []
+    signal.signal(signal.SIGCHLD, lambda number, frame: None)
+    signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    me = os.getpid()
+    program = os.fork()
+    if not program:
+        signal.set_wakeup_fd(-1)
+        os.setpgid(0, 0)
+        processes.die_with(me)
+        os.close(read)
+        os.close(write)
+        connection.close()
+        return
+    close(files)
+    with contextlib.suppress(OSError):  # whoever of the two comes first
+        os.setpgid(program, program)
+    try:
+        Keeper(connection, program, read, asked, detached=detached).run()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(1)
+
+
+def close(files: list[int]) -> None:
+    """Close descriptors."""
+    for file in files:
+        os.close(file)
+
+
+class Keeper:
+    """Waits for whatever happens first.
+
+    Args:
+        program: its process id.
+        wake: a pipe that has bytes when a signal came to this process.
+        asked: signals that ask this process to end the program.
+    """
+
+    def __init__(self, connection: socket.socket, program: int, wake: int, asked: list[int], *, detached: bool) -> None:
+        self._connection: socket.socket | None = connection
+        self._program = program
+        self._wake = wake
+        self._asked = asked
+        self._detached = detached
+
+    def run(self) -> NoReturn:
+        """Until the program and all that it started have ended."""
+        self._tell({"started": self._program})
+        while True:
+            answer = self._children()
+            if answer is not None:
+                break
+            if self._asked or (self._connection is None and not self._detached):
+                answer = self._end()
+                break
+            waited: list[Any] = [self._wake, *([self._connection] if self._connection else [])]
+            ready, _, _ = select.select(waited, [], [])
+            if self._wake in ready:
+                with contextlib.suppress(BlockingIOError):
+                    os.read(self._wake, 4096)
+            if self._connection in ready:
+                self._hear()
+        processes.end_all_below(os.getpid(), GRACE)
+        self._tell(answer)
+        os._exit(0)
+
+    def _children(self) -> dict[str, int] | None:
+        """Take leave of those that have ended; how the program did, if it has."""
+        answer = None
+        while True:
+            try:
+                process, status = os.waitpid(-1, os.WNOHANG | os.WUNTRACED | os.WCONTINUED)
+            except ChildProcessError:
+                return answer
+            if not process:
+                return answer
+            if process != self._program:
+                continue
+            if os.WIFSTOPPED(status):
+                self._tell({"stopped": os.WSTOPSIG(status)})
+            elif os.WIFSIGNALED(status):
+                answer = {"signalled": os.WTERMSIG(status)}
+            elif os.WIFEXITED(status):
+                answer = {"exited": os.WEXITSTATUS(status)}
+
+    def _hear(self) -> None:
+        assert self._connection is not None
+        try:
+            received = messages.receive(self._connection)
+        except (OSError, ThawError):
+            received = None
+        if received is None:
+            self._connection.close()
+            self._connection = None
+            return
+        message, files = received
+        close(files)
+        number, group = message.get("signal"), message.get("group")
+        if isinstance(number, int) and 0 < number < signal.NSIG:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._program, number) if group else os.kill(self._program, number)
+
+    def _end(self) -> dict[str, int]:
+        """Nobody wants the program any more: as if it was asked with SIGTERM, and killed when it does not listen."""
+        processes.send_all([self._program], signal.SIGTERM)
+        processes.send_all([self._program], signal.SIGCONT)
+        for _ in range(int(GRACE * 50)):
+            answer = self._children()
+            if answer is not None:
+                return answer
+            select.select([], [], [], 0.02)
+        processes.send_all([self._program], signal.SIGKILL)
+        while True:
+            answer = self._children()
+            if answer is not None:
+                return answer
+            select.select([], [], [], 0.02)
+
+    def _tell(self, message: dict[str, int]) -> None:
+        if self._connection is not None:
+            with contextlib.suppress(OSError):  # it has gone; the next look at the connection says so
+                messages.send(self._connection, message)

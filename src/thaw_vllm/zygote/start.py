@@ -1,0 +1,78 @@
+"""Starting a zygote in a process of its own and waiting until it takes programs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from .. import errors
+from ..errors import StorageError, ThawError
+from .main import COMMAND
+from .place import Place, make
+
+VLLM = "thaw_vllm.engines.vllm.preimport"
+"""The module whose ``import_all`` fills a zygote for vLLM."""
+_SHOWN = 2000
+"""Characters of a log's end that an error shows."""
+
+
+def start(place: Place, *, imports: list[str], models: list[str], environment: Mapping[str, str] | None = None) -> int:
+    """Start the zygote of a place, detached from this process and its terminal; its process id.
+
+    Args:
+        imports: modules of the user's own that are imported, too.
+        models: model directories whose architecture's modules are imported.
+        environment: added to this process's environment.
+
+    Raises:
+        UsageError: one runs there already.
+        UnsupportedError: a module did what no fork survives; it is named.
+        ThawError: it ended; with the end of its log.
+    """
+    make(place.directory)
+    try:
+        log = os.open(place.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise StorageError(f"cannot write {str(place.log)!r}: {error.strerror}") from None
+    read, write = os.pipe()
+    request = {"name": place.name, "prepare": VLLM, "imports": imports, "models": models, "ready": write}
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-c", COMMAND, json.dumps(request)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=os.environ | dict(environment or {}),
+            cwd="/",
+            start_new_session=True,
+            pass_fds=[write],
+        )
+    except BaseException:
+        os.close(read)
+        raise
+    finally:
+        os.close(write)
+        os.close(log)
+    try:
+        with os.fdopen(read) as answers:
+            said = answers.read()
+    except BaseException:  # Ctrl-C: nobody waits for it any more
+        process.terminate()
+        raise
+    answer: dict[str, Any] = json.loads(said) if said else {"refused": _ended(place, process.wait())}
+    if "refused" in answer:
+        raise getattr(errors, str(answer.get("error")), ThawError)(answer["refused"])
+    process.returncode = 0  # it stays; nobody waits for it
+    return int(answer["ready"])
+
+
+def _ended(place: Place, code: int) -> str:
+    tail = ""
+    with contextlib.suppress(OSError):
+        tail = place.log.read_text(errors="replace")[-_SHOWN:].strip()
+    return f"the zygote ended with {code} before it was ready; {str(place.log)!r} ends with:\n{tail}"
