@@ -52,6 +52,8 @@ class Engines:
             "cached": 1008,
             "answer": ANSWER,
             "different": None,
+            "cold_answer": ANSWER | {"logprobs": [-0.5, -0.375, -1.0], "cached": 0},
+            "hit_answer": ANSWER,
         }
 
     @staticmethod
@@ -106,6 +108,7 @@ def test_records(thaw, model, engines, tmp_path):
     assert restore["phases"] == {"table": [0.001] * 2, "read": [0.01] * 2, "engine": [0.02] * 2}
     assert thawed["with_restore"] == [0.1, 0.044] and thawed["equal"]
     assert thawed["cold_tokens_equal"] and thawed["cold_logprob_difference"] == 0.125
+    assert thawed["engines_equal"] and thawed["own_hit_equal"]
     (task, request), (other, again) = started.asked
     assert (task, other) == ("kv-freeze", "kv-thaw") and request == again
     assert request["engine_args"] == {"enforce_eager": True, "enable_prefix_caching": True, "max_model_len": 2048 + 64}
@@ -144,6 +147,10 @@ def test_table_and_recorded_lines(thaw, model, engines, tmp_path):
     [
         ({"answer": ANSWER | {"tokens": [7, 8, 1]}}, "ttft-thawed, thaw (eager): tokens"),
         ({"answer": ANSWER | {"logprobs": [-0.5, -0.25, -1.0000001]}}, "ttft-thawed, thaw (eager): logprobs"),
+        (
+            {"answer": ANSWER | {"tokens": [7, 8, 8]}, "hit_answer": ANSWER | {"tokens": [7, 8, 8]}},
+            "ttft-thawed, thaw (eager): tokens; without any thawing the two engines answer differently in the same way",
+        ),
         ({"cached": 0}, "ttft-thawed, thaw (eager): 0 of 1008 tokens were cached"),
         ({"different": "1 of 64 pages"}, "kv-restore, thaw (restore): 1 of 64 pages"),
     ],

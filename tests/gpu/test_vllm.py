@@ -15,6 +15,7 @@ from thaw_vllm.weights.open import open_snapshot
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
 PROMPTS = [list(range(5, 40)), list(range(100, 180))]
+ARGS: dict[str, Any] = {"max_model_len": 256, "gpu_memory_utilization": 0.2, "kv_cache_memory_bytes": 64 << 20}
 
 
 @pytest.mark.parametrize("kind", ["untied", "tied", "tied-with-lm-head", "fp16", "mixed-dtypes"])
@@ -32,7 +33,7 @@ def test_every_tensor_is_equal(kind: str, checkpoints: Callable, load: Callable,
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "graphs"])
 def test_tokens_are_equal_in_fresh_processes(eager: bool, checkpoints: Callable, tmp_path: Path):
     directory, snapshot = str(checkpoints("untied")), tmp_path / "weights.thaw"
-    args: dict[str, Any] = {"max_model_len": 256, "enforce_eager": eager, "gpu_memory_utilization": 0.2}
+    args: dict[str, Any] = ARGS | {"enforce_eager": eager}
     if not eager:
         args["compilation_config"] = {"cudagraph_capture_sizes": [1, 2]}
     fresh.run("freeze", model=directory, snapshot=snapshot, engine_args=args)
@@ -52,7 +53,7 @@ def test_a_running_engine_freezes_to_the_same_content(
     import thaw_vllm
 
     directory = str(checkpoints("untied"))
-    args: dict[str, Any] = {"max_model_len": 256, "enforce_eager": True, "gpu_memory_utilization": 0.2}
+    args: dict[str, Any] = ARGS | {"enforce_eager": True}
     fresh.run("freeze", model=directory, snapshot=tmp_path / "loading.thaw", engine_args=args)
     llm = LLM(directory, enable_sleep_mode=True, **args)
     thaw_vllm.freeze_model_tp(llm, tmp_path / "running.thaw")

@@ -218,6 +218,8 @@ def _records(
         "with_restore": [round(s, 6) for s in both],
         "cold_tokens_equal": cold["tokens"] == thawed["answer"]["tokens"],
         "cold_logprob_difference": _apart(cold, thawed["answer"]),
+        "engines_equal": _same(cold, thawed["cold_answer"]) and _same(warm, thawed["hit_answer"]),
+        "own_hit_equal": _same(thawed["answer"], thawed["hit_answer"]),
     }
     wrong = _wrong(thawed, warm, frozen["cached"])
     more = {"different": wrong} if wrong else {}
@@ -229,7 +231,17 @@ def _wrong(thawed: dict[str, Any], reference: dict[str, Any], cached: int) -> st
     if thawed["cached"] != cached:
         return f"{thawed['cached']} of {cached} tokens were cached"
     answer = thawed["answer"]
-    return next((what for what in ("tokens", "logprobs") if answer[what] != reference[what]), "")
+    wrong = next((what for what in _COMPARED if answer[what] != reference[what]), "")
+    if wrong and _same(answer, thawed["hit_answer"]):
+        return f"{wrong}; without any thawing the two engines answer differently in the same way"
+    return wrong
+
+
+_COMPARED = ("tokens", "logprobs")
+
+
+def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return all(one[what] == other[what] for what in _COMPARED)
 
 
 def _apart(one: dict[str, Any], other: dict[str, Any]) -> float:

@@ -60,8 +60,9 @@ def thawing(request: dict[str, Any]) -> Steps:
     """The same request, once ``freezing`` left its files in ``folder``.
 
     The answer has ``lengths``: seconds of every run (``restore``, ``thawed``), the restores' ``reports``, the fewest
-    tokens that were ``cached``, the ``answer`` from the thawed cache, and how the pages differ that this engine froze
-    of it (``different``).
+    tokens that were ``cached``, the ``answer`` from the thawed cache, how the pages differ that this engine froze of it
+    (``different``), and this engine's own answers with nothing cached (``cold_answer``) and from its own cache
+    (``hit_answer``).
     """
     _import(request["sockets"])
     yield
@@ -157,7 +158,10 @@ def _thawed(engine: Prompted, tokens: int, request: dict[str, Any]) -> dict[str,
         Path(file).unlink(missing_ok=True)
     answer = engine.answer(ids, ANSWER)
     cached.append(answer["cached"])
-    return seconds | {"reports": reports, "cached": min(cached), "answer": answer, "different": different}
+    engine.forget()
+    cold, hit = engine.answer(ids, ANSWER), engine.answer(ids, ANSWER)
+    answers = {"answer": answer, "cold_answer": cold, "hit_answer": hit}
+    return {**seconds, **answers, "reports": reports, "cached": min(cached), "different": different}
 
 
 def _file(request: dict[str, Any], tokens: int) -> Path:

@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("torch", reason="torch is not installed")
 import torch
 
-from thaw_vllm.engines.vllm.kv import ahead
+from thaw_vllm.engines.vllm.kv import ahead, pages
 
 
 def test_an_open_file_is_lent_meanwhile():
@@ -37,3 +37,17 @@ def test_a_gpu_has_its_own(monkeypatch):
     first, second = ahead.kept(torch.device("cuda", 0)), ahead.kept(torch.device("cuda", 1))
     assert first is not second
     assert asked == [(first, 0, ahead.ANNOUNCED), (second, 1, ahead.ANNOUNCED), (first, 0, ahead.ANNOUNCED)]
+
+
+@pytest.mark.parametrize(
+    ("device", "job", "busy", "threads"),
+    [
+        ("cpu", "a", False, 1),
+        ("cpu", None, True, None),
+        ("cuda", "a", True, 2),
+        ("cuda", "a", False, None),
+        ("cuda", None, True, None),
+    ],
+)
+def test_a_freeze_beside_requests_takes_few_threads(device: str, job: str | None, busy: bool, threads: int | None):
+    assert pages._threads({"job": job, "busy": busy}, torch.device(device)) == threads

@@ -120,6 +120,7 @@ def freeze(core: Any, options: dict[str, Any]) -> dict[str, Any]:
                     "table": table.encode(),
                     "writer": f"thaw {__version__}",
                     "job": name if background else None,
+                    "busy": versions.is_busy(core),
                 },
             ),
         )

@@ -42,6 +42,8 @@ _SHARE, _MOST = 0.25, 2 << 30
 """Share of a GPU's free memory, and bytes of it, that pages on their way may take."""
 _NICE = 19
 """Priority of a freeze beside an engine that computes on the same cores: the lowest that still gets its turn."""
+_BESIDE_STEPS = 2
+"""Threads of a freeze from a GPU beside requests."""
 _ALIGNED = 256
 """Bytes that a part of memory on the way is a multiple of."""
 _ON_HOST = 256 << 20
@@ -85,7 +87,8 @@ def freeze(worker: Any, options: dict[str, Any]) -> dict[str, Any]:
     Args:
         options: ``path``, ``force``; ``blocks`` of the pool; ``ids`` of the blocks by slot; ``layout`` without regions;
             ``model``: the model id; ``table``: name to dtype, shape and bytes; ``writer``; ``job``: the id under which
-            a thread should do it while the engine goes on, where this is the only rank.
+            a thread should do it while the engine goes on, where this is the only rank; ``busy``: whether it has
+            requests.
 
     Returns:
         The FreezeReport as a dict, or ``{"running": True}``, and then ``job`` has it.
@@ -156,12 +159,23 @@ def _write(
         captured = Captured(
             Index(tuple(entries), tuple(s.length for s in storages), ()), tuple(storages), tuple(tensors)
         )
-        # Beside a running engine on the host: one thread, so that the engine keeps the other cores.
-        workers = 1 if options["job"] is not None and device.type == "cpu" else None
-        freezing = FreezeOptions(force=options["force"], workers=workers)
+        freezing = FreezeOptions(force=options["force"], workers=_threads(options, device))
         report = freeze_rank(options["path"], header, captured, freezing, exchange, lambda: options["model"])
     phases.add({name: value for name, value in report.seconds.items() if name != "total"}, "capture")
     return dataclasses.asdict(report) | {"phases": phases.seconds}
+
+
+def _threads(options: dict[str, Any], device: torch.device) -> int | None:
+    """Few beside a running engine; None for what the machine bears.
+
+    On the host the engine keeps the other cores. On a GPU its steps are Python of this very process, which has to win
+    the interpreter's lock from every one of them.
+    """
+    if options["job"] is None:
+        return None
+    if device.type == "cpu":
+        return 1
+    return _BESIDE_STEPS if options["busy"] else None
 
 
 @contextlib.contextmanager
