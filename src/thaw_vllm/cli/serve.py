@@ -61,7 +61,7 @@ def _sizes(options: list[str]) -> dict[str, int]:
         "-pp": "pipeline_parallel_size",
     }
     found = {}
-    for option, following in zip(options, [*options[1:], ""], strict=True):
+    for option, following in zip(options, [*options[1:], ""], strict=False):
         name, _, value = option.partition("=")
         value = value or following
         if name in names and value.isdigit():

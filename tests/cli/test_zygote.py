@@ -1,0 +1,246 @@
+"""``thaw zygote``, ``thaw run`` and ``thaw serve``: their options, tables and documents."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+
+import pytest
+from tests.zygote.running import made, until
+
+from thaw_vllm.cli import serve as serving
+from thaw_vllm.errors import MissingDependencyError
+
+
+@pytest.fixture(scope="module")
+def place():
+    with made() as one:
+        yield one
+
+
+@pytest.fixture
+def zygote(place):
+    """One that runs; where a test has stopped it, another is started."""
+    if not place.place.socket.exists():
+        place.start()
+    yield place
+    place.all_gone()
+
+
+@pytest.mark.parametrize("command", [("zygote",), ("zygote", "start"), ("zygote", "stop"), ("run",), ("serve",)])
+def test_help(thaw, command):
+    ran = thaw(*command, "--help")
+    assert ran.code == 0 and "Usage: thaw " + " ".join(command) in ran.out and ran.err == ""
+
+
+def test_help_names_them(thaw):
+    out = thaw("--help").out
+    assert all(f" {name} " in out for name in ("zygote", "run", "serve"))
+
+
+class TestZygote:
+    def test_start(self, thaw, place):
+        if place.place.socket.exists():
+            thaw("zygote", "stop")
+        ran = thaw("zygote", "start")
+        assert ran.code == 0 and ran.err == "", ran.err
+        rows = dict(line.split(None, 1) for line in ran.out.splitlines())
+        assert rows["zygote"].startswith("default, pid ") and rows["programs"] == "0 running, 0 ended"
+        assert rows["engines"] == "forked" and "cannot" not in rows and "outdated" not in rows
+        place.pid = place.status()["pid"]
+        again = thaw("zygote", "start", "--json")
+        assert again.code == 2 and again.out == "" and "runs already; thaw zygote status" in again.err
+
+    def test_documents(self, thaw, place):
+        thaw("zygote", "stop")
+        started = thaw("zygote", "start", "--import", "json", "--import", "csv", "--json").document
+        place.pid = started["pid"]
+        assert started["modules"] == ["numpy", "json", "csv"] and started["name"] == "default"
+        found = thaw("zygote", "status", "--json").document
+        ignored = ("memory",)
+        assert {k: v for k, v in found.items() if k not in ignored} == {
+            k: v for k, v in started.items() if k not in ignored
+        }
+        stopped = thaw("zygote", "stop", "--json").document
+        assert stopped == {"stopped": started["pid"], "running": 0}
+
+    def test_nothing_runs(self, thaw, place):
+        thaw("zygote", "stop")
+        for command in ("stop", "status"):
+            for options, cure in (([], "thaw zygote start\n"), (["--name", "b"], "thaw zygote start --name b\n")):
+                ran = thaw("zygote", command, *options)
+                assert ran.code == 2 and ran.out == "" and ran.err.endswith(cure)
+
+    def test_table(self, thaw, zygote):
+        process = zygote.popen("-m", "code", "-q", stdin=subprocess.PIPE)
+        until(lambda: zygote.status()["programs"])
+        ran = thaw("zygote", "status")
+        head, row = ran.out.splitlines()[-2:]
+        assert head.split() == ["pid", "processes", "private", "shared", "since", "program"]
+        assert row.split()[1] == "1" and row.endswith("code -q") and "1 running" in ran.out
+        process.communicate("exit(4)\n", timeout=60)
+        assert process.returncode == 4
+
+    def test_code_is_not_shown(self, zygote, thaw):
+        process = zygote.popen("-c", "input('secret')", stdin=subprocess.PIPE)
+        until(lambda: zygote.status()["programs"])
+        assert "secret" not in thaw("zygote", "status").out
+        process.communicate("\n", timeout=60)
+
+    def test_names_of_programs_are_shown_as_one_line(self, zygote, thaw, tmp_path):
+        (tmp_path / "a\n\x1b[31m.py").write_text("input()")
+        process = zygote.popen(tmp_path / "a\n\x1b[31m.py", stdin=subprocess.PIPE)
+        until(lambda: zygote.status()["programs"])
+        out = thaw("zygote", "status").out
+        assert "\x1b" not in out and "a\\n" in out
+        process.communicate("\n", timeout=60)
+
+    def test_what_is_wrong_is_said(self, thaw, zygote, tmp_path, monkeypatch):
+        from thaw_vllm.zygote import client
+
+        found = zygote.status() | {"left_out": ["vllm.x"], "unsound": "another thread", "changed": "/a.py"}
+        monkeypatch.setattr(client, "ask", lambda place, what: found | {"engines_forked": False})
+        out = thaw("zygote", "status").out
+        for text in ("vllm.x", "another thread; stop it and start it again", "/a.py has changed", "spawn"):
+            assert text in out
+
+    @pytest.mark.parametrize("name", ["a/b", "", "-"])
+    def test_names(self, thaw, place, name):
+        ran = thaw("zygote", "status", f"--name={name}")
+        assert ran.code == 2 and "cannot name a zygote" in ran.err
+
+
+class TestRun:
+    @pytest.mark.parametrize(
+        ("arguments", "said"),
+        [
+            ([], "no program"),
+            (["-m", "a", "-c", "b"], None),
+            (["-m"], "requires an argument"),
+            (["-c"], "requires an argument"),
+            (["--zygote"], "requires an argument"),
+            (["--nothing", "x.py"], "No such option"),
+            (["--json", "-c", ""], "--json needs --detach"),
+            (["--zygote", "a/b", "-c", ""], "cannot name a zygote"),
+        ],
+        ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+    )
+    def test_options(self, spawn, place, arguments, said):
+        ran = spawn("run", *arguments)
+        if said is None:  # -c is the module's, as with python
+            assert ran.code in (1, 2)
+            return
+        assert ran.code == 2 and said in ran.err and ran.out == "" and ran.err.count("\n") == 1
+
+    def test_no_script(self, spawn, zygote):
+        ran = spawn("run", "none.py")
+        assert (ran.code, ran.err) == (6, "error: there is no script 'none.py'\n")
+
+    def test_no_zygote(self, spawn, place):
+        ran = spawn("run", "--zygote", "other", "-c", "print(1)")
+        assert (ran.code, ran.out) == (2, "")
+        assert ran.err == "error: no zygote 'other' runs; thaw zygote start --name other\n"
+
+    @pytest.mark.parametrize("kind", ["script", "-m", "-c"])
+    def test_fallback(self, spawn, place, kind, tmp_path):
+        text = "import sys; print(sys.argv[1:], 'numpy' in sys.modules); sys.exit(7)"
+        (tmp_path / "program.py").write_text(text)
+        how = {"script": ["program.py"], "-m": ["-m", "program"], "-c": ["-c", text]}[kind]
+        ran = spawn("run", "--fallback", "--zygote", "other", *how, "-x", "--", "--fallback")
+        assert (ran.code, ran.out) == (7, "['-x', '--', '--fallback'] False\n")
+        assert ran.err.startswith("thaw: started without a zygote: no zygote 'other' runs") and ran.err.count("\n") == 1
+
+    def test_fallback_does_not_detach(self, spawn, place):
+        ran = spawn("run", "--fallback", "--detach", "--zygote", "other", "-c", "print(1)")
+        assert ran.code == 2 and ran.out == "" and "does not detach" in ran.err
+
+    def test_detached_document(self, spawn, zygote, tmp_path):
+        code = "import os; os.close(1); os.close(2); open('pid', 'w').write(str(os.getpid()))"
+        ran = spawn("run", "--detach", "--json", "-c", code)
+        assert ran.code == 0
+        until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
+        assert ran.document == {"pid": int((tmp_path / "pid").read_text())}
+
+
+class TestServe:
+    @pytest.fixture
+    def handed(self, monkeypatch, place):
+        """What would be run, where it comes to that; vLLM counts as installed."""
+        from thaw_vllm.cli import run
+        from thaw_vllm.engines.vllm import api
+
+        found = []
+        monkeypatch.setattr(run, "hand_over", lambda *arguments, **options: found.append((arguments, options)))
+        monkeypatch.setattr(api, "require_vllm_installed", lambda: None)
+        return found
+
+    @pytest.mark.parametrize("taken", ["--load-format", "--model-loader-extra-config"])
+    @pytest.mark.parametrize("form", ["{} x", "{}=x"])
+    def test_snapshot_and_loader(self, thaw, handed, snapshot, taken, form):
+        ran = thaw("serve", "--model", "m", "--snapshot", snapshot, *form.format(taken).split())
+        assert ran.code == 2 and f"leave {taken} out" in ran.err and handed == []
+
+    def test_without_a_snapshot_the_loader_is_free(self, thaw, handed):
+        ran = thaw("serve", "--model", "m", "--load-format", "dummy", "--port", "8001")
+        assert ran.code == 0, ran.err
+        ((arguments, options),) = handed
+        assert arguments == (
+            [serving.MODULE, "--model", "m", "--load-format", "dummy", "--port", "8001"],
+            "module",
+            "default",
+        )
+        assert options == {"fallback": True}
+
+    def test_require_zygote(self, thaw, handed):
+        assert thaw("serve", "--model", "m", "--zygote", "b", "--require-zygote").code == 0
+        assert handed == [(([serving.MODULE, "--model", "m"], "module", "b"), {"fallback": False})]
+
+    def test_no_snapshot(self, thaw, handed, tmp_path):
+        ran = thaw("serve", "--model", "m", "--snapshot", tmp_path / "none.thaw")
+        assert ran.code == 6 and "none.thaw" in ran.err and handed == []
+
+    def test_a_snapshot_of_a_plain_module(self, thaw, handed, snapshot):
+        ran = thaw("serve", "--model", "m", "--snapshot", snapshot)
+        assert ran.code == 4 and "thaw freeze" in ran.err and handed == []
+
+    def test_a_snapshot_that_fits(self, thaw, handed, snapshot, monkeypatch):
+        from thaw_vllm.engines.vllm import api
+
+        sizes = []
+        monkeypatch.setattr(api, "check_sizes", lambda path, found: sizes.append((path, found)))
+        monkeypatch.chdir(snapshot.parent)
+        ran = thaw(
+            "serve", "--model", "m", "--snapshot", snapshot.name, "-tp", "2", "--pipeline-parallel-size=3", "--x"
+        )
+        assert ran.code == 0 and sizes == [(str(snapshot), {"tensor_parallel_size": 2, "pipeline_parallel_size": 3})]
+        ((arguments, _),) = handed
+        first, second, model, *options = arguments[0]
+        assert (first, second, model, options[:3]) == (
+            serving.MODULE,
+            "--model",
+            "m",
+            ["--load-format", "thaw", "--model-loader-extra-config"],
+        )
+        assert json.loads(options[3]) == {"snapshot": str(snapshot)}
+        assert options[4:] == ["-tp", "2", "--pipeline-parallel-size=3", "--x"]
+
+    def test_no_model(self, thaw, handed):
+        ran = thaw("serve", "--model", "./none")
+        assert ran.code == 6 and "no model directory './none'" in ran.err and handed == []
+        assert thaw("serve").code == 2
+
+    def test_no_vllm(self, thaw, place, monkeypatch):
+        from thaw_vllm.engines.vllm import api
+
+        def missing():
+            raise MissingDependencyError("vLLM is not installed; pip install vllm")
+
+        monkeypatch.setattr(api, "require_vllm_installed", missing)
+        ran = thaw("serve", "--model", "m")
+        assert ran.code == MissingDependencyError.exit_code and "pip install vllm" in ran.err
+
+    def test_no_zygote(self, spawn, place):
+        pytest.importorskip("vllm")
+        ran = spawn("serve", "--model", os.curdir, "--zygote", "other", "--require-zygote")
+        assert ran.code == 2 and "thaw zygote start --name other" in ran.err
