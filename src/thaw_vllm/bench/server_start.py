@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..engines.vllm.ending import end_group
 from ..errors import ThawError
 
 MODULE = "vllm.entrypoints.openai.api_server"
@@ -69,7 +70,10 @@ def run(
     begun = time.perf_counter()
     with log.open("wb") as stream, _running([*command, *options(engine_args)], stream, environment) as process:
         while not _healthy(port):
-            if process.poll() is not None or time.perf_counter() - begun > _PATIENCE:
+            if (
+                os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+                or time.perf_counter() - begun > _PATIENCE
+            ):
                 raise ThawError(f"the server did not come up: {_last_line(log)}")
             time.sleep(0.01)
         seconds["process"] = time.perf_counter() - begun
@@ -93,14 +97,12 @@ def _running(command: list[str], log: Any, environment: dict[str, str]) -> Itera
     try:
         yield process
     finally:
-        process.terminate()
-        try:
-            process.wait(_ENDING)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGTERM)
+        until = time.monotonic() + _ENDING
+        while not os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) and time.monotonic() < until:
+            time.sleep(0.02)
+        end_group(process)
 
 
 def _free_port() -> int:

@@ -16,6 +16,8 @@ from . import messages
 from .place import Place, check
 from .program import described
 
+_PATIENCE = 30.0
+"""Seconds for a zygote to answer."""
 _FROM_THE_KERNEL = 0x80
 """``SI_KERNEL``: a key of the terminal sent the signal, and to every process in the foreground."""
 _OF_THE_TERMINAL = {signal.SIGINT, signal.SIGQUIT, signal.SIGTSTP, signal.SIGHUP, signal.SIGWINCH}
@@ -72,10 +74,17 @@ def ask(place: Place, what: str) -> dict[str, Any]:
     """
     with connect(place) as connection:
         try:
+            connection.settimeout(_PATIENCE)
             messages.send(connection, {"do": what})
             return _answer(connection)
         except OSError as error:
-            raise ThawError(f"the zygote {place.name!r} ended while it was asked: {error.strerror}") from None
+            raise _lost(place, error) from None
+
+
+def _lost(place: Place, error: OSError) -> ThawError:
+    if isinstance(error, TimeoutError):
+        return ThawError(f"the zygote {place.name!r} has not answered for {_PATIENCE:.0f} s; its log is {place.log}")
+    return ThawError(f"the zygote {place.name!r} ended while it was asked: {error.strerror}")
 
 
 def _answer(connection: socket.socket) -> dict[str, Any]:
@@ -110,14 +119,16 @@ class Handed:
             except OSError as error:
                 raise StorageError(f"cannot tell what the program shall be given: {error}") from None
             try:
+                self._connection.settimeout(_PATIENCE)
                 messages.send(self._connection, request, files)
             finally:
                 os.close(files[-1])
             self.pid = int(_answer(self._connection)["started"])
+            self._connection.settimeout(None)
         except BaseException as error:
             self._connection.close()
             if isinstance(error, OSError):
-                raise ThawError(f"the zygote {place.name!r} ended meanwhile: {error.strerror}") from None
+                raise _lost(place, error) from None
             raise
         self._answer: dict[str, Any] | None = None
         self._stopped = 0

@@ -37,6 +37,7 @@ def keep(connection: socket.socket, files: list[int], *, detached: bool) -> None
         signal.signal(number, signal.SIG_IGN)
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)
     me = os.getpid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # in the program, until it has its own handlers
     program = os.fork()
     if not program:
         signal.set_wakeup_fd(-1)
@@ -46,6 +47,7 @@ def keep(connection: socket.socket, files: list[int], *, detached: bool) -> None
         os.close(write)
         connection.close()
         return
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     close(files)
     with contextlib.suppress(OSError):  # whoever of the two comes first
         os.setpgid(program, program)

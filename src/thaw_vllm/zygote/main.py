@@ -56,6 +56,7 @@ def _serve(request: dict[str, Any]) -> Any:
     prepare = importlib.import_module(request["prepare"]).import_all
     zygote = Zygote(where, held, prepare(request["imports"], request["models"]))
     _tell(request["ready"], {"ready": os.getpid()})
+    request["ready"] = -1
     return zygote.serve()
 
 

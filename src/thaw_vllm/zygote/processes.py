@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import signal
+import sys
 import time
 from collections import defaultdict
 
@@ -41,7 +42,7 @@ def _all() -> dict[int, tuple[str, int]]:
     for entry in os.listdir("/proc"):
         if entry.isdigit():
             try:
-                with open(f"/proc/{entry}/stat") as file:
+                with open(f"/proc/{entry}/stat", errors="replace") as file:  # a name may be cut inside a character
                     fields = file.read().rpartition(")")[2].split()
             except OSError:  # it has ended
                 continue
@@ -86,7 +87,10 @@ def reap() -> dict[int, int]:
 
 
 def end_all_below(root: int, grace: float) -> None:
-    """Ask what is below ``root``, this process, to end; ``grace`` seconds later kill what has not."""
+    """Ask what is below ``root``, this process, to end; ``grace`` seconds later kill what has not.
+
+    What cannot be killed, as another user's, is left after as long again, with a line about it.
+    """
     deadline = time.monotonic() + grace
     number = signal.SIGTERM
     asked: set[int] = set()
@@ -94,6 +98,9 @@ def end_all_below(root: int, grace: float) -> None:
         reap()
         left = below(root)
         if not left:
+            return
+        if time.monotonic() >= deadline + grace:
+            print(f"left, since they cannot be ended: {left}", file=sys.stderr, flush=True)
             return
         if time.monotonic() >= deadline:
             number = signal.SIGKILL

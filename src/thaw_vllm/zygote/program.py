@@ -14,6 +14,7 @@ import runpy
 import signal
 import sys
 import tempfile
+import threading
 import time
 import types
 from collections.abc import Callable
@@ -143,9 +144,13 @@ class Program:
         if self._code is None:
             gc.unfreeze()  # it is collected now, like what the program made
             return
+        if threading.active_count() == 1:
+            vars(sys.modules["__main__"]).clear()  # what is collected now may have something to write, or to remove
+            gc.collect()
         with contextlib.suppress(OSError, ValueError):
             _flush()
             os._exit(self._code & 0xFF)
+        gc.unfreeze()  # a standard stream takes no more, which the interpreter has its own words and exit code for
 
     def _take_place(self) -> None:
         request = self._request
@@ -155,8 +160,8 @@ class Program:
         tempfile.tempdir = None
         os.umask(request["umask"])
         for name, limits in request["limits"].items():
-            with contextlib.suppress(OSError, ValueError, AttributeError):  # a hard limit is not raised again
-                resource.setrlimit(getattr(resource, name), tuple(limits))
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                _limit(getattr(resource, name), *limits)
         with contextlib.suppress(OSError, ValueError):
             os.sched_setaffinity(0, request["affinity"])
         with contextlib.suppress(OSError):
@@ -175,7 +180,8 @@ class Program:
         *streams, directory = self._files
         given = dict(zip(self._request["streams"], streams, strict=True))
         os.fchdir(directory)
-        vars(process)["ORIGINAL_DIR"] = os.getcwd()
+        with contextlib.suppress(OSError):  # a directory that was removed
+            vars(process)["ORIGINAL_DIR"] = os.getcwd()
         for number, name in enumerate(STREAMS):
             if name in given:
                 os.dup2(given[name], number)
@@ -188,6 +194,19 @@ class Program:
         for file in self._files:
             if file > 2:
                 os.close(file)
+
+
+def _limit(what: int, soft: int, hard: int) -> None:
+    """Set a limit, as far as this process may: a hard one is not raised."""
+    own = resource.getrlimit(what)[1]
+    hard = own if _beyond(hard, own) else hard
+    resource.setrlimit(what, (hard if _beyond(soft, hard) else soft, hard))
+
+
+def _beyond(one: int, other: int) -> bool:
+    if other == resource.RLIM_INFINITY:
+        return False
+    return one == resource.RLIM_INFINITY or one > other
 
 
 def _stream(number: int) -> io.TextIOWrapper:

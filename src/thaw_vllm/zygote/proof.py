@@ -30,7 +30,7 @@ def native_threads() -> dict[int, str]:
         if int(entry) == os.getpid():
             continue
         try:
-            with open(f"/proc/self/task/{entry}/comm") as file:
+            with open(f"/proc/self/task/{entry}/comm", errors="replace") as file:
                 name = file.read().strip()
         except OSError:  # it has ended
             continue

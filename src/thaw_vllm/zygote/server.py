@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,6 +26,8 @@ from .program import Program, check, python
 
 _PATIENCE = 5.0
 """Seconds for a client to say what it wants."""
+_ARGUMENTS, _ARGUMENT = 32, 200
+"""Arguments of a program, and characters of each, that the status has."""
 _LOOK = 60.0
 """Seconds between looks at whether the socket is still there."""
 
@@ -72,6 +75,20 @@ def lock(place: Place) -> int:
     return file
 
 
+def _shown(arguments: list[Any]) -> list[str]:
+    """As much of a command line as anybody looks at."""
+    return [str(argument)[:_ARGUMENT] for argument in arguments[:_ARGUMENTS]]
+
+
+def _leader(below: list[int]) -> int | None:
+    """The program among the processes of a keeper: it leads a process group."""
+    for process in below:
+        with contextlib.suppress(OSError):
+            if os.getpgid(process) == process:
+                return process
+    return None
+
+
 class Zygote:
     """Serves one place.
 
@@ -84,7 +101,7 @@ class Zygote:
         self._place = place
         self._held = held
         self._imported = imported
-        self._files = sources.loaded()
+        self._files = sources.loaded(time.time() - imported.seconds)
         self._since = time.time()
         self._running: dict[int, dict[str, Any]] = {}
         self._ended = 0
@@ -164,6 +181,7 @@ class Zygote:
         What such a process had started comes here when it has ended itself, so that each that ends is a reason to look.
         """
         for process, status in processes.reap().items():
+            self._own.discard(process)
             kept = self._running.pop(process, None) is not None
             self._ended += kept
             if status or not kept:
@@ -173,7 +191,9 @@ class Zygote:
     def _accept(self) -> Program | None:
         try:
             connection, _ = self._listening.accept()
-        except (BlockingIOError, ConnectionAbortedError):
+        except OSError as error:
+            if not isinstance(error, (BlockingIOError, ConnectionAbortedError)):
+                time.sleep(0.1)  # no descriptor or memory for it now; it waits
             return None
         files: list[int] = []
         try:
@@ -184,12 +204,13 @@ class Zygote:
             if received is None:
                 return None
             request, files = received
-            connection.settimeout(None)
             return self._answer(connection, request, files)
         except ThawError as error:
             self._refuse(connection, error)
         except OSError:  # the client has gone, or does not speak
             pass
+        except Exception:  # whatever it asked for, others go on
+            traceback.print_exc()
         finally:
             if self._held >= 0:
                 connection.close()
@@ -244,16 +265,22 @@ class Zygote:
         if pid:
             self._running[pid] = {
                 "keeper": pid,
-                "arguments": request["arguments"] if request["kind"] != "code" else ["-c"],
+                "arguments": _shown(request["arguments"]) if request["kind"] != "code" else ["-c"],
                 "started": started,
                 "detached": request["detached"],
             }
             return None
-        signal.set_wakeup_fd(-1)
-        self._let_go()
-        keeper.keep(connection, files, detached=request["detached"])
-        request["environment"] = self._imported.reads.imported(request["environment"])
-        return Program(request, files, self._imported.program)
+        try:
+            signal.set_wakeup_fd(-1)
+            self._let_go()
+            connection.settimeout(None)
+            keeper.keep(connection, files, detached=request["detached"])
+            request["environment"] = self._imported.reads.imported(request["environment"])
+            return Program(request, files, self._imported.program)
+        except BaseException as error:
+            traceback.print_exc()
+            self._refuse(connection, ThawError(f"the program could not be started: {error}"))
+            os._exit(1)
 
     def _check_sources(self) -> None:
         path = sources.changed(self._files)
@@ -268,9 +295,7 @@ class Zygote:
         programs = []
         for pid, about in self._running.items():
             below = processes.below(pid)
-            programs.append(
-                about | {"pid": below[0] if below else None, "processes": len(below), "memory": resident([pid, *below])}
-            )
+            programs.append(about | {"pid": _leader(below), "processes": len(below), "memory": resident([pid, *below])})
         return {
             "pid": me,
             "name": self._place.name,

@@ -9,13 +9,18 @@ State = tuple[int, int, int]
 """Modification time in ns, size in bytes, inode."""
 
 
-def loaded() -> dict[str, State | None]:
-    """Every file that a module of this process came from, as it is now; None where it has none any more."""
+def loaded(since: float) -> dict[str, State | None]:
+    """Every file that a module of this process came from, as it is now.
+
+    None where it has none any more, and where it was written after ``since``, seconds of the epoch, when imports began:
+    nobody knows which of the two was imported.
+    """
     found = {}
     for module in list(sys.modules.values()):
         path = getattr(module, "__file__", None)
         if isinstance(path, str) and os.path.isabs(path):
-            found[path] = _state(path)
+            state = _state(path)
+            found[path] = None if state is None or state[0] > since * 1e9 else state
     return found
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .. import errors
-from ..errors import StorageError, ThawError
+from ..errors import StorageError, ThawError, UsageError
 from .main import COMMAND
 from .place import Place, make
 
@@ -34,6 +34,12 @@ def start(place: Place, *, imports: list[str], models: list[str], environment: M
         UnsupportedError: a module did what no fork survives; it is named.
         ThawError: it ended; with the end of its log.
     """
+    entries = (os.environ | dict(environment or {})).get("PYTHONPATH")
+    if entries and not all(map(os.path.isabs, entries.split(os.pathsep))):
+        raise UsageError(
+            f"PYTHONPATH={entries} has a relative or an empty entry, which is another directory for each program; make "
+            "all of them absolute"
+        )
     make(place.directory)
     try:
         log = os.open(place.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)

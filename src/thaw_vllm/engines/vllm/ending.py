@@ -48,7 +48,7 @@ def _members(group: int) -> list[int]:
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
-            fields = path.read_text().rpartition(")")[2].split()
+            fields = path.read_text(errors="replace").rpartition(")")[2].split()
         except OSError:  # ended
             continue
         if int(fields[2]) == group and fields[0] not in "ZX":
