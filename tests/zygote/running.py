@@ -74,6 +74,10 @@ class Zygote:
         below = processes.below(self.pid) if self.pid else []  # below 0 is everything
         return sorted({*below, *self._marked()} - {self.pid})
 
+    def left_of_programs(self) -> list[int]:
+        """``left`` without the keepers, which end just after they have told how their programs ended."""
+        return sorted({*self.left()} - {*processes.children(self.pid)})
+
     def _marked(self) -> list[int]:
         """Processes that began with the mark in their environment: the zygote, forks of it, clients."""
         found = []

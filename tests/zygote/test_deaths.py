@@ -72,14 +72,14 @@ def test_program_leaves_children(zygote: Zygote, how: list[str]):
     """The client is there until they have ended."""
     family = Family(zygote, "exit", *how)
     family.ended(9)
-    assert not zygote.left()
+    assert not zygote.left_of_programs()
 
 
 def test_program_is_killed(zygote: Zygote):
     family = Family(zygote)
     os.kill(family.program, signal.SIGKILL)
     family.ended(-signal.SIGKILL)
-    assert not zygote.left()
+    assert not zygote.left_of_programs()
 
 
 @pytest.mark.parametrize("deaf", [[], ["deaf"]], ids=["", "deaf"])
@@ -96,7 +96,7 @@ def test_keeper_is_asked_to_end(zygote: Zygote, deaf: list[str]):
     family = Family(zygote, *deaf)
     os.kill(family.keeper, signal.SIGTERM)
     family.ended(-signal.SIGKILL if deaf else -signal.SIGTERM)
-    assert not zygote.left()
+    assert not zygote.left_of_programs()
 
 
 def test_another_program_is_left_alone(zygote: Zygote):

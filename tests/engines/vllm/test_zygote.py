@@ -196,7 +196,7 @@ def test_serve(zygote: Zygote, asked: dict, snapshot: Path, port: int, tmp_path:
         server.kill()
         server.wait()
     assert code == 0, (tmp_path / "log").read_text()[-3000:]
-    assert not zygote.left()
+    assert not zygote.left_of_programs()
     found = start_report.read(tmp_path / "start")
     assert not ANEW & set(found.seconds), found.waterfall()
 
