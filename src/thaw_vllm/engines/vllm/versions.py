@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from ...errors import MissingDependencyError, UnsupportedError, UsageError
+from ...zygote.sockets import let_go_of_ports
 
 if TYPE_CHECKING:
     import torch
@@ -390,6 +391,8 @@ def inspect_model(architecture: str) -> None:
         known[architecture].inspect_model_cls()
 
 
+_next_fork: list[str] = []
+"""Not empty between vLLM's choosing how to start a process and the fork that does it."""
 _chosen: list[str] = []
 """The start method that the user of this program chose, if he did."""
 
@@ -405,6 +408,8 @@ def allow_forks(unsafe: Callable[[], str | None]) -> bool:
 
     vLLM's CPU platform and its command line choose ``spawn`` for everybody; without this, each process imports all
     anew. What ``note_choice`` has noted stays, and so do vLLM's own reasons for spawn.
+
+    A forked engine lets go of its server's port, which vLLM's spawned ones never had.
 
     Args:
         unsafe: why the process that calls it should not be forked now, or None.
@@ -436,7 +441,16 @@ def allow_forks(unsafe: Callable[[], str | None]) -> bool:
                 "this process is started anew (spawn) and not forked, which takes longer: %s", reason
             )
             os.environ[_METHOD] = "spawn"
+        _next_fork.clear()
+        if os.environ[_METHOD] == "fork":
+            _next_fork.append("engine")
 
+    def in_engine() -> None:
+        if _next_fork:
+            _next_fork.clear()
+            let_go_of_ports()
+
+    os.register_at_fork(after_in_child=in_engine, after_in_parent=_next_fork.clear)
     vars(utils)["_maybe_force_spawn"] = decide
     return True
 
