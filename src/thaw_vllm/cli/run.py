@@ -87,6 +87,7 @@ def hand_over(
     from ..errors import ThawError, UsageError
     from ..zygote.client import Handed
     from ..zygote.place import place
+    from ..zygote.program import FLAGS
 
     try:
         handed = Handed(place(zygote), arguments, kind, detached=detach)
@@ -96,8 +97,7 @@ def hand_over(
         if detach:
             raise UsageError(f"{error} (--fallback does not detach)") from None
         print(f"thaw: started without a zygote: {error}", file=sys.stderr, flush=True)
-        flags = {"module": ["-m"], "code": ["-c"], "script": []}[kind]
-        os.execv(sys.executable, [sys.executable, *flags, *arguments])
+        os.execv(sys.executable, [sys.executable, *FLAGS[kind], *arguments])
     if not detach:
         handed.stand_for()
     handed.leave()

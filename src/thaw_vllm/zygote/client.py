@@ -10,8 +10,7 @@ import socket
 import threading
 from typing import Any, NoReturn
 
-from .. import errors
-from ..errors import StorageError, ThawError, UsageError
+from ..errors import StorageError, ThawError, UsageError, named
 from . import messages
 from .place import Place, check
 from .program import described
@@ -93,8 +92,7 @@ def _answer(connection: socket.socket) -> dict[str, Any]:
         raise ThawError("the zygote, or the keeper of the program, has ended without an answer; its log says why")
     message = received[0]
     if "refused" in message:
-        kind = getattr(errors, str(message.get("error")), ThawError)
-        raise kind(message["refused"])
+        raise (named(message.get("error")) or ThawError)(message["refused"])
     return message
 
 

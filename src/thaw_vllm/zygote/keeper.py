@@ -7,6 +7,7 @@ import os
 import select
 import signal
 import socket
+import time
 import traceback
 from typing import Any, NoReturn
 
@@ -27,15 +28,11 @@ def keep(connection: socket.socket, files: list[int], *, detached: bool) -> None
     """
     os.setsid()
     processes.adopt_orphans()
-    read, write = os.pipe()
-    for end in (read, write):
-        os.set_blocking(end, False)
     asked: list[int] = []
-    signal.signal(signal.SIGCHLD, lambda number, frame: None)
+    read, write = processes.woken_by_signals()
     signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
     me = os.getpid()
     signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # in the program, until it has its own handlers
     program = os.fork()
@@ -43,12 +40,11 @@ def keep(connection: socket.socket, files: list[int], *, detached: bool) -> None
         signal.set_wakeup_fd(-1)
         os.setpgid(0, 0)
         processes.die_with(me)
-        os.close(read)
-        os.close(write)
+        messages.close((read, write))
         connection.close()
         return
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    close(files)
+    messages.close(files)
     with contextlib.suppress(OSError):  # whoever of the two comes first
         os.setpgid(program, program)
     try:
@@ -57,12 +53,6 @@ def keep(connection: socket.socket, files: list[int], *, detached: bool) -> None
         traceback.print_exc()
     finally:
         os._exit(1)
-
-
-def close(files: list[int]) -> None:
-    """Close descriptors."""
-    for file in files:
-        os.close(file)
 
 
 class Keeper:
@@ -94,8 +84,7 @@ class Keeper:
             waited: list[Any] = [self._wake, *([self._connection] if self._connection else [])]
             ready, _, _ = select.select(waited, [], [])
             if self._wake in ready:
-                with contextlib.suppress(BlockingIOError):
-                    os.read(self._wake, 4096)
+                processes.awake(self._wake)
             if self._connection in ready:
                 self._hear()
         processes.end_all_below(os.getpid(), GRACE)
@@ -132,7 +121,7 @@ class Keeper:
             self._connection = None
             return
         message, files = received
-        close(files)
+        messages.close(files)
         number, group = message.get("signal"), message.get("group")
         if isinstance(number, int) and 0 < number < signal.NSIG:
             with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -142,17 +131,12 @@ class Keeper:
         """Nobody wants the program any more: as if it was asked with SIGTERM, and killed when it does not listen."""
         processes.send_all([self._program], signal.SIGTERM)
         processes.send_all([self._program], signal.SIGCONT)
-        for _ in range(int(GRACE * 50)):
-            answer = self._children()
-            if answer is not None:
-                return answer
-            select.select([], [], [], 0.02)
-        processes.send_all([self._program], signal.SIGKILL)
-        while True:
-            answer = self._children()
-            if answer is not None:
-                return answer
-            select.select([], [], [], 0.02)
+        deadline = time.monotonic() + GRACE
+        while (answer := self._children()) is None:
+            if time.monotonic() >= deadline:
+                processes.send_all([self._program], signal.SIGKILL)
+            time.sleep(0.02)
+        return answer
 
     def _tell(self, message: dict[str, int]) -> None:
         if self._connection is not None:

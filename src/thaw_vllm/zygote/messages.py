@@ -6,7 +6,7 @@ import json
 import os
 import socket
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ..errors import ThawError
@@ -46,12 +46,17 @@ def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]] | Non
         if not isinstance(message, dict):
             raise ThawError("a message that is no object; is the other side of another version?")
     except BaseException as error:
-        for file in files:
-            os.close(file)
+        close(files)
         if isinstance(error, (ValueError, RecursionError)):
             raise ThawError("a message that is no JSON; is the other side of another version?") from None
         raise
     return message, list(files)
+
+
+def close(files: Iterable[int]) -> None:
+    """Close descriptors."""
+    for file in files:
+        os.close(file)
 
 
 def _exactly(connection: socket.socket, count: int) -> bytes:

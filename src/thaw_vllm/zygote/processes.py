@@ -1,4 +1,4 @@
-"""The processes below one, from /proc, and how they are ended; what a keeper and a zygote have in common."""
+"""Processes below one or of a group, from /proc, and how they are ended; being woken by what happens to them."""
 
 from __future__ import annotations
 
@@ -36,8 +36,27 @@ def die_with(parent: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _all() -> dict[int, tuple[str, int]]:
-    """State and parent of every process."""
+def woken_by_signals() -> tuple[int, int]:
+    """The ends of a pipe, not blocking, into which a byte goes for each signal that this process has a handler for.
+
+    The end of a child is one of them from now on.
+    """
+    read, write = os.pipe()
+    for end in (read, write):
+        os.set_blocking(end, False)
+    signal.signal(signal.SIGCHLD, lambda number, frame: None)
+    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    return read, write
+
+
+def awake(read: int) -> None:
+    """Take what is in that pipe."""
+    with contextlib.suppress(BlockingIOError):
+        os.read(read, 4096)
+
+
+def _all() -> dict[int, tuple[str, int, int]]:
+    """State, parent and group of every process."""
     found = {}
     for entry in os.listdir("/proc"):
         if entry.isdigit():
@@ -46,19 +65,24 @@ def _all() -> dict[int, tuple[str, int]]:
                     fields = file.read().rpartition(")")[2].split()
             except OSError:  # it has ended
                 continue
-            found[int(entry)] = fields[0], int(fields[1])
+            found[int(entry)] = fields[0], int(fields[1]), int(fields[2])
     return found
+
+
+def of_group(group: int) -> list[int]:
+    """Processes of a group that have not ended."""
+    return [process for process, (state, _, own) in _all().items() if own == group and state not in _ENDED]
 
 
 def children(parent: int) -> list[int]:
     """Processes whose parent is ``parent`` and which have not ended."""
-    return [process for process, (state, above) in _all().items() if above == parent and state not in _ENDED]
+    return [process for process, (state, above, _) in _all().items() if above == parent and state not in _ENDED]
 
 
 def below(root: int) -> list[int]:
     """Processes that descend from ``root`` and have not ended, parents before their children."""
     found, of = _all(), defaultdict(list)
-    for process, (_, parent) in found.items():
+    for process, (_, parent, _) in found.items():
         of[parent].append(process)
     order = [root]
     for process in order:

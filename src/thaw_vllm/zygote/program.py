@@ -24,7 +24,8 @@ from typing import Any
 from ..errors import UsageError
 
 STREAMS = ("stdin", "stdout", "stderr")
-RUNS = ("script", "module", "code")
+FLAGS: dict[str, list[str]] = {"script": [], "module": ["-m"], "code": ["-c"]}
+"""What can be run, and how python is told so."""
 
 
 def described(arguments: list[str], kind: str, *, detached: bool) -> tuple[dict[str, Any], list[int]]:
@@ -32,7 +33,7 @@ def described(arguments: list[str], kind: str, *, detached: bool) -> tuple[dict[
 
     Args:
         arguments: the script's path, the module's name or the code, and the program's arguments.
-        kind: of RUNS.
+        kind: of FLAGS.
     """
     files, streams = [], []
     for number, name in enumerate(STREAMS):
@@ -89,7 +90,7 @@ def check(request: dict[str, Any]) -> None:
     }
     wrong = [name for name, kind in kinds.items() if not isinstance(request.get(name), kind)]
     unknown = wrong or any(name not in STREAMS for name in request["streams"])
-    if unknown or request["kind"] not in RUNS or not request["arguments"]:
+    if unknown or request["kind"] not in FLAGS or not request["arguments"]:
         raise UsageError(f"a request without {wrong[0] if wrong else 'a program'}; is thaw of another version there?")
 
 
@@ -117,7 +118,7 @@ class Program:
         kind, arguments = request["kind"], request["arguments"]
         main = types.ModuleType("__main__")
         vars(main).update(__annotations__={}, __builtins__=builtins, __loader__=importlib.machinery.BuiltinImporter)
-        sys.orig_argv = [sys.executable, *_FLAG[kind], *arguments]
+        sys.orig_argv = [sys.executable, *FLAGS[kind], *arguments]
         self._old_main = sys.modules["__main__"]  # the interpreter still runs it, and has no reference of its own
         sys.modules["__main__"] = main
         self._ready()
@@ -285,7 +286,6 @@ def _run_code(main: types.ModuleType, arguments: list[str]) -> None:
     exec(compile(arguments[0], "<string>", "exec", dont_inherit=True), main.__dict__)
 
 
-_FLAG: dict[str, list[str]] = {"script": [], "module": ["-m"], "code": ["-c"]}
 _RUN = {"script": _run_script, "module": _run_module, "code": _run_code}
 
 

@@ -106,9 +106,6 @@ class Zygote:
         self._running: dict[int, dict[str, Any]] = {}
         self._ended = 0
         self._leave = False
-        self._wake, self._waking = os.pipe()
-        for end in (self._wake, self._waking):
-            os.set_blocking(end, False)
         self._own = set(processes.children(os.getpid()))  # of imported modules
         processes.adopt_orphans()
         self._listening = self._listen()
@@ -134,19 +131,17 @@ class Zygote:
         """Until somebody stops it. Returns a program in a fork that shall run it, and None in the zygote at its end."""
         gc.collect()
         gc.freeze()  # a collection in a fork must not write to every object, which would copy their pages
-        signal.signal(signal.SIGCHLD, lambda number, frame: None)
+        self._wake, self._waking = processes.woken_by_signals()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda number, frame: setattr(self, "_leave", True))
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        signal.set_wakeup_fd(self._waking, warn_on_full_buffer=False)
         try:
             while not self._leave:
                 ready, _, _ = select.select([self._listening.fileno(), self._wake], [], [], _LOOK)
                 if not ready and not self._found():
                     break
                 if self._wake in ready:
-                    with contextlib.suppress(BlockingIOError):
-                        os.read(self._wake, 4096)
+                    processes.awake(self._wake)
                     self._take_leave()
                 if self._listening.fileno() in ready and (program := self._accept()):
                     return program
@@ -171,8 +166,7 @@ class Zygote:
     def _let_go(self) -> None:
         """Close what only the zygote needs."""
         self._listening.close()
-        for file in (self._held, self._wake, self._waking):
-            os.close(file)
+        messages.close((self._held, self._wake, self._waking))
         self._held = -1
 
     def _take_leave(self) -> None:
@@ -214,12 +208,12 @@ class Zygote:
         finally:
             if self._held >= 0:
                 connection.close()
-                keeper.close(files)
+                messages.close(files)
         return None
 
     def _refuse(self, connection: socket.socket, error: ThawError) -> None:
         with contextlib.suppress(OSError):
-            messages.send(connection, {"refused": str(error), "error": type(error).__name__, "leaves": self._leave})
+            messages.send(connection, {"refused": str(error), "error": type(error).__name__})
 
     def _answer(self, connection: socket.socket, request: dict[str, Any], files: list[int]) -> Program | None:
         what = request.get("do")

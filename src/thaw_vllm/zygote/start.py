@@ -10,8 +10,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from .. import errors
-from ..errors import StorageError, ThawError, UsageError
+from ..errors import StorageError, ThawError, UsageError, named
 from .main import COMMAND
 from .place import Place, make
 
@@ -34,7 +33,8 @@ def start(place: Place, *, imports: list[str], models: list[str], environment: M
         UnsupportedError: a module did what no fork survives; it is named.
         ThawError: it ended; with the end of its log.
     """
-    entries = (os.environ | dict(environment or {})).get("PYTHONPATH")
+    variables = os.environ | dict(environment or {})
+    entries = variables.get("PYTHONPATH")
     if entries and not all(map(os.path.isabs, entries.split(os.pathsep))):
         raise UsageError(
             f"PYTHONPATH={entries} has a relative or an empty entry, which is another directory for each program; make "
@@ -53,7 +53,7 @@ def start(place: Place, *, imports: list[str], models: list[str], environment: M
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            env=os.environ | dict(environment or {}),
+            env=variables,
             cwd="/",
             start_new_session=True,
             pass_fds=[write],
@@ -72,7 +72,7 @@ def start(place: Place, *, imports: list[str], models: list[str], environment: M
         raise
     answer: dict[str, Any] = json.loads(said) if said else {"refused": _ended(place, process.wait())}
     if "refused" in answer:
-        raise getattr(errors, str(answer.get("error")), ThawError)(answer["refused"])
+        raise (named(answer.get("error")) or ThawError)(answer["refused"])
     process.returncode = 0  # it stays; nobody waits for it
     return int(answer["ready"])
 

@@ -10,6 +10,7 @@ import time
 import pytest
 
 from thaw_vllm.engines.vllm import ending, fresh
+from thaw_vllm.zygote.processes import of_group
 
 SLEEPER = "import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-c', '{}']); print(p.pid, flush=True)"
 SLEEPS = "import time; time.sleep(600)"
@@ -35,7 +36,7 @@ def test_nothing_is_left(inner, rest, monkeypatch):
         os.waitid(os.P_PID, leader.pid, os.WEXITED | os.WNOWAIT)
     ending.end_group(leader)
     assert leader.returncode == (3 if "exit" in rest else -signal.SIGTERM)
-    assert not ending._members(leader.pid)
+    assert not of_group(leader.pid)
 
 
 def test_ctrl_c_leaves_no_process(monkeypatch):
@@ -53,4 +54,4 @@ def test_ctrl_c_leaves_no_process(monkeypatch):
         fresh.run("ask", model="M", snapshot=None, engine_args={})
     timer.join()
     (leader,) = leaders
-    assert leader.returncode is not None and not ending._members(leader.pid)
+    assert leader.returncode is not None and not of_group(leader.pid)

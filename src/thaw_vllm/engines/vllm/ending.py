@@ -9,6 +9,8 @@ import subprocess
 import time
 from pathlib import Path
 
+from ...zygote.processes import of_group
+
 GRACE = 5.0
 """Seconds in which what is ended may clean up: shared memory of engines, which their last process removes."""
 
@@ -23,7 +25,7 @@ def end_group(leader: subprocess.Popen[bytes]) -> None:
     try:
         os.killpg(group, signal.SIGTERM)
         if not _ended(group, GRACE):
-            for process in _members(group):
+            for process in of_group(group):
                 if not _cleans(process):
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(process, signal.SIGKILL)
@@ -36,24 +38,11 @@ def end_group(leader: subprocess.Popen[bytes]) -> None:
 def _ended(group: int, patience: float) -> bool:
     """Whether every process of a group has ended, after so many seconds at most."""
     until = time.monotonic() + patience
-    while _members(group):
+    while of_group(group):
         if time.monotonic() > until:
             return False
         time.sleep(0.02)
     return True
-
-
-def _members(group: int) -> list[int]:
-    """Processes of a group that have not ended."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = path.read_text(errors="replace").rpartition(")")[2].split()
-        except OSError:  # ended
-            continue
-        if int(fields[2]) == group and fields[0] not in "ZX":
-            found.append(int(path.parent.name))
-    return found
 
 
 def _cleans(process: int) -> bool:

@@ -49,7 +49,7 @@ ON_CUDA = (
     "vllm.compilation.backends",
     "vllm.compilation.cuda_graph",
 )
-MODELS = ("llama", "qwen2", "qwen3")
+MODELS = tuple(f"vllm.model_executor.models.{name}" for name in ("llama", "qwen2", "qwen3"))
 """Modules of models that are imported where no model is named."""
 
 
@@ -78,7 +78,7 @@ def import_all(extra: list[str], models: list[str]) -> Imported:
         for name in ON_CUDA if versions.on_cuda() else ON_CPU:
             work.import_one(name, required=False)
         work.do("vLLM's plugins", versions.load_plugins)
-        for name in dict.fromkeys(versions.model_modules(architectures) or _default_models()):
+        for name in dict.fromkeys(versions.model_modules(architectures) or MODELS):
             work.import_one(name, required=False)
         for name in architectures:
             work.do(f"looking at {name}", lambda name=name: versions.inspect_model(name))  # type: ignore[misc]
@@ -102,7 +102,7 @@ class _Work:
     """Imports one after the other, and looks after each what became of the process.
 
     Attributes:
-        pools: native threads that may be there; None until that is known.
+        pools: native threads that may be there; any number until that is known.
     """
 
     def __init__(self) -> None:
@@ -133,10 +133,6 @@ def _architectures(model: Path) -> list[str]:
     except (OSError, ValueError) as error:
         raise StorageError(f"{str(model)!r} is no model directory, its config.json cannot be read: {error}") from None
     return [str(name) for name in found]
-
-
-def _default_models() -> list[str]:
-    return [f"vllm.model_executor.models.{name}" for name in MODELS]
 
 
 def _tokenizer(model: str) -> None:
