@@ -96,6 +96,11 @@ class Loader:
     snapshot: Path | None = None
     forked: bool = False
 
+    @property
+    def zygote(self) -> str | None:
+        """The name of the one that is forked."""
+        return ZYGOTE if self.forked else None
+
 
 def measure(settings: Settings, say: Say) -> Outcome:
     """Every loader in every mode; a loader that fails is a line, the others go on.
@@ -205,12 +210,12 @@ def _start(loader: Loader, mode: str, settings: Settings, name: str) -> dict[str
             return f"not installed: pip install {package}"
     args = {"enforce_eager": mode != "graphs"} | settings.engine_args | loader.engine_args
     with tempfile.TemporaryDirectory(prefix="thaw-", ignore_cleanup_errors=True) as folder:
-        environment = QUIET | {startup.VARIABLE: os.path.join(folder, "start")}
+        environment = dict(QUIET)
         if settings.caches == COLD:
             environment |= {variable: os.path.join(folder, variable.lower()) for variable in CACHES}
-        zygote = ZYGOTE if loader.forked else None
         if mode == SERVER:
             return _serve(loader, args, settings, environment, folder)
+        environment[startup.VARIABLE] = os.path.join(folder, "start")
         try:
             answer = fresh.run(
                 "ask",
@@ -220,7 +225,7 @@ def _start(loader: Loader, mode: str, settings: Settings, name: str) -> dict[str
                 questions=QUESTIONS,
                 max_tokens=settings.max_tokens,
                 environment=environment,
-                zygote=zygote,
+                zygote=loader.zygote,
             )
         except (ThawError, OSError) as error:
             return " ".join(str(error).split())[:300]
@@ -247,7 +252,7 @@ def _serve(
             question=QUESTIONS[0],
             max_tokens=settings.max_tokens,
             environment=fresh.READ_FROM_THE_LOG | environment,
-            zygote=ZYGOTE if loader.forked else None,
+            zygote=loader.zygote,
             folder=folder,
         )
     except (ThawError, OSError) as error:

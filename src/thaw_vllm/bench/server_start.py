@@ -9,17 +9,16 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ..engines.vllm.ending import end_group
+from ..engines.vllm.fresh import python
+from ..engines.vllm.versions import SERVER as MODULE
 from ..errors import ThawError
 
-MODULE = "vllm.entrypoints.openai.api_server"
-"""What ``vllm serve`` comes to; that command itself ends at once in the CPU build, which has another name."""
 _PATIENCE = 600.0
 """Seconds for a server to come up, kernels compiled and all."""
 _ENDING = 60.0
@@ -64,8 +63,7 @@ def run(
     """
     log = Path(folder) / "server.txt"
     port = _free_port()
-    how = [] if zygote is None else ["-m", "thaw_vllm", "run", "--zygote", zygote]
-    command = [sys.executable, *how, "-m", MODULE, "--model", model, "--host", "127.0.0.1", "--port", str(port)]
+    command = [*python(zygote), "-m", MODULE, "--model", model, "--host", "127.0.0.1", "--port", str(port)]
     seconds = {}
     begun = time.perf_counter()
     with log.open("wb") as stream, _running([*command, *options(engine_args)], stream, environment) as process:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -28,12 +27,6 @@ thaw bench cold-start --model Llama-3-8B/ --loader default-loader --caches cold 
 thaw bench kv --model Llama-3-8B/ --tokens 1024 --tokens 4096 --record
 thaw bench report
 """
-
-
-def _examples(name: str) -> str | None:
-    """Those of one command."""
-    lines = [line for line in EXAMPLES.strip().splitlines() if line.split()[2] == name]
-    return examples(SimpleNamespace(EXAMPLES="\n".join(lines)))
 
 
 Directories = Annotated[
@@ -65,7 +58,7 @@ def bench(ctx: typer.Context) -> None:
         restore()
 
 
-@app.command(epilog=_examples("restore"))
+@app.command(epilog=examples(EXAMPLES, "restore"))
 def restore(
     size_mb: Annotated[int, typer.Option(min=1, help="Size of the made-up model.")] = 1000,
     directory: Annotated[
@@ -98,7 +91,7 @@ def restore(
         _tell(f"recorded in {path}")
 
 
-@app.command(epilog=_examples("limits"))
+@app.command(epilog=examples(EXAMPLES, "limits"))
 def limits(
     directory: Directories = None,
     size_gb: Annotated[float, typer.Option(min=0.01, help="GB moved in a run.")] = 4.0,
@@ -125,7 +118,7 @@ def limits(
     _finish(ceilings.measure(works, _places(directory), settings, _tell), record, as_json)
 
 
-@app.command(epilog=_examples("weights"))
+@app.command(epilog=examples(EXAMPLES, "weights"))
 def weights(
     directory: Directories = None,
     size_gb: Annotated[float, typer.Option(min=0.001, help="About how large the made-up model is.")] = 16.06,
@@ -164,7 +157,7 @@ def weights(
     _finish(measuring.measure(settings, _tell), record, as_json)
 
 
-@app.command(epilog=_examples("freeze"))
+@app.command(epilog=examples(EXAMPLES, "freeze"))
 def freeze(
     directory: Directories = None,
     size_gb: Annotated[float, typer.Option(min=0.001, help="About how large the made-up model is.")] = 16.06,
@@ -192,7 +185,7 @@ def freeze(
     _finish(freezing.measure(settings, _tell), record, as_json)
 
 
-@app.command("cold-start", epilog=_examples("cold-start"))
+@app.command("cold-start", epilog=examples(EXAMPLES, "cold-start"))
 def cold_start(
     model: Annotated[Path, typer.Option(help="A model directory with safetensors files.")],
     snapshot: Annotated[Path | None, typer.Option(help="Its snapshot, made by thaw freeze.")] = None,
@@ -255,7 +248,7 @@ def cold_start(
     _end(outcome, record)
 
 
-@app.command(epilog=_examples("kv"))
+@app.command(epilog=examples(EXAMPLES, "kv"))
 def kv(
     model: Annotated[Path, typer.Option(help="A model directory with safetensors files.")],
     tokens: Annotated[
@@ -310,7 +303,7 @@ def kv(
         raise typer.Exit(1)
 
 
-@app.command(epilog=_examples("report"))
+@app.command(epilog=examples(EXAMPLES, "report"))
 def report(
     results: Annotated[Path, typer.Option(help="The directory with the recorded lines.")] = Path("benchmarks/results"),
     output: Annotated[Path, typer.Option(help="The page; its plots go into plots/ beside it.")] = Path(

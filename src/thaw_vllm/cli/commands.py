@@ -32,7 +32,9 @@ class Commands(TyperGroup):
         if single is None:
             single = plain_app(add_completion=False)
             kind, settings = getattr(module, "Command", None), getattr(module, "CONTEXT", None)
-            made = single.command(cmd_name, cls=kind, context_settings=settings, epilog=examples(module))
+            made = single.command(
+                cmd_name, cls=kind, context_settings=settings, epilog=examples(getattr(module, "EXAMPLES", None))
+            )
             made(getattr(module, name))
         command = typer.main.get_command(single)
         command.name = cmd_name
@@ -44,10 +46,12 @@ def plain_app(**options: Any) -> typer.Typer:
     return typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, **options)
 
 
-def examples(module: Any) -> str | None:
-    """The module's EXAMPLES, kept as they are written."""
-    text = getattr(module, "EXAMPLES", None)
-    return None if text is None else "\b\nExamples:\n" + "\n".join(f"  {line}" for line in text.strip().splitlines())
+def examples(text: str | None, command: str = "") -> str | None:
+    """Examples as they are written; of one command where a module has several (``thaw kv freeze``)."""
+    if text is None:
+        return None
+    lines = [line for line in text.strip().splitlines() if not command or line.split()[2] == command]
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
 
 
 app = plain_app(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})

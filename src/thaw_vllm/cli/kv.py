@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Annotated, Any
 
 import typer
@@ -22,12 +21,6 @@ thaw kv info --json | jq .known
 
 LONGEST_WAIT = 3600
 """Seconds: freezing waits for a disk, and the server answers when it is done."""
-
-
-def _examples(name: str = "") -> str | None:
-    """Those of one command, or of all."""
-    lines = [line for line in EXAMPLES.strip().splitlines() if name in ("", line.split()[2])]
-    return examples(SimpleNamespace(EXAMPLES="\n".join(lines)))
 
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A .thawkv file in the server's THAW_KV_DIR.")]
@@ -50,7 +43,7 @@ LOCAL = "http://127.0.0.1:8000"
 app = plain_app(add_completion=False)
 
 
-@app.callback(epilog=_examples())
+@app.callback(epilog=examples(EXAMPLES))
 def kv() -> None:
     """Freeze and restore what a running server has cached.
 
@@ -58,7 +51,7 @@ def kv() -> None:
     """
 
 
-@app.command(epilog=_examples("freeze"))
+@app.command(epilog=examples(EXAMPLES, "freeze"))
 def freeze(
     name: Name,
     prompt: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="Freeze what begins this; repeat.")] = None,
@@ -116,7 +109,7 @@ def freeze(
     )
 
 
-@app.command(epilog=_examples("restore"))
+@app.command(epilog=examples(EXAMPLES, "restore"))
 def restore(
     name: Name,
     evict: Annotated[bool, typer.Option("--evict", help="Let cached blocks that nobody uses make room.")] = False,
@@ -147,7 +140,7 @@ def restore(
     )
 
 
-@app.command(epilog=_examples("info"))
+@app.command(epilog=examples(EXAMPLES, "info"))
 def info(server: Server = LOCAL, token: Token = None, api_key: ApiKey = None, as_json: Json = False) -> None:
     """Say what a server has cached."""
     answer = _ask(server, "info", token, api_key, None)

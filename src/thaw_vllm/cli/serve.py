@@ -8,14 +8,14 @@ from typing import Annotated
 
 import typer
 
+from ..engines.vllm.versions import SERVER as MODULE
+
 EXAMPLES = """
 thaw serve --model Llama-3-8B/ --snapshot W.thaw
 thaw serve --model Llama-3-8B/ --snapshot W.thaw --port 8001 --max-model-len 8192
 thaw serve --model Llama-3-8B/ --require-zygote
 """
 CONTEXT = {"ignore_unknown_options": True, "allow_extra_args": True}
-MODULE = "vllm.entrypoints.openai.api_server"
-"""What ``vllm serve`` comes to; that command itself ends at once in the CPU build, which has another name."""
 
 
 def serve(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Annotated, Any
 
 import typer
@@ -24,18 +23,12 @@ app = plain_app(add_completion=False)
 Name = Annotated[str, typer.Option("--name", metavar="NAME", help="Which zygote, where there are several.")]
 
 
-def _examples(name: str) -> str | None:
-    """Those of one command."""
-    lines = [line for line in EXAMPLES.strip().splitlines() if line.split()[2] == name]
-    return examples(SimpleNamespace(EXAMPLES="\n".join(lines)))
-
-
-@app.callback(epilog=examples(SimpleNamespace(EXAMPLES=EXAMPLES)))
+@app.callback(epilog=examples(EXAMPLES))
 def zygote() -> None:
     """Keep a process with vLLM imported, to be forked."""
 
 
-@app.command(epilog=_examples("start"))
+@app.command(epilog=examples(EXAMPLES, "start"))
 def start(
     name: Name = "default",
     model: Annotated[
@@ -64,7 +57,7 @@ def start(
     pairs(_about(found))
 
 
-@app.command(epilog=_examples("status"))
+@app.command(epilog=examples(EXAMPLES, "status"))
 def status(name: Name = "default", as_json: Json = False) -> None:
     """Say what it has imported, how much memory it takes, and which programs run in its forks."""
     from ..zygote.client import ask
@@ -80,7 +73,7 @@ def status(name: Name = "default", as_json: Json = False) -> None:
         table([("pid", "processes", "private", "shared", "since", "program"), *map(_program, found["programs"])])
 
 
-@app.command(epilog=_examples("stop"))
+@app.command(epilog=examples(EXAMPLES, "stop"))
 def stop(name: Name = "default", as_json: Json = False) -> None:
     """Stop it. Programs that run go on."""
     from ..zygote.client import ask

