@@ -31,6 +31,8 @@ LACKING = 7
 OPTIONAL = {
     "safetensors": "vLLM, thaw bench",
     "transformers": "vLLM, thaw demo",
+    "fastapi": "vLLM's server, thaw serve",
+    "uvicorn": "vLLM's server, thaw serve",
     "accelerate": "making the demo's model",
     "gguf": "making the demo's model",
 }
