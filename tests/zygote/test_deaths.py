@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from tests.zygote.running import COMMAND, Zygote, alive, until
+from tests.zygote.running import COMMAND, Zygote, alive, state, until
 
 from thaw_vllm.zygote import processes
 
@@ -156,7 +156,7 @@ class TestZygote:
         process = self.talk(own)
         first = own.pid
         os.kill(own.pid, signal.SIGKILL)
-        until(lambda: not alive(first))
+        until(lambda: state(first) is None)  # nor does it stay in the table of processes
         assert own.start() != first
         assert own.run("-c", "print(1)").stdout == "1\n"
         assert process.communicate("goes on\n", timeout=60)[0] == "goes on\n" and process.returncode == 0
@@ -179,7 +179,7 @@ class TestZygote:
             assert ran.stdout == "stopped; 1 programs go on\n" and ran.returncode == 0, ran.stderr
         else:
             os.kill(own.pid, signal.SIGTERM)
-        until(lambda: not alive(own.pid))
+        until(lambda: state(own.pid) is None)
         assert not own.place.socket.exists()
         again = subprocess.run([*COMMAND, "zygote", "stop"], capture_output=True, text=True, timeout=60)
         assert again.returncode == 2 and "no zygote 'default' runs; thaw zygote start" in again.stderr

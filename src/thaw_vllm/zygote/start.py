@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -64,16 +65,20 @@ def start(place: Place, *, imports: list[str], models: list[str], environment: M
     finally:
         os.close(write)
         os.close(log)
+    waiting = threading.Thread(target=process.wait, name="zygote-ended", daemon=True)
+    waiting.start()  # else it would stay in the table of processes when it has ended, as long as this one lives
     try:
         with os.fdopen(read) as answers:
             said = answers.read()
     except BaseException:  # Ctrl-C: nobody waits for it any more
         process.terminate()
         raise
-    answer: dict[str, Any] = json.loads(said) if said else {"refused": _ended(place, process.wait())}
+    if not said:
+        waiting.join()
+        raise ThawError(_ended(place, process.returncode))
+    answer: dict[str, Any] = json.loads(said)
     if "refused" in answer:
         raise (named(answer.get("error")) or ThawError)(answer["refused"])
-    process.returncode = 0  # it stays; nobody waits for it
     return int(answer["ready"])
 
 
