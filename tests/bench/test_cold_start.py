@@ -8,6 +8,7 @@ import torch
 from tests.cli.ranks import freeze_set
 
 from thaw_vllm.bench import cold_start, server_start
+from thaw_vllm.engines.vllm.fast_start import CACHES, FastStart
 from thaw_vllm.errors import ThawError, UsageError
 
 
@@ -19,10 +20,11 @@ class Engine:
 
     def __init__(self, failing=(), different=(), reporting=False):
         self.failing, self.different, self.reporting, self.asked = failing, different, reporting, []
-        self.environments, self.zygotes = [], []
+        self.environments, self.zygotes, self.args = [], [], []
 
     def __call__(self, action, *, model, snapshot, engine_args, questions, max_tokens, environment, zygote):
         self.zygotes.append(zygote)
+        self.args.append(engine_args)
         name = "snapshot" if snapshot is not None else engine_args.get("load_format", "default")
         self.asked.append((name, engine_args["enforce_eager"]))
         self.environments.append(environment)
@@ -156,6 +158,23 @@ def test_forks_of_a_zygote(thaw, model, engine, zygote):
     assert found == [("vllm", "default-loader"), ("thaw", "default-loader-zygote")]
 
 
+def test_with_the_preset(thaw, model, engine, zygote, monkeypatch):
+    preset = FastStart({"cudagraph_capture_sizes": [1]}, {"VLLM_ENABLE_STARTUP_PLAN": "1"}, [])
+    given = []
+    monkeypatch.setattr(cold_start, "fast_start", lambda names, environment: given.append(set(names)) or preset)
+    started = engine()
+    routes = ["default-loader", "default-loader-fast-start", "checkpoint-zygote-fast-start"]
+    arguments = ["--mode", "graphs", "--zygote", "--fast-start", *(x for route in routes for x in ("--loader", route))]
+    ran = thaw("bench", "cold-start", "--model", model, *arguments, "--json")
+    assert ran.code == 0, ran.err
+    starts = [(r["system"], r["route"]) for r in ran.document["records"] if r["work"] == "start-graphs"]
+    assert starts == list(zip(("vllm", "thaw", "thaw"), routes, strict=True))
+    assert started.zygotes == [None, None, cold_start.ZYGOTE]
+    assert [e.get("VLLM_ENABLE_STARTUP_PLAN") for e in started.environments] == [None, "1", "1"]
+    assert [args.get("cudagraph_capture_sizes") for args in started.args] == [None, [1], [1]]
+    assert given == [{"max_model_len"}, {"max_model_len", "load_format"}]
+
+
 def test_a_zygote_is_stopped_after_an_error(thaw, model, engine, zygote, monkeypatch):
     engine()
     monkeypatch.setattr(cold_start.fresh, "run", lambda *args, **options: 1 / 0)
@@ -198,15 +217,6 @@ def test_servers(thaw, model, engine, zygote, tmp_path, monkeypatch):
     assert ran.document["missed"][0]["why"] == "the server did not come up: why"
 
 
-def test_engine_arguments_as_the_server_takes_them():
-    args = {"enforce_eager": True, "enable_prefix_caching": False, "dtype": "float32", "max_model_len": 64}
-    args["compilation_config"] = {"level": 0}
-    assert server_start.options(args) == [
-        *("--enforce-eager", "--no-enable-prefix-caching", "--dtype", "float32", "--max-model-len", "64"),
-        *("--compilation-config", '{"level": 0}'),
-    ]
-
-
 def test_a_server_that_does_not_come_up(tmp_path, monkeypatch):
     monkeypatch.setattr(server_start, "MODULE", "no_such_module_anywhere")
     asked = {"model": "M", "engine_args": {}, "question": [1], "max_tokens": 1, "environment": {}, "zygote": None}
@@ -220,8 +230,8 @@ def test_starts_with_empty_caches(thaw, model, engine):
     ran = thaw("bench", "cold-start", "--model", model, *arguments, "--json")
     assert [r["work"] for r in ran.document["records"]] == ["start-graphs-cold", "vllm-load-weights"]
     assert ran.document["records"][1]["start"] == "start-graphs-cold"
-    places = [{name: e[name] for name in cold_start.CACHES} for e in started.environments]
-    assert len({path for place in places for path in place.values()}) == 2 * len(cold_start.CACHES)
+    places = [{name: e[name] for name in CACHES} for e in started.environments]
+    assert len({path for place in places for path in place.values()}) == 2 * len(CACHES)
 
 
 def test_reports_that_cannot_be_kept(thaw, model, engine, tmp_path):

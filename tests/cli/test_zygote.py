@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from pathlib import Path
 
 import pytest
 from tests.zygote.running import made, until
 
 from thaw_vllm.cli import serve as serving
+from thaw_vllm.engines.vllm import fast_start
 from thaw_vllm.errors import MissingDependencyError
 
 
@@ -64,6 +66,16 @@ class TestZygote:
         }
         stopped = thaw("zygote", "stop", "--json").document
         assert stopped == {"stopped": started["pid"], "running": 0}
+
+    def test_caches(self, thaw, place, tmp_path):
+        thaw("zygote", "stop")
+        place.pid = thaw("zygote", "start", "--cache-dir", tmp_path / "new", "--json").document["pid"]
+        environment = Path(f"/proc/{place.pid}/environ").read_bytes().decode().split("\0")
+        assert {f"TRITON_CACHE_DIR={tmp_path}/new/triton", f"VLLM_CACHE_ROOT={tmp_path}/new/vllm"} <= {*environment}
+        thaw("zygote", "stop")
+        (tmp_path / "file").touch()
+        ran = thaw("zygote", "start", "--cache-dir", tmp_path / "file")
+        assert ran.code == 6 and "no caches can be kept" in ran.err and not place.place.socket.exists()
 
     def test_nothing_runs(self, thaw, place):
         thaw("zygote", "stop")
@@ -224,6 +236,46 @@ class TestServe:
         )
         assert json.loads(options[3]) == {"snapshot": str(snapshot)}
         assert options[4:] == ["-tp", "2", "--pipeline-parallel-size=3", "--x"]
+
+    def test_fast_start(self, thaw, handed, monkeypatch):
+        monkeypatch.setenv("VLLM_ENABLE_STARTUP_PLAN", "")
+        monkeypatch.setattr(fast_start, "_driver", lambda: True)
+        ran = thaw("serve", "--model", "m", "--fast-start", "--port", "8001")
+        assert ran.code == 0 and os.environ["VLLM_ENABLE_STARTUP_PLAN"] == "1"
+        graphs, memory = ran.err.splitlines()
+        assert graphs.startswith("thaw: fast start: CUDA graphs are captured for batches of 1, 2, 4, 8 only")
+        assert memory.startswith("thaw: fast start: memory for the KV cache")
+        ((arguments, _),) = handed
+        sizes = ["--cudagraph-capture-sizes", "1", "2", "4", "8"]
+        assert arguments[0] == [serving.MODULE, "--model", "m", *sizes, "--port", "8001"]
+
+    def test_fast_start_beside_what_was_chosen(self, thaw, handed, monkeypatch):
+        monkeypatch.setenv("VLLM_ENABLE_STARTUP_PLAN", "0")
+        monkeypatch.setattr(fast_start, "_driver", lambda: True)
+        ran = thaw("serve", "--model", "m", "--fast-start", "--compilation-config={}")
+        assert ran.code == 0 and ran.err.count("as you chose") == 2
+        assert os.environ["VLLM_ENABLE_STARTUP_PLAN"] == "0"
+        assert handed[0][0][0] == [serving.MODULE, "--model", "m", "--compilation-config={}"]
+
+    def test_fast_start_without_a_gpu(self, thaw, handed, monkeypatch):
+        monkeypatch.setattr(fast_start, "_driver", lambda: False)
+        ran = thaw("serve", "--model", "m", "--fast-start")
+        assert ran.code == 0 and "there is no GPU" in ran.err and ran.err.count("\n") == 1
+        assert handed[0][0][0] == [serving.MODULE, "--model", "m"]
+
+    def test_caches(self, thaw, handed, tmp_path, monkeypatch):
+        for variable in fast_start.CACHES:
+            monkeypatch.setenv(variable, "/elsewhere")
+        assert thaw("serve", "--model", "m", "--cache-dir", tmp_path / "new").code == 0
+        assert {name: os.environ[name] for name in fast_start.CACHES} == {
+            name: str(tmp_path / "new" / below) for name, below in fast_start.CACHES.items()
+        }
+        assert (tmp_path / "new").is_dir() and len(handed) == 1
+
+    def test_no_room_for_caches(self, thaw, handed, tmp_path):
+        (tmp_path / "file").touch()
+        ran = thaw("serve", "--model", "m", "--cache-dir", tmp_path / "file")
+        assert ran.code == 6 and "no caches can be kept" in ran.err and handed == []
 
     def test_no_model(self, thaw, handed):
         ran = thaw("serve", "--model", "./none")

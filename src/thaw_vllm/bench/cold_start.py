@@ -15,6 +15,7 @@ from typing import Any
 
 from ..engines.vllm import fresh, start_page, start_report, startup
 from ..engines.vllm.api import check_sizes
+from ..engines.vllm.fast_start import cache_variables, fast_start
 from ..errors import StorageError, ThawError, UsageError
 from ..zygote.client import ask
 from ..zygote.place import place
@@ -28,14 +29,9 @@ SERVER, HEALTHY, HEALTHY_CPU = "server", "server-healthy", "server-healthy-cpu"
 MODES = {"eager": EAGER, "graphs": GRAPHS, SERVER: HEALTHY}
 """What is started: an engine in a program, until its first token; or vLLM's server, eager, until it is healthy."""
 WARM, COLD = "warm", "cold"
-CACHES = (
-    *("VLLM_CACHE_ROOT", "VLLM_FLASHINFER_AUTOTUNE_CACHE_DIR", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"),
-    *("CUDA_CACHE_PATH", "FLASHINFER_WORKSPACE_BASE", "DG_JIT_CACHE_DIR"),
-)
-"""Variables that name where a start finds what an earlier one has compiled, tuned or looked up."""
 DEFAULT, SNAPSHOT, STREAMED = "default-loader", "snapshot", "checkpoint"
-FORKED = "-zygote"
-"""Ends the routes of starts in forks of a zygote."""
+FORKED, FAST = "-zygote", "-fast-start"
+"""End the routes of starts in forks of a zygote, and of those with the preset of ``thaw serve --fast-start``."""
 ZYGOTE = f"bench-{os.getpid()}"
 QUIET = {"VLLM_NO_USAGE_STATS": "1"}
 FORMATS = {
@@ -64,6 +60,7 @@ class Settings:
         caches: WARM: of compiled and tuned kernels, as they are; COLD: empty ones for every start.
         reports: a directory for the report of every start, as JSON and as a page; None to keep none.
         zygote: also start by each loader of thaw's and vllm's own in forks of a zygote that is started for it.
+        fast_start: also start each of these with the preset.
     """
 
     model: Path
@@ -76,6 +73,7 @@ class Settings:
     caches: str = WARM
     reports: Path | None = None
     zygote: bool = False
+    fast_start: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,6 +86,7 @@ class Loader:
         engine_args: that choose it.
         snapshot: for ``fresh.run``.
         forked: whether the process is a fork of the zygote.
+        fast: whether it is started with the preset.
     """
 
     system: str
@@ -95,6 +94,7 @@ class Loader:
     engine_args: dict[str, Any]
     snapshot: Path | None = None
     forked: bool = False
+    fast: bool = False
 
     @property
     def zygote(self) -> str | None:
@@ -170,6 +170,7 @@ def loaders(settings: Settings) -> list[Loader]:
     found.append(Loader("thaw", STREAMED, {"load_format": "thaw"}))
     forked = [replace(loader, system="thaw", route=loader.route + FORKED, forked=True) for loader in found]
     found += forked if settings.zygote else []
+    found += [replace(x, system="thaw", route=x.route + FAST, fast=True) for x in found] if settings.fast_start else []
     return found + [Loader(package, name, {"load_format": name}) for name, package in FORMATS.items()]
 
 
@@ -212,7 +213,11 @@ def _start(loader: Loader, mode: str, settings: Settings, name: str) -> dict[str
     with tempfile.TemporaryDirectory(prefix="thaw-", ignore_cleanup_errors=True) as folder:
         environment = dict(QUIET)
         if settings.caches == COLD:
-            environment |= {variable: os.path.join(folder, variable.lower()) for variable in CACHES}
+            environment |= cache_variables(folder)
+        if loader.fast:
+            preset = fast_start([name for name, value in args.items() if value is not False], os.environ)
+            args |= preset.engine_args
+            environment |= preset.environment
         if mode == SERVER:
             return _serve(loader, args, settings, environment, folder)
         environment[startup.VARIABLE] = os.path.join(folder, "start")

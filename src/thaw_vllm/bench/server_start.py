@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..engines.vllm.command_line import options
 from ..engines.vllm.ending import end_group
 from ..engines.vllm.fresh import python
 from ..engines.vllm.versions import SERVER as MODULE
@@ -22,18 +23,6 @@ from ..errors import ThawError
 _PATIENCE = 600.0
 """Seconds for a server to come up, kernels compiled and all."""
 _ENDING = 60.0
-
-
-def options(engine_args: dict[str, Any]) -> list[str]:
-    """Engine arguments as the command line of the server has them; values that are no text in JSON."""
-    found = []
-    for name, value in engine_args.items():
-        flag = "--" + name.replace("_", "-")
-        if isinstance(value, bool):
-            found.append(flag if value else flag.replace("--", "--no-", 1))
-        else:
-            found += [flag, value if isinstance(value, str) else json.dumps(value)]
-    return found
 
 
 def run(

@@ -207,6 +207,9 @@ def cold_start(
         Path | None, typer.Option(help="Keep every start's report here, as JSON and HTML.", metavar="DIR")
     ] = None,
     zygote: Annotated[bool, typer.Option("--zygote", help="Start in forks of a zygote, too.")] = False,
+    fast_start: Annotated[
+        bool, typer.Option("--fast-start", help="Start with the preset of thaw serve --fast-start, too.")
+    ] = False,
     engine_arg: EngineArguments = None,
     record: Recording = False,
     as_json: Json = False,
@@ -233,6 +236,7 @@ def cold_start(
         caches=_chosen([caches], (measuring.WARM, measuring.COLD), "kind of caches")[0],
         reports=reports,
         zygote=zygote,
+        fast_start=fast_start,
     )
     require_vllm_installed()
     outcome = measuring.measure(settings, _tell)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..engines.vllm.versions import SERVER as MODULE
+from .zygote import CacheDir
 
 EXAMPLES = """
 thaw serve --model Llama-3-8B/ --snapshot W.thaw
 thaw serve --model Llama-3-8B/ --snapshot W.thaw --port 8001 --max-model-len 8192
 thaw serve --model Llama-3-8B/ --require-zygote
+thaw serve --model Llama-3-8B/ --snapshot W.thaw --fast-start --cache-dir /var/cache/thaw
 """
 CONTEXT = {"ignore_unknown_options": True, "allow_extra_args": True}
 
@@ -29,6 +33,13 @@ def serve(
     require_zygote: Annotated[
         bool, typer.Option("--require-zygote", help="Fail where no zygote can run the server; else it is started anew.")
     ] = False,
+    fast_start: Annotated[
+        bool,
+        typer.Option(
+            "--fast-start", help="Few CUDA graphs, and memory as it was measured before; says what that costs."
+        ),
+    ] = False,
+    cache_dir: CacheDir = None,
 ) -> None:
     """Run vLLM's own server, in a fork of the zygote.
 
@@ -36,6 +47,9 @@ def serve(
     Without one, a new Python is started for it, and a line says so.
     """
     from ..engines.vllm.api import check_model, check_sizes, require_vllm_installed
+    from ..engines.vllm.command_line import options as command_line
+    from ..engines.vllm.fast_start import cache_variables
+    from ..engines.vllm.fast_start import fast_start as choose
     from ..errors import UsageError
     from .run import hand_over
 
@@ -49,6 +63,14 @@ def serve(
         check_sizes(str(snapshot.absolute()), _sizes(options))
         extra = json.dumps({"snapshot": str(snapshot.absolute())})
         options = ["--load-format", "thaw", "--model-loader-extra-config", extra, *options]
+    if cache_dir is not None:
+        os.environ.update(cache_variables(cache_dir))
+    if fast_start:
+        preset = choose([option.partition("=")[0] for option in options], os.environ)
+        os.environ.update(preset.environment)
+        options = [*command_line(preset.engine_args), *options]
+        for line in preset.said:
+            print(f"thaw: fast start: {line}", file=sys.stderr, flush=True)
     hand_over([MODULE, "--model", model, *options], "module", zygote, fallback=not require_zygote)
 
 

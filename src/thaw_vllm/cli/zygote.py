@@ -21,6 +21,10 @@ thaw zygote stop
 
 app = plain_app(add_completion=False)
 Name = Annotated[str, typer.Option("--name", metavar="NAME", help="Which zygote, where there are several.")]
+CacheDir = Annotated[
+    Path | None,
+    typer.Option("--cache-dir", metavar="DIR", help="Keep what is compiled here, for the starts that come."),
+]
 
 
 @app.callback(epilog=examples(EXAMPLES))
@@ -37,6 +41,7 @@ def start(
     module: Annotated[
         list[str] | None, typer.Option("--import", metavar="MODULE", help="Import this, too. May be repeated.")
     ] = None,
+    cache_dir: CacheDir = None,
     as_json: Json = False,
 ) -> None:
     """Start one in the background, and wait until it takes programs.
@@ -44,12 +49,14 @@ def start(
     It touches no device and has no thread of its own; a module that starts one, or initialises CUDA, is named and
     refused. Variables that are read at import get the values that they have here.
     """
+    from ..engines.vllm.fast_start import cache_variables
     from ..zygote.client import ask
     from ..zygote.place import place
     from ..zygote.start import start as begin
 
     where = place(name)
-    begin(where, imports=module or [], models=[str(path.absolute()) for path in model or []])
+    caches = {} if cache_dir is None else cache_variables(cache_dir)
+    begin(where, imports=module or [], models=[str(path.absolute()) for path in model or []], environment=caches)
     found = ask(where, "status")
     if as_json:
         document(found)

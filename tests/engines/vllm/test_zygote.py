@@ -18,6 +18,8 @@ from tests.zygote.running import COMMAND, Zygote, changed, made, until
 
 from thaw_vllm.cli import serve
 from thaw_vllm.engines.vllm import fresh, preimport, start_report, versions
+from thaw_vllm.engines.vllm.command_line import options
+from thaw_vllm.engines.vllm.fast_start import fast_start
 from thaw_vllm.errors import UnsupportedError
 from thaw_vllm.zygote import processes
 
@@ -162,10 +164,12 @@ def port() -> int:
 def test_serve(zygote: Zygote, asked: dict, snapshot: Path, port: int, tmp_path: Path, number: signal.Signals):
     command = [*COMMAND, "serve", "--model", asked["model"], "--snapshot", str(snapshot), "--require-zygote"]
     command += ["--enforce-eager", "--max-model-len", "256", "--host", "127.0.0.1", "--port", str(port)]
+    preset = fast_start([], {}, gpu=True)  # what it would add on a GPU is taken, by vLLM and by the zygote
+    command += options(preset.engine_args)
     url = f"http://127.0.0.1:{port}"
     reports = {"THAW_START_REPORT": str(tmp_path / "start")}
     with (tmp_path / "log").open("w") as log:
-        environment = changed(fresh.READ_FROM_THE_LOG | reports)
+        environment = changed(fresh.READ_FROM_THE_LOG | reports | preset.environment)
         default = signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)

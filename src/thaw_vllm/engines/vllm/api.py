@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from ...weights.open import open_snapshot
 from . import versions
 from .answers import all_raised
 from .failures import reported
+from .fast_start import fast_start as choose_fast_start
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -21,6 +23,8 @@ def load(
     model: str | None = None,
     snapshot: str | os.PathLike[str] | None = None,
     kv_snapshot: str | os.PathLike[str] | None = None,
+    *,
+    fast_start: bool = False,
     **llm_kwargs: Any,
 ) -> LLM:
     """A ready ``vllm.LLM`` from a snapshot, with vLLM's own defaults.
@@ -29,6 +33,8 @@ def load(
         model: model directory or hub name, for its config and tokenizer only; None uses the ones the snapshot carries.
         snapshot: the ``.thaw`` file (the manifest of a set).
         kv_snapshot: a ``.thawkv`` file made with the same weights and configuration; restored into the new engine.
+        fast_start: few CUDA graphs, and memory as it was measured before (``fast_start.fast_start``); what that costs
+            is logged. Sets a variable in this process's environment, which engines started later find too.
         llm_kwargs: passed to ``vllm.LLM`` as they are, ``model_loader_extra_config`` merged with ours.
 
     Raises:
@@ -51,6 +57,12 @@ def load(
         from .files import carried_directory
 
         model = str(carried_directory(path))
+    if fast_start:
+        preset = choose_fast_start([name for name, value in llm_kwargs.items() if value is not False], os.environ)
+        llm_kwargs |= preset.engine_args
+        os.environ.update(preset.environment)
+        for line in preset.said:
+            logging.getLogger(__name__).info("fast start: %s", line)
     vllm = require_vllm()
     extra = {"snapshot": path, **llm_kwargs.pop("model_loader_extra_config", {})}
     if kv_snapshot is not None:
