@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
@@ -31,10 +32,13 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         client.ask(place(), "stop")
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "graphs"])
-def test_answers_are_equal(eager: bool, directory: str, checkpoints: Callable, tmp_path: Path):
+def test_answers_are_equal(eager: bool, ranks: int, directory: str, checkpoints: Callable, tmp_path: Path):
+    if torch.cuda.device_count() < ranks:
+        pytest.skip("needs two GPUs")
     args: dict[str, Any] = {"max_model_len": 256, "enforce_eager": eager, "kv_cache_memory_bytes": 64 << 20}
-    args["gpu_memory_utilization"] = 0.1
+    args |= {"gpu_memory_utilization": 0.1, "tensor_parallel_size": ranks}
     if not eager:
         args["compilation_config"] = {"cudagraph_capture_sizes": [1, 2]}
     asked: dict[str, Any] = {"model": str(checkpoints("untied")), "engine_args": args, "questions": PROMPTS}
@@ -45,7 +49,7 @@ def test_answers_are_equal(eager: bool, directory: str, checkpoints: Callable, t
     forked = fresh.run("ask", snapshot=snapshot, environment=reports, zygote="default", **asked)
     assert forked["outputs"] == anew["outputs"]
     found = start_report.read(tmp_path / "start")
-    assert "imports" not in found.seconds and "engine imports" not in found.seconds, found.waterfall()
+    assert not {"imports", "engine imports", "worker imports"} & set(found.seconds), found.waterfall()
     status = client.ask(place(), "status")
     assert status["unsound"] is None
     assert not status["programs"]

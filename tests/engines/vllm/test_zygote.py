@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.engines.vllm.test_engine import PARALLEL
 from tests.zygote.running import COMMAND, Zygote, changed, made, until
 
 from thaw_vllm.cli import serve
@@ -103,6 +104,20 @@ def test_answers_are_equal(how: str, zygote: Zygote, asked: dict, snapshot: Path
     found = start_report.read(tmp_path / "start")
     assert not ANEW & set(found.seconds), found.waterfall()
     assert "engine init" in found.seconds, "an engine of its own process was seen"
+
+
+def test_two_ranks(zygote: Zygote, asked: dict[str, Any], tmp_path: Path):
+    """Both workers are forks, too."""
+    two = asked | {"engine_args": ARGS | {"tensor_parallel_size": 2}}
+    path = tmp_path / "weights.thaw"
+    fresh.run("freeze", snapshot=path, environment=PARALLEL, **two)
+    anew = fresh.run("ask", snapshot=None, environment=PARALLEL, **two)
+    reports = {"THAW_START_REPORT": str(tmp_path / "start")}
+    forked = fresh.run("ask", snapshot=path, environment=PARALLEL | reports, zygote="default", **two)
+    assert forked["outputs"] == anew["outputs"] and len(forked["reports"]) == 2
+    found = start_report.read(tmp_path / "start")
+    assert not ANEW & set(found.seconds), found.waterfall()
+    assert len(found.processes) >= 4, "program, engine, two workers"
 
 
 def test_a_fresh_process_imports(zygote: Zygote, asked: dict[str, Any], tmp_path: Path):
