@@ -161,7 +161,8 @@ def test_forks_of_a_zygote(thaw, model, engine, zygote):
 def test_with_the_preset(thaw, model, engine, zygote, monkeypatch):
     preset = FastStart({"cudagraph_capture_sizes": [1]}, {"VLLM_ENABLE_STARTUP_PLAN": "1"}, [])
     given = []
-    monkeypatch.setattr(cold_start, "fast_start", lambda names, environment: given.append(set(names)) or preset)
+    monkeypatch.setattr(cold_start, "fast_start", lambda args, environment: given.append(dict(args)) or preset)
+    monkeypatch.setattr(cold_start, "_gpu", lambda: True)
     started = engine()
     routes = ["default-loader", "default-loader-fast-start", "checkpoint-zygote-fast-start"]
     arguments = ["--mode", "graphs", "--zygote", "--fast-start", *(x for route in routes for x in ("--loader", route))]
@@ -172,7 +173,15 @@ def test_with_the_preset(thaw, model, engine, zygote, monkeypatch):
     assert started.zygotes == [None, None, cold_start.ZYGOTE]
     assert [e.get("VLLM_ENABLE_STARTUP_PLAN") for e in started.environments] == [None, "1", "1"]
     assert [args.get("cudagraph_capture_sizes") for args in started.args] == [None, [1], [1]]
-    assert given == [{"max_model_len"}, {"max_model_len", "load_format"}]
+    common = {"enforce_eager": False, "max_model_len": 2048}
+    assert given == [common, common | {"load_format": "thaw"}]
+
+
+def test_the_preset_needs_a_gpu(thaw, model, engine, monkeypatch):
+    monkeypatch.setattr(cold_start, "_gpu", lambda: False)
+    started = engine()
+    ran = thaw("bench", "cold-start", "--model", model, "--fast-start")
+    assert ran.code == 2 and "changes nothing without a GPU" in ran.err and started.asked == []
 
 
 def test_a_zygote_is_stopped_after_an_error(thaw, model, engine, zygote, monkeypatch):

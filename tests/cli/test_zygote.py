@@ -239,11 +239,11 @@ class TestServe:
 
     def test_fast_start(self, thaw, handed, monkeypatch):
         monkeypatch.setenv("VLLM_ENABLE_STARTUP_PLAN", "")
-        monkeypatch.setattr(fast_start, "_driver", lambda: True)
+        monkeypatch.setattr(fast_start, "_driver", lambda environment: True)
         ran = thaw("serve", "--model", "m", "--fast-start", "--port", "8001")
         assert ran.code == 0 and os.environ["VLLM_ENABLE_STARTUP_PLAN"] == "1"
         graphs, memory = ran.err.splitlines()
-        assert graphs.startswith("thaw: fast start: CUDA graphs are captured for batches of 1, 2, 4, 8 only")
+        assert graphs.startswith("thaw: fast start: CUDA graphs are captured for steps of 1, 2, 4, 8 tokens only")
         assert memory.startswith("thaw: fast start: memory for the KV cache")
         ((arguments, _),) = handed
         sizes = ["--cudagraph-capture-sizes", "1", "2", "4", "8"]
@@ -251,14 +251,14 @@ class TestServe:
 
     def test_fast_start_beside_what_was_chosen(self, thaw, handed, monkeypatch):
         monkeypatch.setenv("VLLM_ENABLE_STARTUP_PLAN", "0")
-        monkeypatch.setattr(fast_start, "_driver", lambda: True)
+        monkeypatch.setattr(fast_start, "_driver", lambda environment: True)
         ran = thaw("serve", "--model", "m", "--fast-start", "--compilation-config={}")
         assert ran.code == 0 and ran.err.count("as you chose") == 2
         assert os.environ["VLLM_ENABLE_STARTUP_PLAN"] == "0"
         assert handed[0][0][0] == [serving.MODULE, "--model", "m", "--compilation-config={}"]
 
     def test_fast_start_without_a_gpu(self, thaw, handed, monkeypatch):
-        monkeypatch.setattr(fast_start, "_driver", lambda: False)
+        monkeypatch.setattr(fast_start, "_driver", lambda environment: False)
         ran = thaw("serve", "--model", "m", "--fast-start")
         assert ran.code == 0 and "there is no GPU" in ran.err and ran.err.count("\n") == 1
         assert handed[0][0][0] == [serving.MODULE, "--model", "m"]
@@ -276,6 +276,14 @@ class TestServe:
         (tmp_path / "file").touch()
         ran = thaw("serve", "--model", "m", "--cache-dir", tmp_path / "file")
         assert ran.code == 6 and "no caches can be kept" in ran.err and handed == []
+
+    def test_short_options_are_the_servers(self, thaw, handed):
+        ran = thaw("serve", "--model", "m", "-cc.cudagraph_mode=NONE", "-sc.method=x", "-O1")
+        assert ran.code == 0 and ran.out == "", ran.err
+        assert handed[0][0][0] == [serving.MODULE, "--model", "m", "-cc.cudagraph_mode=NONE", "-sc.method=x", "-O1"]
+
+    def test_short_help(self, thaw, handed):
+        assert "Usage: thaw serve" in thaw("serve", "-h").out and handed == []
 
     def test_no_model(self, thaw, handed):
         ran = thaw("serve", "--model", "./none")

@@ -128,6 +128,8 @@ def measure(settings: Settings, say: Say) -> Outcome:
         raise UsageError(
             f"there is no loader {unknown[0]!r}; there are {', '.join(x.route for x in loaders(settings))}"
         )
+    if settings.fast_start and not _gpu():
+        raise UsageError("--fast-start changes nothing without a GPU; leave it out")
     if settings.zygote and settings.caches == COLD:
         raise UsageError("a zygote has read where caches are; leave out --zygote or --caches cold")
     with _zygote(settings, say):
@@ -215,7 +217,7 @@ def _start(loader: Loader, mode: str, settings: Settings, name: str) -> dict[str
         if settings.caches == COLD:
             environment |= cache_variables(folder)
         if loader.fast:
-            preset = fast_start([name for name, value in args.items() if value is not False], os.environ)
+            preset = fast_start(args, os.environ)
             args |= preset.engine_args
             environment |= preset.environment
         if mode == SERVER:

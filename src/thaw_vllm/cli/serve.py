@@ -6,9 +6,10 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from ..engines.vllm.versions import SERVER as MODULE
 from .zygote import CacheDir
@@ -19,7 +20,16 @@ thaw serve --model Llama-3-8B/ --snapshot W.thaw --port 8001 --max-model-len 819
 thaw serve --model Llama-3-8B/ --require-zygote
 thaw serve --model Llama-3-8B/ --snapshot W.thaw --fast-start --cache-dir /var/cache/thaw
 """
-CONTEXT = {"ignore_unknown_options": True, "allow_extra_args": True}
+CONTEXT = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": ["--help"]}
+
+
+class Command(TyperCommand):
+    """Takes -h for itself only where it stands alone: vLLM has options such as -cc.cudagraph_mode."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """The arguments that are left."""
+        parsed: list[str] = super().parse_args(ctx, ["--help" if word == "-h" else word for word in args])
+        return parsed
 
 
 def serve(
@@ -47,6 +57,7 @@ def serve(
     Without one, a new Python is started for it, and a line says so.
     """
     from ..engines.vllm.api import check_model, check_sizes, require_vllm_installed
+    from ..engines.vllm.command_line import given
     from ..engines.vllm.command_line import options as command_line
     from ..engines.vllm.fast_start import cache_variables
     from ..engines.vllm.fast_start import fast_start as choose
@@ -66,7 +77,7 @@ def serve(
     if cache_dir is not None:
         os.environ.update(cache_variables(cache_dir))
     if fast_start:
-        preset = choose([option.partition("=")[0] for option in options], os.environ)
+        preset = choose(given(options), os.environ)
         os.environ.update(preset.environment)
         options = [*command_line(preset.engine_args), *options]
         for line in preset.said:

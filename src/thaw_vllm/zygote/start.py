@@ -66,9 +66,9 @@ def start(place: Place, *, imports: list[str], models: list[str], environment: M
         os.close(write)
         os.close(log)
     waiting = threading.Thread(target=process.wait, name="zygote-ended", daemon=True)
-    waiting.start()  # else it would stay in the table of processes when it has ended, as long as this one lives
     try:
         with os.fdopen(read) as answers:
+            waiting.start()  # else it would stay in the table of processes when it has ended, as long as this one lives
             said = answers.read()
     except BaseException:  # Ctrl-C: nobody waits for it any more
         process.terminate()

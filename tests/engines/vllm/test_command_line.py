@@ -1,6 +1,6 @@
 """Engine arguments as the server's command line has them."""
 
-from thaw_vllm.engines.vllm.command_line import options
+from thaw_vllm.engines.vllm.command_line import given, options
 
 
 def test_options():
@@ -10,3 +10,9 @@ def test_options():
         *("--enforce-eager", "--no-enable-prefix-caching", "--dtype", "float32", "--max-model-len", "64"),
         *("--compilation-config", '{"level": 0}', "--cudagraph-capture-sizes", "1", "2"),
     ]
+
+
+def test_given():
+    words = ["--dtype=float32", "auto", "-cc.mode=3", "-O1", "-tp", "2", "--a-b.c", "x=y", "--", "-"]
+    assert list(given(words)) == ["dtype", "cc", "O", "tp", "a_b"]
+    assert list(given(["--Other", "-O.x=1", "-O=2"])) == ["Other", "O"]

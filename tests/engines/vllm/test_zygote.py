@@ -179,7 +179,7 @@ def port() -> int:
 def test_serve(zygote: Zygote, asked: dict, snapshot: Path, port: int, tmp_path: Path, number: signal.Signals):
     command = [*COMMAND, "serve", "--model", asked["model"], "--snapshot", str(snapshot), "--require-zygote"]
     command += ["--enforce-eager", "--max-model-len", "256", "--host", "127.0.0.1", "--port", str(port)]
-    preset = fast_start([], {}, gpu=True)  # what it would add on a GPU is taken, by vLLM and by the zygote
+    preset = fast_start({}, {}, gpu=True)  # vLLM's command line and the zygote take what would be added on a GPU
     command += options(preset.engine_args)
     url = f"http://127.0.0.1:{port}"
     reports = {"THAW_START_REPORT": str(tmp_path / "start")}

@@ -13,6 +13,7 @@ from ...weights.open import open_snapshot
 from . import versions
 from .answers import all_raised
 from .failures import reported
+from .fast_start import FastStart, set_meanwhile
 from .fast_start import fast_start as choose_fast_start
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def load(
         snapshot: the ``.thaw`` file (the manifest of a set).
         kv_snapshot: a ``.thawkv`` file made with the same weights and configuration; restored into the new engine.
         fast_start: few CUDA graphs, and memory as it was measured before (``fast_start.fast_start``); what that costs
-            is logged. Sets a variable in this process's environment, which engines started later find too.
+            is logged.
         llm_kwargs: passed to ``vllm.LLM`` as they are, ``model_loader_extra_config`` merged with ours.
 
     Raises:
@@ -57,20 +58,19 @@ def load(
         from .files import carried_directory
 
         model = str(carried_directory(path))
-    if fast_start:
-        preset = choose_fast_start([name for name, value in llm_kwargs.items() if value is not False], os.environ)
-        llm_kwargs |= preset.engine_args
-        os.environ.update(preset.environment)
-        for line in preset.said:
-            logging.getLogger(__name__).info("fast start: %s", line)
     vllm = require_vllm()
     extra = {"snapshot": path, **llm_kwargs.pop("model_loader_extra_config", {})}
     if kv_snapshot is not None:
         extra["expects_kv"] = True
     _check_options(extra)
     llm_kwargs["load_format"] = "thaw"
-    with reported() as folder:
-        llm: LLM = vllm.LLM(model=model, model_loader_extra_config=extra | {"failures": folder}, **llm_kwargs)
+    preset = choose_fast_start(llm_kwargs, os.environ) if fast_start else FastStart({}, {}, [])
+    for line in preset.said:
+        logging.getLogger(f"vllm.{__name__}").info("fast start: %s", line)  # vLLM's log, as the loader's
+    with reported() as folder, set_meanwhile(preset.environment):
+        llm: LLM = vllm.LLM(
+            model=model, model_loader_extra_config=extra | {"failures": folder}, **llm_kwargs | preset.engine_args
+        )
     if kv_snapshot is not None:
         from .kv.api import restore_kv_cache
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -16,6 +17,20 @@ def options(engine_args: Mapping[str, Any]) -> list[str]:
             found.append(flag if value else flag.replace("--", "--no-", 1))
             continue
         found += [flag, *map(_word, value if isinstance(value, list) else [value])]
+    return found
+
+
+def given(words: Sequence[str]) -> dict[str, bool]:
+    """Which arguments a command line gives, by their names in Python or their short names: ``-cc.mode=3`` is ``cc``.
+
+    vLLM takes shortened names as well (``--enforce``); they are given as they are.
+    """
+    found = {}
+    for word in words:
+        if word.startswith("-") and word.strip("-"):
+            name = re.split("[=.]", word.lstrip("-"))[0].replace("-", "_")
+            short = not word.startswith("--") and name[:1] == "O"  # -O1
+            found["O" if short else name] = True
     return found
 
 

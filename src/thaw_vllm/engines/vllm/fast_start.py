@@ -5,9 +5,10 @@ Needs no vLLM: it is chosen by a command that starts vLLM elsewhere.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ from typing import Any
 from ...errors import StorageError
 
 SIZES = (1, 2, 4, 8)
-"""Batches for which CUDA graphs are captured. vLLM's own sizes begin with these, so that a batch of up to 8 is padded,
-and computed, as it would be without the preset."""
+"""Tokens of a step for which CUDA graphs are captured. vLLM's own sizes begin with these (``_set_cudagraph_sizes`` in
+vllm/config/vllm.py), so that a token each for up to 8 requests is padded, and computed, as without the preset."""
 PLAN = "VLLM_ENABLE_STARTUP_PLAN"
 CACHES = {
     "VLLM_CACHE_ROOT": "vllm",
@@ -31,9 +32,13 @@ CACHES = {
 choice below one that is given."""
 _GRAPHS = {
     *("cudagraph_capture_sizes", "max_cudagraph_capture_size", "compilation_config", "cc"),
-    *("optimization_level", "O", "config"),
+    *("optimization_level", "O", "performance_mode", "config"),
+    *("speculative_config", "sc", "spec_method", "spec_model", "spec_tokens"),
 }
-"""Arguments of vLLM that say something about graphs, or a file that may; whoever gives one has chosen."""
+"""Arguments of vLLM that say something about graphs, files that may, and drafts of several tokens, which need other
+sizes; whoever gives one has chosen."""
+_MEMORY = {"kv_cache_memory_bytes", "gpu_memory_utilization", "config"}
+"""The same about memory. vLLM applies what it has measured whatever share of memory it may take."""
 
 
 @dataclass(frozen=True)
@@ -51,33 +56,30 @@ class FastStart:
     said: list[str]
 
 
-def fast_start(given: Iterable[str], environment: Mapping[str, str], *, gpu: bool | None = None) -> FastStart:
+def fast_start(given: Mapping[str, Any], environment: Mapping[str, str], *, gpu: bool | None = None) -> FastStart:
     """The preset for a start with these arguments, none of which it overrules.
 
     Args:
-        given: names of the engine arguments that were given, as Python or as the command line has them; a part of one
-            (``compilation_config.mode``) counts.
+        given: engine arguments; of a command line, what ``command_line.given`` says. None and False count as not given.
         environment: variables that the start would have without it.
         gpu: whether there is one; None to look for NVIDIA's driver.
     """
-    names = {name.lstrip("-").replace("-", "_").partition(".")[0] for name in given}
-    names |= {"O" for name in names if name[:1] == "O" and name[1:].isdigit()}
+    names = [name for name, value in given.items() if value is not None and value is not False]
     args: dict[str, Any] = {}
     variables: dict[str, str] = {}
-    if not (_driver() if gpu is None else gpu):
+    if not (_driver(environment) if gpu is None else gpu):
         return FastStart(args, variables, ["nothing to choose: there is no GPU, so no graphs and no memory to measure"])
-    sizes = ", ".join(map(str, SIZES))
-    if "enforce_eager" in names:
+    if _among(names, {"enforce_eager"}):
         said = ["no CUDA graphs, as you chose"]
-    elif names & _GRAPHS:
+    elif _among(names, _GRAPHS):
         said = ["CUDA graphs as you chose"]
     else:
         args["cudagraph_capture_sizes"] = list(SIZES)
         said = [
-            f"CUDA graphs are captured for batches of {sizes} only: more than {SIZES[-1]} requests at once run without "
-            "them, each step slower; give --cudagraph-capture-sizes for others"
+            f"CUDA graphs are captured for steps of {', '.join(map(str, SIZES))} tokens only: prompts, and more than "
+            f"{SIZES[-1]} requests at once, run without them, slower; give --cudagraph-capture-sizes for others"
         ]
-    if "kv_cache_memory_bytes" in names or environment.get(PLAN) == "0":
+    if _among(names, _MEMORY) or environment.get(PLAN) == "0":
         said.append("memory for the KV cache as you chose")
     else:
         variables[PLAN] = "1"
@@ -86,6 +88,26 @@ def fast_start(given: Iterable[str], environment: Mapping[str, str], *, gpu: boo
             "free; it is not measured again"
         )
     return FastStart(args, variables, said)
+
+
+def _among(names: Iterable[str], known: set[str]) -> bool:
+    """Whether one of these is meant, perhaps shortened, as argparse allows."""
+    return any(name in known or (len(name) > 2 and any(full.startswith(name) for full in known)) for name in names)
+
+
+@contextlib.contextmanager
+def set_meanwhile(variables: Mapping[str, str]) -> Iterator[None]:
+    """This process's environment with these, and as it was afterwards."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def cache_variables(directory: str | os.PathLike[str]) -> dict[str, str]:
@@ -104,7 +126,9 @@ def cache_variables(directory: str | os.PathLike[str]) -> dict[str, str]:
     return {variable: str(path / name) for variable, name in CACHES.items()}
 
 
-def _driver() -> bool:
+def _driver(environment: Mapping[str, str]) -> bool:
+    if environment.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1"):
+        return False
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError:
