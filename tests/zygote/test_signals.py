@@ -67,7 +67,7 @@ def test_that_nobody_handles(zygote: Zygote, number: signal.Signals):
 
 
 def test_interrupt_is_an_exception(zygote: Zygote):
-    code = "import time; print('ready', flush=True)\ntry:\n    time.sleep(600)\n"
+    code = "import time\ntry:\n    print('ready', flush=True)\n    time.sleep(600)\n"
     code += "except KeyboardInterrupt:\n    print('caught')"
     process = zygote.popen("-c", code)
     ready(process)
