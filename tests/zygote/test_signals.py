@@ -194,8 +194,9 @@ class TestTerminal:
         assert one.client.wait(60) == -signal.SIGINT
 
     def test_another_size(self, terminal):
-        code = "import os, signal, time\nsignal.signal(signal.SIGWINCH, lambda *a: print(*os.get_terminal_size(), '.', "
-        one = terminal("-c", code + "flush=True))\nprint('ready', flush=True)\nwhile True: time.sleep(600)")
+        code = "import os, signal, time\n"  # print is not reentrant
+        code += "signal.signal(signal.SIGWINCH, lambda *a: os.write(1, b'%d %d .' % os.get_terminal_size()))\n"
+        one = terminal("-c", code + "print('ready', flush=True)\nwhile True: time.sleep(600)")
         one.sees("ready")
         fcntl.ioctl(one.ours, termios.TIOCSWINSZ, struct.pack("4H", 11, 22, 0, 0))
         one.sees("22 11 .")
