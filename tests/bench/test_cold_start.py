@@ -184,6 +184,15 @@ def test_the_preset_needs_a_gpu(thaw, model, engine, monkeypatch):
     assert ran.code == 2 and "changes nothing without a GPU" in ran.err and started.asked == []
 
 
+@pytest.mark.parametrize(
+    ("loader", "option"), [("snapshot-zygote", "--zygote"), ("checkpoint-fast-start", "--fast-start")]
+)
+def test_a_loader_that_needs_an_option(thaw, model, engine, loader, option):
+    engine()
+    ran = thaw("bench", "cold-start", "--model", model, "--loader", loader)
+    assert ran.code == 2 and ran.err == f"error: the loader {loader!r} needs {option}\n"
+
+
 def test_a_zygote_is_stopped_after_an_error(thaw, model, engine, zygote, monkeypatch):
     engine()
     monkeypatch.setattr(cold_start.fresh, "run", lambda *args, **options: 1 / 0)

@@ -163,6 +163,12 @@ class TestRun:
         assert (ran.code, ran.out) == (7, "['-x', '--', '--fallback'] False\n")
         assert ran.err.startswith("thaw: started without a zygote: no zygote 'other' runs") and ran.err.count("\n") == 1
 
+    def test_caches(self, spawn, place, tmp_path):
+        """Its value is not taken for the script."""
+        code = "import os; print(os.environ['TRITON_CACHE_DIR'])"
+        ran = spawn("run", "--fallback", "--zygote", "other", "--cache-dir", tmp_path / "new", "-c", code)
+        assert (ran.code, ran.out) == (0, f"{tmp_path}/new/triton\n")
+
     def test_fallback_does_not_detach(self, spawn, place):
         ran = spawn("run", "--fallback", "--detach", "--zygote", "other", "-c", "print(1)")
         assert ran.code == 2 and ran.out == "" and "does not detach" in ran.err

@@ -101,6 +101,32 @@ def test_stopped_from_outside(zygote: Zygote):
     end(process)
 
 
+@pytest.mark.parametrize("times", [1, 20])
+def test_program_is_stopped_and_goes_on(zygote: Zygote, times: int):
+    """By somebody who knows the program and not its client."""
+    process = zygote.popen("-c", "import os; print(os.getpid(), flush=True); print(input())", stdin=subprocess.PIPE)
+    program = int(process.stdout.readline())
+    for number in range(times):
+        os.kill(program, signal.SIGSTOP)
+        if number % 2 == 0:
+            until(lambda: state(process.pid) == "T", "the client to stop")
+        os.kill(program, signal.SIGCONT)
+    until(lambda: (state(program), state(process.pid)) == ("S", "S"), "both to go on")
+    assert process.communicate("said\n", timeout=60)[0] == "said\n" and process.returncode == 0
+
+
+@pytest.mark.parametrize("client", ["stopped", "perhaps"])
+def test_stopped_program_is_killed(zygote: Zygote, client: str):
+    process = zygote.popen("-c", "import os, time; print(os.getpid(), flush=True); time.sleep(600)")
+    program = int(process.stdout.readline())
+    os.kill(program, signal.SIGSTOP)
+    if client == "stopped":
+        until(lambda: state(process.pid) == "T", "the client to stop")
+    os.kill(program, signal.SIGKILL)
+    assert process.wait(60) == -signal.SIGKILL
+    process.communicate()
+
+
 class Terminal:
     """A client in the foreground of a terminal of its own."""
 

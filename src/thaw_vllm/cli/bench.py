@@ -195,7 +195,8 @@ def cold_start(
     loader: Annotated[
         list[str] | None,
         typer.Option(
-            help="default-loader, snapshot, checkpoint or one of vLLM's load formats; repeat. [default: all]",
+            help="default-loader, snapshot, checkpoint, these with -zygote or -fast-start, or one of vLLM's load "
+            "formats; repeat. [default: all]",
             metavar="NAME",
         ),
     ] = None,

@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperCommand
 
 from .output import Json, document
+from .zygote import CacheDir
 
 EXAMPLES = """
 thaw run script.py --its-own --options
@@ -18,7 +19,7 @@ thaw run --detach script.py > out.log 2>&1
 thaw run --fallback script.py
 """
 
-_WITH_A_VALUE = ("--zygote",)
+_WITH_A_VALUE = ("--zygote", "--cache-dir")
 
 
 class Command(TyperCommand):
@@ -51,6 +52,7 @@ def run(
     fallback: Annotated[
         bool, typer.Option("--fallback", help="Where no zygote can run it, start Python, say why, and go on.")
     ] = False,
+    cache_dir: CacheDir = None,
     as_json: Json = False,
 ) -> None:
     """Run a Python program in a fork of the zygote.
@@ -59,6 +61,7 @@ def run(
     exit code are as if python had been started in its place. When this command is killed, the program is ended, and so
     is all that it started.
     """
+    from ..engines.vllm.fast_start import cache_variables
     from ..errors import StorageError, UsageError
 
     arguments = list(program or [])
@@ -73,6 +76,8 @@ def run(
         raise StorageError(f"there is no script {arguments[0]!r}")
     if as_json and not detach:
         raise UsageError("--json needs --detach: otherwise standard output is the program's")
+    if cache_dir is not None:
+        os.environ.update(cache_variables(cache_dir))
     hand_over(arguments, kind, zygote, detach=detach, fallback=fallback, as_json=as_json)
 
 

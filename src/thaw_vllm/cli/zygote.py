@@ -22,7 +22,7 @@ thaw zygote stop
 app = plain_app(add_completion=False)
 Name = Annotated[str, typer.Option("--name", metavar="NAME", help="Which zygote, where there are several.")]
 CacheDir = Annotated[
-    Path | None,
+    str | None,
     typer.Option("--cache-dir", metavar="DIR", help="Keep what is compiled here, for the starts that come."),
 ]
 

@@ -168,15 +168,20 @@ class Handed:
                 return
 
     def _pass_on(self, number: int, *, group: bool) -> None:
+        self._send({"signal": int(number), "group": group})
+
+    def _send(self, message: dict[str, Any]) -> None:
         with contextlib.suppress(OSError):  # the keeper has gone, and the listening thread will say so
-            messages.send(self._connection, {"signal": int(number), "group": group})
+            messages.send(self._connection, message)
 
     def _stop_too(self) -> None:
         """The program was stopped, so that the shell must see this process stopped; both go on together."""
-        if self._stopped:
+        number = self._stopped
+        if number:
             self._stopped = 0
             os.kill(os.getpid(), signal.SIGSTOP)
-            self._pass_on(signal.SIGCONT, group=True)
+            signal.sigtimedwait([signal.SIGCONT], 0)  # what continued this process is passed on once
+            self._send({"resumed": number})
 
 
 def _end(answer: dict[str, Any]) -> NoReturn:

@@ -16,6 +16,8 @@ from . import messages, processes
 
 GRACE = 10.0
 """Seconds between asking and killing."""
+_AGAIN = 0.05
+"""Seconds after which a client that may not have stopped yet is looked at again."""
 
 
 def keep(connection: socket.socket, files: list[int], *, detached: bool) -> None:
@@ -70,6 +72,11 @@ class Keeper:
         self._wake = wake
         self._asked = asked
         self._detached = detached
+        self._client = messages.peer(connection)[0]
+        self._runs = True
+        # Of the times that the program was stopped: how many the client was told of, after which it says that it goes
+        # on, and after which it was continued from here.
+        self._told = self._resumed = self._woken = 0
 
     def run(self) -> NoReturn:
         """Until the program and all that it started have ended."""
@@ -82,13 +89,16 @@ class Keeper:
                 answer = self._end()
                 break
             waited: list[Any] = [self._wake, *([self._connection] if self._connection else [])]
-            ready, _, _ = select.select(waited, [], [])
+            ready, _, _ = select.select(waited, [], [], _AGAIN if self._client_is_behind() else None)
             if self._wake in ready:
                 processes.awake(self._wake)
             if self._connection in ready:
                 self._hear()
+            if self._client_is_behind():
+                self._wake_client()
         processes.end_all_below(os.getpid(), GRACE)
         self._tell(answer)
+        self._let_client_end()
         os._exit(0)
 
     def _children(self) -> dict[str, int] | None:
@@ -104,7 +114,11 @@ class Keeper:
             if process != self._program:
                 continue
             if os.WIFSTOPPED(status):
-                self._tell({"stopped": os.WSTOPSIG(status)})
+                self._runs = False
+                self._told += 1
+                self._tell({"stopped": self._told})
+            elif os.WIFCONTINUED(status):
+                self._runs = True
             elif os.WIFSIGNALED(status):
                 answer = {"signalled": os.WTERMSIG(status)}
             elif os.WIFEXITED(status):
@@ -123,6 +137,11 @@ class Keeper:
         message, files = received
         messages.close(files)
         number, group = message.get("signal"), message.get("group")
+        resumed = message.get("resumed")
+        if isinstance(resumed, int):
+            self._resumed = resumed
+            if resumed != self._woken:  # else the program went on before, and may have been stopped again meanwhile
+                number, group = signal.SIGCONT, True
         if isinstance(number, int) and 0 < number < signal.NSIG:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._program, number) if group else os.kill(self._program, number)
@@ -137,6 +156,25 @@ class Keeper:
                 processes.send_all([self._program], signal.SIGKILL)
             time.sleep(0.02)
         return answer
+
+    def _client_is_behind(self) -> bool:
+        """Whether somebody has continued the program itself, and its client is stopped with it, or about to be."""
+        return self._runs and self._connection is not None and self._resumed != self._told
+
+    def _wake_client(self) -> None:
+        if processes.is_stopped(self._client):
+            self._woken = self._told
+            processes.send_all([self._client], signal.SIGCONT)
+
+    def _let_client_end(self) -> None:
+        """One that was told to stop may do so before or after it can hear how the program ended."""
+        self._runs = True
+        deadline = time.monotonic() + GRACE
+        while self._client_is_behind() and time.monotonic() < deadline:
+            self._wake_client()
+            waited: list[Any] = [self._connection]
+            if select.select(waited, [], [], _AGAIN)[0]:
+                self._hear()
 
     def _tell(self, message: dict[str, int]) -> None:
         if self._connection is not None:

@@ -90,6 +90,11 @@ def below(root: int) -> list[int]:
     return [process for process in order[1:] if found[process][0] not in _ENDED]
 
 
+def is_stopped(process: int) -> bool:
+    """Whether a signal has stopped it."""
+    return _all().get(process, ("", 0, 0))[0] == "T"
+
+
 def send_all(processes: list[int], number: int) -> None:
     """A signal to each; those that have ended meanwhile are passed over."""
     for process in processes:

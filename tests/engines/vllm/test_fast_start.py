@@ -9,7 +9,7 @@ from thaw_vllm.engines.vllm import api
 from thaw_vllm.engines.vllm import fast_start as module
 from thaw_vllm.engines.vllm.command_line import given
 from thaw_vllm.engines.vllm.fast_start import CACHES, PLAN, SIZES, cache_variables, fast_start, set_meanwhile
-from thaw_vllm.errors import StorageError
+from thaw_vllm.errors import StorageError, UsageError
 
 GRAPHS = {"cudagraph_capture_sizes": list(SIZES)}
 
@@ -138,6 +138,13 @@ def test_directories_of_caches(tmp_path, monkeypatch):
     assert os.listdir(tmp_path / "new" / "caches") == []
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_variables("~/new/caches") == found
+    (tmp_path / "link").symlink_to(tmp_path / "new")
+    assert cache_variables("link/../new/caches") == cache_variables(tmp_path / "link" / "caches") == found
+
+
+def test_no_name_for_caches():
+    with pytest.raises(UsageError, match="--cache-dir is empty"):
+        cache_variables("")
 
 
 @pytest.mark.parametrize("place", ["file", "file/below", "/proc/nothing"])

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...errors import StorageError
+from ...errors import StorageError, UsageError
 
 SIZES = (1, 2, 4, 8)
 """Tokens of a step for which CUDA graphs are captured. vLLM's own sizes begin with these (``_set_cudagraph_sizes`` in
@@ -114,9 +114,12 @@ def cache_variables(directory: str | os.PathLike[str]) -> dict[str, str]:
     """Variables with which a start keeps what it compiles in this directory, which is made.
 
     Raises:
+        UsageError: the name is empty.
         StorageError: it cannot be made, or not be written to.
     """
-    path = Path(directory).expanduser().absolute()
+    if not os.fspath(directory):
+        raise UsageError("--cache-dir is empty; give a directory")
+    path = Path(os.path.realpath(Path(directory).expanduser()))  # one name, since a zygote compares it
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
