@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
 
 import pytest
 from tests.zygote.running import Zygote, until
@@ -39,12 +37,9 @@ def test_any_signal_to_anyone_at_any_moment(zygote: Zygote, soak: Callable):
             kind = random.choice([kind for kind, found in there.items() if found] or [""])
             if kind:
                 numbers = NUMBERS if kind == "keeper" else NUMBERS + STOPPED
-                with suppress(ProcessLookupError):
-                    os.kill(random.choice(there[kind]), random.choice(numbers))
+                processes.send_all([random.choice(there[kind])], random.choice(numbers))
                 hit[kind] += 1
-        for process in zygote.left():
-            with suppress(ProcessLookupError):
-                os.kill(process, signal.SIGCONT)
+        processes.send_all(zygote.left(), signal.SIGCONT)
         for client in clients:
             client.send_signal(random.choice((signal.SIGKILL, signal.SIGTERM)))
         until(lambda: _none_left(zygote), "programs to end that are asked to")
@@ -58,7 +53,5 @@ def test_any_signal_to_anyone_at_any_moment(zygote: Zygote, soak: Callable):
 
 def _none_left(zygote: Zygote) -> bool:
     """Detached programs have no client that could be ended, and deaf ones do not end for a signal to theirs."""
-    for keeper in processes.children(zygote.pid):
-        with suppress(ProcessLookupError):
-            os.kill(keeper, signal.SIGTERM)
+    processes.send_all(processes.children(zygote.pid), signal.SIGTERM)
     return not zygote.left()

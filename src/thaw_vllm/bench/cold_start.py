@@ -125,9 +125,9 @@ def measure(settings: Settings, say: Say) -> Outcome:
     chosen = [loader for loader in loaders(settings) if not settings.loaders or loader.route in settings.loaders]
     unknown = sorted(set(settings.loaders) - {loader.route for loader in loaders(settings)})
     if unknown:
-        for ending, option in ((FORKED, "--zygote"), (FAST, "--fast-start")):
-            if ending in unknown[0] and not getattr(settings, option[2:].replace("-", "_")):
-                raise UsageError(f"the loader {unknown[0]!r} needs {option}")
+        for ending, given in ((FORKED, settings.zygote), (FAST, settings.fast_start)):
+            if ending in unknown[0] and not given:
+                raise UsageError(f"the loader {unknown[0]!r} needs -{ending}")
         raise UsageError(
             f"there is no loader {unknown[0]!r}; there are {', '.join(x.route for x in loaders(settings))}"
         )

@@ -76,8 +76,7 @@ def run(
         raise StorageError(f"there is no script {arguments[0]!r}")
     if as_json and not detach:
         raise UsageError("--json needs --detach: otherwise standard output is the program's")
-    if cache_dir is not None:
-        os.environ.update(cache_variables(cache_dir))
+    os.environ.update(cache_variables(cache_dir))
     hand_over(arguments, kind, zygote, detach=detach, fallback=fallback, as_json=as_json)
 
 

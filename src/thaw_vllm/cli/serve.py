@@ -74,8 +74,7 @@ def serve(
         check_sizes(str(snapshot.absolute()), _sizes(options))
         extra = json.dumps({"snapshot": str(snapshot.absolute())})
         options = ["--load-format", "thaw", "--model-loader-extra-config", extra, *options]
-    if cache_dir is not None:
-        os.environ.update(cache_variables(cache_dir))
+    os.environ.update(cache_variables(cache_dir))
     if fast_start:
         preset = choose(given(options), os.environ)
         os.environ.update(preset.environment)

@@ -55,8 +55,8 @@ def start(
     from ..zygote.start import start as begin
 
     where = place(name)
-    caches = {} if cache_dir is None else cache_variables(cache_dir)
-    begin(where, imports=module or [], models=[str(path.absolute()) for path in model or []], environment=caches)
+    models = [str(path.absolute()) for path in model or []]
+    begin(where, imports=module or [], models=models, environment=cache_variables(cache_dir))
     found = ask(where, "status")
     if as_json:
         document(found)

@@ -59,14 +59,19 @@ def _all() -> dict[int, tuple[str, int, int]]:
     """State, parent and group of every process."""
     found = {}
     for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            try:
-                with open(f"/proc/{entry}/stat", errors="replace") as file:  # a name may be cut inside a character
-                    fields = file.read().rpartition(")")[2].split()
-            except OSError:  # it has ended
-                continue
-            found[int(entry)] = fields[0], int(fields[1]), int(fields[2])
+        if entry.isdigit() and (about := _one(int(entry))):
+            found[int(entry)] = about
     return found
+
+
+def _one(process: int) -> tuple[str, int, int] | None:
+    """State, parent and group of a process; None when it has ended."""
+    try:
+        with open(f"/proc/{process}/stat", errors="replace") as file:  # a name may be cut inside a character
+            fields = file.read().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return fields[0], int(fields[1]), int(fields[2])
 
 
 def of_group(group: int) -> list[int]:
@@ -92,7 +97,8 @@ def below(root: int) -> list[int]:
 
 def is_stopped(process: int) -> bool:
     """Whether a signal has stopped it."""
-    return _all().get(process, ("", 0, 0))[0] == "T"
+    about = _one(process)
+    return about is not None and about[0] == "T"
 
 
 def send_all(processes: list[int], number: int) -> None:

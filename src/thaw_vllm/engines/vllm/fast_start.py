@@ -110,13 +110,15 @@ def set_meanwhile(variables: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def cache_variables(directory: str | os.PathLike[str]) -> dict[str, str]:
-    """Variables with which a start keeps what it compiles in this directory, which is made.
+def cache_variables(directory: str | os.PathLike[str] | None) -> dict[str, str]:
+    """Variables with which a start keeps what it compiles in this directory, which is made; None where no one chose.
 
     Raises:
         UsageError: the name is empty.
         StorageError: it cannot be made, or not be written to.
     """
+    if directory is None:
+        return {}
     if not os.fspath(directory):
         raise UsageError("--cache-dir is empty; give a directory")
     path = Path(os.path.realpath(Path(directory).expanduser()))  # one name, since a zygote compares it
