@@ -1,10 +1,11 @@
 """Starts of an engine that is not there: ``fresh.run`` is replaced."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
-import torch
 from tests.cli.ranks import freeze_set
 
 from thaw_vllm.bench import cold_start, server_start
@@ -67,6 +68,7 @@ def engine(monkeypatch):
 
     monkeypatch.setattr("thaw_vllm.engines.vllm.api.require_vllm_installed", lambda: None)
     monkeypatch.setattr(cold_start.metadata, "version", lambda name: "1")
+    monkeypatch.setattr(cold_start, "has_gpu", lambda environment: False)
     return use
 
 
@@ -77,7 +79,8 @@ def test_every_loader_in_every_mode(thaw, model, engine, tmp_path):
     assert ran.code == 0, ran.err
     names = ["default", "snapshot", "fastsafetensors", "instanttensor", "runai_streamer"]
     assert sorted(name for name, eager in started.asked if eager and name != "thaw") == sorted(names * 2)
-    assert [n for n, eager in started.asked if not eager][:2] == ["default", "snapshot"]
+    assert [n for n, eager in started.asked if not eager][:3] == ["default", "default", "snapshot"]  # one not counted
+    assert "start-graphs, not counted, so that kernels are compiled, vllm (default-loader): 40.0 s" in ran.err
     assert [name for name, _ in started.asked].count("thaw") == 2  # once a mode
     found = ran.document["records"]
     starts = [r for r in found if r["work"] == "start-eager"]
@@ -162,7 +165,7 @@ def test_with_the_preset(thaw, model, engine, zygote, monkeypatch):
     preset = FastStart({"cudagraph_capture_sizes": [1]}, {"VLLM_ENABLE_STARTUP_PLAN": "1"}, [])
     given = []
     monkeypatch.setattr(cold_start, "fast_start", lambda args, environment: given.append(dict(args)) or preset)
-    monkeypatch.setattr(cold_start, "_gpu", lambda: True)
+    monkeypatch.setattr(cold_start, "has_gpu", lambda environment: True)
     started = engine()
     routes = ["default-loader", "default-loader-fast-start", "checkpoint-zygote-fast-start"]
     arguments = ["--mode", "graphs", "--zygote", "--fast-start", *(x for route in routes for x in ("--loader", route))]
@@ -170,15 +173,69 @@ def test_with_the_preset(thaw, model, engine, zygote, monkeypatch):
     assert ran.code == 0, ran.err
     starts = [(r["system"], r["route"]) for r in ran.document["records"] if r["work"] == "start-graphs"]
     assert starts == list(zip(("vllm", "thaw", "thaw"), routes, strict=True))
-    assert started.zygotes == [None, None, cold_start.ZYGOTE]
-    assert [e.get("VLLM_ENABLE_STARTUP_PLAN") for e in started.environments] == [None, "1", "1"]
-    assert [args.get("cudagraph_capture_sizes") for args in started.args] == [None, [1], [1]]
+    # Two that are not counted come first: of each kind of kernels the one that is forked, or else the first.
+    assert started.zygotes == [cold_start.ZYGOTE, None, None, None, cold_start.ZYGOTE]
+    assert [e.get("VLLM_ENABLE_STARTUP_PLAN") for e in started.environments] == ["1", None, None, "1", "1"]
+    assert [args.get("cudagraph_capture_sizes") for args in started.args] == [[1], None, None, [1], [1]]
     common = {"enforce_eager": False, "max_model_len": 2048}
-    assert given == [common, common | {"load_format": "thaw"}]
+    assert given == [common | {"load_format": "thaw"}, common, common | {"load_format": "thaw"}]
 
 
-def test_the_preset_needs_a_gpu(thaw, model, engine, monkeypatch):
-    monkeypatch.setattr(cold_start, "_gpu", lambda: False)
+@pytest.mark.parametrize(("gpu", "mode", "starts"), [(True, "eager", 3), (False, "eager", 2), (False, "graphs", 3)])
+def test_a_start_that_compiles_is_not_counted(gpu, mode, starts, thaw, model, engine, monkeypatch, tmp_path):
+    monkeypatch.setattr(cold_start, "has_gpu", lambda environment: gpu)
+    started = engine(reporting=True)
+    arguments = ("--mode", mode, "--loader", "default-loader", "--runs", 2, "--reports", tmp_path / "kept")
+    ran = thaw("bench", "cold-start", "--model", model, *arguments, "--json")
+    assert ran.code == 0, ran.err
+    assert len(started.asked) == starts
+    assert [len(record["seconds"]) for record in ran.document["records"]] == [2, 2]
+    assert len([*(tmp_path / "kept").glob("*.json")]) == 2
+
+
+class TestInterrupted:
+    @pytest.fixture
+    def ran(self, thaw, model, engine, zygote, monkeypatch, request):
+        """Of two rounds of two loaders in two modes, interrupted in the second one's second start."""
+        started = engine()
+
+        def run(*args, **options):
+            if len(started.asked) == 3:
+                request.param()
+            return started(*args, **options)
+
+        monkeypatch.setattr(cold_start.fresh, "run", run)
+        loaders = ("--loader", "default-loader", "--loader", "checkpoint-zygote")
+        arguments = ("--model", model, "--runs", 2, "--zygote", *loaders, "--record", "--json")
+        found = thaw("bench", "cold-start", *arguments)
+        assert len(started.asked) == 3
+        return found
+
+    @staticmethod
+    def _interrupt():
+        raise KeyboardInterrupt
+
+    @staticmethod
+    def _terminate():
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    @pytest.mark.parametrize("ran", [_interrupt, _terminate], indirect=True, ids=["SIGINT", "SIGTERM"])
+    def test_what_there_was_is_kept(self, ran, zygote, tmp_path):
+        assert ran.code == 130, ran.err
+        starts = [r for r in ran.document["records"] if r["work"] == "start-eager"]
+        assert {r["route"]: len(r["seconds"]) for r in starts} == {"default-loader": 1, "checkpoint-zygote": 2}
+        (file,) = (tmp_path / "benchmarks" / "results").iterdir()
+        assert len(file.read_text().splitlines()) == len(ran.document["records"])
+        assert zygote[-1] == (cold_start.ZYGOTE, "stop")
+
+    def test_the_signal_is_left_as_it_was(self, thaw, model, engine):
+        engine()
+        before = signal.getsignal(signal.SIGTERM)
+        assert thaw("bench", "cold-start", "--model", model, "--mode", "eager", "--loader", "checkpoint").code == 0
+        assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_the_preset_needs_a_gpu(thaw, model, engine):
     started = engine()
     ran = thaw("bench", "cold-start", "--model", model, "--fast-start")
     assert ran.code == 2 and "changes nothing without a GPU" in ran.err and started.asked == []
@@ -230,7 +287,7 @@ def test_servers(thaw, model, engine, zygote, tmp_path, monkeypatch):
         (common | thawing, cold_start.ZYGOTE),
     ]
     found = {(r["work"], r["route"]): r["seconds"] for r in ran.document["records"]}
-    work = cold_start.HEALTHY if torch.cuda.is_available() else cold_start.HEALTHY_CPU
+    work = cold_start.HEALTHY_CPU
     assert found == {(work, "default-loader"): [4.0], (work, "snapshot-zygote"): [4.0]}
     assert ran.document["missed"][0]["why"] == "the server did not come up: why"
 

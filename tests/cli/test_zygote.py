@@ -245,7 +245,7 @@ class TestServe:
 
     def test_fast_start(self, thaw, handed, monkeypatch):
         monkeypatch.setenv("VLLM_ENABLE_STARTUP_PLAN", "")
-        monkeypatch.setattr(fast_start, "_driver", lambda environment: True)
+        monkeypatch.setattr(fast_start, "has_gpu", lambda environment: True)
         ran = thaw("serve", "--model", "m", "--fast-start", "--port", "8001")
         assert ran.code == 0 and os.environ["VLLM_ENABLE_STARTUP_PLAN"] == "1"
         graphs, memory = ran.err.splitlines()
@@ -257,14 +257,14 @@ class TestServe:
 
     def test_fast_start_beside_what_was_chosen(self, thaw, handed, monkeypatch):
         monkeypatch.setenv("VLLM_ENABLE_STARTUP_PLAN", "0")
-        monkeypatch.setattr(fast_start, "_driver", lambda environment: True)
+        monkeypatch.setattr(fast_start, "has_gpu", lambda environment: True)
         ran = thaw("serve", "--model", "m", "--fast-start", "--compilation-config={}")
         assert ran.code == 0 and ran.err.count("as you chose") == 2
         assert os.environ["VLLM_ENABLE_STARTUP_PLAN"] == "0"
         assert handed[0][0][0] == [serving.MODULE, "--model", "m", "--compilation-config={}"]
 
     def test_fast_start_without_a_gpu(self, thaw, handed, monkeypatch):
-        monkeypatch.setattr(fast_start, "_driver", lambda environment: False)
+        monkeypatch.setattr(fast_start, "has_gpu", lambda environment: False)
         ran = thaw("serve", "--model", "m", "--fast-start")
         assert ran.code == 0 and "there is no GPU" in ran.err and ran.err.count("\n") == 1
         assert handed[0][0][0] == [serving.MODULE, "--model", "m"]

@@ -87,6 +87,18 @@ def test_differences():
     assert "PATH" in MAY_DIFFER
 
 
+def test_what_modules_set_is_no_difference(monkeypatch):
+    reads = Reads()
+    before = dict(os.environ)
+    monkeypatch.setenv("KMP_SET", "by a module")
+    monkeypatch.setenv("LD_CHANGED", "by a module")
+    reads.before["LD_CHANGED"] = before["LD_CHANGED"] = "before"
+    assert reads.differences(before) == []
+    assert reads.differences(before | {"KMP_SET": "by a module"}) == []
+    assert reads.differences(before | {"KMP_SET": "by somebody"}) == ["KMP_SET"]
+    assert reads.differences(before | {"LD_CHANGED": "by a module"}) == ["LD_CHANGED"]
+
+
 def test_what_modules_set_is_set_for_programs(monkeypatch):
     reads = Reads()
     monkeypatch.setenv("THAW_SET", "by a module")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +17,7 @@ from typing import Any
 
 from ..engines.vllm import fresh, start_page, start_report, startup
 from ..engines.vllm.api import check_sizes
-from ..engines.vllm.fast_start import cache_variables, fast_start
+from ..engines.vllm.fast_start import cache_variables, fast_start, has_gpu
 from ..errors import StorageError, ThawError, UsageError
 from ..zygote.client import ask
 from ..zygote.place import place
@@ -105,7 +107,8 @@ class Loader:
 def measure(settings: Settings, say: Say) -> Outcome:
     """Every loader in every mode; a loader that fails is a line, the others go on.
 
-    A record's ``phases`` are those of the starts' reports, ``asked`` what the asking process itself has measured.
+    A record's ``phases`` are those of the starts' reports, ``asked`` what the asking process itself has measured. After
+    an interruption (Ctrl-C, SIGTERM) there is what was measured until then.
 
     Raises:
         StorageError: there is no such model or snapshot; reports cannot be kept where they should.
@@ -131,15 +134,34 @@ def measure(settings: Settings, say: Say) -> Outcome:
         raise UsageError(
             f"there is no loader {unknown[0]!r}; there are {', '.join(x.route for x in loaders(settings))}"
         )
-    if settings.fast_start and not _gpu():
+    if settings.fast_start and not has_gpu(os.environ):
         raise UsageError("--fast-start changes nothing without a GPU; leave it out")
     if settings.zygote and settings.caches == COLD:
         raise UsageError("a zygote has read where caches are; leave out --zygote or --caches cold")
-    with _zygote(settings, say):
-        outcome = Outcome()
+    outcome = Outcome()
+    with _until_terminated(), _zygote(settings, say):
         for mode in settings.modes:
             outcome += _mode(mode, chosen, size, settings, say)
+            if outcome.interrupted:
+                break
     return outcome
+
+
+@contextlib.contextmanager
+def _until_terminated() -> Iterator[None]:
+    """SIGTERM, which ``timeout`` sends, ends a measurement as Ctrl-C does: what was started for it is ended, too."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager
@@ -161,12 +183,6 @@ def _zygote(settings: Settings, say: Say) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
-def _gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
-
-
 def loaders(settings: Settings) -> list[Loader]:
     """In the order of their first round."""
     found = [Loader("vllm", DEFAULT, {})]
@@ -181,22 +197,28 @@ def loaders(settings: Settings) -> list[Loader]:
 
 def _mode(mode: str, chosen: Sequence[Loader], size: int, settings: Settings, say: Say) -> Outcome:
     outcome, work = Outcome(), MODES[mode] + ("-cold" if settings.caches == COLD else "")
-    if mode == SERVER and not _gpu():
+    if mode == SERVER and not has_gpu(os.environ):
         work = work.replace(HEALTHY, HEALTHY_CPU)
     found: dict[str, list[dict[str, Any]]] = {loader.route: [] for loader in chosen}
     failed: dict[str, str] = {}
-    for number in range(settings.runs):
-        shift = number % max(1, len(chosen))
-        for loader in [*chosen[shift:], *chosen[:shift]]:
-            if loader.route in failed:
-                continue
-            answer = _start(loader, mode, settings, f"{work}-{loader.route}-{number + 1}")
-            if isinstance(answer, str):
-                failed[loader.route] = answer
-            else:
-                found[loader.route].append(answer)
-            told = answer if isinstance(answer, str) else f"{answer['seconds']['total']:.1f} s"
-            say(f"{work}, round {number + 1} of {settings.runs}, {loader.system} ({loader.route}): {told}")
+    try:
+        for loader in _first(chosen) if settings.caches == WARM and _compiles(mode) else ():
+            told = _told(_start(loader, mode, replace(settings, reports=None), ""))
+            say(f"{work}, not counted, so that kernels are compiled, {loader.system} ({loader.route}): {told}")
+        for number in range(settings.runs):
+            shift = number % max(1, len(chosen))
+            for loader in [*chosen[shift:], *chosen[:shift]]:
+                if loader.route in failed:
+                    continue
+                answer = _start(loader, mode, settings, f"{work}-{loader.route}-{number + 1}")
+                if isinstance(answer, str):
+                    failed[loader.route] = answer
+                else:
+                    found[loader.route].append(answer)
+                who = f"{loader.system} ({loader.route})"
+                say(f"{work}, round {number + 1} of {settings.runs}, {who}: {_told(answer)}")
+    except KeyboardInterrupt:
+        outcome.interrupted = True
     outcome.missed += [Missed(work, x.system, x.route, failed[x.route]) for x in chosen if x.route in failed]
     # vLLM's own loader is what the others are held against; without it, the first that answered.
     reference = next((answers[0]["outputs"] for answers in found.values() if answers), None)
@@ -204,6 +226,23 @@ def _mode(mode: str, chosen: Sequence[Loader], size: int, settings: Settings, sa
         if found[loader.route]:
             outcome.records += _records(work, loader, found[loader.route], size, settings.model, reference)
     return outcome
+
+
+def _told(answer: dict[str, Any] | str) -> str:
+    return answer if isinstance(answer, str) else f"{answer['seconds']['total']:.1f} s"
+
+
+def _compiles(mode: str) -> bool:
+    """Whether the first start of this kind on a machine takes longer than others: kernels are compiled, and kept."""
+    return mode == "graphs" or has_gpu(os.environ)
+
+
+def _first(chosen: Sequence[Loader]) -> list[Loader]:
+    """Of each kind of kernels, the preset's and the usual ones, the loader that is started soonest."""
+    found: dict[bool, Loader] = {}
+    for loader in sorted(chosen, key=lambda loader: not loader.forked):
+        found.setdefault(loader.fast, loader)
+    return list(found.values())
 
 
 def _start(loader: Loader, mode: str, settings: Settings, name: str) -> dict[str, Any] | str:

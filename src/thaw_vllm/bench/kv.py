@@ -221,12 +221,12 @@ def _records(
         "engines_equal": _same(cold, thawed["cold_answer"]) and _same(warm, thawed["hit_answer"]),
         "own_hit_equal": _same(thawed["answer"], thawed["hit_answer"]),
     }
-    wrong = _wrong(thawed, warm, frozen["cached"])
+    wrong = _wrong(thawed, warm, cold, frozen["cached"])
     more = {"different": wrong} if wrong else {}
     yield Record(THAWED, "thaw", route, 0, thawed["thawed"], "warm", False, not wrong, None, told | more)
 
 
-def _wrong(thawed: dict[str, Any], reference: dict[str, Any], cached: int) -> str:
+def _wrong(thawed: dict[str, Any], reference: dict[str, Any], cold: dict[str, Any], cached: int) -> str:
     """How an answer differs from that of the engine that froze; empty where it does not."""
     if thawed["cached"] != cached:
         return f"{thawed['cached']} of {cached} tokens were cached"
@@ -234,6 +234,8 @@ def _wrong(thawed: dict[str, Any], reference: dict[str, Any], cached: int) -> st
     wrong = next((what for what in _COMPARED if answer[what] != reference[what]), "")
     if wrong and _same(answer, thawed["hit_answer"]):
         return f"{wrong}; without any thawing the two engines answer differently in the same way"
+    if wrong and not _same(cold, thawed["cold_answer"]):
+        return f"{wrong}; without any cache the two engines answer differently, as where one of them compiled anew"
     return wrong
 
 

@@ -29,14 +29,22 @@ class Missed:
 
 @dataclass
 class Outcome:
-    """Of one command."""
+    """Of one command.
+
+    Attributes:
+        records: what was measured.
+        missed: what gave no figure.
+        interrupted: whether there was to be more.
+    """
 
     records: list[Record] = field(default_factory=list)
     missed: list[Missed] = field(default_factory=list)
+    interrupted: bool = False
 
     def __iadd__(self, other: Outcome) -> Outcome:
         self.records += other.records
         self.missed += other.missed
+        self.interrupted |= other.interrupted
         return self
 
     @property

@@ -202,7 +202,7 @@ def cold_start(
     ] = None,
     runs: Annotated[int, typer.Option(min=1, help="Fresh processes for each loader and mode.")] = 1,
     caches: Annotated[
-        str, typer.Option(help="warm: compiled kernels as they are; cold: none, for every start.", metavar="KIND")
+        str, typer.Option(help="warm: kernels compiled before; cold: none, for every start.", metavar="KIND")
     ] = "warm",
     reports: Annotated[
         Path | None, typer.Option(help="Keep every start's report here, as JSON and HTML.", metavar="DIR")
@@ -218,8 +218,8 @@ def cold_start(
     """Start vLLM by every loader, from the process to its first token.
 
     vLLM's own loader, thaw from a snapshot, thaw from the checkpoint, and vLLM's load formats whose packages are
-    installed. Tokens are compared. The first start on a machine also compiles kernels: make one before, or give every
-    start empty caches. Shown is also what each phase of a start took (thaw start-report).
+    installed. Tokens are compared. A first start, which also compiles kernels, is not counted, unless every start is
+    given empty caches. Shown is also what each phase of a start took (thaw start-report).
     """
     from ..bench import cold_start as measuring
     from ..bench.summary import failures, phase_tables, seconds_table
@@ -382,7 +382,11 @@ def _finish(outcome: Outcome, record: bool, as_json: bool) -> None:
 
 
 def _end(outcome: Outcome, record: bool) -> None:
-    """Keep the records; exit code 1 when a system gave other bytes or tokens, or nothing could be measured."""
+    """Keep the records; exit code 1 when a system gave other bytes or tokens, or nothing could be measured.
+
+    Raises:
+        KeyboardInterrupt: the measurement was interrupted, and what there was is kept.
+    """
     from ..bench.record import append
 
     if record and outcome.records:
@@ -390,6 +394,8 @@ def _end(outcome: Outcome, record: bool) -> None:
     for wrong in outcome.wrong:
         what = wrong.extra.get("different") or "tokens"
         _tell(f"NOT EQUAL: {wrong.work}, {wrong.system} ({wrong.route}): {what}")
+    if outcome.interrupted:
+        raise KeyboardInterrupt
     if outcome.wrong or not outcome.records:
         raise typer.Exit(1)
 

