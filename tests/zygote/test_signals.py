@@ -6,13 +6,19 @@ import fcntl
 import os
 import pty
 import signal
+import socket
 import struct
 import subprocess
+import sys
 import termios
 import time
+from collections.abc import Iterator
 
 import pytest
 from tests.zygote.running import Zygote, state, until
+
+from thaw_vllm.zygote import messages
+from thaw_vllm.zygote.keeper import Keeper
 
 NOTES = """
 import os, signal, sys, time
@@ -244,3 +250,42 @@ class TestTerminal:
             "open('/proc/self/stat').read().split()[6], '.')",
         )
         one.sees("0 .")
+
+
+class TestKeeper:
+    """Without a zygote: what is sent to it by hand, and a process that stands for its program."""
+
+    @pytest.fixture
+    def kept(self) -> Iterator[tuple[Keeper, socket.socket, subprocess.Popen]]:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        program = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, start_new_session=True)
+        wake = os.open(os.devnull, os.O_RDONLY)
+        try:
+            yield Keeper(theirs, program.pid, wake, [], detached=False), ours, program
+        finally:
+            end(program)
+            os.close(wake)
+            ours.close()
+            theirs.close()
+
+    @pytest.mark.parametrize("ended", [True, False])
+    def test_no_signal_after_the_end(self, kept, ended: bool):
+        """Its process id may be another's by then."""
+        keeper, ours, program = kept
+        keeper._ended = ended
+        messages.send(ours, {"signal": int(signal.SIGTERM), "group": False})
+        keeper._hear()
+        messages.send(ours, {"resumed": 3})
+        keeper._hear()
+        if ended:
+            time.sleep(0.2)
+            assert program.poll() is None
+        else:
+            assert program.wait(60) == -signal.SIGTERM
+
+    @pytest.mark.parametrize("client", [0, 7])
+    def test_a_client_that_cannot_be_seen(self, kept, client: int):
+        """Process 0 would be this one's whole group."""
+        keeper = kept[0]
+        keeper._client, keeper._told = client, 1
+        assert keeper._client_is_behind() == bool(client)

@@ -74,6 +74,7 @@ class Keeper:
         self._detached = detached
         self._client = messages.peer(connection)[0]
         self._runs = True
+        self._ended = False  # and its process id may be somebody else's soon
         # Of the times that the program was stopped: how many the client was told of, after which it says that it goes
         # on, and after which it was continued from here.
         self._told = self._resumed = self._woken = 0
@@ -113,6 +114,7 @@ class Keeper:
                 return answer
             if process != self._program:
                 continue
+            self._ended = os.WIFSIGNALED(status) or os.WIFEXITED(status)
             if os.WIFSTOPPED(status):
                 self._runs = False
                 self._told += 1
@@ -142,7 +144,7 @@ class Keeper:
             self._resumed = resumed
             if resumed != self._woken:  # else the program went on before, and may have been stopped again meanwhile
                 number, group = signal.SIGCONT, True
-        if isinstance(number, int) and 0 < number < signal.NSIG:
+        if isinstance(number, int) and 0 < number < signal.NSIG and not self._ended:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._program, number) if group else os.kill(self._program, number)
 
@@ -159,7 +161,8 @@ class Keeper:
 
     def _client_is_behind(self) -> bool:
         """Whether somebody has continued the program itself, and its client is stopped with it, or about to be."""
-        return self._runs and self._connection is not None and self._resumed != self._told
+        known = self._connection is not None and self._client  # 0: in another namespace of processes
+        return bool(self._runs and known and self._resumed != self._told)
 
     def _wake_client(self) -> None:
         if processes.is_stopped(self._client):
