@@ -193,11 +193,11 @@ class TestServe:
         monkeypatch.setattr(api, "require_vllm_installed", lambda: None)
         return found
 
-    @pytest.mark.parametrize("taken", ["--load-format", "--model-loader-extra-config"])
+    @pytest.mark.parametrize("taken", ["--load-format", "--load_format", "--model-loader-extra-config"])
     @pytest.mark.parametrize("form", ["{} x", "{}=x"])
     def test_snapshot_and_loader(self, thaw, handed, snapshot, taken, form):
         ran = thaw("serve", "--model", "m", "--snapshot", snapshot, *form.format(taken).split())
-        assert ran.code == 2 and f"leave {taken} out" in ran.err and handed == []
+        assert ran.code == 2 and f"leave {taken.replace('_', '-')} out" in ran.err and handed == []
 
     def test_without_a_snapshot_the_loader_is_free(self, thaw, handed):
         ran = thaw("serve", "--model", "m", "--load-format", "dummy", "--port", "8001")
@@ -229,7 +229,7 @@ class TestServe:
         monkeypatch.setattr(api, "check_sizes", lambda path, found: sizes.append((path, found)))
         monkeypatch.chdir(snapshot.parent)
         ran = thaw(
-            "serve", "--model", "m", "--snapshot", snapshot.name, "-tp", "2", "--pipeline-parallel-size=3", "--x"
+            "serve", "--model", "m", "--snapshot", snapshot.name, "-tp", "2", "--pipeline_parallel_size=3", "--x"
         )
         assert ran.code == 0 and sizes == [(str(snapshot), {"tensor_parallel_size": 2, "pipeline_parallel_size": 3})]
         ((arguments, _),) = handed
@@ -241,7 +241,7 @@ class TestServe:
             ["--load-format", "thaw", "--model-loader-extra-config"],
         )
         assert json.loads(options[3]) == {"snapshot": str(snapshot)}
-        assert options[4:] == ["-tp", "2", "--pipeline-parallel-size=3", "--x"]
+        assert options[4:] == ["-tp", "2", "--pipeline_parallel_size=3", "--x"]
 
     def test_fast_start(self, thaw, handed, monkeypatch):
         monkeypatch.setenv("VLLM_ENABLE_STARTUP_PLAN", "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -68,10 +69,12 @@ def serve(
     check_model(model)
     options = list(context.args)
     if snapshot is not None:
-        for taken in ("--load-format", "--model-loader-extra-config"):
-            if any(option == taken or option.startswith(taken + "=") for option in options):
-                raise UsageError(f"--snapshot sets {taken} itself; leave {taken} out")
-        check_sizes(str(snapshot.absolute()), _sizes(options))
+        chosen = given(options)
+        for taken in ("load_format", "model_loader_extra_config"):
+            if taken in chosen:
+                option = "--" + taken.replace("_", "-")
+                raise UsageError(f"--snapshot sets {option} itself; leave {option} out")
+        check_sizes(str(snapshot.absolute()), _sizes(chosen))
         extra = json.dumps({"snapshot": str(snapshot.absolute())})
         options = ["--load-format", "thaw", "--model-loader-extra-config", extra, *options]
     os.environ.update(cache_variables(cache_dir))
@@ -84,18 +87,8 @@ def serve(
     hand_over([MODULE, "--model", model, *options], "module", zygote, fallback=not require_zygote)
 
 
-def _sizes(options: list[str]) -> dict[str, int]:
+def _sizes(chosen: Mapping[str, str]) -> dict[str, int]:
     """The parallel sizes among vLLM's options, as ``check_sizes`` has them."""
-    names = {
-        "--tensor-parallel-size": "tensor_parallel_size",
-        "-tp": "tensor_parallel_size",
-        "--pipeline-parallel-size": "pipeline_parallel_size",
-        "-pp": "pipeline_parallel_size",
-    }
-    found = {}
-    for option, following in zip(options, [*options[1:], ""], strict=False):
-        name, _, value = option.partition("=")
-        value = value or following
-        if name in names and value.isdigit():
-            found[names[name]] = int(value)
-    return found
+    names = {"tp": "tensor_parallel_size", "pp": "pipeline_parallel_size"}
+    sizes = {names.get(name, name): value for name, value in chosen.items()}
+    return {name: int(sizes[name]) for name in names.values() if sizes.get(name, "").isdigit()}

@@ -16,3 +16,16 @@ def test_given():
     words = ["--dtype=float32", "auto", "-cc.mode=3", "-O1", "-tp", "2", "--a-b.c", "x=y", "--", "-"]
     assert list(given(words)) == ["dtype", "cc", "O", "tp", "a_b"]
     assert list(given(["--Other", "-O.x=1", "-O=2"])) == ["Other", "O"]
+
+
+def test_values():
+    words = ["--load_format", "thaw", "-tp", "2", "-cc.mode=3", "--sizes", "1", "2", "--eager", "--a=b=c", "--last"]
+    assert given(words) == {
+        "load_format": "thaw",
+        "tp": "2",
+        "cc": "3",
+        "sizes": "1",
+        "eager": "",
+        "a": "b=c",
+        "last": "",
+    }

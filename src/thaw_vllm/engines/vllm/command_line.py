@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,17 +19,19 @@ def options(engine_args: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def given(words: Sequence[str]) -> dict[str, bool]:
-    """Which arguments a command line gives, by their names in Python or their short names: ``-cc.mode=3`` is ``cc``.
+def given(words: Sequence[str]) -> dict[str, str]:
+    """What a command line gives, by names in Python or short names: ``-cc.mode=3`` is ``cc``, with the value ``3``.
 
-    vLLM takes shortened names as well (``--enforce``); they are given as they are.
+    vLLM takes shortened names as well (``--enforce``); they are given as they are. An argument without a value has an
+    empty one, of several words it has the first.
     """
     found = {}
-    for word in words:
+    for word, following in zip(words, [*words[1:], "-"], strict=False):
         if word.startswith("-") and word.strip("-"):
-            name = re.split("[=.]", word.lstrip("-"))[0].replace("-", "_")
+            before, is_whole, value = word.partition("=")
+            name = before.lstrip("-").split(".")[0].replace("-", "_")
             short = not word.startswith("--") and name[:1] == "O"  # -O1
-            found["O" if short else name] = True
+            found["O" if short else name] = value if is_whole else "" if following.startswith("-") else following
     return found
 
 
