@@ -107,6 +107,20 @@ def test_wrong_command_line(thaw, arguments, said):
     assert "--help" in ran.err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "command"),
+    [
+        (["serve", "--model"], "thaw serve"),
+        (["zygote", "start", "--name"], "thaw zygote start"),
+        (["zygote", "melt"], "thaw zygote"),
+        (["--frobnicate", "serve"], "thaw"),
+        (["bench", "restore", "--rounds", "many"], "thaw bench restore"),
+    ],
+)
+def test_the_help_that_is_named(thaw, arguments, command):
+    assert f"({command} --help shows what it takes)" in thaw(*arguments).err
+
+
 def test_package_that_is_missing(thaw, checkpoint, monkeypatch):
     monkeypatch.setitem(sys.modules, "blake3", None)
     monkeypatch.delitem(sys.modules, "thaw_vllm.weights.checkpoint", raising=False)

@@ -176,7 +176,7 @@ class TestZygote:
         process = self.talk(own)
         if how == "command":
             ran = subprocess.run([*COMMAND, "zygote", "stop"], capture_output=True, text=True, timeout=60)
-            assert ran.stdout == "stopped; 1 programs go on\n" and ran.returncode == 0, ran.stderr
+            assert ran.stdout == "stopped; 1 program goes on\n" and ran.returncode == 0, ran.stderr
         else:
             os.kill(own.pid, signal.SIGTERM)
         until(lambda: state(own.pid) is None)

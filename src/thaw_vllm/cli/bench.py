@@ -207,9 +207,11 @@ def cold_start(
     reports: Annotated[
         Path | None, typer.Option(help="Keep every start's report here, as JSON and HTML.", metavar="DIR")
     ] = None,
-    zygote: Annotated[bool, typer.Option("--zygote", help="Start in forks of a zygote, too.")] = False,
+    zygote: Annotated[
+        bool, typer.Option("--zygote", help="Start in forks of a zygote, too; not with --caches cold.")
+    ] = False,
     fast_start: Annotated[
-        bool, typer.Option("--fast-start", help="Start with the preset of thaw serve --fast-start, too.")
+        bool, typer.Option("--fast-start", help="Start with the preset of thaw serve --fast-start, too; needs a GPU.")
     ] = False,
     engine_arg: EngineArguments = None,
     record: Recording = False,

@@ -7,7 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 INTERRUPTED = 130
 PIPE_CLOSED = 141
@@ -84,11 +84,23 @@ def _command(arguments: list[str]) -> int:
     except typer.Abort:
         return INTERRUPTED
     except click_error as error:
-        context = getattr(error, "ctx", None)
-        command = context.command_path if context is not None else "thaw"
-        hint = f" ({command} --help shows what it takes)" if isinstance(error, usage_error) else ""
+        hint = f" ({_named(app, arguments)} --help shows what it takes)" if isinstance(error, usage_error) else ""
         _say(f"error: {error.format_message()}{hint}")
         return int(error.exit_code)
+
+
+def _named(app: Any, arguments: list[str]) -> str:
+    """The command that arguments begin with; click tells ``thaw`` where an option lacks its value."""
+    from typer.main import get_command
+
+    found, command = ["thaw"], cast(Any, get_command(app))
+    for word in arguments:
+        below = command.get_command(None, word) if hasattr(command, "get_command") else None
+        if below is None:
+            break
+        found.append(word)
+        command = below
+    return " ".join(found)
 
 
 def _refused(error: OSError) -> int:

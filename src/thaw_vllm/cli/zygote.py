@@ -93,7 +93,8 @@ def stop(name: Name = "default", as_json: Json = False) -> None:
     if as_json:
         document(found)
         return
-    print(f"stopped; {found['running']} programs go on" if found["running"] else "stopped")
+    running = found["running"]
+    print(f"stopped; {running} program{' goes' if running == 1 else 's go'} on" if running else "stopped")
 
 
 def _lives(pid: int) -> bool:
