@@ -41,6 +41,32 @@ def test_document(thaw, start):
     assert document["processes"][0]["spans"][1] == {"phase": "imports", "begin": 0.5, "end": 4.5, "self": 4}
 
 
+MODULES = ["a.b", "a.c", "a", "b", "c", "d\x1b[2J", "e", 7]
+
+
+@pytest.mark.parametrize(
+    ("told", "shown"),
+    [
+        ({"created": 100, "modules": MODULES}, "7 modules since its fork: a (3), b (1), c (1), 'd\\x1b[2J' (1), …"),
+        ({"created": 100, "modules": ["a.b"]}, "1 modules since its fork: a (1)"),
+        ({"created": 99, "modules": ["of another start"]}, None),
+        ({"created": "soon", "modules": ["a"]}, None),
+        ({"created": 100, "modules": 7}, None),
+        ([], None),
+    ],
+)
+def test_modules_that_were_imported(told, shown, thaw, start):
+    (start / "7.imported.json").write_text(json.dumps(told))
+    ran = thaw("start-report", start)
+    assert ran.code == 0
+    if shown is None:
+        assert "since its fork" not in ran.out
+    else:
+        assert shown in ran.out, ran.out
+    names = [name for name in told["modules"] if isinstance(name, str)] if shown else []
+    assert thaw("start-report", start, "--json").document["processes"][0]["imported"] == names
+
+
 def test_page(thaw, start, tmp_path):
     page = tmp_path / "start.html"
     ran = thaw("start-report", start, "--html", page)

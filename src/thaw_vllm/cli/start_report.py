@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +17,8 @@ thaw start-report start/
 thaw start-report start/ --html start.html
 thaw start-report start/ --json | jq .total
 """
+
+_PACKAGES = 4
 
 
 def start_report(
@@ -43,6 +47,8 @@ def start_report(
     rows = [("total", f"{found.total:.3f} s, until the {until}")]
     for process in found.processes:
         rows.append((process.role, f"pid {process.pid}, from {process.created:.3f} s"))
+        if process.imported:
+            rows.append(("imported", f"{len(process.imported)} modules since its fork: {_packages(process.imported)}"))
     if found.skipped:
         rows.append(("skipped lines", f"{found.skipped}, of other starts or no events"))
     if html is not None:
@@ -50,3 +56,10 @@ def start_report(
     pairs(rows)
     print()
     print("\n".join(plain(line) for line in found.waterfall().splitlines()))
+
+
+def _packages(modules: Sequence[str]) -> str:
+    """The packages that most of them belong to."""
+    counted = Counter(name.partition(".")[0] for name in modules).most_common()
+    told = ", ".join(f"{plain(name)} ({count})" for name, count in counted[:_PACKAGES])
+    return told + (", …" if len(counted) > _PACKAGES else "")

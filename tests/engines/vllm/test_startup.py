@@ -158,6 +158,26 @@ class TestRecorder:
         assert process["begin"] == process["created"] and process["end"] == weights["begin"]
         assert len(written(Path(recorder.directory))) == 2
 
+    def test_a_forked_process_says_what_it_imports(self, recorder: startup.Recorder, tmp_path: Path):
+        (tmp_path / "imported_late.py").touch()
+        recorder.begin()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                begun = recorder.enter()
+                recorder.span("device", begun)
+                sys.path.insert(0, str(tmp_path))
+                importlib.import_module("imported_late")
+                recorder.span("model init", begun)
+            finally:
+                os._exit(0)
+        os.waitpid(pid, 0)
+        recorder.span("config", startup.now())
+        found = start_report.read(recorder.directory)
+        assert [process.imported for process in found.processes] == [(), ("imported_late",)]
+        assert found.to_json()["processes"][1]["imported"] == ["imported_late"] and found.skipped == 0
+        assert len(os.listdir(recorder.directory)) == 3  # a file of each process, and the modules of one
+
     def test_a_plugin_loaded_in_a_forked_process_has_no_imports(
         self, recorder: startup.Recorder, monkeypatch: pytest.MonkeyPatch
     ):

@@ -7,7 +7,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ...errors import StorageError, UnsupportedError, UsageError
@@ -49,6 +50,41 @@ ON_CUDA = (
     "vllm.compilation.backends",
     "vllm.compilation.cuda_graph",
 )
+LATER = (
+    *("multiprocessing.popen_fork", "multiprocessing.popen_spawn_posix", "setproctitle"),
+    "vllm.v1.core.kv_cache_utils",
+    "vllm.v1.core.sched.scheduler",
+    "vllm.v1.core.sched.async_scheduler",
+    "vllm.triton_utils.dispatcher",
+    "vllm.v1.pool.flash_maxsim",
+    "vllm.distributed.device_communicators.shm_broadcast",
+    "vllm.distributed.elastic_ep.elastic_execute",
+    "vllm.model_inspection",
+    "vllm.model_executor.models.adapters",
+    "vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors",
+    "vllm.model_executor.layers.quantization.online.base",
+    "vllm.compilation.caching",
+    "vllm.compilation.compiler_interface",
+    "vllm.compilation.piecewise_backend",
+    "torch._dynamo.aot_compile",
+    "torch._inductor.codecache",
+    "torch._inductor.compile_fx",
+    "torch._inductor.standalone_compile",
+    "torch._functorch._aot_autograd.autograd_cache",
+)
+"""What starts import in the middle of their work, mostly inside functions; found by comparing ``sys.modules`` (the
+``imported`` of a start report). Tried in a fork before, so that none of them can spoil the zygote."""
+LATER_ON_CUDA = (
+    "vllm.utils.jit_monitor",
+    "vllm.compilation.passes.vllm_inductor_pass",
+    "vllm.compilation.passes.pass_manager",
+    "vllm.distributed.device_communicators.cuda_communicator",
+    "vllm.model_executor.layers.batch_invariant",
+    "vllm.model_executor.warmup.kernel_warmup",
+    "vllm.v1.sample.ops.topk_topp_triton",
+    "triton.backends.nvidia.compiler",
+    "torch._inductor.runtime.triton_heuristics",
+)
 MODELS = tuple(f"vllm.model_executor.models.{name}" for name in ("llama", "qwen2", "qwen3"))
 """Modules of models that are imported where no model is named."""
 
@@ -82,6 +118,7 @@ def import_all(extra: list[str], models: list[str]) -> Imported:
             work.import_one(name, required=False)
         for name in architectures:
             work.do(f"looking at {name}", lambda name=name: versions.inspect_model(name))  # type: ignore[misc]
+        work.import_sound(LATER + LATER_ON_CUDA if versions.on_cuda() else LATER)
         for model in models:
             work.do(f"the tokenizer of {model}", lambda model=model: _tokenizer(model))  # type: ignore[misc]
         for name in extra:
@@ -120,11 +157,55 @@ class _Work:
         else:
             self.modules.append(name)
 
+    def import_sound(self, names: Sequence[str]) -> None:
+        """Those of ``names`` that are there and leave a fork of this process as it should be."""
+        left = list(names)
+        while left:
+            answers = _tried(left, self.pools)
+            for name, answer in zip(left, answers, strict=False):
+                if answer == _SOUND:
+                    self.import_one(name, required=False)
+                elif answer == _SPOILS:
+                    print(f"{name} is not imported beforehand: it would spoil this process", file=sys.stderr)
+            left = left[len(answers) :]
+
     def do(self, what: str, step: Callable[[], object]) -> None:
         step()
         reason = proof.unsound(self.pools)
         if reason:
             raise UnsupportedError(f"after {what}, which is to blame, the zygote could not be forked: {reason}")
+
+
+_SOUND, _ABSENT, _SPOILS = "+", "-", "!"
+
+
+def _tried(names: Sequence[str], pools: int) -> str:
+    """What a fork found of each of ``names``, of which it imported one after the other until one had spoilt it."""
+    read, write = os.pipe()
+    sys.stderr.flush()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of the pools' threads, which survive forks
+        child = os.fork()
+    if not child:
+        try:
+            for name in names:
+                answer = _SOUND
+                try:
+                    importlib.import_module(name)
+                except Exception:
+                    answer = _ABSENT
+                answer = _SPOILS if proof.unsound(pools) else answer
+                os.write(write, answer.encode())
+                if answer == _SPOILS:
+                    break
+        finally:
+            os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        found = pipe.read()
+    os.waitpid(child, 0)
+    died = len(found) < len(names) and not found.endswith(_SPOILS)
+    return found + _SPOILS if died else found
 
 
 def _architectures(model: Path) -> list[str]:

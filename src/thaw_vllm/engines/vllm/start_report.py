@@ -15,8 +15,8 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ PHASES = (
 )
 """In the order in which a start goes through them."""
 _OF_ROLE = {CORE: "engine", WORKER: "worker", HELPER: "helper"}
+IMPORTED = ".imported.json"
 _LINES = 100_000
 """Of one file; further ones are skipped."""
 HOW = "start vLLM with THAW_START_REPORT naming a directory, as in: THAW_START_REPORT=start/ vllm serve M"
@@ -59,6 +60,7 @@ class Process:
         created: seconds since the start began.
         depth: in the tree of processes; 0 is the first.
         spans: in order of their beginning, outer ones first.
+        imported: modules, of a process that was forked since then, as far as its last span; they took part of its time.
     """
 
     pid: int
@@ -68,6 +70,7 @@ class Process:
     created: float
     depth: int
     spans: tuple[Span, ...]
+    imported: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,7 @@ class StartReport:
                         }
                         for span in process.spans
                     ],
+                    "imported": list(process.imported),
                 }
                 for process in self.processes
             ],
@@ -181,7 +185,18 @@ def read(directory: str | os.PathLike[str]) -> StartReport:
         skipped += torn
     if not events:
         raise UsageError(f"{str(path)!r} holds no report of a start; {HOW}")
-    return report(events, skipped)
+    return report(events, skipped, dict(filter(None, map(_imported, sorted(path.glob(f"*{IMPORTED}"))))))
+
+
+def _imported(file: Path) -> tuple[tuple[int, float], tuple[str, ...]] | None:
+    """What a process says of its imports, by its pid and creation; None where it is not that."""
+    try:
+        given = json.loads(file.read_text(encoding="utf-8"))
+        process = int(file.name.removesuffix(IMPORTED)), float(given["created"])
+        names = tuple(name for name in given["modules"] if isinstance(name, str))
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
+        return None
+    return process, names[:_LINES]
 
 
 def _events(file: Path) -> tuple[list[Event], int]:
@@ -218,8 +233,14 @@ def _event(line: str) -> Event | None:
     return event
 
 
-def report(events: Sequence[Event], skipped: int = 0) -> StartReport:
+def report(
+    events: Sequence[Event], skipped: int = 0, imported: Mapping[tuple[int, float], tuple[str, ...]] | None = None
+) -> StartReport:
     """The last start among events, of which there must be some.
+
+    Args:
+        skipped: lines that were none.
+        imported: modules, by a process's pid and creation.
 
     Processes belong together by their parents. A process is its pid and its creation, since pids come again.
     """
@@ -236,7 +257,10 @@ def report(events: Sequence[Event], skipped: int = 0) -> StartReport:
     tokens = [e.end for key in chosen for e in by_process[key] if e.phase == FIRST_TOKEN]
     end = min(tokens) if tokens else max(e.end for key in chosen for e in by_process[key])
     processes = tuple(
-        _process(key, depth, by_process[key], key == root, zero, end - zero) for key, depth in chosen.items()
+        replace(
+            _process(key, depth, by_process[key], key == root, zero, end - zero), imported=(imported or {}).get(key, ())
+        )
+        for key, depth in chosen.items()
     )
     return StartReport(processes, tuple(_wall(processes, end - zero)), end - zero, bool(tokens), skipped)
 

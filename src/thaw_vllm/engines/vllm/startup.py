@@ -4,7 +4,9 @@ The variable names a directory. Each process appends one JSON line an event to a
 ``start_report`` reads them. Times are seconds of the clock that the kernel's process start times are given in, so that
 the beginning of a process needs nobody to be there, and processes of one machine can be compared.
 
-An event: ``pid``, ``parent``, ``name`` (as multiprocessing has it), ``created``, ``phase``, ``begin``, ``end``.
+An event: ``pid``, ``parent``, ``name`` (as multiprocessing has it), ``created``, ``phase``, ``begin``, ``end``. A
+process that was forked also notes which modules it has imported since then, in ``PID.imported.json``: ``created`` and
+``modules``. It could have had them from the process that it is a fork of.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import json
 import logging
 import multiprocessing
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -66,6 +69,8 @@ class Recorder:
         self._pid, self._parent, self._created = os.getpid(), os.getppid(), created()
         self._seen: set[str] = set()
         self._plugin: float | None = None
+        self._inherited: set[str] | None = None  # modules; None of a process that was not forked
+        self._imported = 0
         self._request: float | None = None
 
     def begin(self) -> None:
@@ -74,8 +79,11 @@ class Recorder:
         python = interpreter_began()
         if self._created is None:
             self._created = python
-        elif python < self._created:  # another process's, from which this one was forked; or by less than a tick
-            python = at if python < self._created - 0.05 else self._created
+        elif python < self._created - 0.05:  # another process's, from which this one was forked
+            python = at
+            self._inherited = set(sys.modules)
+        elif python < self._created:  # by less than a tick
+            python = self._created
         self.span("process", self._created, python)
         if python < at:
             self.span("imports", python, at)
@@ -85,6 +93,7 @@ class Recorder:
         at = now()
         if os.getpid() != self._pid:
             self._here()
+            self._inherited = set(sys.modules)
             self._created = at if self._created is None else self._created
             self.span("process", self._created, at)
         return at
@@ -111,9 +120,22 @@ class Recorder:
                 os.write(file, json.dumps(event).encode() + b"\n")
             finally:
                 os.close(file)
+            self._note_imports()
         except OSError as error:
             self.done = True
             _say(error)
+
+    def _note_imports(self) -> None:
+        if self._inherited is None:
+            return
+        found = [name for name in list(sys.modules) if name not in self._inherited]
+        if len(found) == self._imported:
+            return
+        self._imported = len(found)
+        path = os.path.join(self.directory, f"{self._pid}.imported.json")
+        with open(path + ".part", "w", encoding="utf-8") as file:
+            json.dump({"created": self._created, "modules": found}, file)
+        os.replace(path + ".part", path)
 
     def under_way(self, phase: str, end: float) -> None:
         """A phase in which the plugin was loaded, and which nobody could see begin."""
