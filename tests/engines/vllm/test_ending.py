@@ -39,7 +39,7 @@ def test_nothing_is_left(inner, rest, monkeypatch):
     assert not of_group(leader.pid)
 
 
-def test_ctrl_c_leaves_no_process(monkeypatch):
+def test_ctrl_c_leaves_no_process(monkeypatch, interruptible):
     """In place of an engine: a process whose child would outlive it."""
     leaders, real = [], subprocess.Popen
 

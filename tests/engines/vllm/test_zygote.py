@@ -104,6 +104,8 @@ def test_answers_are_equal(how: str, zygote: Zygote, asked: dict, snapshot: Path
     found = start_report.read(tmp_path / "start")
     assert not ANEW & set(found.seconds), found.waterfall()
     assert "engine init" in found.seconds, "an engine of its own process was seen"
+    late = {name for process in found.processes for name in process.imported}
+    assert not late & {*preimport.LATER, "compressed_tensors"} and len(late) < 10, late
 
 
 def test_two_ranks(zygote: Zygote, asked: dict[str, Any], tmp_path: Path):
