@@ -193,6 +193,15 @@ def test_a_start_that_compiles_is_not_counted(gpu, mode, starts, thaw, model, en
     assert len([*(tmp_path / "kept").glob("*.json")]) == 2
 
 
+def test_another_compiles_where_the_first_cannot(thaw, model, engine):
+    started = engine(failing=("default",))
+    arguments = ("--mode", "graphs", "--loader", "default-loader", "--loader", "checkpoint", "--runs", 2)
+    ran = thaw("bench", "cold-start", "--model", model, *arguments, "--json")
+    assert ran.code == 0, ran.err
+    assert [name for name, _ in started.asked] == ["default", "thaw", "thaw", "thaw"]
+    assert [m["route"] for m in ran.document["missed"]] == ["default-loader"]
+
+
 class TestInterrupted:
     @pytest.fixture
     def ran(self, thaw, model, engine, zygote, monkeypatch, request):
@@ -221,7 +230,7 @@ class TestInterrupted:
 
     @pytest.mark.parametrize("ran", [_interrupt, _terminate], indirect=True, ids=["SIGINT", "SIGTERM"])
     def test_what_there_was_is_kept(self, ran, zygote, tmp_path):
-        assert ran.code == 130, ran.err
+        assert ran.code == 130 and ran.document["interrupted"], ran.err
         starts = [r for r in ran.document["records"] if r["work"] == "start-eager"]
         assert {r["route"]: len(r["seconds"]) for r in starts} == {"default-loader": 1, "checkpoint-zygote": 2}
         (file,) = (tmp_path / "benchmarks" / "results").iterdir()

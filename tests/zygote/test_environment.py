@@ -92,11 +92,14 @@ def test_what_modules_set_is_no_difference(monkeypatch):
     before = dict(os.environ)
     monkeypatch.setenv("KMP_SET", "by a module")
     monkeypatch.setenv("LD_CHANGED", "by a module")
+    monkeypatch.setenv("THAW_SET", "by a module")
+    reads.names.add("THAW_SET")  # perhaps by another module, before it was set
     reads.before["LD_CHANGED"] = before["LD_CHANGED"] = "before"
     assert reads.differences(before) == []
     assert reads.differences(before | {"KMP_SET": "by a module"}) == []
     assert reads.differences(before | {"KMP_SET": "by somebody"}) == ["KMP_SET"]
     assert reads.differences(before | {"LD_CHANGED": "by a module"}) == ["LD_CHANGED"]
+    assert reads.differences(before | {"THAW_SET": "by a module"}) == ["THAW_SET"]
 
 
 def test_what_modules_set_is_set_for_programs(monkeypatch):

@@ -140,18 +140,25 @@ def measure(settings: Settings, say: Say) -> Outcome:
         raise UsageError("a zygote has read where caches are; leave out --zygote or --caches cold")
     outcome = Outcome()
     with _until_terminated(), _zygote(settings, say):
-        for mode in settings.modes:
-            outcome += _mode(mode, chosen, size, settings, say)
-            if outcome.interrupted:
-                break
+        try:
+            for mode in settings.modes:
+                outcome += _mode(mode, chosen, size, settings, say)
+                if outcome.interrupted:
+                    break
+        except KeyboardInterrupt:
+            outcome.interrupted = True
     return outcome
 
 
 @contextlib.contextmanager
 def _until_terminated() -> Iterator[None]:
-    """SIGTERM, which ``timeout`` sends, ends a measurement as Ctrl-C does: what was started for it is ended, too."""
+    """SIGTERM, which ``timeout`` sends, ends a measurement as Ctrl-C does: what was started for it is ended, too.
+
+    Once: the next one does not keep it from that.
+    """
 
     def interrupt(number: int, frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():
@@ -202,9 +209,8 @@ def _mode(mode: str, chosen: Sequence[Loader], size: int, settings: Settings, sa
     found: dict[str, list[dict[str, Any]]] = {loader.route: [] for loader in chosen}
     failed: dict[str, str] = {}
     try:
-        for loader in _first(chosen) if settings.caches == WARM and _compiles(mode) else ():
-            told = _told(_start(loader, mode, replace(settings, reports=None), ""))
-            say(f"{work}, not counted, so that kernels are compiled, {loader.system} ({loader.route}): {told}")
+        if settings.caches == WARM and _compiles(mode):
+            _compile(work, mode, chosen, failed, settings, say)
         for number in range(settings.runs):
             shift = number % max(1, len(chosen))
             for loader in [*chosen[shift:], *chosen[:shift]]:
@@ -237,12 +243,24 @@ def _compiles(mode: str) -> bool:
     return mode == "graphs" or has_gpu(os.environ)
 
 
-def _first(chosen: Sequence[Loader]) -> list[Loader]:
-    """Of each kind of kernels, the preset's and the usual ones, the loader that is started soonest."""
-    found: dict[bool, Loader] = {}
+def _compile(
+    work: str, mode: str, chosen: Sequence[Loader], failed: dict[str, str], settings: Settings, say: Say
+) -> None:
+    """One start of each kind of kernels, the preset's and the usual ones, by the loader that is started soonest.
+
+    Args:
+        failed: route → why, of loaders that cannot be started; those found on the way are added.
+    """
+    compiled: set[bool] = set()
     for loader in sorted(chosen, key=lambda loader: not loader.forked):
-        found.setdefault(loader.fast, loader)
-    return list(found.values())
+        if loader.fast in compiled:
+            continue
+        answer = _start(loader, mode, replace(settings, reports=None), "")
+        say(f"{work}, not counted, so that kernels are compiled, {loader.system} ({loader.route}): {_told(answer)}")
+        if isinstance(answer, str):
+            failed[loader.route] = answer
+        else:
+            compiled.add(loader.fast)
 
 
 def _start(loader: Loader, mode: str, settings: Settings, name: str) -> dict[str, Any] | str:

@@ -84,12 +84,15 @@ def _running(command: list[str], log: Any, environment: dict[str, str]) -> Itera
     try:
         yield process
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process.pid, signal.SIGTERM)
-        until = time.monotonic() + _ENDING
-        while not os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) and time.monotonic() < until:
-            time.sleep(0.02)
-        end_group(process)
+        try:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGTERM)
+            until = time.monotonic() + _ENDING
+            ended = os.WEXITED | os.WNOHANG | os.WNOWAIT
+            while not os.waitid(os.P_PID, process.pid, ended) and time.monotonic() < until:
+                time.sleep(0.02)
+        finally:  # also where somebody presses Ctrl-C once more
+            end_group(process)
 
 
 def _free_port() -> int:

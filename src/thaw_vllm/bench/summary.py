@@ -204,4 +204,5 @@ def plain(outcome: Outcome) -> dict[str, Any]:
         ratios = {"of_limit": of_limit(record, outcome), "of_best_rival": of_rival(record, outcome)}
         told = {name: round(ratio, 4) for name, ratio in ratios.items() if ratio is not None}
         records.append(record.to_json() | told)
-    return {"records": records, "missed": [vars(item) for item in outcome.missed]}
+    partial = {"interrupted": True} if outcome.interrupted else {}
+    return {"records": records, "missed": [vars(item) for item in outcome.missed]} | partial

@@ -99,16 +99,19 @@ class Reads:
     def differences(self, theirs: Mapping[str, str]) -> list[str]:
         """Names of variables that have another value in ``theirs`` and were read here, in order.
 
-        What the modules imported here set themselves is none: who asks may have imported them as well, as a program
-        that used scikit-learn has its ``KMP_INIT_AT_FORK``.
+        What modules imported here have set for libraries (BY_LIBRARIES) is none: who asks may have imported them as
+        well, as a program that used scikit-learn has its ``KMP_INIT_AT_FORK``.
         """
-        set_here = {name: value for name, value in os.environ.items() if name not in self.before}
+
+        def set_here(name: str) -> bool:
+            return (
+                name.startswith(BY_LIBRARIES) and name not in self.before and theirs.get(name) == os.environ.get(name)
+            )
+
         return sorted(
             name
             for name in _changed(self.before, theirs)
-            if name not in MAY_DIFFER
-            and (name in self.names or name.startswith(BY_LIBRARIES))
-            and not (name in set_here and theirs.get(name) == set_here[name])
+            if name not in MAY_DIFFER and (name in self.names or name.startswith(BY_LIBRARIES)) and not set_here(name)
         )
 
     def imported(self, theirs: Mapping[str, str]) -> dict[str, str]:

@@ -29,3 +29,6 @@ def test_values():
         "a": "b=c",
         "last": "",
     }
+    assert given(["-O3", "word", "-O.x=1", "-O=2"]) == {"O": "2"}
+    assert given(["-O3", "word"]) == {"O": "3"}
+    assert list(given(["--tp-size=4", "-tp", "2", "--tp-size", "8"]).items()) == [("tp", "2"), ("tp_size", "8")]

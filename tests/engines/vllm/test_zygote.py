@@ -253,12 +253,14 @@ def test_this_vllm_is_known(zygote: Zygote, monkeypatch: pytest.MonkeyPatch):
     assert os.environ["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn" and said == []
 
 
-def test_a_module_that_starts_a_thread(zygote: Zygote, tmp_path: Path):
+THREAD = "import threading\nthreading.Thread(target=threading.Event().wait, name='collector', daemon=True).start()\n"
+
+
+@pytest.mark.parametrize(("code", "said"), [(THREAD, "'collector'"), (USES_OPENMP, "an OpenMP pool")])
+def test_a_module_that_no_fork_survives(code: str, said: str, zygote: Zygote, tmp_path: Path):
     """Of the user's, by ``--import``."""
-    (tmp_path / "users_module.py").write_text(
-        "import threading\nthreading.Thread(target=threading.Event().wait, name='collector', daemon=True).start()\n"
-    )
+    (tmp_path / "users_module.py").write_text(code)
     with made(preimport.__name__, name="second") as second, pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", f"{os.environ['PYTHONPATH']}:{tmp_path}")
-        with pytest.raises(UnsupportedError, match=r"after users_module, which is to blame.*'collector'"):
+        with pytest.raises(UnsupportedError, match=f"after users_module, which is to blame.*{said}"):
             second.start(("users_module",))

@@ -23,15 +23,17 @@ def given(words: Sequence[str]) -> dict[str, str]:
     """What a command line gives, by names in Python or short names: ``-cc.mode=3`` is ``cc``, with the value ``3``.
 
     vLLM takes shortened names as well (``--enforce``); they are given as they are. An argument without a value has an
-    empty one, of several words it has the first.
+    empty one, of several words it has the first. Of one that is given twice the last counts, and stands last.
     """
-    found = {}
+    found: dict[str, str] = {}
     for word, following in zip(words, [*words[1:], "-"], strict=False):
         if word.startswith("-") and word.strip("-"):
             before, is_whole, value = word.partition("=")
             name = before.lstrip("-").split(".")[0].replace("-", "_")
-            short = not word.startswith("--") and name[:1] == "O"  # -O1
-            found["O" if short else name] = value if is_whole else "" if following.startswith("-") else following
+            if not word.startswith("--") and name[:1] == "O":  # -O1
+                name, value, is_whole = "O", value or name[1:], "="
+            found.pop(name, None)
+            found[name] = value if is_whole else "" if following.startswith("-") else following
     return found
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
+import select
+import signal
 import sys
 import time
 import warnings
@@ -12,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ...errors import StorageError, UnsupportedError, UsageError
-from ...zygote import proof
+from ...zygote import processes, proof
 from ...zygote.environment import Reads
 from ...zygote.server import Imported
 from . import versions
@@ -73,7 +76,7 @@ LATER = (
     "torch._functorch._aot_autograd.autograd_cache",
 )
 """What starts import in the middle of their work, mostly inside functions; found by comparing ``sys.modules`` (the
-``imported`` of a start report). Tried in a fork before, so that none of them can spoil the zygote."""
+``imported`` of a start report). Tried in a fork before: what would spoil the zygote is left to the starts."""
 LATER_ON_CUDA = (
     "vllm.utils.jit_monitor",
     "vllm.compilation.passes.vllm_inductor_pass",
@@ -118,11 +121,12 @@ def import_all(extra: list[str], models: list[str]) -> Imported:
             work.import_one(name, required=False)
         for name in architectures:
             work.do(f"looking at {name}", lambda name=name: versions.inspect_model(name))  # type: ignore[misc]
-        work.import_sound(LATER + LATER_ON_CUDA if versions.on_cuda() else LATER)
         for model in models:
             work.do(f"the tokenizer of {model}", lambda model=model: _tokenizer(model))  # type: ignore[misc]
         for name in extra:
             work.import_one(name, required=True)
+        # Last of all, since a fork takes BLAS pools down, and what is allowed would no longer be what is there.
+        work.import_sound(LATER + LATER_ON_CUDA if versions.on_cuda() else LATER)
     forks = versions.allow_forks(proof.fork_of_program)
     return Imported(
         modules=work.modules,
@@ -158,16 +162,23 @@ class _Work:
             self.modules.append(name)
 
     def import_sound(self, names: Sequence[str]) -> None:
-        """Those of ``names`` that are there and leave a fork of this process as it should be."""
-        left = list(names)
+        """Those of ``names`` that are there and leave a fork of this process as it should be.
+
+        No native thread more is allowed than there is after that fork: what uses BLAS is left out.
+        """
+        left, pools = list(names), self.pools
         while left:
-            answers = _tried(left, self.pools)
+            answers = _tried(left)
+            self.pools = len(proof.native_threads())
             for name, answer in zip(left, answers, strict=False):
                 if answer == _SOUND:
                     self.import_one(name, required=False)
-                elif answer == _SPOILS:
+                elif answer == _ABSENT:
+                    self.left_out.append(name)
+                else:
                     print(f"{name} is not imported beforehand: it would spoil this process", file=sys.stderr)
             left = left[len(answers) :]
+        self.pools = pools
 
     def do(self, what: str, step: Callable[[], object]) -> None:
         step()
@@ -177,35 +188,71 @@ class _Work:
 
 
 _SOUND, _ABSENT, _SPOILS = "+", "-", "!"
+_PATIENCE = 60.0
+"""Seconds for a module to be imported in a trial."""
 
 
-def _tried(names: Sequence[str], pools: int) -> str:
+def _tried(names: Sequence[str]) -> str:
     """What a fork found of each of ``names``, of which it imported one after the other until one had spoilt it."""
     read, write = os.pipe()
-    sys.stderr.flush()
+    me = os.getpid()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of the pools' threads, which survive forks
         child = os.fork()
     if not child:
         try:
-            for name in names:
-                answer = _SOUND
-                try:
-                    importlib.import_module(name)
-                except Exception:
-                    answer = _ABSENT
-                answer = _SPOILS if proof.unsound(pools) else answer
-                os.write(write, answer.encode())
-                if answer == _SPOILS:
-                    break
+            os.setsid()
+            processes.die_with(me)
+            _try(names, write)
         finally:
             os._exit(0)
     os.close(write)
-    with os.fdopen(read) as pipe:
-        found = pipe.read()
-    os.waitpid(child, 0)
-    died = len(found) < len(names) and not found.endswith(_SPOILS)
-    return found + _SPOILS if died else found
+    try:
+        return _answers(read, len(names), child)
+    finally:
+        os.close(read)
+        for kill in (os.killpg, os.kill):  # the group, with what modules have started; it may not lead one yet
+            with contextlib.suppress(ProcessLookupError):
+                kill(child, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):  # where SIGCHLD is ignored
+            os.waitpid(child, 0)
+
+
+def _try(names: Sequence[str], write: int) -> None:
+    pools = len(proof.native_threads())
+    for name in names:
+        answer = _SOUND
+        try:
+            importlib.import_module(name)
+        except Exception:
+            answer = _ABSENT
+        answer = _SPOILS if proof.unsound(pools) else answer
+        os.write(write, answer.encode())
+        if answer == _SPOILS:
+            return
+
+
+def _answers(read: int, count: int, child: int) -> str:
+    """Of a trial; the module in which it ended, or took too long, is one that spoils."""
+    found, until = "", time.monotonic() + _PATIENCE
+    while len(found) < count and not found.endswith(_SPOILS):
+        ready = select.select([read], [], [], 0.2)[0]
+        more = os.read(read, count).decode() if ready else ""
+        if more:
+            found, until = found + more, time.monotonic() + _PATIENCE
+        elif ready or time.monotonic() > until or (_ended(child) and not select.select([read], [], [], 0)[0]):
+            found += _SPOILS
+    return found
+
+
+def _ended(child: int) -> bool:
+    """Whether it has, although something that it started keeps the pipe."""
+    try:
+        return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:
+        return True
 
 
 def _architectures(model: Path) -> list[str]:

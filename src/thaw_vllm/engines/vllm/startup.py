@@ -19,6 +19,7 @@ import logging
 import multiprocessing
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -90,10 +91,11 @@ class Recorder:
 
     def enter(self) -> float:
         """The time at which something begins; a process that was forked is noticed here."""
+        global _at_fork
         at = now()
         if os.getpid() != self._pid:
             self._here()
-            self._inherited = set(sys.modules)
+            self._inherited, _at_fork = _at_fork or set(sys.modules), None
             self._created = at if self._created is None else self._created
             self.span("process", self._created, at)
         return at
@@ -120,10 +122,12 @@ class Recorder:
                 os.write(file, json.dumps(event).encode() + b"\n")
             finally:
                 os.close(file)
-            self._note_imports()
         except OSError as error:
             self.done = True
             _say(error)
+        else:
+            with contextlib.suppress(OSError, TypeError, ValueError):  # the less important part
+                self._note_imports()
 
     def _note_imports(self) -> None:
         if self._inherited is None:
@@ -132,10 +136,11 @@ class Recorder:
         if len(found) == self._imported:
             return
         self._imported = len(found)
-        path = os.path.join(self.directory, f"{self._pid}.imported.json")
-        with open(path + ".part", "w", encoding="utf-8") as file:
-            json.dump({"created": self._created, "modules": found}, file)
-        os.replace(path + ".part", path)
+        text = json.dumps({"created": self._created, "modules": found})
+        handle, part = tempfile.mkstemp(prefix=".imported.", dir=self.directory)
+        with open(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(part, os.path.join(self.directory, f"{self._pid}.imported.json"))
 
     def under_way(self, phase: str, end: float) -> None:
         """A phase in which the plugin was loaded, and which nobody could see begin."""
@@ -155,6 +160,13 @@ class Recorder:
 
 
 _recorder: Recorder | None = None
+_at_fork: set[str] | None = None
+"""Modules of this process when it was forked, until its first phase."""
+
+
+def _note_fork() -> None:
+    global _at_fork
+    _at_fork = set(sys.modules)
 
 
 def begin() -> None:
@@ -166,6 +178,7 @@ def begin() -> None:
     try:
         _recorder = Recorder(directory)
         _recorder.begin()
+        os.register_at_fork(after_in_child=_note_fork)
     except Exception as error:  # a start must not fail for being looked at
         _say(error)
 
