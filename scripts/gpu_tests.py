@@ -3,8 +3,8 @@
 
     python scripts/gpu_tests.py [--logs DIRECTORY] [NAME …]
 
-Run it with a Python that has torch, vLLM and thaw installed; what needs two GPUs is skipped where there is one. First the
-groups that want the machine for themselves, then all others at once. A group's output goes to DIRECTORY/NAME.txt.
+Run it with a Python that has torch, vLLM and thaw installed; what needs two GPUs is skipped where there is one. First
+the groups that want the machine for themselves, then all others at once. Output goes to DIRECTORY/NAME.txt.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ def started(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
     """A pytest in the background."""
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     with log.open("wb") as stream:
+        # Without a cache its directory is an unknown option, so that pyproject's own options are replaced.
+        options = ["-q", "-rs", "-p", "no:cacheprovider", "-o", "addopts=--strict-markers --import-mode=importlib"]
         return subprocess.Popen(
-            # Without a cache its directory is an unknown option, so that pyproject's own options are replaced.
-            [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider"]
-            + ["-o", "addopts=--strict-markers --import-mode=importlib", *arguments],
+            [sys.executable, "-m", "pytest", *options, *arguments],
             cwd=ROOT,
             env=os.environ | {"PYTHONPATH": path},
             stdin=subprocess.DEVNULL,
