@@ -16,12 +16,13 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ...errors import StorageError, UsageError
 from ...weights.waterfall import waterfall
+from .startup import IMPORTED
 
 FRONT, CORE, WORKER, HELPER = "front", "engine core", "worker", "helper"
 FIRST_TOKEN, OTHER, UNTIL_REQUEST = "first token", "other", "until the request"
@@ -34,7 +35,6 @@ PHASES = (
 )
 """In the order in which a start goes through them."""
 _OF_ROLE = {CORE: "engine", WORKER: "worker", HELPER: "helper"}
-IMPORTED = ".imported.json"
 _LINES = 100_000
 """Of one file; further ones are skipped."""
 HOW = "start vLLM with THAW_START_REPORT naming a directory, as in: THAW_START_REPORT=start/ vllm serve M"
@@ -70,7 +70,7 @@ class Process:
     created: float
     depth: int
     spans: tuple[Span, ...]
-    imported: tuple[str, ...] = ()
+    imported: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -257,9 +257,7 @@ def report(
     tokens = [e.end for key in chosen for e in by_process[key] if e.phase == FIRST_TOKEN]
     end = min(tokens) if tokens else max(e.end for key in chosen for e in by_process[key])
     processes = tuple(
-        replace(
-            _process(key, depth, by_process[key], key == root, zero, end - zero), imported=(imported or {}).get(key, ())
-        )
+        _process(key, depth, by_process[key], key == root, zero, end - zero, (imported or {}).get(key, ()))
         for key, depth in chosen.items()
     )
     return StartReport(processes, tuple(_wall(processes, end - zero)), end - zero, bool(tokens), skipped)
@@ -295,7 +293,13 @@ def _role(events: Iterable[Event]) -> str:
 
 
 def _process(
-    key: tuple[int, float], depth: int, events: Sequence[Event], is_root: bool, zero: float, total: float
+    key: tuple[int, float],
+    depth: int,
+    events: Sequence[Event],
+    is_root: bool,
+    zero: float,
+    total: float,
+    imported: tuple[str, ...],
 ) -> Process:
     role = _role(events)
     role = FRONT if is_root and role == HELPER else role
@@ -310,7 +314,7 @@ def _process(
     for index, begin, end in _innermost([(begin, end, (-begin, end)) for _, begin, end in named]):
         seconds[index] += end - begin
     spans = tuple(Span(*span, own) for span, own in zip(named, seconds, strict=True))
-    return Process(key[0], events[0].parent, role, events[0].name, max(0.0, key[1] - zero), depth, spans)
+    return Process(key[0], events[0].parent, role, events[0].name, max(0.0, key[1] - zero), depth, spans, imported)
 
 
 def _innermost(spans: Sequence[tuple[float, float, tuple[float, ...]]]) -> Iterator[tuple[int, float, float]]:

@@ -25,6 +25,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 VARIABLE = "THAW_START_REPORT"
+IMPORTED = ".imported.json"
+"""After its pid, the name of the file with what a process has imported."""
 _MARK = "_thaw_start"
 _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
@@ -140,7 +142,7 @@ class Recorder:
         handle, part = tempfile.mkstemp(prefix=".imported.", dir=self.directory)
         with open(handle, "w", encoding="utf-8") as file:
             file.write(text)
-        os.replace(part, os.path.join(self.directory, f"{self._pid}.imported.json"))
+        os.replace(part, os.path.join(self.directory, f"{self._pid}{IMPORTED}"))
 
     def under_way(self, phase: str, end: float) -> None:
         """A phase in which the plugin was loaded, and which nobody could see begin."""
