@@ -16,6 +16,7 @@ from typing import Any
 
 from ..engines.vllm.ending import end_group
 from ..errors import ThawError
+from ..zygote.processes import has_ended
 
 READY, PREPARED, DONE, RESULT, ERROR = "ready", "prepared", "done", "result", "error"
 """What a child says: imports are made; memory is there; the clock has stopped; the answer; why there is none."""
@@ -121,7 +122,7 @@ class Child:
 
     def _end_what_it_left(self) -> None:
         """Processes of a child that has ended may hold the other end of the pipe, so that nobody would be told."""
-        if os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+        if has_ended(self._process.pid):
             self._end_all()
 
     def _end_all(self, *, at_once: bool = False) -> None:

@@ -19,6 +19,7 @@ from ..engines.vllm.ending import end_group
 from ..engines.vllm.fresh import python
 from ..engines.vllm.versions import SERVER as MODULE
 from ..errors import ThawError
+from ..zygote.processes import has_ended
 
 _PATIENCE = 600.0
 """Seconds for a server to come up, kernels compiled and all."""
@@ -57,10 +58,7 @@ def run(
     begun = time.perf_counter()
     with log.open("wb") as stream, _running([*command, *options(engine_args)], stream, environment) as process:
         while not _healthy(port):
-            if (
-                os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-                or time.perf_counter() - begun > _PATIENCE
-            ):
+            if has_ended(process.pid) or time.perf_counter() - begun > _PATIENCE:
                 raise ThawError(f"the server did not come up: {_last_line(log)}")
             time.sleep(0.01)
         seconds["process"] = time.perf_counter() - begun
@@ -88,8 +86,7 @@ def _running(command: list[str], log: Any, environment: dict[str, str]) -> Itera
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process.pid, signal.SIGTERM)
             until = time.monotonic() + _ENDING
-            ended = os.WEXITED | os.WNOHANG | os.WNOWAIT
-            while not os.waitid(os.P_PID, process.pid, ended) and time.monotonic() < until:
+            while not has_ended(process.pid) and time.monotonic() < until:
                 time.sleep(0.02)
         finally:  # also where somebody presses Ctrl-C once more
             end_group(process)

@@ -95,6 +95,14 @@ def below(root: int) -> list[int]:
     return [process for process in order[1:] if found[process][0] not in _ENDED]
 
 
+def has_ended(child: int) -> bool:
+    """Whether a child has, which stays to be waited for."""
+    try:
+        return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:  # nobody has to wait where SIGCHLD is ignored
+        return True
+
+
 def is_stopped(process: int) -> bool:
     """Whether a signal has stopped it."""
     about = _one(process)

@@ -238,21 +238,18 @@ def _answers(read: int, count: int, child: int) -> str:
     """Of a trial; the module in which it ended, or took too long, is one that spoils."""
     found, until = "", time.monotonic() + _PATIENCE
     while len(found) < count and not found.endswith(_SPOILS):
-        ready = select.select([read], [], [], 0.2)[0]
+        ready = _readable(read, 0.2)
         more = os.read(read, count).decode() if ready else ""
         if more:
             found, until = found + more, time.monotonic() + _PATIENCE
-        elif ready or time.monotonic() > until or (_ended(child) and not select.select([read], [], [], 0)[0]):
+        # A child can end although something that it started keeps the pipe, and after its last answer.
+        elif ready or time.monotonic() > until or (processes.has_ended(child) and not _readable(read)):
             found += _SPOILS
     return found
 
 
-def _ended(child: int) -> bool:
-    """Whether it has, although something that it started keeps the pipe."""
-    try:
-        return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-    except ChildProcessError:
-        return True
+def _readable(file: int, patience: float = 0.0) -> bool:
+    return bool(select.select([file], [], [], patience)[0])
 
 
 def _architectures(model: Path) -> list[str]:
