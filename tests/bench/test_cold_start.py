@@ -23,8 +23,9 @@ class Engine:
         self.failing, self.different, self.reporting, self.asked = failing, different, reporting, []
         self.environments, self.zygotes, self.args = [], [], []
 
-    def __call__(self, action, *, model, snapshot, engine_args, questions, max_tokens, environment, zygote):
+    def __call__(self, action, *, model, snapshot, engine_args, questions, max_tokens, environment, zygote, log):
         self.zygotes.append(zygote)
+        log.write_text(f"started {engine_args}")
         self.args.append(engine_args)
         name = "snapshot" if snapshot is not None else engine_args.get("load_format", "default")
         self.asked.append((name, engine_args["enforce_eager"]))
@@ -125,7 +126,7 @@ def test_phases_of_every_start(thaw, model, engine, tmp_path):
     assert found["phases"] == {"process": [1, 1], "imports": [4, 5], "config": [2, 2], "first token": [1, 1]}
     assert found["asked"]["imports"] == [20, 20]
     names = sorted(path.name.partition("-")[2] for path in (tmp_path / "kept").iterdir())
-    assert names == [f"start-eager-default-loader-{n}.{kind}" for n in (1, 2) for kind in ("html", "json")]
+    assert names == [f"start-eager-default-loader-{n}.{kind}" for n in (1, 2) for kind in ("html", "json", "log")]
     first = next((tmp_path / "kept").glob("*-1.json"))
     assert json.loads(first.read_text())["total"] == 8
     assert [set(e) for e in started.environments] == [{"VLLM_NO_USAGE_STATS", "THAW_START_REPORT"}] * 2
@@ -190,7 +191,11 @@ def test_a_start_that_compiles_is_not_counted(gpu, mode, starts, thaw, model, en
     assert ran.code == 0, ran.err
     assert len(started.asked) == starts
     assert [len(record["seconds"]) for record in ran.document["records"]] == [2, 2]
-    assert len([*(tmp_path / "kept").glob("*.json")]) == 2
+    kept = tmp_path / "kept"
+    starts_kept = sorted(path.stem.rpartition("-")[2] for path in kept.glob("*.json"))
+    assert starts_kept == ["0", "1", "2"][3 - starts :], "what is not counted has the number 0"
+    assert sorted(path.stem for path in kept.glob("*.log")) == sorted(path.stem for path in kept.glob("*.json"))
+    assert all("started" in path.read_text() for path in kept.glob("*.log"))
 
 
 def test_another_compiles_where_the_first_cannot(thaw, model, engine):
@@ -305,7 +310,42 @@ def test_a_server_that_does_not_come_up(tmp_path, monkeypatch):
     monkeypatch.setattr(server_start, "MODULE", "no_such_module_anywhere")
     asked = {"model": "M", "engine_args": {}, "question": [1], "max_tokens": 1, "environment": {}, "zygote": None}
     with pytest.raises(ThawError, match=r"did not come up: .*No module named no_such_module_anywhere"):
-        server_start.run(**asked, folder=str(tmp_path))
+        server_start.run(**asked, log=tmp_path / "log")
+
+
+def test_the_log_of_a_start_that_failed_is_kept(thaw, model, engine, tmp_path):
+    engine(failing=("default",))
+    arguments = ("--mode", "eager", "--loader", "default-loader", "--reports", tmp_path / "kept")
+    thaw("bench", "cold-start", "--model", model, *arguments)
+    (kept,) = (tmp_path / "kept").iterdir()
+    assert kept.name.endswith("-start-eager-default-loader-1.log") and "started" in kept.read_text()
+
+
+@pytest.mark.parametrize(
+    ("routes", "equal"),
+    [
+        (["default-loader", "checkpoint-fast-start"], [True, False]),
+        (["default-loader", "default-loader-fast-start", "checkpoint-fast-start"], [True, True, True]),
+        (["checkpoint", "checkpoint-fast-start"], [True, False]),
+    ],
+)
+def test_what_is_started_with_the_preset_is_held_against_vllm_with_it(routes, equal, thaw, model, engine, monkeypatch):
+    """As if graphs of other sizes had rounded to another token."""
+    started = engine()
+
+    def run(*args, engine_args, **options):
+        answer = started(*args, engine_args=engine_args, **options)
+        if "cudagraph_capture_sizes" in engine_args:
+            answer["outputs"][0]["tokens"] = [7]
+        return answer
+
+    preset = FastStart({"cudagraph_capture_sizes": [1]}, {}, [])
+    monkeypatch.setattr(cold_start, "fast_start", lambda args, environment: preset)
+    monkeypatch.setattr(cold_start, "has_gpu", lambda environment: True)
+    monkeypatch.setattr(cold_start.fresh, "run", run)
+    arguments = ["--mode", "graphs", "--fast-start", *(x for route in routes for x in ("--loader", route))]
+    ran = thaw("bench", "cold-start", "--model", model, *arguments, "--json")
+    assert [r["equal"] for r in ran.document["records"] if r["work"] == "start-graphs"] == equal
 
 
 def test_starts_with_empty_caches(thaw, model, engine):

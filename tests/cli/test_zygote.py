@@ -245,10 +245,13 @@ class TestServe:
 
     def test_fast_start(self, thaw, handed, monkeypatch):
         monkeypatch.setenv("VLLM_ENABLE_STARTUP_PLAN", "")
+        monkeypatch.setenv(fast_start.BUNDLE, "")  # so that it is as it was afterwards
+        monkeypatch.delenv(fast_start.BUNDLE)
         monkeypatch.setattr(fast_start, "has_gpu", lambda environment: True)
         ran = thaw("serve", "--model", "m", "--fast-start", "--port", "8001")
-        assert ran.code == 0 and os.environ["VLLM_ENABLE_STARTUP_PLAN"] == "1"
-        graphs, memory = ran.err.splitlines()
+        assert ran.code == 0 and os.environ["VLLM_ENABLE_STARTUP_PLAN"] == os.environ[fast_start.BUNDLE] == "1"
+        graphs, compiled, memory = ran.err.splitlines()
+        assert compiled.startswith("thaw: fast start: what is compiled is kept as one file")
         assert graphs.startswith("thaw: fast start: CUDA graphs are captured for steps of 1, 2, 4, 8 tokens only")
         assert memory.startswith("thaw: fast start: memory for the KV cache")
         ((arguments, _),) = handed
@@ -257,6 +260,7 @@ class TestServe:
 
     def test_fast_start_beside_what_was_chosen(self, thaw, handed, monkeypatch):
         monkeypatch.setenv("VLLM_ENABLE_STARTUP_PLAN", "0")
+        monkeypatch.setenv(fast_start.BUNDLE, "0")
         monkeypatch.setattr(fast_start, "has_gpu", lambda environment: True)
         ran = thaw("serve", "--model", "m", "--fast-start", "--compilation-config={}")
         assert ran.code == 0 and ran.err.count("as you chose") == 2

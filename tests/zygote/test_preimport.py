@@ -1,4 +1,4 @@
-"""Modules that are tried in a fork before they are imported; no vLLM here."""
+"""Modules that are tried in a fork before they are imported, and what else a zygote does beforehand; no vLLM here."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from thaw_vllm.engines.vllm import versions
 
 MODULES = {
     "good": "",
@@ -83,3 +86,26 @@ def running(text: str) -> list[int]:
             if entry.name.isdigit() and text.encode() in (entry / "cmdline").read_bytes():
                 found.append(int(entry.name))
     return found
+
+
+def test_sources_are_hashed_once(monkeypatch: pytest.MonkeyPatch):
+    """By functions of PyTorch's and Triton's that keep what they have found."""
+    codecache = pytest.importorskip("torch._inductor.codecache")
+    cache = pytest.importorskip("triton.runtime.cache")
+    versions.hash_sources()
+    found = codecache.torch_key(), cache.triton_key()
+    monkeypatch.setattr("builtins.open", lambda *args, **options: pytest.fail("a file is read"))
+    assert (codecache.torch_key(), cache.triton_key()) == found
+
+
+def test_what_has_no_sources_to_hash_is_left_alone(monkeypatch: pytest.MonkeyPatch):
+    hashed: list[str] = []
+    monkeypatch.setitem(sys.modules, "triton.runtime.cache", SimpleNamespace(triton_key=lambda: 1 / 0))
+    key = SimpleNamespace(torch_key=lambda: hashed.append("torch"))
+    monkeypatch.setitem(sys.modules, "torch._inductor.codecache", key)
+    versions.hash_sources()
+    assert hashed == ["torch"], "the other one failed"
+    monkeypatch.delitem(sys.modules, "triton.runtime.cache")
+    monkeypatch.setitem(sys.modules, "torch._inductor.codecache", SimpleNamespace())
+    versions.hash_sources()
+    assert "triton.runtime.cache" not in sys.modules, "nothing is imported for it"

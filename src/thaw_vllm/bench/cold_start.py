@@ -60,7 +60,8 @@ class Settings:
         engine_args: further ones of vLLM.
         max_tokens: of each answer.
         caches: WARM: of compiled and tuned kernels, as they are; COLD: empty ones for every start.
-        reports: a directory for the report of every start, as JSON and as a page; None to keep none.
+        reports: a directory for the report of every start, as JSON and as a page, and what vLLM printed; None to keep
+            none.
         zygote: also start by each loader of thaw's and vllm's own in forks of a zygote that is started for it.
         fast_start: also start each of these with the preset.
     """
@@ -138,6 +139,9 @@ def measure(settings: Settings, say: Say) -> Outcome:
         raise UsageError("--fast-start changes nothing without a GPU; leave it out")
     if settings.zygote and settings.caches == COLD:
         raise UsageError("a zygote has read where caches are; leave out --zygote or --caches cold")
+    if settings.reports is not None:
+        with _kept(settings.reports):
+            settings.reports.mkdir(parents=True, exist_ok=True)
     outcome = Outcome()
     with _until_terminated(), _zygote(settings, say):
         try:
@@ -216,7 +220,7 @@ def _mode(mode: str, chosen: Sequence[Loader], size: int, settings: Settings, sa
             for loader in [*chosen[shift:], *chosen[:shift]]:
                 if loader.route in failed:
                     continue
-                answer = _start(loader, mode, settings, f"{work}-{loader.route}-{number + 1}")
+                answer = _start(loader, mode, settings, _name(work, loader, number + 1))
                 if isinstance(answer, str):
                     failed[loader.route] = answer
                 else:
@@ -226,12 +230,27 @@ def _mode(mode: str, chosen: Sequence[Loader], size: int, settings: Settings, sa
     except KeyboardInterrupt:
         outcome.interrupted = True
     outcome.missed += [Missed(work, x.system, x.route, failed[x.route]) for x in chosen if x.route in failed]
-    # vLLM's own loader is what the others are held against; without it, the first that answered.
-    reference = next((answers[0]["outputs"] for answers in found.values() if answers), None)
     for loader in chosen:
         if found[loader.route]:
-            outcome.records += _records(work, loader, found[loader.route], size, settings.model, reference)
+            held = _held_against(loader, chosen, found)
+            outcome.records += _records(work, loader, found[loader.route], size, settings.model, held)
     return outcome
+
+
+def _held_against(loader: Loader, chosen: Sequence[Loader], found: dict[str, list[dict[str, Any]]]) -> Any:
+    """The outputs that this loader's should equal: of the first in the order of ``loaders`` that answered.
+
+    That is vLLM's own where it was asked for, with the preset if this loader is started with it: graphs of other sizes
+    pad a step to other sizes, which may round differently. Where none was started alike, it is the first of all.
+    """
+    answered = [one for one in chosen if found[one.route]]
+    alike = [one for one in answered if one.fast == loader.fast and one.route in (DEFAULT, DEFAULT + FAST)]
+    return found[(alike or answered)[0].route][0]["outputs"]
+
+
+def _name(work: str, loader: Loader, number: int) -> str:
+    """Of what is kept of a start; number 0 is one that was not counted."""
+    return f"{RUN}-{work}-{loader.route}-{number}"
 
 
 def _told(answer: dict[str, Any] | str) -> str:
@@ -255,7 +274,7 @@ def _compile(
     for loader in sorted(chosen, key=lambda loader: not loader.forked):
         if loader.fast in compiled:
             continue
-        answer = _start(loader, mode, replace(settings, reports=None), "")
+        answer = _start(loader, mode, settings, _name(work, loader, 0))
         say(f"{work}, not counted, so that kernels are compiled, {loader.system} ({loader.route}): {_told(answer)}")
         if isinstance(answer, str):
             failed[loader.route] = answer
@@ -280,8 +299,9 @@ def _start(loader: Loader, mode: str, settings: Settings, name: str) -> dict[str
             preset = fast_start(args, os.environ)
             args |= preset.engine_args
             environment |= preset.environment
+        log = Path(folder, "log.txt") if settings.reports is None else settings.reports / f"{name}.log"
         if mode == SERVER:
-            return _serve(loader, args, settings, environment, folder)
+            return _serve(loader, args, settings, environment, log)
         environment[startup.VARIABLE] = os.path.join(folder, "start")
         try:
             answer = fresh.run(
@@ -293,6 +313,7 @@ def _start(loader: Loader, mode: str, settings: Settings, name: str) -> dict[str
                 max_tokens=settings.max_tokens,
                 environment=environment,
                 zygote=loader.zygote,
+                log=log,
             )
         except (ThawError, OSError) as error:
             return " ".join(str(error).split())[:300]
@@ -301,12 +322,12 @@ def _start(loader: Loader, mode: str, settings: Settings, name: str) -> dict[str
         except ThawError:  # the start itself was measured all the same
             return answer
     if settings.reports is not None:
-        _keep(answer["report"], settings.reports, f"{RUN}-{name}")
+        _keep(answer["report"], settings.reports, name)
     return answer
 
 
 def _serve(
-    loader: Loader, args: dict[str, Any], settings: Settings, environment: dict[str, str], folder: str
+    loader: Loader, args: dict[str, Any], settings: Settings, environment: dict[str, str], log: Path
 ) -> dict[str, Any] | str:
     """As ``_start``, of a server."""
     if loader.snapshot is not None:
@@ -320,19 +341,24 @@ def _serve(
             max_tokens=settings.max_tokens,
             environment=fresh.READ_FROM_THE_LOG | environment,
             zygote=loader.zygote,
-            folder=folder,
+            log=log,
         )
     except (ThawError, OSError) as error:
         return " ".join(str(error).split())[:300]
 
 
 def _keep(report: start_report.StartReport, directory: Path, name: str) -> None:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
+    with _kept(directory):
         (directory / f"{name}.json").write_text(json.dumps(report.to_json(), indent=2) + "\n")
+    start_page.write(report, directory / f"{name}.html")
+
+
+@contextlib.contextmanager
+def _kept(directory: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise StorageError(f"cannot write to {str(directory)!r}: {error.strerror}; give another --reports") from None
-    start_page.write(report, directory / f"{name}.html")
 
 
 def _records(

@@ -34,7 +34,7 @@ def run(
     max_tokens: int,
     environment: dict[str, str],
     zygote: str | None,
-    folder: str,
+    log: Path,
 ) -> dict[str, Any]:
     """Start a server, wait until it is healthy, ask it once, and end it.
 
@@ -42,7 +42,7 @@ def run(
         question: token ids.
         environment: added to this process's.
         zygote: the name of one whose fork it shall be.
-        folder: for its log.
+        log: where what it prints stays.
 
     Returns:
         As ``fresh.run``: ``outputs``, ``seconds`` with ``process`` (until it was healthy), ``first_token`` absent, and
@@ -51,7 +51,6 @@ def run(
     Raises:
         ThawError: it ended, or did not answer; with the last line that it printed.
     """
-    log = Path(folder) / "server.txt"
     port = _free_port()
     command = [*python(zygote), "-m", MODULE, "--model", model, "--host", "127.0.0.1", "--port", str(port)]
     seconds = {}

@@ -8,10 +8,11 @@ import pytest
 from thaw_vllm.engines.vllm import api
 from thaw_vllm.engines.vllm import fast_start as module
 from thaw_vllm.engines.vllm.command_line import given
-from thaw_vllm.engines.vllm.fast_start import CACHES, PLAN, SIZES, cache_variables, fast_start, set_meanwhile
+from thaw_vllm.engines.vllm.fast_start import BUNDLE, CACHES, PLAN, SIZES, cache_variables, fast_start, set_meanwhile
 from thaw_vllm.errors import StorageError, UsageError
 
 GRAPHS = {"cudagraph_capture_sizes": list(SIZES)}
+ONE_FILE = {BUNDLE: "1"}
 
 
 def chosen(words, environment=None):
@@ -20,10 +21,11 @@ def chosen(words, environment=None):
 
 def test_on_a_gpu():
     preset = chosen([])
-    assert preset.engine_args == GRAPHS and preset.environment == {PLAN: "1"}
-    graphs, memory = preset.said
+    assert preset.engine_args == GRAPHS and preset.environment == {PLAN: "1"} | ONE_FILE
+    graphs, compiled, memory = preset.said
     assert "1, 2, 4, 8 tokens only" in graphs and "more than 8 requests" in graphs
     assert "--cudagraph-capture-sizes" in graphs and "not measured again" in memory
+    assert "as one file" in compiled and "compiled once more" in compiled
 
 
 @pytest.mark.parametrize(
@@ -38,7 +40,7 @@ def test_on_a_gpu():
 )
 def test_graphs_that_were_chosen(words):
     preset = chosen(["--port", "1", *words])
-    assert preset.engine_args == {} and preset.environment == {PLAN: "1"}
+    assert preset.engine_args == {} and preset.environment == {PLAN: "1"} | ONE_FILE
     assert preset.said[0] == "CUDA graphs as you chose"
 
 
@@ -52,13 +54,24 @@ def test_graphs_that_were_chosen(words):
 )
 def test_other_arguments(words):
     preset = chosen(words)
-    assert preset.engine_args == GRAPHS and preset.environment == {PLAN: "1"}
+    assert preset.engine_args == GRAPHS and preset.environment == {PLAN: "1"} | ONE_FILE
 
 
 @pytest.mark.parametrize("word", ["--enforce-eager", "--enforce_eager", "--enforce"])
 def test_no_graphs(word):
     preset = chosen([word])
     assert preset.engine_args == {} and preset.said[0].startswith("no CUDA graphs")
+    assert preset.environment == {PLAN: "1"}, "nothing is compiled"
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{BUNDLE: "0"}, {"VLLM_USE_AOT_COMPILE": "0"}, {"VLLM_DISABLE_COMPILE_CACHE": "1"}],
+    ids=lambda variables: next(iter(variables)),
+)
+def test_compiled_code_as_was_chosen(environment):
+    preset = chosen([], environment)
+    assert preset.environment == {PLAN: "1"} and not any("one file" in line for line in preset.said)
 
 
 @pytest.mark.parametrize(
@@ -73,13 +86,14 @@ def test_no_graphs(word):
 def test_memory_that_was_chosen(words, environment):
     """vLLM applies a plan whatever gpu_memory_utilization says: then the KV cache would be that of another start."""
     preset = chosen(words, environment)
-    assert preset.environment == {} and preset.engine_args == GRAPHS
-    assert preset.said[1] == "memory for the KV cache as you chose"
+    assert preset.environment == ONE_FILE and preset.engine_args == GRAPHS
+    assert preset.said[-1] == "memory for the KV cache as you chose"
 
 
 def test_a_file_may_choose_both():
     preset = chosen(["--config", "vllm.yaml"])
-    assert (preset.engine_args, preset.environment) == ({}, {}) and all("as you chose" in line for line in preset.said)
+    assert (preset.engine_args, preset.environment) == ({}, ONE_FILE)
+    assert all("as you chose" in line for line in (preset.said[0], preset.said[-1]))
 
 
 def test_arguments_in_python():

@@ -51,6 +51,11 @@ class Base:
 
     def request(self) -> None: ...
 
+    def import_model(self) -> str:
+        return self.importing()
+
+    importing = staticmethod(str)
+
 
 class Below(Base):
     def load(self, times: int = 1) -> str:
@@ -79,6 +84,7 @@ def looked_at(monkeypatch: pytest.MonkeyPatch, recorder: startup.Recorder) -> It
         (versions.SPAN, "config", "Base", "lost"),
         (versions.SPAN, "config", "Lost", "lost"),
         (versions.CONTEXT, "compile", "", "enclosing"),
+        (versions.LOADING, "model loading", "Base", "import_model"),
         (versions.REQUEST, "first token", "Base", "request"),
         (versions.STEP, "first token", "Base", "step"),
     ]
@@ -114,6 +120,20 @@ class TestHooks:
         functions = [Base.load, Below.load, Base.make, looked_at.enclosing]
         startup.install(recorder)
         assert functions == [Base.load, Below.load, Base.make, looked_at.enclosing]
+
+    def test_what_comes_with_a_model_is_looked_at_once_it_is_there(
+        self, looked_at: Any, recorder: startup.Recorder, monkeypatch: pytest.MonkeyPatch
+    ):
+        model = types.ModuleType("vllm.model")
+        model.compiling = enclosing  # type: ignore[attr-defined]
+        compiling = (versions.CONTEXT, "compile", model.__name__, "", "compiling")
+        monkeypatch.setattr(versions, "_START", (*versions._START, compiling))
+        importing = staticmethod(lambda: monkeypatch.setitem(sys.modules, model.__name__, model))
+        monkeypatch.setattr(Base, "importing", importing)
+        Base().import_model()
+        with model.compiling(3) as given:  # type: ignore[attr-defined]
+            assert given == 3
+        assert [event["phase"] for event in written(Path(recorder.directory))] == ["model loading", "compile"]
 
     def test_what_waits_is_left_alone(self, looked_at: Any):
         assert not hasattr(Base.later, startup._MARK) and "load" not in vars(Apart)

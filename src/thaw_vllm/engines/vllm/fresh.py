@@ -48,6 +48,7 @@ def run(
     environment: dict[str, str] | None = None,
     kv: dict[str, Any] | None = None,
     zygote: str | None = None,
+    log: Path | None = None,
 ) -> dict[str, Any]:
     """What ``ask`` answered, with ``seconds["weights"]`` added from thaw's report or vLLM's own log.
 
@@ -57,12 +58,14 @@ def run(
         action: ``ask``, ``freeze`` or ``kv``; the rest as in ``ask.main``.
         environment: added to this process's environment.
         zygote: the name of one whose fork it shall be, instead of a process that imports all anew.
+        log: where what it prints stays; None to keep nothing.
 
     Raises:
         ThawError: the process failed; of the class of the last error it printed where that is one of thaw's.
     """
     with tempfile.TemporaryDirectory(prefix="thaw-") as folder:
-        request, answer, log = (Path(folder) / name for name in ("request.json", "answer.json", "log.txt"))
+        request, answer = Path(folder) / "request.json", Path(folder) / "answer.json"
+        log = Path(folder) / "log.txt" if log is None else log
         document = {
             "action": action,
             "model": model,

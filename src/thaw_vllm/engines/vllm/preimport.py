@@ -20,6 +20,11 @@ from ...zygote.environment import Reads
 from ...zygote.server import Imported
 from . import versions
 
+
+def _of(package: str, *names: str) -> tuple[str, ...]:
+    return tuple(f"{package}.{name}" for name in names)
+
+
 POOLS = ("numpy", "cv2", "scipy.linalg")
 """Modules with an OpenBLAS of their own, whose threads start when it is loaded, and survive forks by its own care."""
 EVERYWHERE = (
@@ -77,18 +82,31 @@ LATER = (
 )
 """What starts import in the middle of their work, mostly inside functions; found by comparing ``sys.modules`` (the
 ``imported`` of a start report). Tried in a fork before: what would spoil the zygote is left to the starts."""
+
 LATER_ON_CUDA = (
-    "vllm.utils.jit_monitor",
-    "vllm.compilation.passes.vllm_inductor_pass",
-    "vllm.compilation.passes.pass_manager",
-    "vllm.distributed.device_communicators.cuda_communicator",
+    *_of("vllm.compilation.passes", "vllm_inductor_pass", "pass_manager"),
+    *_of("vllm.distributed.device_communicators", "cuda_communicator", "xpu_communicator"),
+    "vllm.model_executor.kernels.linear.cute_dsl.ll_bf16",
     "vllm.model_executor.layers.batch_invariant",
-    "vllm.model_executor.warmup.kernel_warmup",
+    *_of("vllm.model_executor.warmup", "kernel_warmup", "minimax_m3_msa_warmup"),
+    "vllm.utils.jit_monitor",
+    *_of("vllm.v1.attention.backends", "flex_attention", "turboquant_attn"),
     "vllm.v1.sample.ops.topk_topp_triton",
-    "triton.backends.nvidia.compiler",
-    "torch._inductor.runtime.triton_heuristics",
+    "vllm.v1.worker.gpu.model_states.default",
+    *_of("triton", "backends.nvidia.compiler", "compiler.code_generator", "experimental.gluon"),
+    "sympy.tensor.tensor",
+    *_of("torch", "_export.passes._node_metadata_hook", "fx.experimental.validator", "utils._cpp_embed_headers"),
+    *_of("torch._dynamo.backends", "cudagraphs", "distributed", "inductor", "onnxrt", "tensorrt", "torchxla", "tvm"),
+    *_of("torch._inductor", "hooks", "runtime.caching", "runtime.triton_heuristics"),
+    *_of("torch._inductor.codegen", "cpp_wrapper_cpu_array_ref", "cpp_wrapper_gpu", "cpp_wrapper_mps"),
+    *_of("torch._inductor.codegen", "cuda_combined_scheduling", "halide", "memory_planning", "mps", "pallas"),
+    *_of("torch._inductor.codegen", "python_wrapper_mtia", "rocm.rocm_cpp_scheduling", "wrapper_fxir"),
+    *_of("torch._inductor.fx_passes", "apply_gumbel_max_trick", "efficient_conv_bn_eval", "freezing_patterns"),
+    *_of("torch._inductor.fx_passes", "fuse_attention", "pad_mm", "quantization"),
+    *_of("torch._inductor.fx_passes.serialized_patterns", "addmm_pattern", "bmm_pattern", "mm_pattern"),
+    *_of("torch._inductor.fx_passes.serialized_patterns", *(f"_sfdp_pattern_{number}" for number in range(1, 28))),
 )
-MODELS = tuple(f"vllm.model_executor.models.{name}" for name in ("llama", "qwen2", "qwen3"))
+MODELS = _of("vllm.model_executor.models", "llama", "qwen2", "qwen3")
 """Modules of models that are imported where no model is named."""
 
 
@@ -127,6 +145,8 @@ def import_all(extra: list[str], models: list[str]) -> Imported:
             work.import_one(name, required=True)
         # Last of all, since a fork takes BLAS pools down, and what is allowed would no longer be what is there.
         work.import_sound(LATER + LATER_ON_CUDA if versions.on_cuda() else LATER)
+        if versions.on_cuda():
+            work.do("hashing source files", versions.hash_sources)
     forks = versions.allow_forks(proof.fork_of_program)
     return Imported(
         modules=work.modules,

@@ -214,6 +214,7 @@ def _install(recorder: Recorder) -> None:
         versions.SPAN: _timed,
         versions.CONTEXT: _timed_context,
         versions.DEVICE: _device,
+        versions.LOADING: _loading,
         versions.REQUEST: _request,
         versions.STEP: _step,
         versions.READY: _ready,
@@ -255,14 +256,23 @@ def _timed_context(recorder: Recorder, phase: str, real: Callable[..., Any]) -> 
 
 
 def _device(recorder: Recorder, phase: str, real: Callable[..., Any]) -> Callable[..., Any]:
+    timed = _loading(recorder, phase, real)
+
     def call(*args: Any, **kwargs: Any) -> Any:
-        begun = recorder.enter()
-        recorder.under_way("worker init", begun)
+        recorder.under_way("worker init", recorder.enter())
         install(recorder)
+        return timed(*args, **kwargs)
+
+    return call
+
+
+def _loading(recorder: Recorder, phase: str, real: Callable[..., Any]) -> Callable[..., Any]:
+    timed = _timed(recorder, phase, real)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
         try:
-            return real(*args, **kwargs)
+            return timed(*args, **kwargs)
         finally:
-            recorder.span(phase, begun)
             install(recorder)
 
     return call

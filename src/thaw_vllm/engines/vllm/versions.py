@@ -6,6 +6,7 @@ vLLM that moved something fails with that and not with an AttributeError half-wa
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import logging
@@ -150,10 +151,11 @@ def _holds_parameters(module: torch.nn.Module) -> bool:
 
 # --- A start, phase by phase ------------------------------------------------------------------------------------------
 
-SPAN, CONTEXT, DEVICE, REQUEST, STEP, READY = "span", "context", "device", "request", "step", "ready"
+SPAN, CONTEXT, DEVICE, LOADING = "span", "context", "device", "loading"
+REQUEST, STEP, READY = "request", "step", "ready"
 """What a hook does: time a call; time what a context manager encloses; as SPAN, and look for hooks once more before and
-after, since workers' modules are imported here; note that a request has come; note that tokens have; note that the
-engine core serves."""
+after, since workers' modules are imported here; as SPAN, and look once more after, since the model's have been; note
+that a request has come; note that tokens have; note that the engine core serves."""
 
 _START = (
     (SPAN, "config", "vllm.engine.arg_utils", "EngineArgs", "create_engine_config"),
@@ -165,7 +167,7 @@ _START = (
     (SPAN, "worker process", "vllm.v1.executor.multiproc_executor", "WorkerProc", "make_worker_process"),
     (SPAN, "worker init", "vllm.v1.worker.worker_base", "WorkerWrapperBase", "init_worker"),
     (DEVICE, "device", "vllm.v1.worker.worker_base", "WorkerWrapperBase", "init_device"),
-    (SPAN, "model loading", "vllm.v1.worker.worker_base", "WorkerBase", "load_model"),
+    (LOADING, "model loading", "vllm.v1.worker.worker_base", "WorkerBase", "load_model"),
     (SPAN, "model init", "vllm.model_executor.model_loader.base_loader", "", "initialize_model"),
     (SPAN, "weights", "vllm.model_executor.model_loader.base_loader", "BaseModelLoader", "load_weights"),
     (SPAN, "post-processing", "vllm.model_executor.model_loader.base_loader", "", "process_weights_after_loading"),
@@ -377,6 +379,20 @@ def on_cuda() -> bool:
 def load_plugins() -> None:
     """The general plugins, as every process of vLLM loads them first of all."""
     _get("vllm.plugins", "load_general_plugins")()
+
+
+def hash_sources() -> None:
+    """Have Triton and PyTorch hash their own source files, as whoever looks into their caches does (0.6 s).
+
+    Both keep the hash, which is part of the names of compiled kernels. What this process has not imported, or has no
+    such function any more, is left to processes that need it.
+    """
+    for module, name in _HASHES:
+        with contextlib.suppress(Exception):
+            getattr(sys.modules[module], name)()
+
+
+_HASHES = (("triton.runtime.cache", "triton_key"), ("torch._inductor.codecache", "torch_key"))
 
 
 def _known_models() -> dict[str, Any]:
