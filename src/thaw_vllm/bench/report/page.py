@@ -80,11 +80,14 @@ def _goals(runs: Sequence[Run]) -> str:
 
 
 def first(work: str, runs: Sequence[Run]) -> list[Run]:
-    """The runs with this work, the latest of full size before all others: a quick small one does not stand for it."""
-    found = [run for run in runs if work in run.works]
-    return sorted(
-        found, key=lambda run: not any(full_size(r, run.outcome) for r in run.outcome.records if r.work == work)
-    )
+    """The runs with this work, that which stands for it first: of full size if any is, with most rivals, the latest."""
+
+    def order(run: Run) -> tuple[bool, int]:
+        records = [record for record in run.outcome.records if record.work == work]
+        rivals = {(record.system, record.route) for record in records if record.system not in ("thaw", "limit")}
+        return not any(full_size(record, run.outcome) for record in records), -len(rivals)
+
+    return sorted((run for run in runs if work in run.works), key=order)
 
 
 def _work(work: str, runs: Sequence[Run]) -> str:
@@ -154,7 +157,9 @@ def _short(work: str, run: Run) -> str:
 
 
 def _figure(record: Record) -> str:
-    return f"{record.gb_per_s:.2f} GB/s" if record.bytes else f"{record.median:.3f} s"
+    """A start takes its time whatever the size of the weights."""
+    by_size = record.bytes and not record.work.startswith(("start-", "server-"))
+    return f"{record.gb_per_s:.2f} GB/s" if by_size else f"{record.median:.3f} s"
 
 
 def _short_machine(machine: dict[str, Any]) -> str:
