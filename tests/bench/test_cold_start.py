@@ -70,6 +70,8 @@ def engine(monkeypatch):
     monkeypatch.setattr("thaw_vllm.engines.vllm.api.require_vllm_installed", lambda: None)
     monkeypatch.setattr(cold_start.metadata, "version", lambda name: "1")
     monkeypatch.setattr(cold_start, "has_gpu", lambda environment: False)
+    for name in cold_start.DEFAULTS:
+        monkeypatch.delenv(name, raising=False)
     return use
 
 
@@ -129,7 +131,7 @@ def test_phases_of_every_start(thaw, model, engine, tmp_path):
     assert names == [f"start-eager-default-loader-{n}.{kind}" for n in (1, 2) for kind in ("html", "json", "log")]
     first = next((tmp_path / "kept").glob("*-1.json"))
     assert json.loads(first.read_text())["total"] == 8
-    assert [set(e) for e in started.environments] == [{"VLLM_NO_USAGE_STATS", "THAW_START_REPORT"}] * 2
+    assert [set(e) for e in started.environments] == [{*cold_start.DEFAULTS, "THAW_START_REPORT"}] * 2
     assert not Path(started.environments[0]["THAW_START_REPORT"]).exists()
 
     ran = thaw(*arguments)
@@ -157,7 +159,7 @@ def test_forks_of_a_zygote(thaw, model, engine, zygote):
     assert started.zygotes == [None, cold_start.ZYGOTE]
     (name, options), stopped = zygote
     assert name == cold_start.ZYGOTE and stopped == (name, "stop") and options["models"] == [str(model)]
-    assert options["environment"] == {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "INFO"}
+    assert options["environment"] == {"VLLM_LOGGING_LEVEL": "INFO"} | cold_start.DEFAULTS
     found = [(r["system"], r["route"]) for r in ran.document["records"] if r["work"] == "start-eager"]
     assert found == [("vllm", "default-loader"), ("thaw", "default-loader-zygote")]
 
@@ -277,6 +279,13 @@ def test_no_zygote_with_empty_caches(thaw, model, engine, zygote):
     assert ran.code == 2 and "leave out --zygote or --caches cold" in ran.err and not zygote
 
 
+def test_what_the_caller_has_chosen_stays(thaw, model, engine, monkeypatch):
+    started = engine()
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "4")
+    thaw("bench", "cold-start", "--model", model, "--mode", "eager", "--loader", "checkpoint")
+    assert [set(e) for e in started.environments] == [{"VLLM_NO_USAGE_STATS", "THAW_START_REPORT"}]
+
+
 def test_servers(thaw, model, engine, zygote, tmp_path, monkeypatch):
     engine()
     asked = []
@@ -324,12 +333,14 @@ def test_the_log_of_a_start_that_failed_is_kept(thaw, model, engine, tmp_path):
 @pytest.mark.parametrize(
     ("routes", "equal"),
     [
-        (["default-loader", "checkpoint-fast-start"], [True, False]),
+        (["default-loader", "checkpoint-fast-start"], [True, None]),
         (["default-loader", "default-loader-fast-start", "checkpoint-fast-start"], [True, True, True]),
-        (["checkpoint", "checkpoint-fast-start"], [True, False]),
+        (["checkpoint", "checkpoint-fast-start"], [None, None]),
+        (["default-loader-fast-start", "instanttensor"], [True, None]),
+        (["checkpoint", "default-loader-fast-start", "instanttensor"], [None, True, True]),
     ],
 )
-def test_what_is_started_with_the_preset_is_held_against_vllm_with_it(routes, equal, thaw, model, engine, monkeypatch):
+def test_only_what_is_started_alike_is_compared(routes, equal, thaw, model, engine, monkeypatch):
     """As if graphs of other sizes had rounded to another token."""
     started = engine()
 
@@ -346,6 +357,12 @@ def test_what_is_started_with_the_preset_is_held_against_vllm_with_it(routes, eq
     arguments = ["--mode", "graphs", "--fast-start", *(x for route in routes for x in ("--loader", route))]
     ran = thaw("bench", "cold-start", "--model", model, *arguments, "--json")
     assert [r["equal"] for r in ran.document["records"] if r["work"] == "start-graphs"] == equal
+
+
+def test_a_directory_for_logs_that_cannot_be_written_to(thaw, model, engine):
+    started = engine()
+    ran = thaw("bench", "cold-start", "--model", model, "--mode", "eager", "--reports", "/proc")
+    assert ran.code == 6 and "give another --reports" in ran.err and not started.asked
 
 
 def test_starts_with_empty_caches(thaw, model, engine):

@@ -174,11 +174,17 @@ def test_the_run_with_most_rivals_stands_for_a_work(tmp_path):
 def test_starts_are_told_in_seconds(tmp_path):
     """Also among other runs, since they do not take longer by the gigabyte."""
     at = {"run": "e", "date": "2026-11-19T10:00:00+00:00"}
+    later = {"run": "f", "date": "2026-11-21T10:00:00+00:00"}  # tells nothing: another token, other sizes
+    sizes = {"max_cudagraph_capture_size": 512}
     lines = [
         line("start-eager", "thaw", 4.6, route="snapshot-zygote", seconds=[3.4]),
         line("start-graphs", "thaw", 2.0, route="snapshot-zygote", seconds=[9.0, 8.5, 7.0]),
         line("start-graphs", "thaw", 2.9, route="snapshot-zygote-fast-start", seconds=[5.5]),
         line("start-eager", "thaw", 4.2, route="snapshot-zygote", seconds=[3.8], **at),
+        line("start-graphs", "thaw", 9.9, route="snapshot-zygote", seconds=[1.0], equal=False, **later),
+        line(
+            "start-graphs", "thaw", 9.9, route="snapshot-zygote-fast-start", seconds=[1.0], engine_args=sizes, **later
+        ),
         line("server-healthy-cpu", "thaw", 0.1, route="snapshot-zygote", size=10**8, seconds=[2.5], **at),
     ]
     (tmp_path / "2026-11-20.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))

@@ -88,14 +88,26 @@ def running(text: str) -> list[int]:
     return found
 
 
-def test_sources_are_hashed_once(monkeypatch: pytest.MonkeyPatch):
-    """By functions of PyTorch's and Triton's that keep what they have found."""
-    codecache = pytest.importorskip("torch._inductor.codecache")
-    cache = pytest.importorskip("triton.runtime.cache")
+HASHES = """
+import builtins, sys
+import torch._inductor.codecache as codecache, triton.runtime.cache as cache
+from thaw_vllm.engines.vllm import versions
+if sys.argv[1] == "before":
     versions.hash_sources()
-    found = codecache.torch_key(), cache.triton_key()
-    monkeypatch.setattr("builtins.open", lambda *args, **options: pytest.fail("a file is read"))
-    assert (codecache.torch_key(), cache.triton_key()) == found
+opened, real = [], builtins.open
+builtins.open = lambda *args, **options: opened.append(args[0]) or real(*args, **options)
+assert codecache.torch_key() and cache.triton_key()
+print(len(opened))
+"""
+
+
+@pytest.mark.parametrize(("when", "files"), [("before", 0), ("not", 100)])
+def test_sources_are_hashed_once(when: str, files: int):
+    """By functions of PyTorch's and Triton's that keep what they have found."""
+    pytest.importorskip("triton.runtime.cache")
+    ran = subprocess.run([sys.executable, "-c", HASHES, when], capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    assert int(ran.stdout) >= files and (files or int(ran.stdout) == 0)
 
 
 def test_what_has_no_sources_to_hash_is_left_alone(monkeypatch: pytest.MonkeyPatch):

@@ -35,7 +35,8 @@ DEFAULT, SNAPSHOT, STREAMED = "default-loader", "snapshot", "checkpoint"
 FORKED, FAST = "-zygote", "-fast-start"
 """End the routes of starts in forks of a zygote, and of those with the preset of ``thaw serve --fast-start``."""
 ZYGOTE = f"bench-{os.getpid()}"
-QUIET = {"VLLM_NO_USAGE_STATS": "1"}
+DEFAULTS = {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+"""Of starts, unless the caller has others. GiB, without a GPU only: nearly all of the memory otherwise."""
 FORMATS = {
     "fastsafetensors": "fastsafetensors",
     "instanttensor": "instanttensor",
@@ -183,7 +184,9 @@ def _zygote(settings: Settings, say: Say) -> Iterator[None]:
         return
     where = place(ZYGOTE)
     begun = time.perf_counter()
-    start(where, imports=[], models=[os.path.abspath(settings.model)], environment=fresh.READ_FROM_THE_LOG | QUIET)
+    start(
+        where, imports=[], models=[os.path.abspath(settings.model)], environment=fresh.READ_FROM_THE_LOG | _defaults()
+    )
     try:
         say(f"zygote: ready after {time.perf_counter() - begun:.1f} s")
         yield
@@ -192,6 +195,10 @@ def _zygote(settings: Settings, say: Say) -> Iterator[None]:
             ask(where, "stop")
         for path in (where.log, where.lock):
             path.unlink(missing_ok=True)
+
+
+def _defaults() -> dict[str, str]:
+    return {name: value for name, value in DEFAULTS.items() if name not in os.environ}
 
 
 def loaders(settings: Settings) -> list[Loader]:
@@ -232,20 +239,19 @@ def _mode(mode: str, chosen: Sequence[Loader], size: int, settings: Settings, sa
     outcome.missed += [Missed(work, x.system, x.route, failed[x.route]) for x in chosen if x.route in failed]
     for loader in chosen:
         if found[loader.route]:
-            held = _held_against(loader, chosen, found)
-            outcome.records += _records(work, loader, found[loader.route], size, settings.model, held)
+            held = _held_against(loader, [one for one in chosen if found[one.route]])
+            outcome.records += _records(work, loader, found, size, settings, held)
     return outcome
 
 
-def _held_against(loader: Loader, chosen: Sequence[Loader], found: dict[str, list[dict[str, Any]]]) -> Any:
-    """The outputs that this loader's should equal: of the first in the order of ``loaders`` that answered.
+def _held_against(loader: Loader, answered: Sequence[Loader]) -> Loader:
+    """Whose outputs this loader's should equal: vLLM's own if it answered, or else the first one's.
 
-    That is vLLM's own where it was asked for, with the preset if this loader is started with it: graphs of other sizes
-    pad a step to other sizes, which may round differently. Where none was started alike, it is the first of all.
+    Of those with the preset if this loader is started with it, and of those without if it is not: graphs of other sizes
+    are other compiled code, which may round differently.
     """
-    answered = [one for one in chosen if found[one.route]]
-    alike = [one for one in answered if one.fast == loader.fast and one.route in (DEFAULT, DEFAULT + FAST)]
-    return found[(alike or answered)[0].route][0]["outputs"]
+    alike = [one for one in answered if one.fast == loader.fast]
+    return next((one for one in alike if one.route.startswith(DEFAULT)), alike[0])
 
 
 def _name(work: str, loader: Loader, number: int) -> str:
@@ -292,7 +298,7 @@ def _start(loader: Loader, mode: str, settings: Settings, name: str) -> dict[str
             return f"not installed: pip install {package}"
     args = {"enforce_eager": mode != "graphs"} | settings.engine_args | loader.engine_args
     with tempfile.TemporaryDirectory(prefix="thaw-", ignore_cleanup_errors=True) as folder:
-        environment = dict(QUIET)
+        environment = _defaults()
         if settings.caches == COLD:
             environment |= cache_variables(folder)
         if loader.fast:
@@ -300,6 +306,8 @@ def _start(loader: Loader, mode: str, settings: Settings, name: str) -> dict[str
             args |= preset.engine_args
             environment |= preset.environment
         log = Path(folder, "log.txt") if settings.reports is None else settings.reports / f"{name}.log"
+        with _kept(log.parent):
+            log.touch()
         if mode == SERVER:
             return _serve(loader, args, settings, environment, log)
         environment[startup.VARIABLE] = os.path.join(folder, "start")
@@ -362,16 +370,20 @@ def _kept(directory: Path) -> Iterator[None]:
 
 
 def _records(
-    work: str, loader: Loader, answers: Sequence[dict[str, Any]], size: int, model: Path, reference: Any
+    work: str, loader: Loader, found: dict[str, list[dict[str, Any]]], size: int, settings: Settings, held: Loader
 ) -> Iterator[Record]:
+    answers, reference = found[loader.route], found[held.route][0]["outputs"]
     asked = [answer["seconds"] for answer in answers]
-    equal = all(_tokens(answer["outputs"]) == _tokens(reference) for answer in answers)
+    equal: bool | None = all(_tokens(answer["outputs"]) == _tokens(reference) for answer in answers)
+    if equal and held == loader and not loader.route.startswith(DEFAULT):
+        equal = None  # to itself, which says little
     verified = bool(answers[-1]["reports"]) and answers[-1]["reports"][0].get("verified", "none") != "none"
-    place = file_system_of(loader.snapshot or model)
+    place = file_system_of(loader.snapshot or settings.model)
     told = {name: [round(s[name], 3) for s in asked if name in s] for name in asked[-1]}
     extra = {
         "phases": _phases(answers) or told,
         "asked": told,
+        "engine_args": settings.engine_args,
         "logprobs_equal": all(answer["outputs"] == reference for answer in answers),
     }
     starts = [sum(s.get(name, 0.0) for name in BEFORE_FIRST_TOKEN) for s in asked]

@@ -105,7 +105,7 @@ def row(record: Record, outcome: Outcome) -> tuple[str, ...]:
         "" if limit is None else f"{limit:.3f}",
         "" if rival is None else f"{rival:.2f}",
         "" if record.peak_host_mib is None else f"{record.peak_host_mib:.0f}",
-        "" if record.equal is None else "yes" if record.equal else "NO",
+        _told_equal(record),
     )
 
 
@@ -128,7 +128,7 @@ def seconds_table(records: Sequence[Record]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [("", "LOADER", "SECONDS", "LOW", "HIGH", "EQUAL")]
     for record in records:
         times = (f"{t:.2f}" for t in (record.median, min(record.seconds), max(record.seconds)))
-        rows.append((record.work, f"{record.system}: {record.route}", *times, "yes" if record.equal else "NO"))
+        rows.append((record.work, f"{record.system}: {record.route}", *times, _told_equal(record)))
     return rows
 
 
@@ -206,3 +206,7 @@ def plain(outcome: Outcome) -> dict[str, Any]:
         records.append(record.to_json() | told)
     partial = {"interrupted": True} if outcome.interrupted else {}
     return {"records": records, "missed": [vars(item) for item in outcome.missed]} | partial
+
+
+def _told_equal(record: Record) -> str:
+    return "" if record.equal is None else "yes" if record.equal else "NO"

@@ -205,7 +205,7 @@ def cold_start(
         str, typer.Option(help="warm: kernels compiled before; cold: none, for every start.", metavar="KIND")
     ] = "warm",
     reports: Annotated[
-        Path | None, typer.Option(help="Keep every start's report here, as JSON and HTML.", metavar="DIR")
+        Path | None, typer.Option(help="Keep every start's report here, as JSON and HTML, and its log.", metavar="DIR")
     ] = None,
     zygote: Annotated[
         bool, typer.Option("--zygote", help="Start in forks of a zygote, too; not with --caches cold.")

@@ -47,7 +47,8 @@ def serve(
     fast_start: Annotated[
         bool,
         typer.Option(
-            "--fast-start", help="Few CUDA graphs, and memory as it was measured before; says what that costs."
+            "--fast-start",
+            help="Few CUDA graphs, compiled code as one file, memory as measured before; says what that costs.",
         ),
     ] = False,
     cache_dir: CacheDir = None,

@@ -2,6 +2,7 @@
 
 import pytest
 
+from thaw_vllm.engines.vllm import fresh
 from thaw_vllm.engines.vllm.failures import noted, reported
 from thaw_vllm.errors import MismatchError, ThawError
 
@@ -34,3 +35,19 @@ def test_an_error_that_came_by_itself_stays():
 def test_no_note_leaves_the_failure():
     with pytest.raises(RuntimeError, match="something else"), reported():
         raise RuntimeError("something else")
+
+
+@pytest.mark.parametrize(
+    ("printed", "told"),
+    [
+        ("ValueError: no memory\nRuntimeError: Engine core failed. See root cause above. Failed: {}", "no memory"),
+        ("RuntimeError: Engine core failed. See root cause above. Failed: {}", "See root cause above"),
+        ("ValueError: one\nthaw_vllm.errors.MismatchError: other\nRuntimeError: last", "MismatchError: other"),
+        ("ValueError: one\nTypeError: other", "TypeError: other"),
+        ("nothing that says so\n", "nothing that says so"),
+        ("", "it printed nothing"),
+    ],
+)
+def test_the_line_that_tells_why(printed: str, told: str):
+    """vLLM ends with a line that points at the one before."""
+    assert told in fresh._last_error(printed)

@@ -25,7 +25,7 @@ def test_on_a_gpu():
     graphs, compiled, memory = preset.said
     assert "1, 2, 4, 8 tokens only" in graphs and "more than 8 requests" in graphs
     assert "--cudagraph-capture-sizes" in graphs and "not measured again" in memory
-    assert "as one file" in compiled and "compiled once more" in compiled
+    assert "as one file" in compiled and "compiled once more" in compiled and f"{BUNDLE}=0" in compiled
 
 
 @pytest.mark.parametrize(
@@ -66,12 +66,26 @@ def test_no_graphs(word):
 
 @pytest.mark.parametrize(
     "environment",
-    [{BUNDLE: "0"}, {"VLLM_USE_AOT_COMPILE": "0"}, {"VLLM_DISABLE_COMPILE_CACHE": "1"}],
-    ids=lambda variables: next(iter(variables)),
+    [
+        {BUNDLE: "0"},
+        {BUNDLE: ""},
+        {"VLLM_USE_AOT_COMPILE": "0"},
+        {"VLLM_USE_AOT_COMPILE": "false"},
+        {"VLLM_USE_STANDALONE_COMPILE": "no"},
+        {"VLLM_DISABLE_COMPILE_CACHE": "1"},
+        {"VLLM_DISABLE_COMPILE_CACHE": "01"},
+        {"VLLM_BATCH_INVARIANT": "1"},
+    ],
+    ids=lambda variables: "=".join(next(iter(variables.items()))),
 )
 def test_compiled_code_as_was_chosen(environment):
     preset = chosen([], environment)
     assert preset.environment == {PLAN: "1"} and not any("one file" in line for line in preset.said)
+
+
+def test_variables_that_say_what_vllm_does_anyway():
+    given = {"VLLM_USE_AOT_COMPILE": "1", "VLLM_DISABLE_COMPILE_CACHE": "0", "VLLM_BATCH_INVARIANT": "0"}
+    assert chosen([], given).environment == {PLAN: "1"} | ONE_FILE
 
 
 @pytest.mark.parametrize(

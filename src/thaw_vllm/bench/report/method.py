@@ -2,8 +2,8 @@
 
 METHOD = """
 This page is made by `thaw bench report` from `benchmarks/results/*.jsonl`; nothing in it is written by hand but the
-notes, which are in [benchmarks-notes.md](benchmarks-notes.md). Every result names its command: run it and add a line
-with `--record`.
+notes, which are in [benchmarks-notes.md](benchmarks-notes.md). Every table names its command (those of other runs are
+in the same files): run it and add a line with `--record`.
 
 ## Method
 

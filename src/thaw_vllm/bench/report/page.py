@@ -42,7 +42,7 @@ TITLES = {
 """Headings in the page's order; a work that is not here comes after them under its own name."""
 PLOTTED = ("restore-tmpfs", "restore-pagecache", "restore-disk", "restore-warm", "freeze-tmpfs", "freeze-disk")
 KV_PLOTTED, KV_PLOT, KV_TITLE = "ttft-cold", "kv", "Seconds to the first token by tokens of the prompt"
-"""The work of whose latest run one plot shows all lengths, its file's name, its title."""
+"""The work of whose first run one plot shows all lengths, its file's name, its title."""
 HEAD = "| system: route | GB/s | seconds | spread | of the limit | of the best rival | peak MiB | equal |"
 RULE = "|---|---:|---:|---:|---:|---:|---:|---|"
 
@@ -72,7 +72,7 @@ def works(runs: Sequence[Run]) -> list[str]:
 
 
 def _goals(runs: Sequence[Run]) -> str:
-    lines = ["## Goals", "", "| | goal | latest full-size run | |", "|---|---:|---:|---|"]
+    lines = ["## Goals", "", "| | goal | latest run that tells | |", "|---|---:|---:|---|"]
     for goal in GOALS:
         figure, verdict = goal.reached(runs)
         lines.append(f"| {goal.text} | {goal.goal} | {figure} | {verdict} |")
@@ -91,16 +91,16 @@ def first(work: str, runs: Sequence[Run]) -> list[Run]:
 
 
 def _work(work: str, runs: Sequence[Run]) -> str:
-    latest, *older = first(work, runs)
+    head, *others = first(work, runs)
     lines = [f"## {TITLES.get(work, work)}", ""]
     if work in PLOTTED:
         lines += [f"![{TITLES[work]}](plots/{work}.svg)", ""]
     if work == KV_PLOTTED:
         lines += [f"![{KV_TITLE}](plots/{KV_PLOT}.svg)", ""]
-    lines += _run(work, latest)
-    if older:
+    lines += _run(work, head)
+    if others:
         lines += ["", "Other runs:", ""]
-        lines += [f"- {run.date[:10]}, {_short_machine(run.machine)}: {_short(work, run)}" for run in older]
+        lines += [f"- {run.date[:10]}, {_short_machine(run.machine)}: {_short(work, run)}" for run in others]
     return "\n".join(lines)
 
 
@@ -140,6 +140,7 @@ def _short(work: str, run: Run) -> str:
         if record.work == work and (record.system in ("thaw", "limit") or prompt_tokens(record)):
             limit = of_limit(record, run.outcome)
             share = f" ({limit:.2f} of the limit)" if limit is not None else ""
+            share += " (**not equal**)" if record.equal is False else ""
             told.append(f"{label(record)} {_figure(record)}{share}")
     rival = max(
         (

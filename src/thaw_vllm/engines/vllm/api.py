@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,8 +35,8 @@ def load(
         model: model directory or hub name, for its config and tokenizer only; None uses the ones the snapshot carries.
         snapshot: the ``.thaw`` file (the manifest of a set).
         kv_snapshot: a ``.thawkv`` file made with the same weights and configuration; restored into the new engine.
-        fast_start: few CUDA graphs, and memory as it was measured before (``fast_start.fast_start``); what that costs
-            is logged.
+        fast_start: few CUDA graphs, compiled code as one file, and memory as it was measured before
+            (``fast_start.fast_start``); what that costs is logged.
         llm_kwargs: passed to ``vllm.LLM`` as they are, ``model_loader_extra_config`` merged with ours.
 
     Raises:
@@ -138,8 +139,8 @@ def _freeze(model: str, extra: dict[str, Any], engine_args: dict[str, Any]) -> l
         config = EngineArgs(model=model, **options).create_engine_config()
     except OSError as error:
         raise UsageError(
-            f"vLLM finds no model {model!r}: {' '.join(str(error).split())[:200]}; give a model directory, or a name "
-            "on the hub that can be downloaded or is cached"
+            f"vLLM finds no model {model!r}: {textwrap.shorten(str(error), 160, placeholder=' …')}; give a model "
+            "directory, or a name on the hub that is cached, or can be downloaded (HF_HUB_OFFLINE is not 1)"
         ) from error
     except (TypeError, ValueError) as error:
         raise UsageError(f"vLLM does not accept these engine arguments: {' '.join(str(error).split())}") from error

@@ -22,12 +22,13 @@ PLAN = "VLLM_ENABLE_STARTUP_PLAN"
 BUNDLE = "VLLM_USE_MEGA_AOT_ARTIFACT"
 """Has vLLM keep all that torch.compile made of a model as one file, and load that instead of going through the model
 piece by piece once more. vLLM does so by itself from PyTorch 2.12 (``use_mega_aot_artifact`` in vllm/envs.py)."""
-_UNBUNDLED = {
-    "VLLM_USE_AOT_COMPILE": "0",
-    "VLLM_USE_STANDALONE_COMPILE": "0",
-    "VLLM_DISABLE_COMPILE_CACHE": "1",
+_BUNDLED = {
+    "VLLM_USE_AOT_COMPILE": "1",
+    "VLLM_USE_STANDALONE_COMPILE": "1",
+    "VLLM_DISABLE_COMPILE_CACHE": "0",
+    "VLLM_BATCH_INVARIANT": "0",
 }
-"""Values with which vLLM keeps no such file, or refuses to start if it should."""
+"""What these must be where they are set: otherwise vLLM keeps no such file, or refuses to start if it should."""
 CACHES = {
     "VLLM_CACHE_ROOT": "vllm",
     "VLLM_FLASHINFER_AUTOTUNE_CACHE_DIR": "flashinfer-autotune",
@@ -89,11 +90,12 @@ def fast_start(given: Mapping[str, Any], environment: Mapping[str, str], *, gpu:
             f"CUDA graphs are captured for steps of {', '.join(map(str, SIZES))} tokens only: prompts, and more than "
             f"{SIZES[-1]} requests at once, run without them, slower; give --cudagraph-capture-sizes for others"
         ]
-    if not eager and BUNDLE not in environment and not _chosen(environment, _UNBUNDLED):
+    bundled = all(environment.get(name, value) == value for name, value in _BUNDLED.items())
+    if not eager and BUNDLE not in environment and bundled:
         variables[BUNDLE] = "1"
         said.append(
-            "what is compiled is kept as one file, which is loaded sooner; what earlier starts without the preset have "
-            "compiled is compiled once more"
+            "what is compiled is kept as one file, which is loaded sooner; what earlier starts kept in pieces may be "
+            f"compiled once more ({BUNDLE}=0 leaves it so)"
         )
     if _among(names, _MEMORY) or environment.get(PLAN) == "0":
         said.append("memory for the KV cache as you chose")
@@ -104,11 +106,6 @@ def fast_start(given: Mapping[str, Any], environment: Mapping[str, str], *, gpu:
             "free; it is not measured again"
         )
     return FastStart(args, variables, said)
-
-
-def _chosen(environment: Mapping[str, str], values: Mapping[str, str]) -> bool:
-    """Whether one of these variables has this value."""
-    return any(environment.get(name) == value for name, value in values.items())
 
 
 def _among(names: Iterable[str], known: set[str]) -> bool:

@@ -116,5 +116,6 @@ def _failure(what: str, line: str) -> ThawError:
 def _last_error(printed: str) -> str:
     lines = [line.strip() for line in printed.splitlines() if line.strip()]
     errors = [line for line in lines if re.search(r"(Error|Exception)\b.*: ", line)]
+    errors = [line for line in errors if "See root cause above" not in line] or errors
     chosen = next((line for line in errors if "thaw_vllm.errors" in line), errors[-1] if errors else "")
     return chosen or (lines[-1] if lines else "it printed nothing")
