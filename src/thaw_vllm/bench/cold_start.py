@@ -237,10 +237,9 @@ def _mode(mode: str, chosen: Sequence[Loader], size: int, settings: Settings, sa
     except KeyboardInterrupt:
         outcome.interrupted = True
     outcome.missed += [Missed(work, x.system, x.route, failed[x.route]) for x in chosen if x.route in failed]
-    for loader in chosen:
-        if found[loader.route]:
-            held = _held_against(loader, [one for one in chosen if found[one.route]])
-            outcome.records += _records(work, loader, found, size, settings, held)
+    answered = [loader for loader in chosen if found[loader.route]]
+    for loader in answered:
+        outcome.records += _records(work, loader, found, size, settings, _held_against(loader, answered))
     return outcome
 
 
@@ -305,9 +304,11 @@ def _start(loader: Loader, mode: str, settings: Settings, name: str) -> dict[str
             preset = fast_start(args, os.environ)
             args |= preset.engine_args
             environment |= preset.environment
-        log = Path(folder, "log.txt") if settings.reports is None else settings.reports / f"{name}.log"
-        with _kept(log.parent):
-            log.touch()
+        log = Path(folder, "log.txt")
+        if settings.reports is not None:
+            log = settings.reports / f"{name}.log"
+            with _kept(settings.reports):
+                log.touch()
         if mode == SERVER:
             return _serve(loader, args, settings, environment, log)
         environment[startup.VARIABLE] = os.path.join(folder, "start")

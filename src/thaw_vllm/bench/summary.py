@@ -78,12 +78,15 @@ def group(record: Record) -> tuple[str, str, str, int]:
     return *section(record), prompt_tokens(record)
 
 
+def is_rival(record: Record) -> bool:
+    """Whether it is another system's, neither ours nor a limit."""
+    return record.system not in ("thaw", "limit")
+
+
 def best_rival(record: Record, records: Iterable[Record]) -> Record | None:
-    """The fastest of the same group that is neither ours nor a limit and gave equal bytes."""
+    """The fastest rival of the same group that gave equal bytes."""
     rivals = [
-        other
-        for other in records
-        if group(other) == group(record) and other.system not in ("thaw", "limit") and other.equal is not False
+        other for other in records if group(other) == group(record) and is_rival(other) and other.equal is not False
     ]
     return max(rivals, key=lambda other: other.gb_per_s, default=None)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..outcome import spread
 from ..record import Record
-from ..summary import label, of_limit, of_rival, prompt_tokens, section
+from ..summary import is_rival, label, of_limit, of_rival, prompt_tokens, section
 from .goals import GOALS, full_size
 from .method import METHOD
 from .results import Run
@@ -84,7 +84,7 @@ def first(work: str, runs: Sequence[Run]) -> list[Run]:
 
     def order(run: Run) -> tuple[bool, int]:
         records = [record for record in run.outcome.records if record.work == work]
-        rivals = {(record.system, record.route) for record in records if record.system not in ("thaw", "limit")}
+        rivals = {(record.system, record.route) for record in records if is_rival(record)}
         return not any(full_size(record, run.outcome) for record in records), -len(rivals)
 
     return sorted((run for run in runs if work in run.works), key=order)
@@ -137,7 +137,7 @@ def _row(record: Record, run: Run) -> str:
 def _short(work: str, run: Run) -> str:
     told = []
     for record in run.outcome.records:
-        if record.work == work and (record.system in ("thaw", "limit") or prompt_tokens(record)):
+        if record.work == work and (not is_rival(record) or prompt_tokens(record)):
             limit = of_limit(record, run.outcome)
             share = f" ({limit:.2f} of the limit)" if limit is not None else ""
             share += " (**not equal**)" if record.equal is False else ""
@@ -146,7 +146,7 @@ def _short(work: str, run: Run) -> str:
         (
             record
             for record in run.outcome.records
-            if record.work == work and record.system not in ("thaw", "limit") and record.equal is not False
+            if record.work == work and is_rival(record) and record.equal is not False
             if not prompt_tokens(record)
         ),
         key=lambda record: record.gb_per_s,

@@ -82,7 +82,6 @@ LATER = (
 )
 """What starts import in the middle of their work, mostly inside functions; found by comparing ``sys.modules`` (the
 ``imported`` of a start report). Tried in a fork before: what would spoil the zygote is left to the starts."""
-
 LATER_ON_CUDA = (
     *_of("vllm.compilation.passes", "vllm_inductor_pass", "pass_manager"),
     *_of("vllm.distributed.device_communicators", "cuda_communicator", "xpu_communicator"),
@@ -132,7 +131,8 @@ def import_all(extra: list[str], models: list[str]) -> Imported:
         work.pools = len(proof.native_threads())
         for name in EVERYWHERE:
             work.import_one(name, required=name in ("torch", "vllm"))
-        for name in ON_CUDA if versions.on_cuda() else ON_CPU:
+        cuda = versions.on_cuda()
+        for name in ON_CUDA if cuda else ON_CPU:
             work.import_one(name, required=False)
         work.do("vLLM's plugins", versions.load_plugins)
         for name in dict.fromkeys(versions.model_modules(architectures) or MODELS):
@@ -144,8 +144,8 @@ def import_all(extra: list[str], models: list[str]) -> Imported:
         for name in extra:
             work.import_one(name, required=True)
         # Last of all, since a fork takes BLAS pools down, and what is allowed would no longer be what is there.
-        work.import_sound(LATER + LATER_ON_CUDA if versions.on_cuda() else LATER)
-        if versions.on_cuda():
+        work.import_sound(LATER + LATER_ON_CUDA if cuda else LATER)
+        if cuda:
             work.do("hashing source files", versions.hash_sources)
     forks = versions.allow_forks(proof.fork_of_program)
     return Imported(

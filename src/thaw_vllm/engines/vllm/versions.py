@@ -381,6 +381,9 @@ def load_plugins() -> None:
     _get("vllm.plugins", "load_general_plugins")()
 
 
+_HASHES = (("triton.runtime.cache", "triton_key"), ("torch._inductor.codecache", "torch_key"))
+
+
 def hash_sources() -> None:
     """Have Triton and PyTorch hash their own source files, as whoever looks into their caches does (0.6 s).
 
@@ -390,9 +393,6 @@ def hash_sources() -> None:
     for module, name in _HASHES:
         with contextlib.suppress(Exception):
             getattr(sys.modules[module], name)()
-
-
-_HASHES = (("triton.runtime.cache", "triton_key"), ("torch._inductor.codecache", "torch_key"))
 
 
 def _known_models() -> dict[str, Any]:
