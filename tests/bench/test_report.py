@@ -175,16 +175,15 @@ def test_starts_are_told_in_seconds(tmp_path):
     """Also among other runs, since they do not take longer by the gigabyte."""
     at = {"run": "e", "date": "2026-11-19T10:00:00+00:00"}
     later = {"run": "f", "date": "2026-11-21T10:00:00+00:00"}  # tells nothing: another token, other sizes
-    sizes = {"max_cudagraph_capture_size": 512}
+    fewer, every = {"max_cudagraph_capture_size": 64}, {"max_model_len": 2048, "max_cudagraph_capture_size": 512}
+    preset = "snapshot-zygote-fast-start"
     lines = [
         line("start-eager", "thaw", 4.6, route="snapshot-zygote", seconds=[3.4]),
         line("start-graphs", "thaw", 2.0, route="snapshot-zygote", seconds=[9.0, 8.5, 7.0]),
         line("start-graphs", "thaw", 2.9, route="snapshot-zygote-fast-start", seconds=[5.5]),
         line("start-eager", "thaw", 4.2, route="snapshot-zygote", seconds=[3.8], **at),
         line("start-graphs", "thaw", 9.9, route="snapshot-zygote", seconds=[1.0], equal=False, **later),
-        line(
-            "start-graphs", "thaw", 9.9, route="snapshot-zygote-fast-start", seconds=[1.0], engine_args=sizes, **later
-        ),
+        line("start-graphs", "thaw", 9.9, route=preset, seconds=[1.0], engine_args=fewer, **later),
         line("server-healthy-cpu", "thaw", 0.1, route="snapshot-zygote", size=10**8, seconds=[2.5], **at),
     ]
     (tmp_path / "2026-11-20.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
@@ -197,6 +196,19 @@ def test_starts_are_told_in_seconds(tmp_path):
         ("5.50 s (2026-11-20)", "reached"),
         ("2.50 s (2026-11-19)", "reached"),
     ]
+    last = {"run": "g", "date": "2026-11-22T10:00:00+00:00"}
+    lines = [
+        line("start-eager", "thaw", 4.6, route=preset, seconds=[2.4], engine_args={"max_model_len": 2048}, **last),
+        line("start-graphs", "thaw", 9.9, route=preset, seconds=[7.5], engine_args=every, **last),
+    ]
+    (tmp_path / "2026-11-22.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
+    runs = load(tmp_path)
+    found = [goal.reached(runs) for goal in goals.GOALS if goal.works[0].startswith("start-")]
+    assert found == [
+        ("2.40 s (2026-11-22)", "reached"),
+        ("7.50 s (2026-11-22)", "reached"),
+        ("5.50 s (2026-11-20)", "reached"),
+    ], "the preset overruled by vLLM's largest size has all of its sizes, and none of the four"
 
 
 def test_rows(results):
