@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "ThawModelLoader": "engines.vllm.loader",
+    "check_swap": "engines.vllm.swap.api",
     "expect_kv_restore": "engines.vllm.kv.api",
     "expect_kv_restore_async": "engines.vllm.kv.api",
     "freeze_cache": "engines.transformers.cache",
@@ -22,7 +23,10 @@ _HOMES = {
     "freeze_model_pipelined": "weights.module",
     "freeze_model_tp": "engines.vllm.api",
     "load": "engines.vllm.api",
+    "park": "engines.vllm.swap.parked",
+    "park_async": "engines.vllm.swap.parked",
     "pin": "weights.pinned",
+    "pin_snapshot": "engines.vllm.swap.api",
     "restore_cache": "engines.transformers.cache",
     "restore_kv_cache": "engines.vllm.kv.api",
     "restore_kv_cache_async": "engines.vllm.kv.api",
@@ -30,11 +34,17 @@ _HOMES = {
     "restore_model": "weights.module",
     "restore_model_from_ram": "weights.module",
     "restore_model_pipelined": "weights.module",
+    "swap_weights": "engines.vllm.swap.api",
+    "swap_weights_async": "engines.vllm.swap.api",
+    "unpin_snapshot": "engines.vllm.swap.api",
+    "wake": "engines.vllm.swap.parked",
+    "wake_async": "engines.vllm.swap.parked",
 }
 
 __all__ = [
     "ThawModelLoader",
     "__version__",
+    "check_swap",
     "expect_kv_restore",
     "expect_kv_restore_async",
     "freeze_cache",
@@ -45,7 +55,10 @@ __all__ = [
     "freeze_model_pipelined",
     "freeze_model_tp",
     "load",
+    "park",
+    "park_async",
     "pin",
+    "pin_snapshot",
     "restore_cache",
     "restore_kv_cache",
     "restore_kv_cache_async",
@@ -53,6 +66,11 @@ __all__ = [
     "restore_model",
     "restore_model_from_ram",
     "restore_model_pipelined",
+    "swap_weights",
+    "swap_weights_async",
+    "unpin_snapshot",
+    "wake",
+    "wake_async",
 ]
 
 if TYPE_CHECKING:
@@ -69,6 +87,14 @@ if TYPE_CHECKING:
         restore_kv_cache_tp,
     )
     from .engines.vllm.loader import ThawModelLoader
+    from .engines.vllm.swap.api import (
+        check_swap,
+        pin_snapshot,
+        swap_weights,
+        swap_weights_async,
+        unpin_snapshot,
+    )
+    from .engines.vllm.swap.parked import park, park_async, wake, wake_async
     from .weights.module import (
         freeze_model,
         freeze_model_pipelined,

@@ -12,6 +12,7 @@
         * SpaceError        not enough room, or the disk filled up
         * ReplacedError     the file changed while it was being read
     * DeviceError           the accelerator or its driver said no
+    * BrokenEngineError     a running engine was left half-way and has been closed
     * MissingDependencyError  an optional package is not installed
 
 Each carries an ``exit_code`` that the command line uses; docs/cli.md lists them.
@@ -80,6 +81,12 @@ class DeviceError(ThawError):
     """The accelerator or its driver refused."""
 
     exit_code = 8
+
+
+class BrokenEngineError(ThawError):
+    """A running engine was left neither in its old state nor in the new one, and has been closed."""
+
+    exit_code = 9
 
 
 class MissingDependencyError(ThawError):

@@ -1,5 +1,6 @@
 import importlib
 import importlib.metadata
+import os
 import re
 import subprocess
 import sys
@@ -12,9 +13,13 @@ import torch
 from thaw_vllm.cli import doctor
 from thaw_vllm.cli.commands import COMMANDS
 from thaw_vllm.cli.doctor import LACK, NOTE, OK, OPTIONAL, examine
+from thaw_vllm.cli.doctor import _capabilities as capabilities
+from thaw_vllm.transport import process_checkpoint
+from thaw_vllm.transport.process_checkpoint import unsupported
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = ["Python", "numpy", "blake3", "xxhash", "GPUs", "torch", "vLLM", "vLLM plugin", "vLLM routes", *OPTIONAL]
+NAMES = ["Python", "numpy", "blake3", "xxhash", "GPUs", "torch", "GPU parking"]
+NAMES += ["vLLM", "vLLM plugin", "vLLM routes", *OPTIONAL]
 NAMES += ["disk here", "/dev/shm", "memory", "locked memory", "cache"]
 
 
@@ -100,6 +105,57 @@ def test_gpu_that_torch_cannot_use(machine, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     check = found()["torch"]
     assert check.state == NOTE and "driver" in check.cure and "0 usable" in check.found
+
+
+class TestParking:
+    """Whether processes can be taken off the GPU; a driver that can is made up."""
+
+    @pytest.fixture(autouse=True)
+    def gpu(self, machine, monkeypatch):
+        machine.gpus("NVIDIA H100 80GB HBM3, 81559 MiB, 580.95")
+        monkeypatch.setattr(process_checkpoint, "unsupported", lambda: None)
+        monkeypatch.setattr(os, "geteuid", lambda: 1000)
+        monkeypatch.setattr(doctor, "_capabilities", frozenset)
+
+    def test_without_a_gpu(self, machine, monkeypatch):
+        machine.gpus()
+        monkeypatch.setattr(process_checkpoint, "unsupported", lambda: pytest.fail("asked without need"))
+        check = found()["GPU parking"]
+        assert (check.state, check.cure) == (NOTE, "") and "no GPU" in check.found
+
+    def test_root(self, monkeypatch):
+        monkeypatch.setattr(os, "geteuid", lambda: 0)
+        check = found()["GPU parking"]
+        assert (check.state, check.cure) == (OK, "") and "root" in check.found
+
+    @pytest.mark.parametrize(
+        ("held", "state"),
+        [({19, 40}, OK), ({21, 40}, OK), ({40}, NOTE), ({19, 21}, NOTE), (set(), NOTE), ({18, 20, 39, 41}, NOTE)],
+    )
+    def test_capabilities(self, monkeypatch, held, state):
+        monkeypatch.setattr(doctor, "_capabilities", lambda: frozenset(held))
+        check = found()["GPU parking"]
+        assert (check.state, check.cure) == (state, "" if state == OK else process_checkpoint.PERMISSION)
+        assert ("sleep mode alone" in check.found) == (state == NOTE)
+
+    def test_old_driver(self, monkeypatch):
+        monkeypatch.setattr(process_checkpoint, "unsupported", lambda: unsupported("libc.so.6"))
+        monkeypatch.setattr(os, "geteuid", lambda: 0)
+        check = found()["GPU parking"]
+        assert check.state == NOTE and "older than 570" in check.found and "sleep mode alone" in check.found
+        assert check.cure == process_checkpoint.DRIVER
+
+
+def test_capabilities_of_this_process(tmp_path):
+    status = tmp_path / "status"
+    status.write_text("Name:\tpython\nCapPrm:\t000001ffffffffff\nCapEff:\t0000010000080000\nCapBnd:\t0\n")
+    assert capabilities(status) == {19, 40}
+    status.write_text("CapEff:\t0000000000000000\n")
+    assert capabilities(status) == set()
+    for text in ("", "CapEff:\n", "CapEff:\tnonsense\n"):
+        status.write_text(text)
+        assert capabilities(status) == set()
+    assert capabilities(tmp_path / "absent") == set()
 
 
 def test_no_vllm_beside_a_gpu(machine, monkeypatch):

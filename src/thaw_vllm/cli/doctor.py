@@ -43,6 +43,10 @@ ROUTES = "thaw_vllm.engines.vllm.kv.routes:KVRoutes"
 GROUPS = ("general", "platform", "io_processor", "stat_logger")
 """Of vLLM's plugins: those that it loads all of while ``VLLM_PLUGINS`` is not set."""
 
+SYS_PTRACE, SYS_ADMIN, CHECKPOINT_RESTORE = 19, 21, 40
+"""Numbers of Linux's capabilities, as in linux/capability.h."""
+SLEEP_ALONE = "parking an engine then keeps its CUDA context's memory: vLLM's sleep mode alone"
+
 
 @dataclass(frozen=True)
 class Check:
@@ -90,6 +94,7 @@ def examine() -> Iterator[Check]:
     cards = gpus()
     yield Check("GPUs", OK if cards else NOTE, "; ".join(cards) or "none that nvidia-smi knows; vLLM runs on the CPU")
     yield _torch(bool(cards))
+    yield _parking(bool(cards))
     yield from _vllm(bool(cards))
     for package, user in OPTIONAL.items():
         found = _version(package)
@@ -143,6 +148,36 @@ def _torch(has_gpu: bool) -> Check:
         cure = "its CUDA is newer than the driver, or CUDA_VISIBLE_DEVICES hides the GPU; nvidia-smi shows the driver's"
         return Check("torch", NOTE, found, cure)
     return Check("torch", OK, found)
+
+
+def _parking(has_gpu: bool) -> Check:
+    """Whether the CUDA state of other processes can be moved to host memory: the driver, and who is asking."""
+    from ..transport import process_checkpoint
+
+    name = "GPU parking"
+    if not has_gpu:
+        return Check(name, NOTE, "no GPU to take processes off")
+    lacking = process_checkpoint.unsupported()
+    if lacking:
+        found, _, cure = lacking.partition("; ")
+        return Check(name, NOTE, f"{found}; {SLEEP_ALONE}", cure)
+    if os.geteuid() == 0:
+        return Check(name, OK, "the driver can, and this is root")
+    held = _capabilities()
+    if CHECKPOINT_RESTORE in held and {SYS_PTRACE, SYS_ADMIN} & held:
+        return Check(name, OK, "the driver can, and this process has the capabilities")
+    found = f"the driver can, but this is neither root nor has the capabilities; if it refuses, {SLEEP_ALONE}"
+    return Check(name, NOTE, found, process_checkpoint.PERMISSION)
+
+
+def _capabilities(status: Path = Path("/proc/self/status")) -> frozenset[int]:
+    """Numbers of this process's effective capabilities; none where the kernel does not say."""
+    try:
+        lines = status.read_text().splitlines()
+        mask = next(int(line.split()[1], 16) for line in lines if line.startswith("CapEff:"))
+    except (OSError, ValueError, IndexError, StopIteration):
+        return frozenset()
+    return frozenset(number for number in range(mask.bit_length()) if mask >> number & 1)
 
 
 def _vllm(has_gpu: bool) -> Iterator[Check]:

@@ -105,6 +105,16 @@ class Pinned:
             report = restore_opened(model, self._opened.source, RestoreOptions(**options), start, self._opened.snapshot)
         return replace(report, why=self.why, replaced=self._file.replaced)
 
+    @property
+    def opened(self) -> Opened:
+        """The held bytes as a source, for whoever fills other things than modules; ends with ``close``."""
+        return self._opened
+
+    @property
+    def replaced(self) -> bool:
+        """Whether the path names another file by now."""
+        return self._file.replaced
+
     def close(self) -> None:
         """Unlock and return the memory; a second call does nothing."""
         self._closed = True

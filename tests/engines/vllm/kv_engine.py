@@ -129,10 +129,10 @@ def do(llm, step):
     if what == "abandon":  # as a caller that goes away, and a request that comes next
         import time
 
-        from thaw_vllm.engines.vllm.kv.api import _call
+        from thaw_vllm.engines.vllm.client import call
 
         asked = {"path": options["path"], "prefixes": None, "force": True, "background": True}
-        assert "job" in _call(llm, "thaw_kv_freeze", asked)
+        assert "job" in call(llm, "thaw_kv_freeze", asked)
         while not Path(options["path"]).exists():
             time.sleep(0.02)
         time.sleep(0.5)

@@ -46,7 +46,7 @@ def take(model: torch.nn.Module) -> State:
     """The state of ``model`` now; reads every buffer once."""
     state = State()
     for name, buffer in model.named_buffers(remove_duplicate=False):
-        state.buffers[name] = _digest(buffer)
+        state.buffers[name] = digest(buffer)
         state.shapes[name] = f"{tuple(buffer.shape)} {buffer.dtype}"
     for name, parameter in model.named_parameters(remove_duplicate=False):
         state.shapes[name] = f"{tuple(parameter.shape)} {parameter.dtype}"
@@ -59,7 +59,7 @@ def take(model: torch.nn.Module) -> State:
             key = f"{path}|{attribute}"
             for suffix, tensor in _tensors(value):
                 address = tensor.data_ptr() if tensor.device.type != "meta" else 0
-                state.hidden[key + suffix] = (address, _digest(tensor))
+                state.hidden[key + suffix] = (address, digest(tensor))
             if isinstance(value, _CONTAINERS):
                 state.containers[key] = _spelt(value)
             if not isinstance(value, SCALARS):
@@ -69,9 +69,23 @@ def take(model: torch.nn.Module) -> State:
     return state
 
 
+def numbers(model: torch.nn.Module) -> dict[str, float]:
+    """``module path|attribute`` → value, of all floats that modules and the objects beside them have as attributes.
+
+    What is made of weights for use as a plain value is a scale, which is one. Names, counters and switches come and go
+    while an engine runs.
+    """
+    return {
+        f"{path}|{attribute}": value
+        for path, owner in _owners(model)
+        for attribute, value in vars(owner).items()
+        if isinstance(value, float)
+    }
+
+
 def changed_buffers(before: State, after: State) -> set[str]:
     """Buffers that loading filled."""
-    return {name for name, digest in after.buffers.items() if before.buffers.get(name) != digest}
+    return {name for name, found in after.buffers.items() if before.buffers.get(name) != found}
 
 
 def changed_attributes(before: State, after: State) -> dict[str, Any]:
@@ -213,7 +227,8 @@ def _same(a: Any, b: Any) -> bool:
     return type(a) is type(b) and (a == b or (a != a and b != b))
 
 
-def _digest(tensor: torch.Tensor) -> bytes:
+def digest(tensor: torch.Tensor) -> bytes:
+    """Of its bytes, shape, strides and dtype; of one without bytes, of its shape and dtype."""
     from blake3 import blake3
 
     if tensor.device.type == "meta" or not tensor.numel():

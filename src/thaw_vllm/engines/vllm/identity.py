@@ -32,6 +32,14 @@ def config_directory(model_config: ModelConfig) -> Path | None:
     return _cached(str(named), None) if named else model_directory(model_config)
 
 
+def tokenizer_directory(model_config: ModelConfig) -> Path | None:
+    """The local directory of the tokenizer that vLLM uses for this model; None when there is none."""
+    named = str(getattr(model_config, "tokenizer", None) or model_config.model)
+    if named == str(model_config.model):
+        return model_directory(model_config)
+    return _cached(named, getattr(model_config, "tokenizer_revision", None))
+
+
 def _cached(name: str, revision: str | None, cache_dir: str | None = None) -> Path | None:
     if Path(name).is_dir():
         return Path(name)

@@ -39,6 +39,7 @@ from .exchange import world_exchange
 from .failures import noted
 from .identity import config_directory, engine_identity, model_directory
 from .kv import ahead
+from .swap.filled import note, remember
 from .versions import parallel_groups, untie, untied_by_checkpoint
 
 if TYPE_CHECKING:
@@ -137,6 +138,7 @@ class ThawModelLoader(BaseModelLoader):
         with noted(self.config.failures):
             self._prepare(vllm_config, model_config)
             model: torch.nn.Module = super().load_model(vllm_config, model_config, prefix)
+            note(model, vllm_config)
             return model
 
     def _prepare(self, vllm_config: VllmConfig, model_config: ModelConfig) -> None:
@@ -197,6 +199,7 @@ class ThawModelLoader(BaseModelLoader):
             owners = audit.attribute_owners(model, header.attributes)
             report = restore(opened.source, opened.snapshot, targets, required, options(progress), way)
             audit.apply_attributes(owners, header.attributes)
+            remember(model, config.snapshot, header, frozenset(t.name for t in opened.snapshot.index.tensors))
         seconds = {"open": checked - start} | report.seconds | {"total": time.perf_counter() - start}
         report = dataclasses.replace(report, seconds=seconds)
         logger.info(
@@ -245,6 +248,8 @@ class ThawModelLoader(BaseModelLoader):
                 world_exchange(),
                 ident.result if ident is not None else lambda: None,
             )
+        names = frozenset(tensor.name for tensor in captured.index.tensors)
+        remember(model, self.config.snapshot, dataclasses.replace(header, content=report.content), names)
         logger.info("froze %d tensors, %.2f GB to %s", report.tensors, report.bytes / 1e9, report.path)
         return report, report.model
 

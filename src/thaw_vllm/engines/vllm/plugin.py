@@ -9,6 +9,13 @@ _WORKER_METHODS = (
     "thaw_freeze",
     "thaw_report",
     "thaw_model_id",
+    "thaw_swap_check",
+    "thaw_fill",
+    "thaw_source",
+    "thaw_still_there",
+    "thaw_pin",
+    "thaw_unpin",
+    "thaw_trim",
     "thaw_kv_describe",
     "thaw_kv_freeze",
     "thaw_kv_job",
@@ -55,6 +62,6 @@ def _register() -> None:
     for name in _WORKER_METHODS:
         if not hasattr(base, name):
             setattr(base, name, getattr(worker, name))
-    from .kv import core
+    from .client import install
 
-    core.install()
+    install()

@@ -12,6 +12,7 @@ import importlib
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from types import SimpleNamespace
@@ -358,6 +359,132 @@ def kv_tensors(worker: Any) -> dict[str, list[torch.Tensor]]:
         if tensors:
             found[name] = tensors
     return found
+
+
+# --- Weights swapped in place -----------------------------------------------------------------------------------------
+
+_CONSTANTS = ("_k_scale_cpu", "_v_scale_cpu", "q_range", "k_range", "v_range")
+"""Tensors of attention layers that are attributes only: the scales of a KV cache that has none."""
+
+
+def swap_obstacle(model: torch.nn.Module, config: Any) -> str | None:
+    """Why an engine cannot take other weights in place, beside its post-processing (``identity_processing``); or None.
+
+    What has not been shown to hold nothing of the weights is refused.
+
+    Args:
+        config: vLLM's, of the engine.
+    """
+    model_config, cache = config.model_config, config.cache_config
+    if config.lora_config is not None:
+        return "LoRA adapters are wrapped around its modules"
+    if getattr(config.speculative_config, "draft_model_config", None) is not None:
+        return "a draft model would keep what was made for the weights before"
+    if untied_by_checkpoint(model_config):
+        return "vLLM may have tied its embeddings after loading"
+    if model_config.runner_type != "generate":
+        return f"it does not generate ({model_config.runner_type})"
+    if model_config.is_multimodal_model:
+        return "it takes images or sound, whose encoders were not tried"
+    if config.parallel_config.world_size > 1:
+        return f"it has {config.parallel_config.world_size} ranks, which is not in this version"
+    if config.kv_transfer_config is not None or getattr(config, "ec_transfer_config", None) is not None:
+        return "what others have of its KV cache (a connector) would outlive the weights that made it"
+    if cache.cache_dtype not in ("auto", "bfloat16", "float16") or getattr(cache, "calculate_kv_scales", False):
+        return f"its KV cache ({cache.cache_dtype}) has scales that belong to the weights"
+    attention = _get("vllm.model_executor.layers.attention_layer_base", "AttentionLayerBase")
+    for name, module in model.named_modules():
+        own = hasattr(module, "process_weights_after_loading") and not isinstance(module, attention)
+        if own and getattr(module, "quant_method", None) is None:
+            return f"{name or 'the model'!r} ({type(module).__name__}) makes something of its weights after loading"
+    return None
+
+
+def attention_constants(config: Any) -> list[torch.Tensor]:
+    """What attention layers hold beside parameters, buffers and the KV cache, for engines whose cache has no scales."""
+    layers = config.compilation_config.static_forward_context.values()
+    return [getattr(layer, name) for layer in layers for name in _CONSTANTS if hasattr(layer, name)]
+
+
+def graph_entries() -> tuple[type, ...]:
+    """The class that holds a CUDA graph and what it writes each time it is replayed; none where it is not imported."""
+    module = sys.modules.get("vllm.compilation.cuda_graph")
+    found = getattr(module, "CUDAGraphEntry", None)
+    return () if found is None else (found,)
+
+
+def queued(core: Any) -> int:
+    """How many requests an engine core has that are not finished, those that wait while it is paused included."""
+    return len(core.scheduler.requests)
+
+
+def vocabulary(core: Any) -> int:
+    """Token ids are below it."""
+    return int(core.vllm_config.model_config.get_vocab_size())
+
+
+def ask_core(core: Any, name: str, tokens: Sequence[int], count: int) -> tuple[list[int], list[float]]:
+    """A greedy answer of the engine core, in its own thread and between its steps.
+
+    Args:
+        core: has no other requests, and is not paused.
+        name: of the request.
+        tokens: the prompt.
+        count: tokens to answer with.
+
+    Returns:
+        The tokens and their log-probabilities, fewer where the request ended early.
+    """
+    sampling = _get("vllm", "SamplingParams")(temperature=0, max_tokens=count, logprobs=1, ignore_eos=True)
+    given = _get("vllm.v1.engine", "EngineCoreRequest")(
+        request_id=name,
+        prompt_token_ids=list(tokens),
+        mm_features=None,
+        sampling_params=sampling,
+        pooling_params=None,
+        arrival_time=time.time(),
+        lora_request=None,
+        cache_salt=name,
+        data_parallel_rank=None,
+    )
+    core.add_request(core.preprocess_add_request(given)[0])
+    found: list[int] = []
+    chances: list[float] = []
+    for output in run_dry(core, name):
+        found += output.new_token_ids
+        if output.new_logprobs is not None:
+            chances += [float(row[0]) for row in output.new_logprobs.logprobs]
+    return found, chances
+
+
+def run_dry(core: Any, name: str | None = None) -> list[Any]:
+    """Have an engine core take steps until nothing is left to do; what they give for others goes to their clients.
+
+    Returns:
+        What they give for the request of that name.
+    """
+    mine: list[Any] = []
+    queue = getattr(core, "output_queue", None)
+    while core.scheduler.has_requests() or getattr(core, "batch_queue", None):
+        outputs, executed = core.step_fn()
+        for client, several in (outputs or {}).items():
+            mine += [one for one in several.outputs if one.request_id == name]
+            several.outputs = [one for one in several.outputs if one.request_id != name]
+            if several.finished_requests is not None:
+                several.finished_requests.discard(name)
+            if queue is not None and several.outputs:
+                queue.put_nowait((client, several))
+        core.post_step(executed)
+    return mine
+
+
+def close_core(core: Any, why: str) -> None:
+    """Have an engine core fail instead of taking a step or a request, which ends its process for all its clients."""
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise RuntimeError(why)
+
+    core.step_fn = core.add_request = refuse
 
 
 # --- Forks of a process that has imported vLLM -----------------------------------------------------------------------

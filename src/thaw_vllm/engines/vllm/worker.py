@@ -61,6 +61,62 @@ def thaw_kv_fill(worker: Any, options: dict[str, Any]) -> dict[str, Any]:
 
 
 @answering
+def thaw_swap_check(worker: Any, path: str) -> Answer:
+    """See swap/check.py."""
+    from .swap.check import check
+
+    return check(worker, path)
+
+
+@answering
+def thaw_fill(worker: Any, options: dict[str, Any]) -> Answer:
+    """See swap/fill.py."""
+    from .swap.fill import fill
+
+    return fill(worker, options)
+
+
+@answering
+def thaw_source(worker: Any) -> Answer:
+    """See swap/fill.py."""
+    from .swap.fill import source_of
+
+    return source_of(worker)
+
+
+@answering
+def thaw_still_there(worker: Any, options: dict[str, Any]) -> Answer:
+    """See swap/fill.py."""
+    from .swap.fill import still_there
+
+    return still_there(worker, options)
+
+
+@answering
+def thaw_pin(worker: Any, path: str) -> Answer:
+    """See swap/pins.py."""
+    from .swap.pins import hold
+
+    return hold(worker, path)
+
+
+@answering
+def thaw_unpin(worker: Any, path: str) -> Answer:
+    """See swap/pins.py."""
+    from .swap.pins import release
+
+    return release(worker, path)
+
+
+@answering
+def thaw_trim(worker: Any) -> Answer:
+    """See swap/parking.py."""
+    from .swap.parking import trim
+
+    return trim(worker)
+
+
+@answering
 def thaw_freeze(worker: Any, path: str, force: bool = False) -> Answer:
     """Freeze the running model's share of this worker as the raw stage, where post-processing changed nothing.
 

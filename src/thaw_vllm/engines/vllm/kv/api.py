@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ....errors import UnsupportedError, UsageError
+from ....errors import UsageError
 from ....format.identity import model_id as checked_model_id
 from ....transport.writer import check_target
 from .. import versions
-from ..answers import raised
-from . import core as engine_core
+from ..client import ask, call
+from .core import path_of
 from .jobs import PAUSE
 
 if TYPE_CHECKING:
@@ -113,14 +113,14 @@ def freeze_kv_cache(
         tokenizer = llm.get_tokenizer()
         return [list(tokenizer.encode(text)) for text in texts]
 
-    place = engine_core.path_of(path)
+    place = path_of(path)
     check_target(Path(place), force)
     prefixes = _prefixes(_texts(prompts, token_ids, session), token_ids, cache_salt, tokenised)
     options = {"path": place, "force": force, "prefixes": prefixes, "request": session, "model": _checked(model_id)}
-    answer = _call(llm, "thaw_kv_freeze", options | {"background": True})
+    answer = call(llm, "thaw_kv_freeze", options | {"background": True})
     while "job" in answer:
         time.sleep(PAUSE)
-        answer = _call(llm, "thaw_kv_job", {"job": answer["job"]})
+        answer = call(llm, "thaw_kv_job", {"job": answer["job"]})
     return KVFreezeReport(**answer)
 
 
@@ -140,7 +140,7 @@ async def freeze_kv_cache_async(
     The blocks are held, which are full and never written to again, while a thread of the worker reads them; with
     several ranks the engine waits instead.
     """
-    place = engine_core.path_of(path)
+    place = path_of(path)
     await asyncio.to_thread(check_target, Path(place), force)
     texts = _texts(prompts, token_ids, session)
     tokens = None if texts is None else [await versions.completion_tokens(engine, text) for text in texts]
@@ -153,7 +153,7 @@ async def restore_kv_cache_async(
     engine: AsyncLLM, path: str | os.PathLike[str], *, model_id: str | None = None, evict: bool = False
 ) -> KVRestoreReport:
     """``restore_kv_cache`` for an ``AsyncLLM``; its steps wait meanwhile."""
-    options = {"path": engine_core.path_of(path), "model": _checked(model_id), "evict": evict}
+    options = {"path": path_of(path), "model": _checked(model_id), "evict": evict}
     return KVRestoreReport(**await ask(engine, "thaw_kv_restore", options))
 
 
@@ -203,8 +203,8 @@ def restore_kv_cache(
     Notes:
         Every page is verified before any is used.
     """
-    options = {"path": engine_core.path_of(path), "model": _checked(model_id), "evict": evict}
-    return KVRestoreReport(**_call(llm, "thaw_kv_restore", options))
+    options = {"path": path_of(path), "model": _checked(model_id), "evict": evict}
+    return KVRestoreReport(**call(llm, "thaw_kv_restore", options))
 
 
 def expect_kv_restore(llm: LLM) -> None:
@@ -213,7 +213,7 @@ def expect_kv_restore(llm: LLM) -> None:
     On a GPU helper processes come up, with 56 MiB of page-locked memory in all, and wait ten minutes for it. Returns
     before they are there, 50 ms. ``load(..., kv_snapshot=...)`` and a server with ``THAW_KV_DIR`` need no such call.
     """
-    _call(llm, "thaw_kv_expect", {})
+    call(llm, "thaw_kv_expect", {})
 
 
 async def expect_kv_restore_async(engine: AsyncLLM) -> None:
@@ -223,37 +223,11 @@ async def expect_kv_restore_async(engine: AsyncLLM) -> None:
 
 def kv_cache_info(llm: LLM, *, model_id: str | None = None) -> dict[str, Any]:
     """Blocks of the pool, cached ones, those whose tokens are known, and the model id."""
-    return _call(llm, "thaw_kv_info", {"model": _checked(model_id)})
+    return call(llm, "thaw_kv_info", {"model": _checked(model_id)})
 
 
 freeze_kv_cache_tp = freeze_kv_cache
 restore_kv_cache_tp = restore_kv_cache
-
-
-def _call(llm: LLM, method: str, options: dict[str, Any]) -> dict[str, Any]:
-    client: Any = llm.llm_engine.engine_core
-    inside = getattr(client, "engine_core", None)
-    if hasattr(inside, "scheduler"):  # in this process
-        engine_core.install()
-        return raised(getattr(inside, method)(options))
-    if getattr(llm.llm_engine.vllm_config.parallel_config, "data_parallel_size", 1) > 1:
-        raise UnsupportedError("data-parallel engines have a cache for each replica; not in this version")
-    return raised(client.call_utility(method, options))
-
-
-async def ask(client: Any, method: str, options: dict[str, Any]) -> dict[str, Any]:
-    """What the engine core of an asynchronous client answers; of a job, once it has ended."""
-    size = versions.data_parallel_size(client)
-    if size > 1:
-        raise UnsupportedError(
-            f"this server has {size} data-parallel engines, each with a cache of its own; not in this version: "
-            "serve with data_parallel_size=1"
-        )
-    answer = raised(await versions.call_core(client, method, options))
-    while "job" in answer:
-        await asyncio.sleep(PAUSE)
-        answer = raised(await versions.call_core(client, "thaw_kv_job", {"job": answer["job"]}))
-    return answer
 
 
 def _checked(model: str | None) -> str | None:

@@ -30,8 +30,8 @@ from ....errors import (
     UsageError,
 )
 from .. import versions
+from ..client import ask
 from .access import TOKEN_HEADER, Access
-from .api import ask
 from .bodies import LARGEST_BODY, Freezing, Restoring, parse
 
 logger = logging.getLogger(__name__)

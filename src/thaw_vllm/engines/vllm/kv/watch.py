@@ -44,6 +44,11 @@ def weights_changed(core: Any) -> bool:
     return bool(getattr(core, _CHANGED, False))
 
 
+def weights_known(core: Any) -> None:
+    """All weights have been filled from a snapshot since."""
+    setattr(core, _CHANGED, False)
+
+
 def _note_call(core: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Any other call may change weights (``reload_weights``, ``update_weights``, a function of the user's)."""
     method = args[0] if args else kwargs.get("method")

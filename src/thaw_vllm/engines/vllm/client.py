@@ -1,0 +1,53 @@
+"""Asking an engine core to run one of thaw's methods, from the engine's caller."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+from ...errors import UnsupportedError
+from . import versions
+from .answers import raised
+from .kv import core as kv_core
+from .kv.jobs import PAUSE
+from .swap import core as swap_core
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+
+def install() -> None:
+    """Give the engine core thaw's methods, where this process has it; again does nothing."""
+    kv_core.install()
+    swap_core.install()
+
+
+def call(llm: LLM, method: str, options: dict[str, Any]) -> dict[str, Any]:
+    """What the engine core of a ``vllm.LLM`` answers; its error is raised.
+
+    Raises:
+        UnsupportedError: it stands for several engine cores.
+    """
+    client: Any = llm.llm_engine.engine_core
+    inside = getattr(client, "engine_core", None)
+    if hasattr(inside, "scheduler"):  # in this process
+        install()
+        return raised(getattr(inside, method)(options))
+    if getattr(llm.llm_engine.vllm_config.parallel_config, "data_parallel_size", 1) > 1:
+        raise UnsupportedError("data-parallel engines have a cache for each replica; not in this version")
+    return raised(client.call_utility(method, options))
+
+
+async def ask(client: Any, method: str, options: dict[str, Any]) -> dict[str, Any]:
+    """What the engine core of an asynchronous client answers; of a job, once it has ended."""
+    size = versions.data_parallel_size(client)
+    if size > 1:
+        raise UnsupportedError(
+            f"this server has {size} data-parallel engines, each with a cache of its own; not in this version: "
+            "serve with data_parallel_size=1"
+        )
+    answer = raised(await versions.call_core(client, method, options))
+    while "job" in answer:
+        await asyncio.sleep(PAUSE)
+        answer = raised(await versions.call_core(client, "thaw_kv_job", {"job": answer["job"]}))
+    return answer

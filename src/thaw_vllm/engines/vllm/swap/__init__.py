@@ -1,0 +1,1 @@
+"""Weights of a running engine swapped in place, and an engine parked: what must hold, and doing it."""

@@ -1,0 +1,282 @@
+"""The engine core's part of a swap and of parking; called through vLLM's utility calls, between two steps.
+
+Order of a swap: everything is checked, requests that are left are aborted, caches are emptied, the workers fill their
+weights, a canary is asked, caches are emptied again. A client that was told so lets new requests in afterwards
+(``finish``): it knows by then under which name.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+import time
+from typing import Any
+
+from ....errors import DeviceError, UnsupportedError, UsageError
+from .. import versions
+from ..answers import all_raised, answering
+from ..kv import watch
+
+METHODS = ("thaw_swap_check", "thaw_swap_pin", "thaw_swap", "thaw_swap_finish", "thaw_park", "thaw_wake")
+_CANARY_PROMPT, _CANARY_TOKENS = 8, 4
+
+
+def install() -> None:
+    """Give the engine core its methods, where this process has it; again does nothing."""
+    core = versions.engine_core()
+    if core is None:
+        return
+    for name, work in zip(METHODS, (check, hold, swap, finish, park, wake), strict=True):
+        if not hasattr(core, name):
+            setattr(core, name, answering(work))
+
+
+def check(core: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Whether the weights of a snapshot could take the place of this engine's; nothing is changed.
+
+    Args:
+        options: ``path``.
+
+    Returns:
+        ``bytes`` and ``tensors`` that would be filled, and the snapshot's ``model`` and ``content`` ids.
+    """
+    _whole(core)
+    _awake(core)
+    return _checked(core, options["path"])
+
+
+def hold(core: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Have the workers hold a snapshot page-locked, or not any more.
+
+    Args:
+        options: ``path``; ``release``: give the memory back.
+    """
+    method = "thaw_unpin" if options["release"] else "thaw_pin"
+    answers = all_raised(core.model_executor.collective_rpc(method, args=(options["path"],)))
+    return answers[0] | {"bytes": sum(answer["bytes"] for answer in answers)}
+
+
+def swap(core: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Fill the engine's weights from a snapshot.
+
+    Args:
+        options: ``path``; ``verify``: hold every chunk against its checksum.
+
+    Returns:
+        ``bytes``, ``model``, ``aborted`` (requests that were left) and ``seconds`` by phase; or ``broken``: why the
+        engine is of no use any more, and will end when it is asked anything.
+
+    Raises:
+        UsageError: requests are running, and the engine was not paused.
+        UnsupportedError, MismatchError, FormatError, StorageError: nothing was changed, the engine goes on.
+    """
+    clock = _Clock()
+    _whole(core)
+    _awake(core)
+    paused = core.is_scheduler_paused()
+    if not paused and versions.queued(core):
+        raise UsageError("requests are running; wait for them, or pause the engine first")
+    found = _checked(core, options["path"])
+    clock.end("check")
+    aborted = _abort(core)
+    _forget(core)
+    clock.end("drain")
+    fill = {"path": options["path"], "content": found["content"], "verify": options["verify"]}
+    answers = all_raised(core.model_executor.collective_rpc("thaw_fill", args=(fill,)))
+    broken = next((answer["broken"] for answer in answers if "broken" in answer), None)
+    clock.end("fill")
+    if broken is None:
+        watch.weights_known(core)
+        broken = _canary(core, paused)
+        clock.end("canary")
+    if broken is not None:
+        return _close(core, broken)
+    return {
+        "bytes": sum(answer["bytes"] for answer in answers),
+        "model": found["model"],
+        "aborted": aborted,
+        "route": answers[0]["route"],
+        "seconds": clock.seconds(),
+    }
+
+
+def finish(core: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Let requests in again; those that came while the engine was paused were meant for what it held before.
+
+    Returns:
+        ``aborted``: how many of these there were.
+    """
+    _whole(core)
+    aborted = _abort(core)
+    core.resume_scheduler()
+    return {"aborted": aborted}
+
+
+def park(core: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Give the memory of weights and KV cache back.
+
+    Args:
+        options: ``keep_weights``: in host memory, rather than to read them again from their snapshot.
+
+    Returns:
+        ``aborted`` requests; ``pids`` of the workers; ``left``: bytes that each keeps on its GPU; ``path`` and
+        ``content`` of the snapshot, None with ``keep_weights``; ``seconds`` by phase.
+
+    Raises:
+        UsageError: the engine was started without sleep mode, or is asleep.
+        UnsupportedError: its weights cannot be read again in place; nothing was changed.
+    """
+    clock = _Clock()
+    _whole(core)
+    _awake(core)
+    if not core.vllm_config.model_config.enable_sleep_mode:
+        raise UsageError("this engine was started without sleep mode; start it with enable_sleep_mode=True")
+    source: dict[str, Any] = {"path": None, "content": None}
+    if not options["keep_weights"]:
+        if watch.weights_changed(core):
+            raise UnsupportedError(
+                "this engine's weights may have been changed since they were loaded (a call to its workers), so its "
+                "snapshot would bring others; keep them in host memory meanwhile (keep_weights=True)"
+            )
+        source = all_raised(core.model_executor.collective_rpc("thaw_source"))[0]
+    clock.end("check")
+    aborted = _abort(core)
+    clock.end("drain")
+    core.sleep(1 if options["keep_weights"] else 2)
+    clock.end("sleep")
+    answers = all_raised(core.model_executor.collective_rpc("thaw_trim"))
+    clock.end("trim")
+    return source | {
+        "aborted": aborted,
+        "pids": [answer["pid"] for answer in answers],
+        "left": [answer["left"] for answer in answers],
+        "seconds": clock.seconds(),
+    }
+
+
+def wake(core: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Take the memory back, fill it, and let requests in.
+
+    Args:
+        options: ``path``, ``content``: as ``park`` has told them; ``verify``.
+
+    Returns:
+        ``bytes`` filled, ``aborted`` requests, and ``seconds`` by phase; or ``broken``, as ``swap``.
+
+    Raises:
+        UsageError: it is not asleep.
+        MismatchError, StorageError: the snapshot is gone or another; the engine sleeps on.
+    """
+    clock = _Clock()
+    _whole(core)
+    if not versions.is_sleeping(core):
+        raise UsageError("the engine is awake")
+    fill = {"path": options["path"], "content": options["content"], "verify": options["verify"]}
+    if fill["path"] is not None:
+        all_raised(core.model_executor.collective_rpc("thaw_still_there", args=(fill,)))
+    clock.end("check")
+    core.model_executor.wake_up(["weights"])
+    clock.end("weights' memory")
+    answers: list[dict[str, Any]] = []
+    if fill["path"] is not None:
+        answers = all_raised(core.model_executor.collective_rpc("thaw_fill", args=(fill,)))
+        clock.end("fill")
+        broken = next((answer["broken"] for answer in answers if "broken" in answer), None)
+        if broken is not None:
+            return _close(core, broken)
+        watch.weights_known(core)
+    core.model_executor.wake_up(sorted(core.model_executor.sleeping_tags))
+    clock.end("other memory")
+    aborted = _abort(core)
+    broken = _canary(core, paused=False)
+    clock.end("canary")
+    if broken is not None:
+        return _close(core, broken)
+    return {
+        "bytes": sum(answer["bytes"] for answer in answers),
+        "aborted": aborted,
+        "seconds": clock.seconds(),
+    }
+
+
+class _Clock:
+    """Seconds by phase."""
+
+    def __init__(self) -> None:
+        self._last = self._begun = time.perf_counter()
+        self._phases: dict[str, float] = {}
+
+    def end(self, phase: str) -> None:
+        now = time.perf_counter()
+        self._phases[phase], self._last = now - self._last, now
+
+    def seconds(self) -> dict[str, float]:
+        return self._phases | {"total": time.perf_counter() - self._begun}
+
+
+def _checked(core: Any, path: str) -> dict[str, Any]:
+    answers = all_raised(core.model_executor.collective_rpc("thaw_swap_check", args=(path,)))
+    return answers[0] | {"bytes": sum(answer["bytes"] for answer in answers)}
+
+
+def _whole(core: Any) -> None:
+    why = getattr(core, "thaw_broken", None)
+    if why is not None:
+        raise DeviceError(f"this engine is of no use any more: {why}; start another one")
+
+
+def _awake(core: Any) -> None:
+    if core.model_executor.is_sleeping:
+        raise UsageError("the engine is asleep; wake it up first")
+
+
+def _abort(core: Any) -> int:
+    """End every request there is; how many there were. The engine is left paused if there were any."""
+    count = versions.queued(core)
+    if count:
+        core.pause_scheduler(mode="abort", clear_cache=False)
+    versions.run_dry(core)  # also steps that are under way
+    if versions.queued(core):
+        raise UnsupportedError(f"{versions.queued(core)} requests cannot be ended; nothing was changed")
+    return count
+
+
+def _forget(core: Any) -> None:
+    """Empty every cache of what weights have made.
+
+    Raises:
+        UsageError: a cache is in use.
+    """
+    if core.reset_prefix_cache() is False:
+        raise UsageError("blocks of the KV cache are in use, so the prefix cache cannot be emptied")
+    core.reset_mm_cache()
+    core.reset_encoder_cache()
+
+
+def _canary(core: Any, paused: bool) -> str | None:
+    """Why an answer of the new weights shows that something is wrong; None where it does not. Leaves no trace of it.
+
+    Args:
+        paused: whether the engine is to be paused afterwards.
+    """
+    core.resume_scheduler()
+    try:
+        size = versions.vocabulary(core)
+        prompt = [(number * 7 + 1) % size for number in range(_CANARY_PROMPT)]
+        tokens, chances = versions.ask_core(core, f"thaw-canary-{secrets.token_hex(8)}", prompt, _CANARY_TOKENS)
+        _forget(core)
+    except Exception as error:
+        return f"the canary failed with {type(error).__name__}: {error}"
+    if paused:
+        core.pause_scheduler(mode="keep", clear_cache=False)
+    if len(tokens) != _CANARY_TOKENS or not all(0 <= token < size for token in tokens):
+        return f"the canary was answered with the tokens {tokens}"
+    if len(chances) != _CANARY_TOKENS or not all(math.isfinite(chance) and chance <= 0 for chance in chances):
+        return f"the canary's log-probabilities are {chances}"
+    return None
+
+
+def _close(core: Any, why: str) -> dict[str, Any]:
+    core.thaw_broken = why
+    versions.close_core(core, f"thaw: this engine is of no use any more: {why}")
+    return {"broken": why}

@@ -1,0 +1,89 @@
+"""Filling a running model's own memory from another snapshot, after ``check`` has passed."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from ....errors import MismatchError
+from ....transport.collector import collection_paused
+from ....weights.reading import RestoreOptions, reading
+from ....weights.restore import restore
+from .check import opened_for, swappable
+from .filled import renote
+
+_NOT_TRIED = "not tried"
+
+
+def fill(worker: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Put a snapshot's bytes where the model's weights are, at their addresses.
+
+    Args:
+        options: ``path``; ``content``: its content id, as ``check`` has told it; ``verify``: hold every chunk against
+            its checksum.
+
+    Returns:
+        ``bytes``, ``seconds``, ``route``; or ``broken``: why the weights are now neither the old nor the new ones.
+
+    Raises:
+        MismatchError, StorageError, …: before the first byte was written; the weights are as they were.
+    """
+    start = time.perf_counter()
+    model, path = worker.get_model(), options["path"]
+    targets: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    required = set(targets)
+    targets |= dict(model.named_buffers(remove_duplicate=False))
+    chosen = RestoreOptions(verify=options["verify"], processes=False)  # starting them takes longer than they gain
+    with (
+        collection_paused(),
+        opened_for(worker, path) as opened,
+        reading(opened.source, targets.values(), chosen) as way,
+    ):
+        header = opened.snapshot.header
+        if header.content != options["content"]:
+            raise MismatchError(f"{path!r} has become another snapshot meanwhile; try again")
+        renote(model, broken=_NOT_TRIED)
+        try:
+            report = restore(opened.source, opened.snapshot, targets, required, chosen, way)
+        except BaseException as error:
+            why = f"{type(error).__name__}: {error}"
+            renote(model, broken=why)
+            if not isinstance(error, Exception):
+                raise
+            return {"broken": why}
+        renote(model, broken=None, path=path, content=header.content)
+        model._thaw_model_id = header.identity.model
+    return {"bytes": report.bytes, "seconds": time.perf_counter() - start, "route": report.route}
+
+
+def source_of(worker: Any) -> dict[str, Any]:
+    """Where the weights of an engine that may be filled could be had again: ``path`` and ``content``.
+
+    Raises:
+        UnsupportedError: it may not be filled.
+        MismatchError, StorageError: the file is gone, or another by now.
+    """
+    found = swappable(worker)
+    source = {"path": found.path, "content": found.content}
+    still_there(worker, source)
+    return source
+
+
+def still_there(worker: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Whether a snapshot can be opened and is the one of that content id; no GPU is touched.
+
+    Args:
+        options: ``path``, ``content``.
+
+    Raises:
+        MismatchError: it is another.
+        FormatError, StorageError: it cannot be read.
+    """
+    with opened_for(worker, options["path"]) as opened:
+        if opened.snapshot.header.content != options["content"]:
+            raise MismatchError(
+                f"{options['path']!r} is not the snapshot any more that this engine was filled from; put it back"
+            )
+    return {}

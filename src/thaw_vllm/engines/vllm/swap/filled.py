@@ -1,0 +1,129 @@
+"""What a worker's loader filled its model with, noted then, so that another snapshot can be held against it later."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ....format.header import Header
+from ....format.identity import Identity
+from .. import versions
+from ..audit import digest, numbers
+from ..identity import engine_identity
+from .front import Files, engine_files
+from .reach import uncovered
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+_ATTRIBUTE = "_thaw_filled"
+
+
+@dataclass(frozen=True)
+class Filled:
+    """Of one worker's model.
+
+    Attributes:
+        path: the snapshot.
+        content: its content id; None where it has none.
+        identity: the engine's, as it was when the model was loaded.
+        names: parameters and buffers that were filled. Any other buffer is as its model was initialised.
+        attributes: plain values that loading set, as in a snapshot's header.
+        numbers: all floats that are attributes, once the model was ready.
+        others: tensors that no snapshot fills, then: where each hangs → it and its digest.
+        files: what the front end reads beside the weights.
+        broken: why the weights are neither those of one snapshot nor of another.
+    """
+
+    path: str
+    content: str | None
+    identity: Identity
+    names: frozenset[str]
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    others: Mapping[str, tuple[torch.Tensor, bytes]] = field(default_factory=dict)
+    files: Files | None = None
+    broken: str | None = None
+
+
+@dataclass(frozen=True)
+class Loading:
+    """What ``load_weights`` knows, kept until post-processing has ended."""
+
+    path: str
+    header: Header
+    names: frozenset[str]
+
+
+def remember(model: torch.nn.Module, path: str, header: Header, names: frozenset[str]) -> None:
+    """First half of the note: what was filled."""
+    setattr(model, _ATTRIBUTE, Loading(path, header, names))
+
+
+def note(model: torch.nn.Module, config: VllmConfig) -> None:
+    """Second half, once the model is ready. What cannot be noted leaves an engine that cannot be swapped, and starts.
+
+    Nothing is noted where post-processing changes weights: such an engine cannot be swapped anyway.
+    """
+    known = getattr(model, _ATTRIBUTE, None)
+    if not isinstance(known, Loading):
+        return
+    setattr(model, _ATTRIBUTE, None)
+    try:
+        if versions.identity_processing(model) is None:
+            setattr(model, _ATTRIBUTE, _filled(model, config, known))
+    except Exception as error:
+        logging.getLogger(__name__).warning("this engine's weights will not be swappable: %s", error)
+
+
+def _filled(model: torch.nn.Module, config: VllmConfig, known: Loading) -> Filled:
+    identity = engine_identity(config, config.model_config)
+    return Filled(
+        path=known.path,
+        content=known.header.content,
+        identity=identity,
+        names=known.names,
+        attributes=dict(known.header.attributes),
+        numbers=numbers(model),
+        others=unfilled(model, known.names),
+        files=engine_files(config.model_config) if identity.parallel.rank == 0 else None,
+    )
+
+
+def unfilled(model: torch.nn.Module, names: frozenset[str]) -> dict[str, tuple[torch.Tensor, bytes]]:
+    """Buffers that are not among ``names``, and tensors that are neither parameter nor buffer: each with its digest.
+
+    Each tensor once, under its first name.
+    """
+    found: dict[str, tuple[torch.Tensor, bytes]] = {}
+    seen: set[int] = set()
+    for name, buffer in model.named_buffers():
+        if name not in names:
+            seen.add(id(buffer))
+            found[name] = (buffer, digest(buffer))
+    for path, tensor in uncovered(model, covered(model), versions.graph_entries()):
+        if id(tensor) not in seen:
+            found[path] = (tensor, digest(tensor))
+    return found
+
+
+def covered(model: torch.nn.Module) -> list[torch.Tensor]:
+    """Parameters and buffers."""
+    return [*model.parameters(), *model.buffers()]
+
+
+def noted(model: torch.nn.Module) -> Filled | None:
+    """What ``note`` kept; None where the model was loaded in another way."""
+    found = getattr(model, _ATTRIBUTE, None)
+    return found if isinstance(found, Filled) else None
+
+
+def renote(model: torch.nn.Module, **changes: Any) -> None:
+    """After a fill: where the weights are from now, or that they are broken."""
+    found = noted(model)
+    assert found is not None
+    setattr(model, _ATTRIBUTE, replace(found, **changes))

@@ -1,0 +1,284 @@
+"""Python calls: an engine that gives its GPU back, and takes it again."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from ....errors import DeviceError, MismatchError, ThawError, UnsupportedError, UsageError
+from ....transport import process_checkpoint
+from ....weights.open import open_snapshot
+from ..client import ask, call
+from ..kv.api import freeze_kv_cache, freeze_kv_cache_async, restore_kv_cache, restore_kv_cache_async
+from .api import DEADLINE, broken, close, drain
+
+if TYPE_CHECKING:
+    from vllm import LLM
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+_LOCKING = 30.0
+"""Seconds that the driver may wait for work on the GPU to end; there is none once an engine sleeps."""
+
+
+@dataclass(frozen=True)
+class Parked:
+    """An engine that has given its GPU back; what ``wake`` needs.
+
+    Attributes:
+        pids: of its workers.
+        driver: whether the driver carries the rest of their CUDA state, so that nothing of them is on the GPU.
+        why: why it does not; empty where it does.
+        left: bytes of the GPU's memory that were in use, by other processes, too, before the driver took its part.
+        path: the snapshot that brings the weights back; None where they are in host memory.
+        content: its content id.
+        kv: the file of KV blocks to restore; None for none.
+        aborted: requests that were ended for it (finish reason ``abort``); they can be sent again.
+        seconds: by phase (``KV``, ``check``, ``drain``, ``sleep``, ``trim``, ``driver``), and ``total``.
+    """
+
+    pids: list[int]
+    driver: bool
+    why: str
+    left: int
+    path: str | None
+    content: str | None
+    kv: str | None
+    aborted: int
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class WakeReport:
+    """How an engine woke.
+
+    Attributes:
+        bytes: of weights that were filled; 0 where they were in host memory.
+        blocks: of KV cache that were restored.
+        aborted: requests that were sent meanwhile and ended (finish reason ``abort``); they can be sent again.
+        seconds: by phase (``driver``, ``check``, ``weights' memory``, ``fill``, ``other memory``, ``canary``, ``KV``),
+            and ``total``.
+    """
+
+    bytes: int
+    blocks: int
+    aborted: int
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def park(
+    llm: LLM,
+    *,
+    kv: str | os.PathLike[str] | None = None,
+    keep_weights: bool = False,
+    driver: bool | None = None,
+    force: bool = False,
+) -> Parked:
+    """Have an engine give its GPU back; ``wake`` brings it back with its graphs and compiled code.
+
+    Weights are dropped, since their snapshot has them, and the KV cache with them (vLLM's sleep, level 2). Then
+    NVIDIA's driver takes what is left of the workers' CUDA state into host memory, where this process may ask it to
+    (root, or a container with the capabilities that ``thaw doctor`` names): nothing of the engine stays on the GPU.
+    Else what a CUDA context and graphs take stays, 0.5 to 1 GB.
+
+    Args:
+        llm: a ``vllm.LLM`` without unfinished requests, started from a snapshot with ``enable_sleep_mode=True``, whose
+            weights may be filled again (``check_swap``).
+        kv: freeze what is cached into this file first, and restore it on waking.
+        keep_weights: in host memory (level 1, as many bytes, page-locked) rather than dropped; for engines whose
+            weights may not be filled again.
+        driver: None: where it can and may; True: or fail, the engine awake; False: not.
+        force: replace the file ``kv``.
+
+    Returns:
+        What ``wake`` needs. The engine's processes live on; they end with this one.
+
+    Raises:
+        UsageError: requests are running, or the engine sleeps, or was started without sleep mode.
+        UnsupportedError: its weights may not be filled again, or the driver cannot; the engine is awake.
+        MismatchError, StorageError: its snapshot is gone, or another by now; the engine is awake.
+        DeviceError: the driver refused, with ``driver=True``; the engine is awake.
+
+    Example:
+        >>> parked = thaw_vllm.park(llm)
+        >>> thaw_vllm.wake(llm, parked).seconds["total"]
+        0.95
+    """
+    if llm.llm_engine.has_unfinished_requests():
+        raise UsageError("requests are not finished; finish or abort them first")
+    start = time.perf_counter()
+    kept = None
+    if kv is not None:
+        kept = _nothing_is_fine(lambda: freeze_kv_cache(llm, kv, force=force).path)
+    frozen = time.perf_counter()
+    answer = call(llm, "thaw_park", {"keep_weights": keep_weights})
+    parked = _parked(answer, kept, frozen - start)
+    try:
+        return _checkpointed(parked, driver, start)
+    except ThawError:
+        wake(llm, parked)
+        raise
+
+
+def wake(llm: LLM, parked: Parked, *, verify: bool = True) -> WakeReport:
+    """Bring a parked engine back: driver, memory, weights from the snapshot, a canary, KV blocks.
+
+    Args:
+        llm: the same engine.
+        parked: what ``park`` gave.
+        verify: hold every chunk of the snapshot against its checksum once it is on the GPU.
+
+    Raises:
+        MismatchError, StorageError: the snapshot is gone, or another by now; the engine stays parked: put it back.
+        DeviceError: the driver could not restore a process; the message says whether its state is lost.
+        BrokenEngineError: it failed half-way, so that the engine has been closed; start another one.
+    """
+    start = time.perf_counter()
+    _look(parked)
+    if parked.driver:
+        process_checkpoint.wake(parked.pids)
+    restored = time.perf_counter()
+    answer = call(llm, "thaw_wake", {"path": parked.path, "content": parked.content, "verify": verify})
+    if "broken" in answer:
+        close(llm.llm_engine.engine_core)
+        raise broken(answer["broken"])
+    thawed = time.perf_counter()
+    blocks = restore_kv_cache(llm, parked.kv).blocks if parked.kv is not None else 0
+    return _woken(answer, blocks, restored - start, time.perf_counter() - thawed, start)
+
+
+async def park_async(
+    engine: AsyncLLM,
+    *,
+    kv: str | os.PathLike[str] | None = None,
+    keep_weights: bool = False,
+    driver: bool | None = None,
+    force: bool = False,
+    deadline: float = DEADLINE,
+) -> Parked:
+    """``park`` for an ``AsyncLLM``.
+
+    Args:
+        deadline: seconds in which running requests may end; what is left is ended with the finish reason ``abort``.
+            What is sent while it is parked waits until it is woken, and is ended then.
+    """
+    start = time.perf_counter()
+    kept = None
+    if kv is not None:
+        try:
+            kept = (await freeze_kv_cache_async(engine, kv, force=force)).path
+        except UsageError as error:
+            _only_nothing(error)
+    frozen = time.perf_counter()
+    await drain(engine, deadline)
+    try:
+        answer = await ask(engine, "thaw_park", {"keep_weights": keep_weights})
+    except ThawError:
+        await engine.resume_generation()
+        raise
+    parked = _parked(answer, kept, frozen - start)
+    try:
+        return await asyncio.to_thread(_checkpointed, parked, driver, start)
+    except ThawError:
+        await wake_async(engine, parked)
+        raise
+
+
+async def wake_async(engine: AsyncLLM, parked: Parked, *, verify: bool = True) -> WakeReport:
+    """``wake`` for an ``AsyncLLM``."""
+    start = time.perf_counter()
+    await asyncio.to_thread(_look, parked)
+    if parked.driver:
+        await asyncio.to_thread(process_checkpoint.wake, parked.pids)
+    restored = time.perf_counter()
+    answer = await ask(engine, "thaw_wake", {"path": parked.path, "content": parked.content, "verify": verify})
+    if "broken" in answer:
+        close(engine)
+        raise broken(answer["broken"])
+    thawed = time.perf_counter()
+    blocks = (await restore_kv_cache_async(engine, parked.kv)).blocks if parked.kv is not None else 0
+    return _woken(answer, blocks, restored - start, time.perf_counter() - thawed, start)
+
+
+def _nothing_is_fine(freeze: Any) -> str | None:
+    """The file's path; None where nothing is cached."""
+    try:
+        return str(freeze())
+    except UsageError as error:
+        _only_nothing(error)
+        return None
+
+
+def _only_nothing(error: UsageError) -> None:
+    if "nothing to freeze" not in str(error):
+        raise error
+
+
+def _parked(answer: dict[str, Any], kv: str | None, freezing: float) -> Parked:
+    seconds = ({"KV": freezing} if kv is not None else {}) | answer["seconds"]
+    return Parked(
+        pids=answer["pids"],
+        driver=False,
+        why="",
+        left=max(answer["left"]),
+        path=answer["path"],
+        content=answer["content"],
+        kv=kv,
+        aborted=answer["aborted"],
+        seconds=seconds,
+    )
+
+
+def _checkpointed(parked: Parked, driver: bool | None, start: float) -> Parked:
+    """Have the driver take its part, where that is asked for and can be.
+
+    Raises:
+        UnsupportedError, DeviceError: it cannot, or may not, and was to.
+    """
+    begun, why = time.perf_counter(), _obstacle(parked)
+    if driver is False:
+        why = "it was not to be asked"
+    elif why is not None and driver:
+        raise UnsupportedError(f"NVIDIA's driver cannot take the engine's state: {why}")
+    if why is None:
+        try:
+            process_checkpoint.park(parked.pids, timeout=_LOCKING)
+        except DeviceError as error:
+            if driver:
+                raise
+            why = str(error)
+    now = time.perf_counter()
+    seconds = parked.seconds | {"driver": now - begun, "total": now - start}
+    return replace(parked, driver=why is None, why=why or "", seconds=seconds)
+
+
+def _obstacle(parked: Parked) -> str | None:
+    """Why the driver cannot take this engine's state; None where nothing speaks against it."""
+    if os.getpid() in parked.pids:
+        return "the engine runs in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0), which cannot stop itself"
+    if len(parked.pids) > 1:
+        return "it has several ranks, whose communication would wait for one another for ever"
+    return process_checkpoint.unsupported()
+
+
+def _look(parked: Parked) -> None:
+    """That the snapshot is there, before anything is woken.
+
+    Raises:
+        MismatchError, StorageError: it is not; the engine stays parked.
+    """
+    if parked.path is None:
+        return
+    with open_snapshot(parked.path, with_chunks=False) as opened:
+        if opened.snapshot.header.content != parked.content:
+            raise MismatchError(
+                f"{parked.path!r} is not the snapshot any more that the parked engine was filled from; put it back"
+            )
+
+
+def _woken(answer: dict[str, Any], blocks: int, driver: float, kv: float, start: float) -> WakeReport:
+    inside = {name: value for name, value in answer["seconds"].items() if name != "total"}
+    seconds = {"driver": driver} | inside | {"KV": kv, "total": time.perf_counter() - start}
+    return WakeReport(answer["bytes"], blocks, answer["aborted"], seconds)

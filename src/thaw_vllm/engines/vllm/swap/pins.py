@@ -1,0 +1,56 @@
+"""Snapshots that a worker holds page-locked, for swaps at the speed of the link."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from ....errors import ReplacedError
+from ....weights.open import Opened
+from ....weights.pinned import Pinned, pin
+
+_held: dict[str, Pinned] = {}
+
+
+def hold(worker: Any, path: str) -> dict[str, Any]:
+    """Page-lock this rank's snapshot for this process; again does nothing.
+
+    Returns:
+        ``bytes`` held and ``seconds`` that took; ``why``, how they are held.
+
+    Raises:
+        As ``thaw_vllm.pin``.
+    """
+    place = _key(path)
+    if place not in _held:
+        _held[place] = pin(path, next(worker.get_model().parameters()).device)
+    found = _held[place]
+    return {"bytes": found.bytes, "seconds": found.seconds, "why": found.why}
+
+
+def release(worker: Any, path: str) -> dict[str, Any]:
+    """Return the memory; of a snapshot that is not held does nothing."""
+    found = _held.pop(_key(path), None)
+    if found is not None:
+        found.close()
+    return {"bytes": 0 if found is None else found.bytes}
+
+
+def pinned(path: str) -> Opened | None:
+    """The snapshot as it is held; None where it is not.
+
+    Raises:
+        ReplacedError: the path names another file by now.
+    """
+    found = _held.get(_key(path))
+    if found is None:
+        return None
+    if found.replaced:
+        raise ReplacedError(
+            f"{path!r} is another file than the one that is held page-locked; unpin it, and pin it again"
+        )
+    return found.opened
+
+
+def _key(path: str) -> str:
+    return os.path.abspath(path)
