@@ -20,6 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 ALONE = {
     "transport": ["tests/gpu/test_core.py", "tests/gpu/test_transport.py"],
+    "driver": ["tests/gpu/test_process_checkpoint.py"],
     "pages": ["tests/gpu/test_kv.py", "-k", "pages_go or memory_on"],
 }
 TOGETHER = {
@@ -29,6 +30,7 @@ TOGETHER = {
     "graphs": ["tests/gpu/test_vllm.py", "-k", "fresh_processes and graphs"],
     "kv": ["tests/gpu/test_kv.py", "-k", "another_process"],
     "streams": ["tests/gpu/test_kv.py", "-k", "requests_stream"],
+    "swap": ["tests/gpu/test_swap.py"],
     "zygote": ["tests/gpu/test_zygote.py"],
 }
 

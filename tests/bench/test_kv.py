@@ -243,12 +243,12 @@ def test_an_error_of_the_engine_core_is_looked_up():
     """The process that started the core says only that there was one."""
     said = "RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}"
     log = f"(EngineCore pid=5) ERROR 11-24 [core.py:9] ValueError: no room for one block\nTraceback\n{said}\n"
-    found = kv._failure("the engine that freezes", said, log)
+    found = kv.failure("the engine that freezes", said, log)
     assert str(found) == "the engine that freezes: ValueError: no room for one block"
-    assert str(kv._failure("the engine that freezes", said, said)) == f"the engine that freezes: {said}"
-    ours = kv._failure("the engine that thaws", "MismatchError: another model", "")
+    assert str(kv.failure("the engine that freezes", said, said)) == f"the engine that freezes: {said}"
+    ours = kv.failure("the engine that thaws", "MismatchError: another model", "")
     assert type(ours).__name__ == "MismatchError" and str(ours) == "the engine that thaws: another model"
-    assert type(kv._failure("it", "ended with signal SIGKILL", "")) is ChildError
+    assert type(kv.failure("it", "ended with signal SIGKILL", "")) is ChildError
 
 
 def test_prompts_are_the_same_everywhere():

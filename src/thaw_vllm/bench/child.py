@@ -29,6 +29,7 @@ TASKS = {
     "memory-read": "limits.memory",
     "kv-freeze": "kv_task",
     "kv-thaw": "kv_task",
+    "swap": "swap_task",
 }
 """Task → the module here whose ``TASKS`` has it."""
 SAID = ("ready", "prepared", "done")

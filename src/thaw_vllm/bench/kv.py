@@ -119,7 +119,7 @@ def plan(settings: Settings, say: Say) -> Plan:
         StorageError: there is no such model.
         UsageError: a prompt that leaves no room for its answer.
     """
-    config = _config(settings.model)
+    config = config_of(settings.model)
     given, longest = settings.engine_args, _room(config, settings.engine_args)
     lengths = tuple(dict.fromkeys(settings.tokens or LENGTHS))
     cure = (
@@ -165,12 +165,14 @@ def run(task: str, request: dict[str, Any], say: Say) -> dict[str, Any]:
             child.go()
             answer: dict[str, Any] = child.reach(RESULT)["result"]
         except ChildError as error:
-            raise _failure(WHO[task], str(error), child.printed()) from None
+            raise failure(WHO[task], str(error), child.printed()) from None
     return answer
 
 
-def _failure(who: str, said: str, printed: str) -> ThawError:
-    """An engine core's error is in the log alone; the process that started it says to look there."""
+def failure(who: str, said: str, printed: str) -> ThawError:
+    """What to raise of a child that failed: its error, of its class where that is one of thaw's.
+
+    An engine core's error is in the log alone; the process that started it says to look there."""
     if re.search("root cause|stack trace", said):
         found = re.findall(r"\b(\w*(?:Error|Exception): .+)", printed)
         told = [line for line in found if not re.search("root cause|stack trace", line)]
@@ -267,7 +269,7 @@ def _phases(reports: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
     return found
 
 
-def _config(model: Path) -> dict[str, Any]:
+def config_of(model: Path) -> dict[str, Any]:
     """Of the text model where there are several.
 
     Raises:

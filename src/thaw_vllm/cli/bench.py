@@ -25,6 +25,7 @@ thaw bench freeze --dir /dev/shm --dir /mnt/nvme --runs 3 --record
 thaw bench cold-start --model Llama-3-8B/ --snapshot /dev/shm/W.thaw --mode eager --record
 thaw bench cold-start --model Llama-3-8B/ --loader default-loader --caches cold --reports starts/
 thaw bench kv --model Llama-3-8B/ --tokens 1024 --tokens 4096 --record
+thaw bench swap --model Llama-3-8B/ --snapshot /dev/shm/A.thaw --other /dev/shm/B.thaw --record
 thaw bench report
 """
 
@@ -308,6 +309,47 @@ def kv(
     _end(outcome, record)
     if any(missed.system == "thaw" for missed in outcome.missed):
         raise typer.Exit(1)
+
+
+@app.command(epilog=examples(EXAMPLES, "swap"))
+def swap(
+    model: Annotated[Path, typer.Option(help="A model directory, for config and tokenizer.")],
+    snapshot: Annotated[Path, typer.Option(help="The snapshot that the engine is started from.")],
+    other: Annotated[Path, typer.Option(help="That of a fine-tune: other weights, all else equal.")],
+    runs: Annotated[int, typer.Option(min=1, help="Swaps there and back, and times it is parked.")] = 3,
+    eager: Annotated[
+        bool | None, typer.Option("--eager/--graphs", help="Without or with CUDA graphs. [default: with, on a GPU]")
+    ] = None,
+    park: Annotated[bool, typer.Option("--park/--no-park", help="Park and wake it, too, on a GPU.")] = True,
+    engine_arg: EngineArguments = None,
+    limit_gb: LimitSize = 4.0,
+    record: Recording = False,
+    as_json: Json = False,
+) -> None:
+    """Time other weights into a running engine, and an engine parked and woken.
+
+    Seconds are from the call to the first token of a prompt of 60. From the file, and from page-locked memory; parked
+    with NVIDIA's driver where it may, beside vLLM's own sleep mode. Answers are compared with those of the same weights
+    before.
+    """
+    from ..bench import swap as measuring
+    from ..bench.summary import failures, seconds_table
+    from ..bench.summary import plain as plainly
+    from ..engines.vllm.api import require_vllm_installed
+    from .freeze import parse_engine_arg
+
+    args = dict(parse_engine_arg(text) for text in engine_arg or [])
+    settings = measuring.Settings(
+        model, (snapshot, other), runs, eager, park, args, _limits(None, limit_gb, runs, None)
+    )
+    require_vllm_installed()
+    outcome = measuring.measure(settings, _tell)
+    if as_json:
+        document(plainly(outcome))
+    else:
+        table(seconds_table(outcome.records), right=frozenset((2, 3, 4)))
+        print("\n".join(failures(outcome.missed)))
+    _end(outcome, record)
 
 
 @app.command(epilog=examples(EXAMPLES, "report"))

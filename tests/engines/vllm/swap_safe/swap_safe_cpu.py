@@ -1,19 +1,27 @@
 """A plugin of vLLM that has the CPU build leave weights as they were loaded, as on CUDA, in every process of an engine.
 
-Stands in for a GPU: the engine, its processes and its scheduler are real; only packing of weights is left out.
+Stands in for a GPU: the engine, its processes and its scheduler are real; only packing of weights is left out. On CUDA
+it leaves everything as it is. On both, workers can be asked for a digest of every tensor.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 from typing import Any
 
 import torch
 
 
 def register() -> None:
-    from vllm.model_executor.layers import utils
+    from vllm.platforms import current_platform
     from vllm.v1.worker.worker_base import WorkerBase
+
+    WorkerBase.thaw_test_digests = digests  # type: ignore[attr-defined]
+    WorkerBase.thaw_test_pid = lambda worker: os.getpid()  # type: ignore[attr-defined]
+    if not current_platform.is_cpu():
+        return
+    from vllm.model_executor.layers import utils
 
     from thaw_vllm.engines.vllm import versions
 
@@ -22,14 +30,20 @@ def register() -> None:
 
     utils.dispatch_cpu_unquantized_gemm = unpacked
     versions.identity_processing = lambda model: None  # type: ignore[assignment]
-    WorkerBase.tensor_digests = tensor_digests  # type: ignore[attr-defined]
 
 
-def tensor_digests(worker: Any) -> dict[str, str]:
-    """SHA-256 of every parameter and buffer."""
-    model = worker.get_model()
+def digests(worker: Any) -> dict[str, list[Any]]:
+    """By where it hangs: address and SHA-256 of every tensor that can be reached from the model, but the KV cache and
+    what CUDA graphs write."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    from thaw_vllm.engines.vllm import versions
+    from thaw_vllm.engines.vllm.swap.reach import tensors
+
+    cache = {id(tensor) for layer in versions.kv_tensors(worker).values() for tensor in layer}
     found = {}
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        found[name] = hashlib.sha256(data).hexdigest()
+    for path, tensor in tensors(worker.get_model(), versions.graph_entries()):
+        if id(tensor) not in cache and not isinstance(tensor, FakeTensor) and tensor.device.type != "meta":
+            data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            found[path] = [tensor.data_ptr(), hashlib.sha256(data).hexdigest()]
     return found

@@ -167,15 +167,16 @@ async def _swap(engine: AsyncLLM, options: dict[str, Any], deadline: float) -> S
 
 
 async def drain(engine: AsyncLLM, deadline: float) -> None:
-    """Pause an engine, its requests having ended, or their time; those that are left stay as they are."""
-    if deadline:
-        waiting = asyncio.ensure_future(engine.pause_generation(mode="wait", clear_cache=False))
-        done, _ = await asyncio.wait([waiting], timeout=deadline)
-        if done:
-            await waiting  # may have failed
-            return
-        waiting.add_done_callback(lambda future: future.cancelled() or future.exception())  # ends with the abort
-    await engine.pause_generation(mode="abort", clear_cache=False)
+    """Pause an engine, once its requests have ended or their time has; those that are left stay, for it to end them."""
+    if not deadline:
+        await engine.pause_generation(mode="keep", clear_cache=False)
+        return
+    waiting = asyncio.ensure_future(engine.pause_generation(mode="wait", clear_cache=False))
+    done, _ = await asyncio.wait([waiting], timeout=deadline)
+    if done:
+        await waiting  # may have failed
+    else:  # ends by itself, with the requests
+        waiting.add_done_callback(lambda future: future.cancelled() or future.exception())
 
 
 def _path(snapshot: str | os.PathLike[str]) -> str:
