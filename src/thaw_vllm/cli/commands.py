@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 
 COMMANDS = (
     *("freeze", "serve", "run", "zygote", "info", "verify", "convert", "id", "kv"),
+    *("swap", "park", "wake"),
     *("doctor", "start-report", "demo", "bench"),
 )
 """Each is a file here with a function of its name (``-`` is ``_``), or with a typer ``app`` of several."""

@@ -10,6 +10,7 @@ import typer
 
 from .commands import examples, plain_app
 from .output import Force, Json, document, pairs, plain, size
+from .server import LOCAL, ApiKey, Server, Token, ask
 
 EXAMPLES = """
 thaw kv freeze manual.thawkv --prompt-file manual.txt
@@ -19,26 +20,10 @@ thaw kv restore manual.thawkv
 thaw kv info --json | jq .known
 """
 
-LONGEST_WAIT = 3600
-"""Seconds: freezing waits for a disk, and the server answers when it is done."""
-
-
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A .thawkv file in the server's THAW_KV_DIR.")]
-Server = Annotated[str, typer.Option(metavar="URL", help="Where vllm serve listens.")]
-Token = Annotated[
-    str | None,
-    typer.Option(envvar="THAW_ADMIN_TOKEN", show_envvar=False, help="The server's. [default: $THAW_ADMIN_TOKEN]"),
-]
-ApiKey = Annotated[
-    str | None,
-    typer.Option(
-        "--api-key", envvar="VLLM_API_KEY", show_envvar=False, help="vLLM's own, if any. [default: $VLLM_API_KEY]"
-    ),
-]
 ModelId = Annotated[
     str | None, typer.Option("--model-id", help="Which weights the server holds (thaw id), where it does not know.")
 ]
-LOCAL = "http://127.0.0.1:8000"
 
 app = plain_app(add_completion=False)
 
@@ -92,7 +77,7 @@ def freeze(
     if len(chosen) != 1:
         told = f"{' and '.join(chosen)} do not go together" if chosen else "nothing is named to freeze"
         raise UsageError(f"{told}; give one of --prompt, --prompt-file, --token-ids, --request and --everything")
-    answer = _ask(server, "freeze", token, api_key, body)
+    answer = ask(server, "kv/freeze", token, api_key, body)
     if as_json:
         document(answer)
         return
@@ -124,7 +109,7 @@ def restore(
     The next request with such a prefix skips its prefill.
     """
     body: dict[str, Any] = {"name": name, "evict": evict} | ({} if model_id is None else {"model_id": model_id})
-    answer = _ask(server, "restore", token, api_key, body)
+    answer = ask(server, "kv/restore", token, api_key, body)
     if as_json:
         document(answer)
         return
@@ -143,7 +128,7 @@ def restore(
 @app.command(epilog=examples(EXAMPLES, "info"))
 def info(server: Server = LOCAL, token: Token = None, api_key: ApiKey = None, as_json: Json = False) -> None:
     """Say what a server has cached."""
-    answer = _ask(server, "info", token, api_key, None)
+    answer = ask(server, "kv/info", token, api_key, None)
     if as_json:
         document(answer)
         return
@@ -179,74 +164,3 @@ def _lists_of(path: Path) -> list[Any]:
     if not isinstance(found, list) or not found:
         raise UsageError(f"{str(path)!r} must hold a JSON list of token ids, or of such lists")
     return found if isinstance(found[0], list) else [found]
-
-
-def _ask(server: str, what: str, token: str | None, api_key: str | None, body: dict[str, Any] | None) -> dict[str, Any]:
-    """One request to the server's route.
-
-    Raises:
-        ThawError: the one that the server tells of, or why there is no answer.
-    """
-    import http.client
-    from urllib.parse import urlsplit
-
-    from ..engines.vllm.kv.access import TOKEN_HEADER, TOKEN_VARIABLE
-    from ..errors import ThawError, UsageError
-
-    if not token:
-        raise UsageError(f"set {TOKEN_VARIABLE}, or give --token: what the server was started with")
-    headers = {"Content-Type": "application/json", TOKEN_HEADER: token}
-    if api_key:
-        headers["Authorization"] = f"Bearer {api_key}"
-    try:
-        url = urlsplit(server)
-        host, port = url.hostname or "", url.port
-    except ValueError:
-        host = ""
-    if not host or url.scheme not in ("http", "https") or url.query or url.fragment:
-        raise UsageError(f"--server {server!r} is no address; it is like {LOCAL}")
-    if not all(value.isascii() and value.isprintable() for value in headers.values()):
-        raise UsageError("the token and the API key must be printable ASCII")
-    # Not urllib.request: it follows redirects and proxies of the environment, and the token would go along.
-    kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
-    connection = kind(host, port, timeout=LONGEST_WAIT)
-    try:
-        path = f"{url.path.rstrip('/')}/v1/thaw/kv/{what}"
-        if body is None:
-            connection.request("GET", path, headers=headers)
-        else:
-            connection.request("POST", path, json.dumps(body).encode(), headers)
-        response = connection.getresponse()
-        status, raw = response.status, response.read()
-    except (OSError, http.client.HTTPException) as error:
-        why = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise ThawError(f"the server at {server} does not answer: {why}; is vllm serve running there?") from None
-    finally:
-        connection.close()
-    try:
-        answer = json.loads(raw)
-    except (ValueError, RecursionError):
-        answer = None
-    if status == 200 and isinstance(answer, dict):
-        return answer
-    raise _told(server, status, answer)
-
-
-def _told(server: str, status: int, answer: Any) -> Exception:
-    """The error that an answer tells of."""
-    from .. import errors
-
-    found = answer.get("error") if isinstance(answer, dict) else None
-    kind, message = (found.get("type"), str(found.get("message"))) if isinstance(found, dict) else (None, "")
-    ours = errors.named(kind)
-    if ours is not None:
-        return ours(plain(message))
-    if kind == "Forbidden":
-        return errors.UsageError(f"the server at {server} refused: {plain(message)}")
-    if status == 401:
-        return errors.UsageError(f"the server at {server} wants vLLM's API key; set VLLM_API_KEY, or give --api-key")
-    if status in (404, 405):
-        return errors.UsageError(
-            f"the server at {server} has no routes of thaw's; start it with the environment that 'thaw doctor' prints"
-        )
-    return errors.ThawError(f"the server at {server} answered {status}: {plain(message) or 'nothing that says why'}")

@@ -19,6 +19,7 @@ from thaw_vllm import errors
 from thaw_vllm.engines.vllm import versions
 from thaw_vllm.engines.vllm.kv import routes
 from thaw_vllm.engines.vllm.kv.access import Access
+from thaw_vllm.engines.vllm.swap.routes import Engine as EngineState
 
 TOKEN = "a token of 24 characters"
 MODEL = "tensors-blake3:" + "0" * 64
@@ -47,7 +48,7 @@ class Server:
         self.engine, app, plugin = Engine(), FastAPI(), routes.KVRoutes()
         plugin.attach_router(app)
         asyncio.run(plugin.init_state(self.engine, app.state, SimpleNamespace()))
-        app.state.thaw_kv = routes._Served(access, self.engine)
+        app.state.thaw_kv = routes._Served(access, self.engine, EngineState(self.engine))
         self.client = TestClient(app, raise_server_exceptions=False)
 
     def post(self, what: str, body: Any, token: str | None = TOKEN) -> tuple[int, dict[str, Any]]:

@@ -12,7 +12,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +28,24 @@ TOKEN = "a token of 24 characters"
 PROMPT = " ".join(f"t{7 * i % 199 + 300}" for i in range(300))
 SALTED = " ".join(f"t{11 * i % 199 + 300}" for i in range(300))
 Answer = tuple[str, tuple[float, ...]]
-COMMAND = [sys.executable, "-c", "from thaw_vllm.cli.main import main; raise SystemExit(main())", "kv"]
+COMMAND = [sys.executable, "-c", "from thaw_vllm.cli.main import main; raise SystemExit(main())"]
 
 
 class Server:
     """A process of vLLM's server, its environment as ``thaw doctor`` prints it."""
 
-    def __init__(self, model: Path, directory: Path, log: Path) -> None:
+    def __init__(
+        self, model: Path, directory: Path, log: Path, *options: str, variables: Mapping[str, str] | None = None
+    ) -> None:
         self.model, self.directory = model, directory
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
         command += ["--enforce-eager", "--enable-prompt-tokens-details", "--max-model-len", "512"]
-        command += ["--host", "127.0.0.1", "--port", str(port)]
+        command += ["--host", "127.0.0.1", "--port", str(port), *options]
         environment = os.environ | {"THAW_ADMIN_TOKEN": TOKEN, "THAW_KV_DIR": str(directory), "VLLM_PLUGINS": plugins()}
+        environment |= variables or {}
         with log.open("wb") as stream:
             self.process = subprocess.Popen(
                 command, stdout=stream, stderr=stream, stdin=subprocess.DEVNULL, env=environment
@@ -93,6 +96,9 @@ class Server:
             return error.code, json.load(error)
 
     def thaw_kv(self, *arguments: Any, token: str = TOKEN) -> subprocess.CompletedProcess[str]:
+        return self.thaw("kv", *arguments, token=token)
+
+    def thaw(self, *arguments: Any, token: str = TOKEN) -> subprocess.CompletedProcess[str]:
         command = [*COMMAND, *map(str, arguments), "--server", self.url]
         environment = os.environ | {"THAW_ADMIN_TOKEN": token}
         return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)

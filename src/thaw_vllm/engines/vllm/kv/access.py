@@ -12,12 +12,13 @@ from ....errors import UsageError
 
 TOKEN_VARIABLE = "THAW_ADMIN_TOKEN"
 DIRECTORY_VARIABLE = "THAW_KV_DIR"
+SNAPSHOTS_VARIABLE = "THAW_SNAPSHOT_DIR"
 TOKEN_HEADER = "X-Thaw-Admin-Token"
 """A header of its own: vLLM's API key is in ``Authorization``, and is given to everybody who may ask the model."""
 SHORTEST_TOKEN = 16
-ENDING = ".thawkv"
+ENDING, SNAPSHOT_ENDING = ".thawkv", ".thaw"
 
-_NAME = re.compile(rf"[A-Za-z0-9_][A-Za-z0-9._-]{{0,199}}{re.escape(ENDING)}")
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,206}")
 
 
 @dataclass(frozen=True)
@@ -26,20 +27,27 @@ class Access:
 
     Attributes:
         token: what callers must send; None: nobody may call.
-        directory: where all files are; None: nobody may call.
+        directory: where all files of KV blocks are; None: nobody may name one.
+        snapshots: where all snapshots are; None: nobody may name one.
     """
 
     token: str | None = field(default=None, repr=False)
     directory: str | None = None
+    snapshots: str | None = None
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Access:
         """As the variables say; an empty one counts as unset."""
-        return cls(environment.get(TOKEN_VARIABLE) or None, environment.get(DIRECTORY_VARIABLE) or None)
+        names = (TOKEN_VARIABLE, DIRECTORY_VARIABLE, SNAPSHOTS_VARIABLE)
+        return cls(*(environment.get(name) or None for name in names))
 
     def refusal(self, given: str | None) -> str | None:
-        """Why whoever sent this token may not call, with the cure; None: they may."""
-        token, directory = self.token, self.directory
+        """Why whoever sent this token may not freeze or restore KV blocks, with the cure; None: they may."""
+        return self.stranger(given) or _no_directory(self.directory, DIRECTORY_VARIABLE)
+
+    def stranger(self, given: str | None) -> str | None:
+        """Why whoever sent this token may not ask anything, with the cure; None: they may."""
+        token = self.token
         if token is None:
             return f"this server lets nobody freeze or restore; start it with {TOKEN_VARIABLE} set to a secret"
         if len(token) < SHORTEST_TOKEN or not token.isascii() or not token.isprintable() or token != token.strip():
@@ -50,29 +58,52 @@ class Access:
         # Bytes: text may be compared only where it is ASCII.
         if given is None or not hmac.compare_digest(given.encode(), token.encode()):
             return f"send the server's {TOKEN_VARIABLE} in the header {TOKEN_HEADER}"
-        if directory is None or not os.path.isabs(directory) or not os.path.isdir(directory):
-            return (
-                "this server has no directory for files; start it with "
-                f"{DIRECTORY_VARIABLE} set to the absolute path of one that exists"
-            )
         return None
 
     def path_of(self, name: str) -> str:
-        """Where the file of this checked name is."""
-        assert self.directory is not None
-        return os.path.join(os.path.realpath(self.directory), name)
+        """Where the file of KV blocks of this checked name is.
+
+        Raises:
+            UsageError: there is no directory for them.
+        """
+        return _within(self.directory, DIRECTORY_VARIABLE, name)
+
+    def snapshot(self, name: str) -> str:
+        """Where the snapshot of this checked name is.
+
+        Raises:
+            UsageError: there is no directory for them.
+        """
+        return _within(self.snapshots, SNAPSHOTS_VARIABLE, name)
 
 
-def checked_name(name: object) -> str:
+def _no_directory(directory: str | None, variable: str) -> str | None:
+    if directory is None or not os.path.isabs(directory) or not os.path.isdir(directory):
+        return (
+            f"this server has no directory for files; start it with {variable} set to the absolute path of one that "
+            "exists"
+        )
+    return None
+
+
+def _within(directory: str | None, variable: str, name: str) -> str:
+    why = _no_directory(directory, variable)
+    if why is not None:
+        raise UsageError(why)
+    assert directory is not None
+    return os.path.join(os.path.realpath(directory), name)
+
+
+def checked_name(name: object, ending: str = ENDING) -> str:
     """A base name that stays in its directory, is not hidden and cannot be another kind of file.
 
     Raises:
         UsageError: it is none.
     """
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or not name.endswith(ending):
         shown = repr(name) if isinstance(name, str) and len(name) <= 100 else "this name"
         raise UsageError(
             f"name: {shown} cannot be used; it takes letters, digits and '._-', does not begin with a dot, names no "
-            f"directory and ends in {ENDING}"
+            f"directory and ends in {ending}"
         )
     return name

@@ -9,13 +9,16 @@ from typing import Any, TypeVar
 
 from ....errors import FormatError, UsageError
 from ....format.identity import model_id
-from .access import checked_name
+from .access import SNAPSHOT_ENDING, checked_name
 
 LARGEST_BODY = 32 * 1024 * 1024
 """Bytes; some millions of token ids."""
 LARGEST_TOKEN = 2**31 - 1
 
-Body = TypeVar("Body", "Freezing", "Restoring")
+LONGEST_DEADLINE = 3600.0
+"""Seconds."""
+
+Body = TypeVar("Body", "Freezing", "Restoring", "Swapping", "Parking", "Waking")
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,68 @@ class Restoring:
         _model(self.model_id)
 
 
+@dataclass(frozen=True)
+class Swapping:
+    """The body of ``/v1/thaw/engine/swap``.
+
+    Attributes:
+        name: the snapshot's, in the server's directory of snapshots.
+        verify: hold every chunk against its checksum.
+        deadline: seconds in which running requests may end.
+    """
+
+    name: str
+    verify: bool = True
+    deadline: float = 30.0
+
+    def __post_init__(self) -> None:
+        checked_name(self.name, SNAPSHOT_ENDING)
+        _flag("verify", self.verify)
+        _seconds("deadline", self.deadline)
+
+
+@dataclass(frozen=True)
+class Parking:
+    """The body of ``/v1/thaw/engine/park``.
+
+    Attributes:
+        kv: a file for what is cached, in the server's directory for KV blocks, restored on waking.
+        force: replace that file.
+        keep_weights: in host memory.
+        driver: whether NVIDIA's driver takes the rest: true, or fail; false, not; null, where it can.
+        deadline: seconds in which running requests may end.
+    """
+
+    kv: str | None = None
+    force: bool = False
+    keep_weights: bool = False
+    driver: bool | None = None
+    deadline: float = 30.0
+
+    def __post_init__(self) -> None:
+        if self.kv is not None:
+            checked_name(self.kv)
+        _flag("force", self.force)
+        _flag("keep_weights", self.keep_weights)
+        if self.driver is not None:
+            _flag("driver", self.driver)
+        _seconds("deadline", self.deadline)
+
+
+@dataclass(frozen=True)
+class Waking:
+    """The body of ``/v1/thaw/engine/wake``.
+
+    Attributes:
+        verify: hold every chunk of the snapshot against its checksum.
+    """
+
+    verify: bool = True
+
+    def __post_init__(self) -> None:
+        _flag("verify", self.verify)
+
+
 def parse(raw: bytes, kind: type[Body]) -> Body:
     """A body as one of the classes here.
 
@@ -106,7 +171,7 @@ def parse(raw: bytes, kind: type[Body]) -> Body:
     unknown = [name[:40] for name in found if name not in fields]
     if unknown:
         raise UsageError(f"there is no field {unknown[0]!r}; there are {', '.join(fields)}")
-    if "name" not in found:
+    if "name" in fields and "name" not in found:
         raise UsageError("name is missing: which file")
     return kind(**found)
 
@@ -125,6 +190,11 @@ def _constant(name: str) -> Any:
 def _flag(name: str, value: object) -> None:
     if not isinstance(value, bool):
         raise UsageError(f"{name} must be true or false")
+
+
+def _seconds(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= LONGEST_DEADLINE:
+        raise UsageError(f"{name} must be a number of seconds from 0 to {LONGEST_DEADLINE:g}")
 
 
 def _text(name: str, value: object, longest: int | None = None) -> None:

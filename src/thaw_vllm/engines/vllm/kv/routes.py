@@ -1,4 +1,5 @@
-"""Entry point of the group ``vllm.endpoint_plugins``: routes of vLLM's own server that freeze and restore KV blocks.
+"""Entry point of the group ``vllm.endpoint_plugins``: routes of vLLM's own server that freeze and restore KV blocks;
+and those of the engine as a whole (``swap/routes.py``).
 
 The contract is vllm/plugins/endpoint_plugins/interface.py. vLLM loads it only where ``VLLM_PLUGINS`` names it; its name
 is the general plugin's, so that neither is loaded without the other.
@@ -31,8 +32,9 @@ from ....errors import (
 )
 from .. import versions
 from ..client import ask
+from ..swap.routes import Engine
 from .access import TOKEN_HEADER, Access
-from .bodies import LARGEST_BODY, Freezing, Restoring, parse
+from .bodies import LARGEST_BODY, Freezing, Parking, Restoring, Swapping, Waking, parse
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +63,7 @@ class _Refused(Exception):
 class _Served:
     access: Access
     client: Any
+    engine: Engine
 
 
 class KVRoutes:
@@ -76,12 +79,20 @@ class KVRoutes:
             ("/v1/thaw/kv/freeze", "POST", _freeze),
             ("/v1/thaw/kv/restore", "POST", _restore),
         ):
-            app.add_api_route(path, _answering(work), methods=[method], include_in_schema=False)
+            app.add_api_route(path, _answering(work, Access.refusal), methods=[method], include_in_schema=False)
+        for path, method, work in (
+            ("/v1/thaw/engine/state", "GET", _state),
+            ("/v1/thaw/engine/swap", "POST", _swap),
+            ("/v1/thaw/engine/park", "POST", _park),
+            ("/v1/thaw/engine/wake", "POST", _wake),
+        ):
+            app.add_api_route(path, _answering(work, Access.stranger), methods=[method], include_in_schema=False)
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
         """Remember the engine, and what the operator allows; where that is anything, a restore is to be expected."""
         access = Access.from_environment()
-        state.thaw_kv = _Served(access, engine_client)
+        fronts = int(getattr(args, "api_server_count", None) or 1)
+        state.thaw_kv = _Served(access, engine_client, Engine(engine_client, fronts))
         if access.token is not None and access.refusal(access.token) is None:
             state.thaw_kv_ready = asyncio.create_task(_make_ready(engine_client))  # the server starts meanwhile
 
@@ -96,11 +107,12 @@ async def _make_ready(client: Any) -> None:
 
 def _answering(
     work: Callable[[Request, _Served], Awaitable[dict[str, Any]]],
+    refusal: Callable[[Access, str | None], str | None],
 ) -> Callable[[Request], Awaitable[JSONResponse]]:
     async def answer(request: Request) -> JSONResponse:
         served: _Served = request.app.state.thaw_kv
         try:
-            why = served.access.refusal(request.headers.get(TOKEN_HEADER))
+            why = refusal(served.access, request.headers.get(TOKEN_HEADER))
             if why is not None:
                 raise _Refused(403, "Forbidden", why)
             return JSONResponse(await work(request, served))
@@ -122,6 +134,7 @@ async def _info(request: Request, served: _Served) -> dict[str, Any]:
 
 
 async def _freeze(request: Request, served: _Served) -> dict[str, Any]:
+    served.engine.require_awake()
     body = await asyncio.to_thread(parse, await _body(request), Freezing)
     path, prefixes = _target(served.access, body.name, body.force), None
     if body.prompts is not None:
@@ -167,8 +180,25 @@ async def _body(request: Request) -> bytes:
     return bytes(raw)
 
 
+async def _state(request: Request, served: _Served) -> dict[str, Any]:
+    return served.engine.state()
+
+
+async def _swap(request: Request, served: _Served) -> dict[str, Any]:
+    return await served.engine.swap(parse(await _body(request), Swapping), served.access)
+
+
+async def _park(request: Request, served: _Served) -> dict[str, Any]:
+    return await served.engine.park(parse(await _body(request), Parking), served.access)
+
+
+async def _wake(request: Request, served: _Served) -> dict[str, Any]:
+    return await served.engine.wake(parse(await _body(request), Waking))
+
+
 async def _call(served: _Served, method: str, options: dict[str, Any]) -> dict[str, Any]:
     """Ask the engine core; its paths become names, which is what callers know."""
+    served.engine.require_awake()
     if await served.client.is_sleeping():
         raise UsageError("the engine is asleep and its cache is empty; wake it up first")
     answer = await ask(served.client, method, options)

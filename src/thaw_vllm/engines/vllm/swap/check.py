@@ -113,9 +113,14 @@ def changed(model: torch.nn.Module, config: Any, found: Filled, cache: list[torc
         return f"{left[0]!r} was not filled when the engine was loaded"
     constants = {id(tensor) for tensor in versions.attention_constants(config)}
     known = [tensor for tensor, _ in found.others.values()]
-    for path, tensor in uncovered(model, [*covered(model), *cache], versions.graph_entries()):
-        if not (id(tensor) in constants and any(tensor is one for one in known)):
-            return f"{path!r} is a tensor that is neither a parameter nor a buffer, and would keep what it holds"
+    stray = [
+        path
+        for path, tensor in uncovered(model, [*covered(model), *cache], versions.graph_entries())
+        if not (id(tensor) in constants and any(tensor is one for one in known))
+    ]
+    if stray:
+        more = f" (and {len(stray) - 1} more)" if len(stray) > 1 else ""
+        return f"{stray[0]!r}{more} is a tensor that is neither a parameter nor a buffer, and would keep what it holds"
     filled_or_known = {id(tensor) for tensor in known}
     for name, buffer in model.named_buffers():
         if name not in found.names and id(buffer) not in filled_or_known:

@@ -163,9 +163,26 @@ async def park_async(
     Args:
         deadline: seconds in which running requests may end; what is left is ended with the finish reason ``abort``.
             What is sent while it is parked waits until it is woken, and is ended then.
+
+    Once begun it goes to its end, also where the caller is cancelled.
     """
+    parking = _park(engine, kv, keep_weights=keep_weights, driver=driver, force=force, deadline=deadline)
+    return await asyncio.shield(asyncio.ensure_future(parking))
+
+
+async def _park(
+    engine: AsyncLLM,
+    kv: str | os.PathLike[str] | None,
+    *,
+    keep_weights: bool,
+    driver: bool | None,
+    force: bool,
+    deadline: float,
+) -> Parked:
     start = time.perf_counter()
     kept = None
+    if deadline < 0:
+        raise UsageError(f"deadline must be 0 or more seconds, not {deadline}")
     if kv is not None:
         try:
             kept = (await freeze_kv_cache_async(engine, kv, force=force)).path
@@ -187,7 +204,11 @@ async def park_async(
 
 
 async def wake_async(engine: AsyncLLM, parked: Parked, *, verify: bool = True) -> WakeReport:
-    """``wake`` for an ``AsyncLLM``."""
+    """``wake`` for an ``AsyncLLM``; once begun it goes to its end, also where the caller is cancelled."""
+    return await asyncio.shield(asyncio.ensure_future(_wake(engine, parked, verify)))
+
+
+async def _wake(engine: AsyncLLM, parked: Parked, verify: bool) -> WakeReport:
     start = time.perf_counter()
     await asyncio.to_thread(_look, parked)
     if parked.driver:

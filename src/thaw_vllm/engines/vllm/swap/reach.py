@@ -12,7 +12,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from ....errors import UnsupportedError
 from ....weights.layout import dense, extent
@@ -20,8 +21,8 @@ from ....weights.layout import dense, extent
 MOST = 2_000_000
 """Objects that are looked at. A model of a thousand layers has a tenth of it."""
 _ITEMS = (list, tuple, set, frozenset, deque)
-_LEFT = (type, types.ModuleType, str, bytes, bytearray, int, float, complex)
-"""Belong to no model, or hold nothing."""
+_LEFT = (type, types.ModuleType, str, bytes, bytearray, int, float, complex, FakeTensorMode, ShapeEnv)
+"""Belong to no model, or hold nothing; or keep books of a trace, with the tensors it has seen, and are never run."""
 
 
 def tensors(model: torch.nn.Module, leave: tuple[type, ...] = ()) -> Iterator[tuple[str, torch.Tensor]]:
@@ -48,7 +49,8 @@ def tensors(model: torch.nn.Module, leave: tuple[type, ...] = ()) -> Iterator[tu
             raise UnsupportedError(f"the model holds more than {MOST} objects, so what hangs on it cannot be listed")
         if isinstance(value, torch.Tensor):
             yield path.removeprefix("."), value
-        pending.extend(_held(path, value))
+        if not isinstance(value, FakeTensor):
+            pending.extend(_held(path, value))
 
 
 def uncovered(

@@ -1,0 +1,42 @@
+"""``thaw wake``: a parked server takes its GPU again."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .output import Json, document, pairs, size
+from .server import LOCAL, ApiKey, Server, Token, ask
+
+EXAMPLES = """
+thaw wake
+thaw wake --server http://127.0.0.1:8001 --json
+"""
+
+
+def wake(
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Hold every chunk of the snapshot against its checksum.")
+    ] = True,
+    server: Server = LOCAL,
+    token: Token = None,
+    api_key: ApiKey = None,
+    as_json: Json = False,
+) -> None:
+    """Bring a parked server back.
+
+    Its memory, its weights, and what was cached where that was kept. A canary prompt is asked before requests are let in.
+    """
+    answer = ask(server, "engine/wake", token, api_key, {"verify": verify})
+    if as_json:
+        document(answer)
+        return
+    pairs(
+        [
+            ("weights", size(answer["bytes"]) if answer["bytes"] else "from host memory"),
+            ("KV blocks", str(answer["blocks"])),
+            ("requests ended", str(answer["aborted"])),
+            ("seconds", f"{answer['seconds']['total']:.2f}"),
+        ]
+    )

@@ -1,0 +1,100 @@
+"""Routes of vLLM's own server that swap weights and park the engine; ``kv/routes.py`` adds them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncIterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ....errors import ExistsError, StorageError, UnsupportedError, UsageError
+from ..kv.access import Access
+from ..kv.bodies import Parking, Swapping, Waking
+from .api import swap_weights_async
+from .parked import Parked, park_async, wake_async
+
+
+@dataclass
+class Engine:
+    """A server's engine as a whole: alone changed, and awake or parked.
+
+    Attributes:
+        client: vLLM's.
+        fronts: processes that take requests.
+        parked: what waking needs; None while it is awake.
+    """
+
+    client: Any
+    fronts: int = 1
+    parked: Parked | None = None
+    _changing: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    def require_awake(self) -> None:
+        """Raises:
+        UsageError: it is parked.
+        """
+        if self.parked is not None:
+            raise UsageError("the engine is parked; wake it up first (thaw wake)")
+
+    def state(self) -> dict[str, Any]:
+        """For people."""
+        parked = self.parked
+        if parked is None:
+            return {"parked": False}
+        return {"parked": True, "driver": parked.driver, "why": parked.why, "seconds": parked.seconds}
+
+    async def swap(self, body: Swapping, access: Access) -> dict[str, Any]:
+        """``swap_weights_async``, by the snapshot's name.
+
+        Raises:
+            UsageError: it is parked, or another change is under way.
+            StorageError: there is no such snapshot.
+        """
+        path = access.snapshot(body.name)
+        if not os.path.isfile(path):
+            raise StorageError(f"there is no snapshot {body.name!r} in the server's directory")
+        async with self._change():
+            self.require_awake()
+            return asdict(await swap_weights_async(self.client, path, verify=body.verify, deadline=body.deadline))
+
+    async def park(self, body: Parking, access: Access) -> dict[str, Any]:
+        """``park_async``; files are told by their names."""
+        kv = None if body.kv is None else access.path_of(body.kv)
+        if kv is not None and not body.force and os.path.lexists(kv):
+            raise ExistsError(
+                f'{body.kv!r} exists in the server\'s directory; use --force ("force": true) to replace it'
+            )
+        async with self._change():
+            self.require_awake()
+            self.parked = await park_async(
+                self.client,
+                kv=kv,
+                keep_weights=body.keep_weights,
+                driver=body.driver,
+                force=body.force,
+                deadline=body.deadline,
+            )
+            told = asdict(self.parked) | {"kv": None if self.parked.kv is None else os.path.basename(self.parked.kv)}
+        return {name: value for name, value in told.items() if name not in ("path", "pids")}
+
+    async def wake(self, body: Waking) -> dict[str, Any]:
+        """``wake_async``."""
+        async with self._change():
+            if self.parked is None:
+                raise UsageError("the engine is not parked")
+            report = await wake_async(self.client, self.parked, verify=body.verify)
+            self.parked = None
+        return asdict(report)
+
+    @contextlib.asynccontextmanager
+    async def _change(self) -> AsyncIterator[None]:
+        if self.fronts > 1:
+            raise UnsupportedError(
+                f"this server has {self.fronts} front ends, which would not know of it; serve with --api-server-count 1"
+            )
+        if self._changing.locked():
+            raise UsageError("the engine is being swapped, parked or woken; ask again when that has ended")
+        async with self._changing:
+            yield
