@@ -36,8 +36,8 @@ def park(
 ) -> None:
     """Have a running server give its GPU back.
 
-    thaw wake brings it back. Its processes live on, with their CUDA graphs and compiled code. The server must have been started from a snapshot
-    with --enable-sleep-mode. Requests wait meanwhile, and are ended when it wakes.
+    thaw wake brings it back. Its processes live on, with their CUDA graphs and compiled code. The server must have been
+    started from a snapshot with --enable-sleep-mode. Requests wait meanwhile, and are ended when it wakes.
     """
     body: dict[str, Any] = {"force": force, "keep_weights": keep_weights, "driver": driver, "deadline": deadline}
     answer = ask(server, "engine/park", token, api_key, body | ({} if kv is None else {"kv": kv}))

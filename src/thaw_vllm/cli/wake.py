@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .output import Json, document, pairs, size
+from .output import Json, document, pairs, plain, size
 from .server import LOCAL, ApiKey, Server, Token, ask
 
 EXAMPLES = """
@@ -26,7 +26,8 @@ def wake(
 ) -> None:
     """Bring a parked server back.
 
-    Its memory, its weights, and what was cached where that was kept. A canary prompt is asked before requests are let in.
+    Its memory, its weights, and what was cached, where that was kept. A canary prompt is asked before requests are let
+    in.
     """
     answer = ask(server, "engine/wake", token, api_key, {"verify": verify})
     if as_json:
@@ -35,7 +36,7 @@ def wake(
     pairs(
         [
             ("weights", size(answer["bytes"]) if answer["bytes"] else "from host memory"),
-            ("KV blocks", str(answer["blocks"])),
+            ("KV blocks", plain(answer["lost"] and f"lost: {answer['lost']}") or str(answer["blocks"])),
             ("requests ended", str(answer["aborted"])),
             ("seconds", f"{answer['seconds']['total']:.2f}"),
         ]

@@ -21,10 +21,11 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 @dataclass
 class Loaded:
-    """A model as vLLM left it, and its tensors' bytes before post-processing."""
+    """A model as vLLM left it, its tensors' bytes before post-processing, and the configuration it was loaded with."""
 
     model: torch.nn.Module
     raw: dict[str, tuple[str, tuple[int, ...], tuple[int, ...], bytes]] = field(default_factory=dict)
+    config: Any = None
 
     def processed(self) -> dict[str, tuple[str, tuple[int, ...], tuple[int, ...], bytes]]:
         return tensors_of(self.model)
@@ -88,7 +89,7 @@ def load(vllm_process: None, monkeypatch: pytest.MonkeyPatch) -> Load:
             if not torch.cuda.is_available():  # as vLLM's CPU runner does when it starts
                 patch.setattr(torch.accelerator, "empty_cache", lambda: None)
             patch.setattr(base_loader, "process_weights_after_loading", recording)
-            return Loaded(get_model(vllm_config=config), raw)
+            return Loaded(get_model(vllm_config=config), raw, config)
 
     return run
 

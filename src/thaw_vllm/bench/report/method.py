@@ -60,9 +60,10 @@ are apart is in the record too.
 **Swaps and parking** (`thaw bench swap`). One engine, started from a snapshot with sleep mode, takes the weights of
 another and its own again, in turn (`swap`): from the file, and from memory that it has page-locked before. It is parked
 and woken (`park`, `wake`), and the same by vLLM's own sleep, level 1, which keeps weights in host memory. Seconds of
-`swap` and `wake` are those of the caller of `vllm.LLM`, from the call to the first token of a prompt of 60 tokens. Memory
-in use before parking and meanwhile is nvidia-smi's, of the whole GPU. After each, a greedy answer of 16 tokens with their
-log-probabilities must be the one that these weights gave before; where they gave two different ones, nothing is said.
+`swap` and `wake` are those of the caller of `vllm.LLM`, from the call to the first token of a prompt of 60 tokens.
+Memory in use before parking and meanwhile is nvidia-smi's, of the whole GPU. After each, a greedy answer of 16 tokens
+with their log-probabilities must be the one that these weights gave before; where they gave two different ones, nothing
+is said.
 
 **Figures.** GB/s are decimal, of the model's bytes, from the median of the runs. *Spread* is the difference of the
 slowest and the fastest run over the median, and how many runs there were. *Of the limit* is the speed over that of the

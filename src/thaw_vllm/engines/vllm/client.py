@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
-from ...errors import UnsupportedError
+from ...errors import UnsupportedError, UsageError
 from . import versions
 from .answers import raised
 from .kv import core as kv_core
@@ -16,18 +16,38 @@ if TYPE_CHECKING:
     from vllm import LLM
 
 
+WAKE = "thaw_wake"
+"""The one method that a parked engine is asked."""
+
+
 def install() -> None:
     """Give the engine core thaw's methods, where this process has it; again does nothing."""
     kv_core.install()
     swap_core.install()
 
 
+def mark_parked(client: Any, parked: bool) -> None:
+    """Note on a ``vllm.LLM`` or ``AsyncLLM`` whether its engine is parked: nobody is to wait for a frozen process."""
+    client._thaw_parked = parked
+
+
+def require_awake(client: Any) -> None:
+    """Raises:
+    UsageError: its engine is parked.
+    """
+    if getattr(client, "_thaw_parked", False):
+        raise UsageError("the engine is parked; wake it up first")
+
+
 def call(llm: LLM, method: str, options: dict[str, Any]) -> dict[str, Any]:
     """What the engine core of a ``vllm.LLM`` answers; its error is raised.
 
     Raises:
+        UsageError: the engine is parked.
         UnsupportedError: it stands for several engine cores.
     """
+    if method != WAKE:
+        require_awake(llm)
     client: Any = llm.llm_engine.engine_core
     inside = getattr(client, "engine_core", None)
     if hasattr(inside, "scheduler"):  # in this process
@@ -40,6 +60,8 @@ def call(llm: LLM, method: str, options: dict[str, Any]) -> dict[str, Any]:
 
 async def ask(client: Any, method: str, options: dict[str, Any]) -> dict[str, Any]:
     """What the engine core of an asynchronous client answers; of a job, once it has ended."""
+    if method != WAKE:
+        require_awake(client)
     size = versions.data_parallel_size(client)
     if size > 1:
         raise UnsupportedError(

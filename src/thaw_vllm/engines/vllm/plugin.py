@@ -12,7 +12,7 @@ _WORKER_METHODS = (
     "thaw_swap_check",
     "thaw_fill",
     "thaw_source",
-    "thaw_still_there",
+    "thaw_wakeable",
     "thaw_pin",
     "thaw_unpin",
     "thaw_trim",

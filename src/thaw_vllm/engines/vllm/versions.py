@@ -478,6 +478,29 @@ def run_dry(core: Any, name: str | None = None) -> list[Any]:
     return mine
 
 
+def sleeping_bytes() -> int:
+    """Of GPU memory that this worker's sleep mode will want back; 0 where it has none."""
+    module = sys.modules.get("vllm.device_allocator.cumem")
+    allocator = getattr(getattr(module, "CuMemAllocator", None), "instance", None)
+    held = getattr(allocator, "pointer_to_data", {})
+    return sum(int(one.handle[1]) for one in held.values() if getattr(one, "is_asleep", False))
+
+
+def keep_asleep(core: Any) -> None:
+    """Have an engine core refuse what would run it without its weights, until ``let_wake``."""
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise UsageError("this engine is parked, and its weights are not in its memory; wake it with thaw's wake()")
+
+    core.wake_up = core.resume_scheduler = refuse
+
+
+def let_wake(core: Any) -> None:
+    """End ``keep_asleep``."""
+    for name in ("wake_up", "resume_scheduler"):
+        vars(core).pop(name, None)
+
+
 def close_core(core: Any, why: str) -> None:
     """Have an engine core fail instead of taking a step or a request, which ends its process for all its clients."""
 

@@ -85,11 +85,11 @@ def thaw_source(worker: Any) -> Answer:
 
 
 @answering
-def thaw_still_there(worker: Any, options: dict[str, Any]) -> Answer:
-    """See swap/fill.py."""
-    from .swap.fill import still_there
+def thaw_wakeable(worker: Any, options: dict[str, Any]) -> Answer:
+    """See swap/parking.py."""
+    from .swap.parking import wakeable
 
-    return still_there(worker, options)
+    return wakeable(worker, options)
 
 
 @answering

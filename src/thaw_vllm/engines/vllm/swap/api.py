@@ -161,8 +161,12 @@ async def _swap(engine: AsyncLLM, options: dict[str, Any], deadline: float) -> S
     if "broken" in answer:
         close(engine)
         raise broken(answer["broken"])
-    await engine.reset_mm_cache()  # the front end's share
-    late = await ask(engine, "thaw_swap_finish", {})
+    try:
+        await engine.reset_mm_cache()  # the front end's share
+        late = await ask(engine, "thaw_swap_finish", {})
+    except Exception as error:  # paused for ever otherwise
+        close(engine)
+        raise broken(f"{type(error).__name__}: {error}") from error
     return SwapReport(**answer | {"aborted": answer["aborted"] + late["aborted"]})
 
 

@@ -115,12 +115,12 @@ def changed(model: torch.nn.Module, config: Any, found: Filled, cache: list[torc
     known = [tensor for tensor, _ in found.others.values()]
     stray = [
         path
-        for path, tensor in uncovered(model, [*covered(model), *cache], versions.graph_entries())
+        for path, tensor in uncovered(model, [*covered(model), *cache], (*versions.graph_entries(), Filled))
         if not (id(tensor) in constants and any(tensor is one for one in known))
     ]
     if stray:
-        more = f" (and {len(stray) - 1} more)" if len(stray) > 1 else ""
-        return f"{stray[0]!r}{more} is a tensor that is neither a parameter nor a buffer, and would keep what it holds"
+        more = f" (as are {len(stray) - 1} others)" if len(stray) > 1 else ""
+        return f"{stray[0]!r} is a tensor that is neither a parameter nor a buffer, and would keep what it holds{more}"
     filled_or_known = {id(tensor) for tensor in known}
     for name, buffer in model.named_buffers():
         if name not in found.names and id(buffer) not in filled_or_known:

@@ -12,7 +12,7 @@ import secrets
 import time
 from typing import Any
 
-from ....errors import DeviceError, UnsupportedError, UsageError
+from ....errors import DeviceError, ThawError, UnsupportedError, UsageError
 from .. import versions
 from ..answers import all_raised, answering
 from ..kv import watch
@@ -51,6 +51,8 @@ def hold(core: Any, options: dict[str, Any]) -> dict[str, Any]:
     Args:
         options: ``path``; ``release``: give the memory back.
     """
+    if not options["release"]:
+        _whole(core)
     method = "thaw_unpin" if options["release"] else "thaw_pin"
     answers = all_raised(core.model_executor.collective_rpc(method, args=(options["path"],)))
     return answers[0] | {"bytes": sum(answer["bytes"] for answer in answers)}
@@ -82,13 +84,16 @@ def swap(core: Any, options: dict[str, Any]) -> dict[str, Any]:
     _forget(core)
     clock.end("drain")
     fill = {"path": options["path"], "content": found["content"], "verify": options["verify"]}
-    answers = all_raised(core.model_executor.collective_rpc("thaw_fill", args=(fill,)))
-    broken = next((answer["broken"] for answer in answers if "broken" in answer), None)
-    clock.end("fill")
-    if broken is None:
-        watch.weights_known(core)
-        broken = _canary(core, paused)
-        clock.end("canary")
+    try:
+        answers, broken = _fill(core, fill)
+        clock.end("fill")
+        if broken is None:
+            broken = _canary(core, paused)
+            clock.end("canary")
+    except ThawError:
+        raise
+    except BaseException as error:
+        return _interrupted(core, error)
     if broken is not None:
         return _close(core, broken)
     return {
@@ -120,7 +125,7 @@ def park(core: Any, options: dict[str, Any]) -> dict[str, Any]:
 
     Returns:
         ``aborted`` requests; ``pids`` of the workers; ``left``: bytes that each keeps on its GPU; ``path`` and
-        ``content`` of the snapshot, None with ``keep_weights``; ``seconds`` by phase.
+        ``content`` of the snapshot, None with ``keep_weights``; ``seconds`` by phase. Or ``broken``, as ``swap``.
 
     Raises:
         UsageError: the engine was started without sleep mode, or is asleep.
@@ -142,9 +147,20 @@ def park(core: Any, options: dict[str, Any]) -> dict[str, Any]:
     clock.end("check")
     aborted = _abort(core)
     clock.end("drain")
-    core.sleep(1 if options["keep_weights"] else 2)
+    try:
+        core.sleep(1 if options["keep_weights"] else 2)
+    except Exception as error:
+        return _close(core, f"it could not be put to sleep: {type(error).__name__}: {error}")
+    core.thaw_parked = True
+    versions.keep_asleep(core)
     clock.end("sleep")
-    answers = all_raised(core.model_executor.collective_rpc("thaw_trim"))
+    try:
+        answers = all_raised(core.model_executor.collective_rpc("thaw_trim"))
+    except Exception:
+        woken = wake(core, source | {"verify": True})
+        if "broken" in woken:
+            return woken
+        raise
     clock.end("trim")
     return source | {
         "aborted": aborted,
@@ -164,39 +180,77 @@ def wake(core: Any, options: dict[str, Any]) -> dict[str, Any]:
         ``bytes`` filled, ``aborted`` requests, and ``seconds`` by phase; or ``broken``, as ``swap``.
 
     Raises:
-        UsageError: it is not asleep.
-        MismatchError, StorageError: the snapshot is gone or another; the engine sleeps on.
+        UsageError: it is not parked.
+        MismatchError, StorageError, DeviceError: the snapshot is gone or another, or others have taken the GPU's
+            memory; the engine sleeps on.
     """
     clock = _Clock()
     _whole(core)
-    if not versions.is_sleeping(core):
-        raise UsageError("the engine is awake")
+    if not getattr(core, "thaw_parked", False):
+        raise UsageError("the engine is not parked")
     fill = {"path": options["path"], "content": options["content"], "verify": options["verify"]}
-    if fill["path"] is not None:
-        all_raised(core.model_executor.collective_rpc("thaw_still_there", args=(fill,)))
+    all_raised(core.model_executor.collective_rpc("thaw_wakeable", args=(fill,)))
     clock.end("check")
-    core.model_executor.wake_up(["weights"])
-    clock.end("weights' memory")
-    answers: list[dict[str, Any]] = []
-    if fill["path"] is not None:
-        answers = all_raised(core.model_executor.collective_rpc("thaw_fill", args=(fill,)))
-        clock.end("fill")
-        broken = next((answer["broken"] for answer in answers if "broken" in answer), None)
-        if broken is not None:
-            return _close(core, broken)
-        watch.weights_known(core)
-    core.model_executor.wake_up(sorted(core.model_executor.sleeping_tags))
-    clock.end("other memory")
-    aborted = _abort(core)
-    broken = _canary(core, paused=False)
-    clock.end("canary")
+    try:
+        answers, aborted, broken = _awoken(core, fill, clock)
+    except ThawError:
+        raise
+    except BaseException as error:
+        return _interrupted(core, error)
     if broken is not None:
         return _close(core, broken)
+    core.thaw_parked = False
     return {
         "bytes": sum(answer["bytes"] for answer in answers),
         "aborted": aborted,
         "seconds": clock.seconds(),
     }
+
+
+def _awoken(core: Any, fill: dict[str, Any], clock: _Clock) -> tuple[list[dict[str, Any]], int, str | None]:
+    """What the workers said, how many requests were ended, and why the engine is broken."""
+    executor = core.model_executor
+    answers: list[dict[str, Any]] = []
+    try:
+        if "weights" in executor.sleeping_tags:
+            executor.wake_up(["weights"])
+        clock.end("weights' memory")
+        if fill["path"] is not None:
+            answers, broken = _fill(core, fill)
+            clock.end("fill")
+            if broken is not None:
+                return answers, 0, broken
+        if executor.sleeping_tags:
+            executor.wake_up(sorted(executor.sleeping_tags))
+        clock.end("other memory")
+    except ThawError:
+        raise
+    except Exception as error:
+        return answers, 0, f"its memory did not come back: {type(error).__name__}: {error}"
+    versions.let_wake(core)
+    aborted = _abort(core)
+    broken = _canary(core, paused=False)
+    clock.end("canary")
+    return answers, aborted, broken
+
+
+def _fill(core: Any, fill: dict[str, Any]) -> tuple[list[dict[str, Any]], str | None]:
+    """The workers' answers, and why the weights are nobody's now; None where they are the snapshot's.
+
+    Raises:
+        ThawError: no worker has written anything.
+    """
+    try:
+        answers = core.model_executor.collective_rpc("thaw_fill", args=(fill,))
+    except Exception as error:  # a worker has died, or does not answer
+        return [], f"the workers could not be asked to the end: {type(error).__name__}: {error}"
+    refused = [answer for answer in answers if "error" in answer]
+    if len(refused) == len(answers):
+        all_raised(answers)
+    told = [answer["broken"] for answer in answers if "broken" in answer] + [one["message"] for one in refused]
+    if not told:
+        watch.weights_known(core)
+    return answers, next(iter(told), None)
 
 
 class _Clock:
@@ -259,16 +313,16 @@ def _canary(core: Any, paused: bool) -> str | None:
     Args:
         paused: whether the engine is to be paused afterwards.
     """
-    core.resume_scheduler()
     try:
+        core.resume_scheduler()
         size = versions.vocabulary(core)
         prompt = [(number * 7 + 1) % size for number in range(_CANARY_PROMPT)]
         tokens, chances = versions.ask_core(core, f"thaw-canary-{secrets.token_hex(8)}", prompt, _CANARY_TOKENS)
         _forget(core)
+        if paused:
+            core.pause_scheduler(mode="keep", clear_cache=False)
     except Exception as error:
         return f"the canary failed with {type(error).__name__}: {error}"
-    if paused:
-        core.pause_scheduler(mode="keep", clear_cache=False)
     if len(tokens) != _CANARY_TOKENS or not all(0 <= token < size for token in tokens):
         return f"the canary was answered with the tokens {tokens}"
     if len(chances) != _CANARY_TOKENS or not all(math.isfinite(chance) and chance <= 0 for chance in chances):
@@ -280,3 +334,11 @@ def _close(core: Any, why: str) -> dict[str, Any]:
     core.thaw_broken = why
     versions.close_core(core, f"thaw: this engine is of no use any more: {why}")
     return {"broken": why}
+
+
+def _interrupted(core: Any, error: BaseException) -> dict[str, Any]:
+    """Half-way: also by Ctrl-C, where the core is in its caller's process."""
+    told = _close(core, f"it was interrupted by {type(error).__name__}: {error}")
+    if not isinstance(error, Exception):
+        raise error
+    return told

@@ -14,7 +14,7 @@ from ....weights.restore import restore
 from .check import opened_for, swappable
 from .filled import renote
 
-_NOT_TRIED = "not tried"
+_UNDER_WAY = "it was interrupted"
 
 
 def fill(worker: Any, options: dict[str, Any]) -> dict[str, Any]:
@@ -36,25 +36,29 @@ def fill(worker: Any, options: dict[str, Any]) -> dict[str, Any]:
     required = set(targets)
     targets |= dict(model.named_buffers(remove_duplicate=False))
     chosen = RestoreOptions(verify=options["verify"], processes=False)  # starting them takes longer than they gain
-    with (
-        collection_paused(),
-        opened_for(worker, path) as opened,
-        reading(opened.source, targets.values(), chosen) as way,
-    ):
-        header = opened.snapshot.header
-        if header.content != options["content"]:
-            raise MismatchError(f"{path!r} has become another snapshot meanwhile; try again")
-        renote(model, broken=_NOT_TRIED)
-        try:
+    begun = False
+    try:
+        with (
+            collection_paused(),
+            opened_for(worker, path) as opened,
+            reading(opened.source, targets.values(), chosen) as way,
+        ):
+            header = opened.snapshot.header
+            if header.content != options["content"]:
+                raise MismatchError(f"{path!r} has become another snapshot meanwhile; try again")
+            renote(model, broken=_UNDER_WAY)
+            begun = True
             report = restore(opened.source, opened.snapshot, targets, required, chosen, way)
-        except BaseException as error:
-            why = f"{type(error).__name__}: {error}"
-            renote(model, broken=why)
-            if not isinstance(error, Exception):
-                raise
-            return {"broken": why}
-        renote(model, broken=None, path=path, content=header.content)
-        model._thaw_model_id = header.identity.model
+    except BaseException as error:
+        if not begun:
+            raise
+        why = f"{type(error).__name__}: {error}"
+        renote(model, broken=why)
+        if not isinstance(error, Exception):
+            raise
+        return {"broken": why}
+    renote(model, broken=None, path=path, content=header.content)
+    model._thaw_model_id = header.identity.model
     return {"bytes": report.bytes, "seconds": time.perf_counter() - start, "route": report.route}
 
 
@@ -72,7 +76,7 @@ def source_of(worker: Any) -> dict[str, Any]:
 
 
 def still_there(worker: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """Whether a snapshot can be opened and is the one of that content id; no GPU is touched.
+    """Whether a snapshot can be opened and is the one of that content id; nothing is changed.
 
     Args:
         options: ``path``, ``content``.

@@ -101,15 +101,15 @@ def require_files(opened: Opened, path: str, files: Files | None, cure: str) -> 
 
 
 def front_started() -> float:
-    """When the process that reads tokenizers for this worker was started, by ``time.time()``'s clock.
+    """When the process that reads tokenizers for this worker was started, by ``time.time()``'s clock; or before that.
 
-    A worker is a child of the engine core, which is a child of the front end; or one process is two of them, or all.
+    An engine core is a child of the front end, and may be the worker itself; any other worker that is a child is one of
+    the core. Where that is in the front end's process, it is taken for when the process above that was started.
     """
-    pid = os.getpid()
-    parent = multiprocessing.parent_process()
+    pid, parent = os.getpid(), multiprocessing.parent_process()
     if parent is not None and parent.pid is not None:
         pid = parent.pid
-        if b"EngineCore" in Path(f"/proc/{pid}/cmdline").read_bytes():
+        if not multiprocessing.current_process().name.startswith("EngineCore"):
             pid = int(_stat(pid)[1])
     ticks = int(_stat(pid)[19]) / os.sysconf("SC_CLK_TCK")
     return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks

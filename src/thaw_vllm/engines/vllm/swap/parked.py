@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import time
 from dataclasses import dataclass, field, replace
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ....errors import DeviceError, MismatchError, ThawError, UnsupportedError, UsageError
 from ....transport import process_checkpoint
 from ....weights.open import open_snapshot
-from ..client import ask, call
+from ..client import WAKE, ask, call, mark_parked, require_awake
 from ..kv.api import freeze_kv_cache, freeze_kv_cache_async, restore_kv_cache, restore_kv_cache_async
 from .api import DEADLINE, broken, close, drain
 
@@ -58,6 +59,7 @@ class WakeReport:
         bytes: of weights that were filled; 0 where they were in host memory.
         blocks: of KV cache that were restored.
         aborted: requests that were sent meanwhile and ended (finish reason ``abort``); they can be sent again.
+        lost: why the KV blocks are not there, where they were to be; the engine answers without them.
         seconds: by phase (``driver``, ``check``, ``weights' memory``, ``fill``, ``other memory``, ``canary``, ``KV``),
             and ``total``.
     """
@@ -65,6 +67,7 @@ class WakeReport:
     bytes: int
     blocks: int
     aborted: int
+    lost: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -106,6 +109,7 @@ def park(
         >>> thaw_vllm.wake(llm, parked).seconds["total"]
         0.95
     """
+    require_awake(llm)
     if llm.llm_engine.has_unfinished_requests():
         raise UsageError("requests are not finished; finish or abort them first")
     start = time.perf_counter()
@@ -114,11 +118,16 @@ def park(
         kept = _nothing_is_fine(lambda: freeze_kv_cache(llm, kv, force=force).path)
     frozen = time.perf_counter()
     answer = call(llm, "thaw_park", {"keep_weights": keep_weights})
+    if "broken" in answer:
+        close(llm.llm_engine.engine_core)
+        raise broken(answer["broken"])
     parked = _parked(answer, kept, frozen - start)
+    mark_parked(llm, True)
     try:
         return _checkpointed(parked, driver, start)
-    except ThawError:
-        wake(llm, parked)
+    except (UnsupportedError, DeviceError) as error:
+        if isinstance(error, UnsupportedError) or _at_large(parked):
+            wake(llm, parked)
         raise
 
 
@@ -132,7 +141,8 @@ def wake(llm: LLM, parked: Parked, *, verify: bool = True) -> WakeReport:
 
     Raises:
         MismatchError, StorageError: the snapshot is gone, or another by now; the engine stays parked: put it back.
-        DeviceError: the driver could not restore a process; the message says whether its state is lost.
+        DeviceError: others have taken the GPU's memory, or the driver could not restore a process; the message says
+            whether its state is lost, else ask again later.
         BrokenEngineError: it failed half-way, so that the engine has been closed; start another one.
     """
     start = time.perf_counter()
@@ -140,13 +150,18 @@ def wake(llm: LLM, parked: Parked, *, verify: bool = True) -> WakeReport:
     if parked.driver:
         process_checkpoint.wake(parked.pids)
     restored = time.perf_counter()
-    answer = call(llm, "thaw_wake", {"path": parked.path, "content": parked.content, "verify": verify})
+    answer = call(llm, WAKE, {"path": parked.path, "content": parked.content, "verify": verify})
     if "broken" in answer:
         close(llm.llm_engine.engine_core)
         raise broken(answer["broken"])
+    mark_parked(llm, False)
     thawed = time.perf_counter()
-    blocks = restore_kv_cache(llm, parked.kv).blocks if parked.kv is not None else 0
-    return _woken(answer, blocks, restored - start, time.perf_counter() - thawed, start)
+    blocks, lost = 0, ""
+    try:
+        blocks = restore_kv_cache(llm, parked.kv).blocks if parked.kv is not None else 0
+    except ThawError as error:
+        lost = str(error)
+    return _woken(answer, blocks, lost, restored - start, time.perf_counter() - thawed, start)
 
 
 async def park_async(
@@ -164,10 +179,28 @@ async def park_async(
         deadline: seconds in which running requests may end; what is left is ended with the finish reason ``abort``.
             What is sent while it is parked waits until it is woken, and is ended then.
 
-    Once begun it goes to its end, also where the caller is cancelled.
+    Once begun it goes to its end. Where the caller is cancelled meanwhile the engine is woken again, since nobody would
+    know what it takes to wake it.
     """
-    parking = _park(engine, kv, keep_weights=keep_weights, driver=driver, force=force, deadline=deadline)
-    return await asyncio.shield(asyncio.ensure_future(parking))
+    parking = asyncio.ensure_future(
+        _park(engine, kv, keep_weights=keep_weights, driver=driver, force=force, deadline=deadline)
+    )
+    try:
+        return await asyncio.shield(parking)
+    except asyncio.CancelledError:
+        waking = asyncio.ensure_future(_undone(engine, parking))
+        _waking.add(waking)  # the event loop holds tasks weakly
+        waking.add_done_callback(_waking.discard)
+        raise
+
+
+_waking: set[asyncio.Future[None]] = set()
+
+
+async def _undone(engine: AsyncLLM, parking: asyncio.Future[Parked]) -> None:
+    """Wake what nobody will wake."""
+    with contextlib.suppress(ThawError):
+        await _wake(engine, await parking, verify=True)
 
 
 async def _park(
@@ -181,6 +214,7 @@ async def _park(
 ) -> Parked:
     start = time.perf_counter()
     kept = None
+    require_awake(engine)
     if deadline < 0:
         raise UsageError(f"deadline must be 0 or more seconds, not {deadline}")
     if kv is not None:
@@ -193,13 +227,19 @@ async def _park(
     try:
         answer = await ask(engine, "thaw_park", {"keep_weights": keep_weights})
     except ThawError:
-        await engine.resume_generation()
+        with contextlib.suppress(Exception):  # as of an engine that vLLM's own sleep has put to sleep
+            await engine.resume_generation()
         raise
+    if "broken" in answer:
+        close(engine)
+        raise broken(answer["broken"])
     parked = _parked(answer, kept, frozen - start)
+    mark_parked(engine, True)
     try:
         return await asyncio.to_thread(_checkpointed, parked, driver, start)
-    except ThawError:
-        await wake_async(engine, parked)
+    except (UnsupportedError, DeviceError) as error:
+        if isinstance(error, UnsupportedError) or _at_large(parked):
+            await _wake(engine, parked, verify=True)
         raise
 
 
@@ -214,13 +254,18 @@ async def _wake(engine: AsyncLLM, parked: Parked, verify: bool) -> WakeReport:
     if parked.driver:
         await asyncio.to_thread(process_checkpoint.wake, parked.pids)
     restored = time.perf_counter()
-    answer = await ask(engine, "thaw_wake", {"path": parked.path, "content": parked.content, "verify": verify})
+    answer = await ask(engine, WAKE, {"path": parked.path, "content": parked.content, "verify": verify})
     if "broken" in answer:
         close(engine)
         raise broken(answer["broken"])
+    mark_parked(engine, False)
     thawed = time.perf_counter()
-    blocks = (await restore_kv_cache_async(engine, parked.kv)).blocks if parked.kv is not None else 0
-    return _woken(answer, blocks, restored - start, time.perf_counter() - thawed, start)
+    blocks, lost = 0, ""
+    try:
+        blocks = (await restore_kv_cache_async(engine, parked.kv)).blocks if parked.kv is not None else 0
+    except ThawError as error:
+        lost = str(error)
+    return _woken(answer, blocks, lost, restored - start, time.perf_counter() - thawed, start)
 
 
 def _nothing_is_fine(freeze: Any) -> str | None:
@@ -267,12 +312,22 @@ def _checkpointed(parked: Parked, driver: bool | None, start: float) -> Parked:
         try:
             process_checkpoint.park(parked.pids, timeout=_LOCKING)
         except DeviceError as error:
-            if driver:
+            if driver or not _at_large(parked):
                 raise
             why = str(error)
     now = time.perf_counter()
     seconds = parked.seconds | {"driver": now - begun, "total": now - start}
     return replace(parked, driver=why is None, why=why or "", seconds=seconds)
+
+
+def _at_large(parked: Parked) -> bool:
+    """Whether the driver holds none of its processes, as far as it tells."""
+    try:
+        return all(process_checkpoint.state(pid) == "running" for pid in parked.pids)
+    except UnsupportedError:  # it could not have taken one
+        return True
+    except DeviceError:
+        return False
 
 
 def _obstacle(parked: Parked) -> str | None:
@@ -299,7 +354,7 @@ def _look(parked: Parked) -> None:
             )
 
 
-def _woken(answer: dict[str, Any], blocks: int, driver: float, kv: float, start: float) -> WakeReport:
+def _woken(answer: dict[str, Any], blocks: int, lost: str, driver: float, kv: float, start: float) -> WakeReport:
     inside = {name: value for name, value in answer["seconds"].items() if name != "total"}
     seconds = {"driver": driver} | inside | {"KV": kv, "total": time.perf_counter() - start}
-    return WakeReport(answer["bytes"], blocks, answer["aborted"], seconds)
+    return WakeReport(answer["bytes"], blocks, answer["aborted"], lost, seconds)

@@ -36,6 +36,12 @@ def release(worker: Any, path: str) -> dict[str, Any]:
     return {"bytes": 0 if found is None else found.bytes}
 
 
+def release_all() -> None:
+    """Return the memory of all."""
+    while _held:
+        _held.popitem()[1].close()
+
+
 def pinned(path: str) -> Opened | None:
     """The snapshot as it is held; None where it is not.
 
