@@ -155,7 +155,7 @@ def test_whatever_fails_while_it_fills(
     running = engine(directory, base)
 
     def fails(*_: Any, **__: Any) -> Any:
-        assert filled.noted(running.model).broken == "not tried", "a process that dies here leaves it broken"
+        assert filled.noted(running.model).broken == "it was interrupted", "a process that dies here leaves it broken"
         raise error
 
     monkeypatch.setattr(fill_module, "restore", fails)
