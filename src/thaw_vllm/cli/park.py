@@ -28,7 +28,7 @@ def park(
         bool | None,
         typer.Option("--driver/--no-driver", help="NVIDIA's driver must or must not help. [default: if it may]"),
     ] = None,
-    deadline: Annotated[float, typer.Option(min=0, help="Seconds in which running requests may end.")] = 30.0,
+    deadline: Annotated[float, typer.Option(min=0, max=3600, help="Seconds in which running requests may end.")] = 30.0,
     server: Server = LOCAL,
     token: Token = None,
     api_key: ApiKey = None,

@@ -9,8 +9,8 @@ import typer
 
 from .output import plain
 
-LONGEST_WAIT = 3600
-"""Seconds: freezing waits for a disk, and the server answers when it is done."""
+LONGEST_WAIT = 7200
+"""Seconds: freezing waits for a disk, swapping and parking for requests, and the server answers when it is done."""
 
 Server = Annotated[str, typer.Option(metavar="URL", help="Where vllm serve listens.")]
 Token = Annotated[

@@ -20,7 +20,7 @@ def swap(
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Hold every chunk of the snapshot against its checksum.")
     ] = True,
-    deadline: Annotated[float, typer.Option(min=0, help="Seconds in which running requests may end.")] = 30.0,
+    deadline: Annotated[float, typer.Option(min=0, max=3600, help="Seconds in which running requests may end.")] = 30.0,
     server: Server = LOCAL,
     token: Token = None,
     api_key: ApiKey = None,

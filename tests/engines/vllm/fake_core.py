@@ -56,7 +56,8 @@ class FakeCore:
         "thaw_fill": {"bytes": 10, "seconds": 0.5, "route": "mapped"},
         "thaw_source": {"path": "old.thaw", "content": "c0"},
         "thaw_wakeable": {},
-        "thaw_trim": {"pid": 42, "left": 7},
+        "thaw_pid": {"pid": 42},
+        "thaw_trim": {"left": 7},
         "thaw_pin": {"bytes": 12, "seconds": 0.1, "why": "mapped"},
         "thaw_unpin": {"bytes": 12},
     }

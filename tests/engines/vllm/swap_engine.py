@@ -167,7 +167,19 @@ async def asynchronous(asked):
         found["parked"] = asdict(parked)
         found["woken"] = asdict(await thaw_vllm.wake_async(engine, parked))
         found["after_wake"] = await each()
-    engine.shutdown()
+    # Half-way: whoever waits for an answer is told.
+    swap = asyncio.create_task(thaw_vllm.swap_weights_async(engine, asked["corrupt"], deadline=0))
+    waiting = []
+    while not swap.done() and len(waiting) < 50:
+        waiting.append(asyncio.create_task(one(PROMPTS[0])))
+        await asyncio.sleep(0.005)
+    try:
+        await swap
+        found["broken"] = "it was not"
+    except thaw_vllm.errors.ThawError as error:
+        found["broken"] = type(error).__name__
+    _, pending = await asyncio.wait(waiting, timeout=60)
+    found["left waiting"] = len(pending)
     return found
 
 

@@ -138,6 +138,7 @@ def judge_asynchronous(found: dict[str, Any], asked: dict[str, Any]) -> None:
     assert length < asked["long"] and found["back"] == first
     assert found["refused"] == "MismatchError" and found["unharmed"] == found["alone"]
     assert found["after_cancel"] == second, "a swap that has begun goes to its end"
+    assert (found["broken"], found["left waiting"]) == ("BrokenEngineError", 0)
 
 
 def test_requests_never_see_two_weights(prepared: dict[str, Any], tmp_path: Path):

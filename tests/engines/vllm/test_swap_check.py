@@ -735,3 +735,45 @@ def test_a_worker_that_is_a_child_of_the_engine_core():
     _, own, childs = starts("VllmWorker-0")
     assert multiprocessing.parent_process() is None
     assert abs(childs - front.front_started()) < 0.05 and own - childs > 0.1, "that which started the core: this one"
+
+
+# --- What may come after loading, and what may not --------------------------------------------------------------------
+
+
+def test_hooks_that_came_after_loading(directory: Path, freeze: Callable, engine: Callable):
+    path = freeze(directory)
+    running = engine(directory, path)
+    handle = running.model.model.layers[0].register_forward_hook(lambda *_: None)
+    with pytest.raises(UnsupportedError, match="hooks"):
+        running.check(path)
+    handle.remove()
+    assert running.check(path)["tensors"]
+
+
+def test_scales_that_attention_makes_when_it_is_first_run(directory: Path, freeze: Callable, engine: Callable):
+    """FlashInfer's; any other float is refused."""
+    path = freeze(directory)
+    running = engine(directory, path)
+    impl = running.model.model.layers[0].self_attn.attn.impl
+    impl.bmm1_scale, impl.bmm2_scale = 0.25, 1.0
+    assert running.check(path)["tensors"]
+    impl.other_scale = 0.25
+    with pytest.raises(UnsupportedError, match=r"impl\.other_scale' was changed after loading, from nothing to 0\.25"):
+        running.check(path)
+
+
+def test_a_directory_that_was_written_before_the_engine_was_asked_for(
+    directory: Path, freeze: Callable, load: Callable, thaw_args: Callable, engine: Callable
+):
+    """By the front end itself, as where it lays out what a snapshot carries."""
+    path = freeze(directory)
+    began = time.time()
+    time.sleep(0.05)
+    for name in ("chat_template.jinja", "tokenizer.json"):
+        (directory / name).write_text((directory / name).read_text())
+    config = engine(directory, path).vllm_config.model_config
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(front, "front_started", lambda: began)
+        assert front.engine_files(config, time.time()).unknown is None
+        assert "was changed after" in (front.engine_files(config).unknown or "")
+        assert "was changed after" in (front.engine_files(config, began).unknown or "")

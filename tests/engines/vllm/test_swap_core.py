@@ -283,7 +283,8 @@ def test_what_steps_give_for_others_reaches_their_clients(monkeypatch: pytest.Mo
     sampling = request.sampling_params
     assert (sampling.temperature, sampling.max_tokens, sampling.ignore_eos) == (0, 4, True)
     assert request.cache_salt == "thaw-canary-1", "its blocks are nobody else's"
-    assert [client for client, _ in sent] == [0] and [one.request_id for one in sent[0][1].outputs] == ["other"]
+    assert [client for client, _ in sent] == [0, 0] and [one.request_id for one in sent[0][1].outputs] == ["other"]
+    assert sent[1][1].outputs == [], "but it says who has finished"
     assert outputs[-1].finished_requests == {"other"}
 
 
@@ -293,7 +294,8 @@ def test_what_steps_give_for_others_reaches_their_clients(monkeypatch: pytest.Mo
 def test_order_of_parking():
     core = FakeCore(paused=True, requests=2)
     answer = run(core, "park")
-    assert core.log == [RPC + "thaw_source", "pause abort", "step", "sleep 2", RPC + "thaw_trim"]
+    asked = [RPC + "thaw_source", RPC + "thaw_pid"]
+    assert core.log == [*asked, "pause abort", "step", "sleep 2", RPC + "thaw_trim"]
     assert {name: answer[name] for name in ("path", "content", "aborted", "pids", "left")} == {
         "path": "old.thaw",
         "content": "c0",
@@ -309,7 +311,10 @@ def test_weights_kept_in_host_memory():
     core = FakeCore()
     setattr(core, watch._CHANGED, True)
     answer = run(core, "park", keep_weights=True)
-    assert core.log == ["sleep 1", RPC + "thaw_trim"] and (answer["path"], answer["content"]) == (None, None)
+    assert core.log == [RPC + "thaw_pid", "sleep 1", RPC + "thaw_trim"] and (answer["path"], answer["content"]) == (
+        None,
+        None,
+    )
     run(core, "wake", path=None, content=None)
     assert core.weights == "old" and not set(core.log) & set(FILL) and not core.paused
     assert watch.weights_changed(core), "they still are"
@@ -482,7 +487,8 @@ def one_fails(method: str, step: int, paused: bool, requests: int, error: BaseEx
     try:
         check_nothing_is_mixed(core, names)
         if failed is not None and not refused(core):
-            assert core.paused >= before[0], "what failed has let requests in"
+            whole = method == "park" and core.weights == "old" and not core.model_executor.is_sleeping
+            assert core.paused >= before[0] or whole, "what failed has let requests in"
             assert method != "swap" or core.weights == before[1], "it says that nothing was changed"
     except AssertionError as found:
         return done, str(found)
@@ -534,3 +540,40 @@ def test_a_park_that_fails_once_it_sleeps(keep_weights: bool):
     with pytest.raises(ThawError, match="CUDA error"):
         run(core, "park", keep_weights=keep_weights)
     assert not core.model_executor.is_sleeping or refused(core)
+
+
+def test_logits_in_place_of_log_probabilities(monkeypatch: pytest.MonkeyPatch):
+    """Are above 0 as well, and finite."""
+    core = FakeCore()
+    monkeypatch.setattr(versions, "ask_core", lambda *_: ([1, 2, 3, 4], [3.5, -1.0, 0.0, 2.0]))
+    core.vllm_config.model_config.logprobs_mode = "raw_logits"
+    assert run(core, "swap")["bytes"] == 10
+    core.vllm_config.model_config.logprobs_mode = "processed_logprobs"
+    assert "log-probabilities are" in run(core, "swap")["broken"]
+
+
+def test_an_engine_that_does_not_come_to_rest(monkeypatch: pytest.MonkeyPatch):
+    """As with a scheduler that never takes the canary."""
+    core = FakeCore()
+    monkeypatch.setattr(versions, "_LONGEST_RUN", 0.0)
+    core.scheduler.left = {"somebody"}
+    with pytest.raises(ThawError, match="has not come to rest"):
+        run(core, "swap")
+    assert core.weights == "old" and not refused(core)
+
+
+def test_waking_with_what_another_parking_gave():
+    core = parked()
+    with pytest.raises(UsageError, match="another snapshot"):
+        run(core, "wake", content="c1")
+    assert core.log == [] and run(core, "wake")["bytes"] == 10
+
+
+def test_what_would_run_a_parked_engine_is_refused():
+    core = parked()
+    for call in (core.wake_up, core.resume_scheduler):
+        with pytest.raises(UsageError, match="parked"):
+            call()
+    run(core, "wake")
+    core.resume_scheduler()
+    assert not core.paused

@@ -37,6 +37,7 @@ WORK: dict[str, Callable[..., Any]] = {
     "thaw_swap_check": swap_core.check,
     "thaw_swap": swap_core.swap,
     "thaw_swap_finish": swap_core.finish,
+    "thaw_park_check": swap_core.parkable,
     "thaw_park": swap_core.park,
     "thaw_wake": swap_core.wake,
 }
@@ -54,7 +55,8 @@ class FakeLLM:
         )
 
     def call_utility(self, method: str, options: dict[str, Any]) -> dict[str, Any]:
-        self.log.append(method)
+        if method != "thaw_park_check":
+            self.log.append(method)
         return answering(WORK[method])(self.core, options)
 
     def shutdown(self) -> None:
@@ -79,7 +81,8 @@ class FakeAsync:
         return await asyncio.shield(asyncio.ensure_future(self._work(method, options)))
 
     async def _work(self, method: str, options: dict[str, Any]) -> dict[str, Any]:
-        self.log.append(method)
+        if method != "thaw_park_check":
+            self.log.append(method)
         if method in self.until:
             await self.until[method].wait()
         answer: dict[str, Any] = answering(WORK[method])(self.core, options)
@@ -95,6 +98,9 @@ class FakeAsync:
             self.core.pause_scheduler("abort", clear_cache=False)
         while mode == "wait" and self.core.scheduler.requests:
             await asyncio.sleep(0.002)
+
+    async def is_paused(self) -> bool:
+        return bool(self.core.paused)
 
     async def resume_generation(self) -> None:
         self.log.append("resume")
@@ -272,7 +278,7 @@ def test_where_the_driver_cannot(
     if obstacle == "driver":
         driver.why = "the NVIDIA driver is older than 570"
     elif obstacle == "own process":
-        both.core.tells["thaw_trim"] = {"pid": os.getpid(), "left": 7}
+        both.core.tells["thaw_pid"] = {"pid": os.getpid()}
     else:
         real = both.core.model_executor.collective_rpc
         both.core.model_executor.collective_rpc = lambda *a, **k: real(*a, **k) * 2  # type: ignore[method-assign]
@@ -376,7 +382,7 @@ def test_a_second_wake_after_a_failure_in_the_core(both: Both, driver: Driver, l
 def test_waking_that_breaks_it(both: Both, kv: Any, log: list[str], tmp_path: Path):
     found = both.park(kv=tmp_path / "cache.thawkv")
     both.core.tells["thaw_fill"] = {"broken": "CorruptionError: a checksum"}
-    with pytest.raises(BrokenEngineError, match="half-way, so the engine was closed: CorruptionError: a checksum"):
+    with pytest.raises(BrokenEngineError, match="half-way, and has been closed: CorruptionError: a checksum"):
         both.wake(found)
     assert both.engine.closed and not any("restore" in one for one in log)
 
@@ -418,7 +424,7 @@ def test_a_swap_of_a_synchronous_engine(core: FakeCore, log: list[str], monkeypa
     assert (report.bytes, report.model, report.aborted, report.route) == (10, "new-id", 0, "mapped")
     assert core.filled_with == {"path": "/tmp/new.thaw", "content": "c1", "verify": False}
     core.answer = ([], [])
-    with pytest.raises(BrokenEngineError, match="the engine was closed: the canary was answered"):
+    with pytest.raises(BrokenEngineError, match="has been closed: the canary was answered"):
         api.swap_weights(llm, "new.thaw")
     assert llm.closed
 
@@ -700,3 +706,14 @@ def test_kv_blocks_that_cannot_be_restored(both: Both, kv: Any, tmp_path: Path):
     kv.fails_to_restore = StorageError("no such file: cache.thawkv")
     report = both.wake(found)
     assert (report.blocks, report.lost) == (0, "no such file: cache.thawkv") and awake(both.core)
+
+
+@pytest.mark.parametrize("call", [lambda e: api.swap_weights_async(e, "new.thaw"), lambda e: parked.park_async(e)])
+def test_a_pause_of_somebody_elses_is_not_ended(call: Any, core: FakeCore, log: list[str]):
+    async def work(engine: FakeAsync) -> None:
+        core.paused = True
+        with pytest.raises(UsageError, match="paused by somebody"):
+            await call(engine)
+
+    soon(work, FakeAsync(core, log))
+    assert core.paused and "resume" not in log and not any(one.startswith("pause") for one in log)

@@ -147,7 +147,7 @@ def test_what_may_not_be_said(what: str, body: Any, said: str, server: Server):
 
 def test_a_snapshot_that_is_not_there_and_a_file_that_is(server: Server):
     status, answer = server.ask("engine/swap", {"name": "c.thaw"})
-    assert (status, answer["error"]["type"]) == (500, "StorageError")
+    assert (status, answer["error"]["type"]) == (404, "StorageError")
     status, answer = server.ask("engine/park", {"kv": "there.thawkv"})
     assert (status, answer["error"]["type"]) == (409, "ExistsError") and server.called == []
     assert server.ask("engine/park", {"kv": "there.thawkv", "force": True})[0] == 200

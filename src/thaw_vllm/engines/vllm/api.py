@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import textwrap
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,9 +70,8 @@ def load(
     for line in preset.said:
         logging.getLogger(f"vllm.{__name__}").info("fast start: %s", line)  # vLLM's log, as the loader's
     with reported() as folder, set_meanwhile(preset.environment):
-        llm: LLM = vllm.LLM(
-            model=model, model_loader_extra_config=extra | {"failures": folder}, **llm_kwargs | preset.engine_args
-        )
+        extra |= {"failures": folder, "asked": time.time()}
+        llm: LLM = vllm.LLM(model=model, model_loader_extra_config=extra, **llm_kwargs | preset.engine_args)
     if kv_snapshot is not None:
         from .kv.api import restore_kv_cache
 

@@ -75,6 +75,7 @@ class LoaderConfig:
         workers: threads or helper processes a rank; None for what the machine bears.
         processes: thaw: whether helper processes may be started to read.
         expects_kv: a restore of KV blocks follows the start, for which to make ready; set by ``load``.
+        asked: when the engine was asked for (``time.time()``), its model directory being complete; set by ``load``.
         failures: directory in which a worker notes its error for the caller; set by ``load`` and ``freeze_checkpoint``.
     """
 
@@ -88,6 +89,7 @@ class LoaderConfig:
     workers: int | None = None
     processes: bool = True
     expects_kv: bool = False
+    asked: float | None = None
     failures: str | None = None
 
     @classmethod
@@ -111,6 +113,8 @@ class LoaderConfig:
                 raise UsageError(f"load_format='thaw': {name} must be true or false")
         if found.workers is not None and (type(found.workers) is not int or found.workers < 1):
             raise UsageError("load_format='thaw': workers must be a whole number from 1")
+        if found.asked is not None and type(found.asked) is not float:
+            raise UsageError("load_format='thaw': asked must be a time in seconds")
         if found.mode == "stream" and found.snapshot:
             raise UsageError("load_format='thaw': mode 'stream' reads the model directory; leave snapshot out")
         if found.source_format == "thaw" or not isinstance(found.source_config, dict):
@@ -138,7 +142,7 @@ class ThawModelLoader(BaseModelLoader):
         with noted(self.config.failures):
             self._prepare(vllm_config, model_config)
             model: torch.nn.Module = super().load_model(vllm_config, model_config, prefix)
-            note(model, vllm_config)
+            note(model, vllm_config, self.config.asked)
             return model
 
     def _prepare(self, vllm_config: VllmConfig, model_config: ModelConfig) -> None:

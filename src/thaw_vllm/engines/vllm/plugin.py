@@ -15,6 +15,7 @@ _WORKER_METHODS = (
     "thaw_wakeable",
     "thaw_pin",
     "thaw_unpin",
+    "thaw_pid",
     "thaw_trim",
     "thaw_kv_describe",
     "thaw_kv_freeze",

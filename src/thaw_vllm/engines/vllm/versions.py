@@ -406,6 +406,33 @@ def attention_constants(config: Any) -> list[torch.Tensor]:
     return [getattr(layer, name) for layer in layers for name in _CONSTANTS if hasattr(layer, name)]
 
 
+_LATE = ("bmm1_scale", "bmm2_scale")
+"""Floats that FlashInfer's attention makes when it is first run, of scales that are looked at themselves."""
+
+
+def made_late(name: str) -> bool:
+    """Whether an attribute may come after loading without saying anything about the weights."""
+    return name.rpartition("|")[2] in _LATE
+
+
+def gives_log_probabilities(core: Any) -> bool:
+    """Whether what an engine answers as log-probabilities are some, and not logits."""
+    return str(getattr(core.vllm_config.model_config, "logprobs_mode", "raw_logprobs")).endswith("logprobs")
+
+
+def name_weights(core: Any, version: str | None) -> None:
+    """Have an engine say with its answers which weights made them, where it does (0.3x on)."""
+    if version is not None and hasattr(core, "set_weight_version"):
+        core.set_weight_version(version)
+
+
+def fail_requests(client: Any, why: str) -> None:
+    """Have an ``AsyncLLM``'s requests end with an error: once it is shut down, nobody tells them."""
+    processor = getattr(client, "output_processor", None)
+    if processor is not None:
+        processor.propagate_error(_get("vllm.v1.engine.exceptions", "EngineDeadError")(why))
+
+
 def graph_entries() -> tuple[type, ...]:
     """The class that holds a CUDA graph and what it writes each time it is replayed; none where it is not imported."""
     module = sys.modules.get("vllm.compilation.cuda_graph")
@@ -457,22 +484,31 @@ def ask_core(core: Any, name: str, tokens: Sequence[int], count: int) -> tuple[l
     return found, chances
 
 
+_LONGEST_RUN = 120.0
+"""Seconds in which an engine whose requests have been ended comes to rest, and a canary is answered."""
+
+
 def run_dry(core: Any, name: str | None = None) -> list[Any]:
     """Have an engine core take steps until nothing is left to do; what they give for others goes to their clients.
 
     Returns:
         What they give for the request of that name.
+
+    Raises:
+        RuntimeError: it does not come to an end.
     """
     mine: list[Any] = []
-    queue = getattr(core, "output_queue", None)
+    queue, until = getattr(core, "output_queue", None), time.monotonic() + _LONGEST_RUN
     while core.scheduler.has_requests() or getattr(core, "batch_queue", None):
+        if time.monotonic() > until:
+            raise RuntimeError(f"the engine has not come to rest in {_LONGEST_RUN:g} s")
         outputs, executed = core.step_fn()
         for client, several in (outputs or {}).items():
             mine += [one for one in several.outputs if one.request_id == name]
             several.outputs = [one for one in several.outputs if one.request_id != name]
             if several.finished_requests is not None:
                 several.finished_requests.discard(name)
-            if queue is not None and several.outputs:
+            if queue is not None and (several.outputs or several.finished_requests):
                 queue.put_nowait((client, several))
         core.post_step(executed)
     return mine

@@ -109,6 +109,14 @@ def thaw_unpin(worker: Any, path: str) -> Answer:
 
 
 @answering
+def thaw_pid(worker: Any) -> Answer:
+    """See swap/parking.py."""
+    from .swap.parking import process
+
+    return process(worker)
+
+
+@answering
 def thaw_trim(worker: Any) -> Answer:
     """See swap/parking.py."""
     from .swap.parking import trim

@@ -49,7 +49,7 @@ class Access:
         """Why whoever sent this token may not ask anything, with the cure; None: they may."""
         token = self.token
         if token is None:
-            return f"this server lets nobody freeze or restore; start it with {TOKEN_VARIABLE} set to a secret"
+            return f"this server lets nobody use thaw's routes; start it with {TOKEN_VARIABLE} set to a secret"
         if len(token) < SHORTEST_TOKEN or not token.isascii() or not token.isprintable() or token != token.strip():
             return (
                 f"the server's {TOKEN_VARIABLE} cannot be used; start it with {SHORTEST_TOKEN} or more printable "

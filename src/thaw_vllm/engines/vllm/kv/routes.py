@@ -185,7 +185,10 @@ async def _state(request: Request, served: _Served) -> dict[str, Any]:
 
 
 async def _swap(request: Request, served: _Served) -> dict[str, Any]:
-    return await served.engine.swap(parse(await _body(request), Swapping), served.access)
+    body = parse(await _body(request), Swapping)
+    if not os.path.isfile(served.access.snapshot(body.name)):
+        raise _Refused(404, "StorageError", f"there is no snapshot {body.name!r} in the server's directory")
+    return await served.engine.swap(body, served.access)
 
 
 async def _park(request: Request, served: _Served) -> dict[str, Any]:

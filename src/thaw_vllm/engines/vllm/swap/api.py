@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ....errors import BrokenEngineError, ThawError, UsageError
+from .. import versions
 from ..client import ask, call
 
 if TYPE_CHECKING:
@@ -152,6 +153,7 @@ async def swap_weights_async(
 
 async def _swap(engine: AsyncLLM, options: dict[str, Any], deadline: float) -> SwapReport:
     await ask(engine, "thaw_swap_check", {"path": options["path"]})
+    await require_running(engine)
     await drain(engine, deadline)
     try:
         answer = await ask(engine, "thaw_swap", options)
@@ -159,15 +161,23 @@ async def _swap(engine: AsyncLLM, options: dict[str, Any], deadline: float) -> S
         await engine.resume_generation()
         raise
     if "broken" in answer:
-        close(engine)
+        await close_async(engine)
         raise broken(answer["broken"])
     try:
         await engine.reset_mm_cache()  # the front end's share
         late = await ask(engine, "thaw_swap_finish", {})
     except Exception as error:  # paused for ever otherwise
-        close(engine)
+        await close_async(engine)
         raise broken(f"{type(error).__name__}: {error}") from error
     return SwapReport(**answer | {"aborted": answer["aborted"] + late["aborted"]})
+
+
+async def require_running(engine: AsyncLLM) -> None:
+    """Raises:
+    UsageError: somebody has paused it, whose pause would be ended with the change.
+    """
+    if await engine.is_paused():
+        raise UsageError("the engine was paused by somebody; have it resumed first")
 
 
 async def drain(engine: AsyncLLM, deadline: float) -> None:
@@ -193,6 +203,14 @@ def close(client: Any) -> None:
         client.shutdown()
 
 
+async def close_async(engine: AsyncLLM) -> None:
+    """End an engine's processes, its requests having been told."""
+    with contextlib.suppress(Exception):
+        versions.fail_requests(engine, "thaw has closed this engine")
+    await asyncio.sleep(0)
+    await asyncio.to_thread(close, engine)
+
+
 def broken(why: str) -> BrokenEngineError:
     """What to raise of an engine that has been closed."""
-    return BrokenEngineError(f"filling its weights failed half-way, so the engine was closed: {why}; start another one")
+    return BrokenEngineError(f"the engine was left half-way, and has been closed: {why}; start another one")

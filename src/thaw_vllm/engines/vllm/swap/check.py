@@ -14,7 +14,7 @@ from ....weights.open import Opened, open_rank
 from ....weights.restore import match
 from .. import versions
 from ..audit import digest, numbers
-from .filled import Filled, covered, noted
+from .filled import Filled, covered, hooks, noted
 from .front import require_files
 from .pins import pinned
 from .reach import uncovered
@@ -128,8 +128,12 @@ def changed(model: torch.nn.Module, config: Any, found: Filled, cache: list[torc
     for path, (tensor, then) in found.others.items():
         if digest(tensor) != then:
             return f"{path!r} was changed after loading, perhaps to what belongs to the weights before"
+    if hooks(model) != found.hooks:
+        return "functions have been hung on its modules since loading (hooks), which may change what they compute"
     now = numbers(model)
     for key in sorted(now.keys() | found.numbers.keys()):
+        if versions.made_late(key):
+            continue
         before, after = (repr(values[key]) if key in values else "nothing" for values in (found.numbers, now))
         if before != after:
             name = key.replace("|", ".")

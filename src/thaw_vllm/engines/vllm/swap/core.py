@@ -17,7 +17,10 @@ from .. import versions
 from ..answers import all_raised, answering
 from ..kv import watch
 
-METHODS = ("thaw_swap_check", "thaw_swap_pin", "thaw_swap", "thaw_swap_finish", "thaw_park", "thaw_wake")
+METHODS = (
+    *("thaw_swap_check", "thaw_swap_pin", "thaw_swap", "thaw_swap_finish"),
+    *("thaw_park_check", "thaw_park", "thaw_wake"),
+)
 _CANARY_PROMPT, _CANARY_TOKENS = 8, 4
 
 
@@ -26,7 +29,7 @@ def install() -> None:
     core = versions.engine_core()
     if core is None:
         return
-    for name, work in zip(METHODS, (check, hold, swap, finish, park, wake), strict=True):
+    for name, work in zip(METHODS, (check, hold, swap, finish, parkable, park, wake), strict=True):
         if not hasattr(core, name):
             setattr(core, name, answering(work))
 
@@ -96,6 +99,7 @@ def swap(core: Any, options: dict[str, Any]) -> dict[str, Any]:
         return _interrupted(core, error)
     if broken is not None:
         return _close(core, broken)
+    versions.name_weights(core, found["model"])
     return {
         "bytes": sum(answer["bytes"] for answer in answers),
         "model": found["model"],
@@ -117,21 +121,20 @@ def finish(core: Any, options: dict[str, Any]) -> dict[str, Any]:
     return {"aborted": aborted}
 
 
-def park(core: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """Give the memory of weights and KV cache back.
+def parkable(core: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Whether an engine may be parked; nothing is changed.
 
     Args:
         options: ``keep_weights``: in host memory, rather than to read them again from their snapshot.
 
     Returns:
-        ``aborted`` requests; ``pids`` of the workers; ``left``: bytes that each keeps on its GPU; ``path`` and
-        ``content`` of the snapshot, None with ``keep_weights``; ``seconds`` by phase. Or ``broken``, as ``swap``.
+        ``pids`` of the workers; ``path`` and ``content`` of the snapshot, None with ``keep_weights``.
 
     Raises:
         UsageError: the engine was started without sleep mode, or is asleep.
-        UnsupportedError: its weights cannot be read again in place; nothing was changed.
+        UnsupportedError: its weights cannot be read again in place.
+        MismatchError, StorageError: the snapshot is not there.
     """
-    clock = _Clock()
     _whole(core)
     _awake(core)
     if not core.vllm_config.model_config.enable_sleep_mode:
@@ -144,6 +147,22 @@ def park(core: Any, options: dict[str, Any]) -> dict[str, Any]:
                 "snapshot would bring others; keep them in host memory meanwhile (keep_weights=True)"
             )
         source = all_raised(core.model_executor.collective_rpc("thaw_source"))[0]
+    pids = all_raised(core.model_executor.collective_rpc("thaw_pid"))
+    return source | {"pids": [answer["pid"] for answer in pids]}
+
+
+def park(core: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Give the memory of weights and KV cache back.
+
+    Args:
+        options: as of ``parkable``, whose errors are raised, too.
+
+    Returns:
+        What ``parkable`` does, and ``aborted`` requests; ``left``: bytes that each worker keeps on its GPU; ``seconds``
+        by phase. Or ``broken``, as ``swap``.
+    """
+    clock = _Clock()
+    source = parkable(core, options)
     clock.end("check")
     aborted = _abort(core)
     clock.end("drain")
@@ -151,20 +170,19 @@ def park(core: Any, options: dict[str, Any]) -> dict[str, Any]:
         core.sleep(1 if options["keep_weights"] else 2)
     except Exception as error:
         return _close(core, f"it could not be put to sleep: {type(error).__name__}: {error}")
-    core.thaw_parked = True
+    core.thaw_parked = wanted = {name: source[name] for name in ("path", "content")}
     versions.keep_asleep(core)
     clock.end("sleep")
     try:
         answers = all_raised(core.model_executor.collective_rpc("thaw_trim"))
     except Exception:
-        woken = wake(core, source | {"verify": True})
+        woken = wake(core, wanted | {"verify": True})
         if "broken" in woken:
             return woken
         raise
     clock.end("trim")
     return source | {
         "aborted": aborted,
-        "pids": [answer["pid"] for answer in answers],
         "left": [answer["left"] for answer in answers],
         "seconds": clock.seconds(),
     }
@@ -186,8 +204,11 @@ def wake(core: Any, options: dict[str, Any]) -> dict[str, Any]:
     """
     clock = _Clock()
     _whole(core)
-    if not getattr(core, "thaw_parked", False):
+    parked = getattr(core, "thaw_parked", None)
+    if parked is None:
         raise UsageError("the engine is not parked")
+    if parked != {name: options[name] for name in parked}:
+        raise UsageError("the engine was parked with another snapshot; wake it with what parking it last gave")
     fill = {"path": options["path"], "content": options["content"], "verify": options["verify"]}
     all_raised(core.model_executor.collective_rpc("thaw_wakeable", args=(fill,)))
     clock.end("check")
@@ -199,7 +220,7 @@ def wake(core: Any, options: dict[str, Any]) -> dict[str, Any]:
         return _interrupted(core, error)
     if broken is not None:
         return _close(core, broken)
-    core.thaw_parked = False
+    core.thaw_parked = None
     return {
         "bytes": sum(answer["bytes"] for answer in answers),
         "aborted": aborted,
@@ -325,7 +346,9 @@ def _canary(core: Any, paused: bool) -> str | None:
         return f"the canary failed with {type(error).__name__}: {error}"
     if len(tokens) != _CANARY_TOKENS or not all(0 <= token < size for token in tokens):
         return f"the canary was answered with the tokens {tokens}"
-    if len(chances) != _CANARY_TOKENS or not all(math.isfinite(chance) and chance <= 0 for chance in chances):
+    if len(chances) != _CANARY_TOKENS or not all(map(math.isfinite, chances)):
+        return f"the canary's log-probabilities are {chances}"
+    if versions.gives_log_probabilities(core) and max(chances) > 0:
         return f"the canary's log-probabilities are {chances}"
     return None
 

@@ -35,6 +35,7 @@ class Filled:
         attributes: plain values that loading set, as in a snapshot's header.
         numbers: all floats that are attributes, once the model was ready.
         others: tensors that no snapshot fills, then: where each hangs → it and its digest.
+        hooks: functions that modules call before or after they are run, then.
         files: what the front end reads beside the weights.
         broken: why the weights are neither those of one snapshot nor of another.
     """
@@ -46,6 +47,7 @@ class Filled:
     attributes: Mapping[str, Any] = field(default_factory=dict)
     numbers: Mapping[str, float] = field(default_factory=dict)
     others: Mapping[str, tuple[torch.Tensor, bytes]] = field(default_factory=dict)
+    hooks: int = 0
     files: Files | None = None
     broken: str | None = None
 
@@ -64,10 +66,13 @@ def remember(model: torch.nn.Module, path: str, header: Header, names: frozenset
     setattr(model, _ATTRIBUTE, Loading(path, header, names))
 
 
-def note(model: torch.nn.Module, config: VllmConfig) -> None:
+def note(model: torch.nn.Module, config: VllmConfig, asked: float | None = None) -> None:
     """Second half, once the model is ready. What cannot be noted leaves an engine that cannot be swapped, and starts.
 
     Nothing is noted where post-processing changes weights: such an engine cannot be swapped anyway.
+
+    Args:
+        asked: as of ``engine_files``.
     """
     known = getattr(model, _ATTRIBUTE, None)
     if not isinstance(known, Loading):
@@ -75,12 +80,12 @@ def note(model: torch.nn.Module, config: VllmConfig) -> None:
     setattr(model, _ATTRIBUTE, None)
     try:
         if versions.identity_processing(model) is None:
-            setattr(model, _ATTRIBUTE, _filled(model, config, known))
+            setattr(model, _ATTRIBUTE, _filled(model, config, known, asked))
     except Exception as error:
         logging.getLogger(__name__).warning("this engine's weights will not be swappable: %s", error)
 
 
-def _filled(model: torch.nn.Module, config: VllmConfig, known: Loading) -> Filled:
+def _filled(model: torch.nn.Module, config: VllmConfig, known: Loading, asked: float | None) -> Filled:
     identity = engine_identity(config, config.model_config)
     return Filled(
         path=known.path,
@@ -90,7 +95,8 @@ def _filled(model: torch.nn.Module, config: VllmConfig, known: Loading) -> Fille
         attributes=dict(known.header.attributes),
         numbers=numbers(model),
         others=unfilled(model, known.names),
-        files=engine_files(config.model_config) if identity.parallel.rank == 0 else None,
+        hooks=hooks(model),
+        files=engine_files(config.model_config, asked) if identity.parallel.rank == 0 else None,
     )
 
 
@@ -109,6 +115,11 @@ def unfilled(model: torch.nn.Module, names: frozenset[str]) -> dict[str, tuple[t
         if id(tensor) not in seen:
             found[path] = (tensor, digest(tensor))
     return found
+
+
+def hooks(model: torch.nn.Module) -> int:
+    """How many functions modules call before or after they are run."""
+    return sum(len(one._forward_hooks) + len(one._forward_pre_hooks) for one in model.modules())
 
 
 def covered(model: torch.nn.Module) -> list[torch.Tensor]:

@@ -49,8 +49,12 @@ class Files:
     unknown: str | None = None
 
 
-def engine_files(model_config: ModelConfig) -> Files:
-    """Read now. A file that was changed after the front end was started is not what that has read, perhaps."""
+def engine_files(model_config: ModelConfig, asked: float | None = None) -> Files:
+    """Read now. A file that was changed after the front end was started is not what that has read, perhaps.
+
+    Args:
+        asked: when the engine was asked for, after which its front end has read them; None where nobody says.
+    """
     model, tokenizer = model_directory(model_config), tokenizer_directory(model_config)
     if model is None or tokenizer is None:
         return Files({}, "the directories of its model and tokenizer are not known")
@@ -66,11 +70,11 @@ def engine_files(model_config: ModelConfig) -> Files:
     ]
     if strange:
         return Files({}, f"{str(tokenizer / strange[0])!r} may be part of its tokenizer, and snapshots do not carry it")
-    started, digests = front_started(), {name: _digest(path) for name, path in places.items()}
+    started, digests = max(front_started(), asked or 0), {name: _digest(path) for name, path in places.items()}
     for path in [*places.values(), *configs.values()]:
         with contextlib.suppress(FileNotFoundError):
             if os.stat(path).st_ctime > started:
-                return Files(digests, f"{str(path)!r} was changed after the engine was started")
+                return Files(digests, f"{str(path)!r} was changed after the engine was started; restart it")
     return Files(digests)
 
 

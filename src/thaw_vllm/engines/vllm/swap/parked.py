@@ -14,7 +14,7 @@ from ....transport import process_checkpoint
 from ....weights.open import open_snapshot
 from ..client import WAKE, ask, call, mark_parked, require_awake
 from ..kv.api import freeze_kv_cache, freeze_kv_cache_async, restore_kv_cache, restore_kv_cache_async
-from .api import DEADLINE, broken, close, drain
+from .api import DEADLINE, broken, close, close_async, drain, require_running
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -113,6 +113,7 @@ def park(
     if llm.llm_engine.has_unfinished_requests():
         raise UsageError("requests are not finished; finish or abort them first")
     start = time.perf_counter()
+    _require_driver(driver, call(llm, "thaw_park_check", {"keep_weights": keep_weights})["pids"])
     kept = None
     if kv is not None:
         kept = _nothing_is_fine(lambda: freeze_kv_cache(llm, kv, force=force).path)
@@ -125,8 +126,8 @@ def park(
     mark_parked(llm, True)
     try:
         return _checkpointed(parked, driver, start)
-    except (UnsupportedError, DeviceError) as error:
-        if isinstance(error, UnsupportedError) or _at_large(parked):
+    except DeviceError:
+        if _at_large(parked):
             wake(llm, parked)
         raise
 
@@ -140,7 +141,7 @@ def wake(llm: LLM, parked: Parked, *, verify: bool = True) -> WakeReport:
         verify: hold every chunk of the snapshot against its checksum once it is on the GPU.
 
     Raises:
-        MismatchError, StorageError: the snapshot is gone, or another by now; the engine stays parked: put it back.
+        MismatchError, StorageError: the snapshot is gone, or another by now; the engine stays asleep: put it back.
         DeviceError: others have taken the GPU's memory, or the driver could not restore a process; the message says
             whether its state is lost, else ask again later.
         BrokenEngineError: it failed half-way, so that the engine has been closed; start another one.
@@ -217,6 +218,9 @@ async def _park(
     require_awake(engine)
     if deadline < 0:
         raise UsageError(f"deadline must be 0 or more seconds, not {deadline}")
+    checked = await ask(engine, "thaw_park_check", {"keep_weights": keep_weights})
+    _require_driver(driver, checked["pids"])
+    await require_running(engine)
     if kv is not None:
         try:
             kept = (await freeze_kv_cache_async(engine, kv, force=force)).path
@@ -231,14 +235,14 @@ async def _park(
             await engine.resume_generation()
         raise
     if "broken" in answer:
-        close(engine)
+        await close_async(engine)
         raise broken(answer["broken"])
     parked = _parked(answer, kept, frozen - start)
     mark_parked(engine, True)
     try:
         return await asyncio.to_thread(_checkpointed, parked, driver, start)
-    except (UnsupportedError, DeviceError) as error:
-        if isinstance(error, UnsupportedError) or _at_large(parked):
+    except DeviceError:
+        if _at_large(parked):
             await _wake(engine, parked, verify=True)
         raise
 
@@ -256,7 +260,7 @@ async def _wake(engine: AsyncLLM, parked: Parked, verify: bool) -> WakeReport:
     restored = time.perf_counter()
     answer = await ask(engine, WAKE, {"path": parked.path, "content": parked.content, "verify": verify})
     if "broken" in answer:
-        close(engine)
+        await close_async(engine)
         raise broken(answer["broken"])
     mark_parked(engine, False)
     thawed = time.perf_counter()
@@ -301,13 +305,9 @@ def _checkpointed(parked: Parked, driver: bool | None, start: float) -> Parked:
     """Have the driver take its part, where that is asked for and can be.
 
     Raises:
-        UnsupportedError, DeviceError: it cannot, or may not, and was to.
+        DeviceError: it may not, and was to; or it has left a process half-way.
     """
-    begun, why = time.perf_counter(), _obstacle(parked)
-    if driver is False:
-        why = "it was not to be asked"
-    elif why is not None and driver:
-        raise UnsupportedError(f"NVIDIA's driver cannot take the engine's state: {why}")
+    begun, why = time.perf_counter(), "it was not to be asked" if driver is False else _obstacle(parked.pids)
     if why is None:
         try:
             process_checkpoint.park(parked.pids, timeout=_LOCKING)
@@ -330,11 +330,19 @@ def _at_large(parked: Parked) -> bool:
         return False
 
 
-def _obstacle(parked: Parked) -> str | None:
+def _require_driver(driver: bool | None, pids: list[int]) -> None:
+    """Raises:
+    UnsupportedError: it cannot take these processes' state, and must.
+    """
+    if driver and (why := _obstacle(pids)) is not None:
+        raise UnsupportedError(f"NVIDIA's driver cannot take the engine's state: {why}")
+
+
+def _obstacle(pids: list[int]) -> str | None:
     """Why the driver cannot take this engine's state; None where nothing speaks against it."""
-    if os.getpid() in parked.pids:
+    if os.getpid() in pids:
         return "the engine runs in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0), which cannot stop itself"
-    if len(parked.pids) > 1:
+    if len(pids) > 1:
         return "it has several ranks, whose communication would wait for one another for ever"
     return process_checkpoint.unsupported()
 

@@ -19,7 +19,7 @@ def trim(worker: Any) -> dict[str, Any]:
     """Return what PyTorch keeps at hand, and end what thaw keeps: page-locked snapshots, and helpers of restores.
 
     Returns:
-        ``pid``; ``left``: bytes of the GPU's memory that are in use, by other processes, too.
+        ``left``: bytes of the GPU's memory that are in use, by other processes, too.
     """
     device = next(worker.get_model().parameters()).device
     pins.release_all()
@@ -28,7 +28,12 @@ def trim(worker: Any) -> dict[str, Any]:
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
-    return {"pid": os.getpid(), "left": total - free}
+    return {"left": total - free}
+
+
+def process(worker: Any) -> dict[str, Any]:
+    """``pid`` of this worker."""
+    return {"pid": os.getpid()}
 
 
 def wakeable(worker: Any, options: dict[str, Any]) -> dict[str, Any]:

@@ -33,7 +33,8 @@ def tensors(model: torch.nn.Module, leave: tuple[type, ...] = ()) -> Iterator[tu
 
     Followed are containers, attributes of any object, methods' owners, and what functions have enclosed; not classes,
     Python modules or the globals of functions, which are shared by all models. Each object is looked at once. What
-    objects of extensions hold, such as the cache of ``functools.lru_cache``, cannot be seen.
+    objects of extensions hold, such as the cache of ``functools.lru_cache``, cannot be seen, nor what is behind a
+    ``weakref.proxy``.
 
     Raises:
         UnsupportedError: it holds more than MOST objects.
@@ -42,7 +43,12 @@ def tensors(model: torch.nn.Module, leave: tuple[type, ...] = ()) -> Iterator[tu
     pending: list[tuple[str, Any]] = [("", model)]
     while pending:
         path, value = pending.pop()
-        if value is None or isinstance(value, (*_LEFT, *leave)) or id(value) in seen:
+        if (
+            type(value) in weakref.ProxyTypes
+            or value is None
+            or isinstance(value, (*_LEFT, *leave))
+            or id(value) in seen
+        ):
             continue
         seen[id(value)] = value
         if len(seen) > MOST:

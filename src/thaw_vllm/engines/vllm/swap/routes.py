@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ....errors import ExistsError, StorageError, UnsupportedError, UsageError
+from ....errors import ExistsError, UnsupportedError, UsageError
 from ..kv.access import Access
 from ..kv.bodies import Parking, Swapping, Waking
 from .api import swap_weights_async
@@ -50,11 +50,9 @@ class Engine:
 
         Raises:
             UsageError: it is parked, or another change is under way.
-            StorageError: there is no such snapshot.
+            StorageError: it cannot be read.
         """
         path = access.snapshot(body.name)
-        if not os.path.isfile(path):
-            raise StorageError(f"there is no snapshot {body.name!r} in the server's directory")
         async with self._change():
             self.require_awake()
             return asdict(await swap_weights_async(self.client, path, verify=body.verify, deadline=body.deadline))
