@@ -219,13 +219,13 @@ def _plugin() -> Check:
 
 
 def _routes() -> Check:
-    """Whether a server started here would have the routes of ``thaw kv``; the cure keeps what it loads now."""
+    """Whether a server started here would have the routes of ``thaw kv`` and its like; the cure keeps what it loads now."""
     from ..engines.vllm.kv.access import DIRECTORY_VARIABLE, SHORTEST_TOKEN, TOKEN_VARIABLE, Access
 
     points = [p for p in metadata.entry_points(group="vllm.endpoint_plugins") if p.value == ROUTES]
     if not points:
         cure = "install this source tree or its wheel into this environment again: pip install -e ."
-        return Check("vLLM routes", NOTE, "not registered; used by thaw kv", cure)
+        return Check("vLLM routes", NOTE, "not registered; used by thaw kv, swap and park", cure)
     allowed, access = os.environ.get("VLLM_PLUGINS"), Access.from_environment()
     if allowed is None:
         names = [p.name for group in GROUPS for p in metadata.entry_points(group=f"vllm.{group}_plugins")]
@@ -242,7 +242,7 @@ def _routes() -> Check:
         off.append(f"{DIRECTORY_VARIABLE} is no directory")
         line.append(f'{DIRECTORY_VARIABLE}="$PWD"')
     if off:
-        return Check("vLLM routes", NOTE, f"off, used by thaw kv: {', '.join(off)}", f"export {' '.join(line)}")
+        return Check("vLLM routes", NOTE, f"off, used by thaw kv, swap and park: {', '.join(off)}", f"export {' '.join(line)}")
     return Check("vLLM routes", OK, "on")
 
 
