@@ -123,10 +123,11 @@ class TestParking:
         check = found()["GPU parking"]
         assert (check.state, check.cure) == (NOTE, "") and "no GPU" in check.found
 
-    def test_root(self, monkeypatch):
+    def test_root_of_a_container(self, monkeypatch):
         monkeypatch.setattr(os, "geteuid", lambda: 0)
         check = found()["GPU parking"]
-        assert (check.state, check.cure) == (OK, "") and "root" in check.found
+        assert check.state == NOTE and "root without the capabilities" in check.found
+        assert check.cure == process_checkpoint.PERMISSION
 
     @pytest.mark.parametrize(
         ("held", "state"),

@@ -336,12 +336,13 @@ def swap(
     from ..bench.summary import failures, seconds_table
     from ..bench.summary import plain as plainly
     from ..engines.vllm.api import require_vllm_installed
+    from ..errors import UnsupportedError
     from .freeze import parse_engine_arg
 
-    args = dict(parse_engine_arg(text) for text in engine_arg or [])
-    settings = measuring.Settings(
-        model, (snapshot, other), runs, eager, park, args, _limits(None, limit_gb, runs, None)
-    )
+    args, limits = dict(parse_engine_arg(text) for text in engine_arg or []), _limits(None, limit_gb, runs, None)
+    if limits.device == "cpu":
+        raise UnsupportedError("weights are swapped on NVIDIA GPUs only, and torch finds none here")
+    settings = measuring.Settings(model, (snapshot, other), runs, eager, park, args, limits)
     require_vllm_installed()
     outcome = measuring.measure(settings, _tell)
     if as_json:

@@ -161,12 +161,11 @@ def _parking(has_gpu: bool) -> Check:
     if lacking:
         found, _, cure = lacking.partition("; ")
         return Check(name, NOTE, f"{found}; {SLEEP_ALONE}", cure)
-    if os.geteuid() == 0:
-        return Check(name, OK, "the driver can, and this is root")
     held = _capabilities()
     if CHECKPOINT_RESTORE in held and {SYS_PTRACE, SYS_ADMIN} & held:
         return Check(name, OK, "the driver can, and this process has the capabilities")
-    found = f"the driver can, but this is neither root nor has the capabilities; if it refuses, {SLEEP_ALONE}"
+    who = "this is root without the capabilities, as in a container" if os.geteuid() == 0 else "this is not root"
+    found = f"the driver can, but {who}; if it refuses, {SLEEP_ALONE}"
     return Check(name, NOTE, found, process_checkpoint.PERMISSION)
 
 
@@ -219,7 +218,7 @@ def _plugin() -> Check:
 
 
 def _routes() -> Check:
-    """Whether a server started here would have the routes of ``thaw kv`` and its like; the cure keeps what it loads now."""
+    """Whether a server started here would have thaw's routes; the cure keeps what it loads now."""
     from ..engines.vllm.kv.access import DIRECTORY_VARIABLE, SHORTEST_TOKEN, TOKEN_VARIABLE, Access
 
     points = [p for p in metadata.entry_points(group="vllm.endpoint_plugins") if p.value == ROUTES]
@@ -239,10 +238,11 @@ def _routes() -> Check:
         off.append(f"{TOKEN_VARIABLE} is not set" if access.token is None else f"{TOKEN_VARIABLE} is too short")
         line.append(f"{TOKEN_VARIABLE}=$(openssl rand -hex 32)")
     if access.directory is None or not os.path.isabs(access.directory) or not os.path.isdir(access.directory):
-        off.append(f"{DIRECTORY_VARIABLE} is no directory")
+        off.append(f"{DIRECTORY_VARIABLE} is no directory (for thaw kv)")
         line.append(f'{DIRECTORY_VARIABLE}="$PWD"')
     if off:
-        return Check("vLLM routes", NOTE, f"off, used by thaw kv, swap and park: {', '.join(off)}", f"export {' '.join(line)}")
+        what = "off, used by thaw kv, swap and park" if len(off) > 1 or DIRECTORY_VARIABLE not in off[0] else "on"
+        return Check("vLLM routes", NOTE, f"{what}: {', '.join(off)}", f"export {' '.join(line)}")
     return Check("vLLM routes", OK, "on")
 
 

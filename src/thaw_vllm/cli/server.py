@@ -97,4 +97,5 @@ def _told(server: str, status: int, answer: Any) -> Exception:
         return errors.UsageError(
             f"the server at {server} has no routes of thaw's; start it with the environment that 'thaw doctor' prints"
         )
-    return errors.ThawError(f"the server at {server} answered {status}: {plain(message) or 'nothing that says why'}")
+    why = plain(message) or "nothing that says why; is it vLLM's, with thaw's routes?"
+    return errors.ThawError(f"the server at {server} answered {status}: {why}")

@@ -25,8 +25,8 @@ from .cuda import INT, POINTER, UINT
 from .parallel import crew, run
 
 PERMISSION = (
-    "run as root, or in a container with CAP_SYS_ADMIN or CAP_SYS_PTRACE and CAP_CHECKPOINT_RESTORE, "
-    "in the same PID namespace as the process"
+    "run as root; in a container, with CAP_CHECKPOINT_RESTORE and one of CAP_SYS_PTRACE and CAP_SYS_ADMIN, in the PID "
+    "namespace of the process"
 )
 """The cure where the driver may not."""
 

@@ -134,7 +134,7 @@ def identity_processing(model: torch.nn.Module) -> str | None:
     linear = _get("vllm.model_executor.layers.linear", "UnquantizedLinearMethod")
     embedding = _get("vllm.model_executor.layers.vocab_parallel_embedding", "UnquantizedEmbeddingMethod")
     if any(p.device.type != "cuda" for p in model.parameters()) or torch_module.version.hip:
-        return "vLLM repacks weights on this device after loading"
+        return "vLLM repacks weights on this device after loading, as on any but NVIDIA GPUs"
     for name, module in model.named_modules():
         method = getattr(module, "quant_method", None)
         if method is not None and type(method) not in (linear, embedding):

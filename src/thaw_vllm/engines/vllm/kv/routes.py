@@ -192,11 +192,11 @@ async def _swap(request: Request, served: _Served) -> dict[str, Any]:
 
 
 async def _park(request: Request, served: _Served) -> dict[str, Any]:
-    return await served.engine.park(parse(await _body(request), Parking), served.access)
+    return await served.engine.park(parse(await _body(request) or b"{}", Parking), served.access)
 
 
 async def _wake(request: Request, served: _Served) -> dict[str, Any]:
-    return await served.engine.wake(parse(await _body(request), Waking))
+    return await served.engine.wake(parse(await _body(request) or b"{}", Waking))
 
 
 async def _call(served: _Served, method: str, options: dict[str, Any]) -> dict[str, Any]:

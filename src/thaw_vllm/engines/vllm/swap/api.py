@@ -118,8 +118,8 @@ def swap_weights(llm: LLM, snapshot: str | os.PathLike[str], *, verify: bool = T
         BrokenEngineError: it failed half-way, so that the engine has been closed; start another one.
 
     Example:
-        >>> thaw_vllm.swap_weights(llm, "fine-tune.thaw").seconds["total"]
-        0.62
+        >>> thaw_vllm.swap_weights(llm, "fine-tune.thaw").aborted
+        0
     """
     if llm.llm_engine.has_unfinished_requests():
         raise UsageError("requests are not finished; finish or abort them first")

@@ -138,13 +138,16 @@ def parkable(core: Any, options: dict[str, Any]) -> dict[str, Any]:
     _whole(core)
     _awake(core)
     if not core.vllm_config.model_config.enable_sleep_mode:
-        raise UsageError("this engine was started without sleep mode; start it with enable_sleep_mode=True")
+        raise UsageError(
+            "this engine was started without sleep mode; on an NVIDIA GPU, start it with enable_sleep_mode=True "
+            "(--enable-sleep-mode)"
+        )
     source: dict[str, Any] = {"path": None, "content": None}
     if not options["keep_weights"]:
         if watch.weights_changed(core):
             raise UnsupportedError(
                 "this engine's weights may have been changed since they were loaded (a call to its workers), so its "
-                "snapshot would bring others; keep them in host memory meanwhile (keep_weights=True)"
+                "snapshot would bring others; keep them in host memory meanwhile (keep_weights=True, --keep-weights)"
             )
         source = all_raised(core.model_executor.collective_rpc("thaw_source"))[0]
     pids = all_raised(core.model_executor.collective_rpc("thaw_pid"))

@@ -106,8 +106,8 @@ def park(
 
     Example:
         >>> parked = thaw_vllm.park(llm)
-        >>> thaw_vllm.wake(llm, parked).seconds["total"]
-        0.95
+        >>> thaw_vllm.wake(llm, parked).bytes
+        16060522496
     """
     require_awake(llm)
     if llm.llm_engine.has_unfinished_requests():
