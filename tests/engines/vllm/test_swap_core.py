@@ -577,3 +577,11 @@ def test_what_would_run_a_parked_engine_is_refused():
     run(core, "wake")
     core.resume_scheduler()
     assert not core.paused
+
+
+def test_a_sleep_that_is_put_off():
+    """vLLM does that where work is left; nothing may be taken from an engine that is awake."""
+    core = FakeCore()
+    core.sleep = lambda level: None  # type: ignore[method-assign]
+    assert "has not" in run(core, "park")["broken"] and refused(core)
+    assert RPC + "thaw_trim" not in core.log

@@ -173,6 +173,8 @@ def park(core: Any, options: dict[str, Any]) -> dict[str, Any]:
         core.sleep(1 if options["keep_weights"] else 2)
     except Exception as error:
         return _close(core, f"it could not be put to sleep: {type(error).__name__}: {error}")
+    if not core.model_executor.is_sleeping:
+        return _close(core, "it was asked to sleep, and has not")
     core.thaw_parked = wanted = {name: source[name] for name in ("path", "content")}
     versions.keep_asleep(core)
     clock.end("sleep")
