@@ -533,9 +533,9 @@ def test_another_tensor_that_was_there_when_loading_ended(
     path = freeze(directory)
     real = filled.note
 
-    def late(model: torch.nn.Module, config: Any) -> None:
+    def late(model: torch.nn.Module, *config: Any) -> None:
         model.lm_head.derived = model.lm_head.weight.detach() * 2
-        real(model, config)
+        real(model, *config)
 
     monkeypatch.setattr("thaw_vllm.engines.vllm.loader.note", late)
     running = engine(directory, path)
