@@ -148,7 +148,15 @@ def plan(settings: Settings, say: Say) -> Plan:
 
 
 def run(task: str, request: dict[str, Any], say: Say) -> dict[str, Any]:
+    """One of this benchmark's engines; see ``ask_engine``."""
+    return ask_engine(task, request, WHO[task], f"measuring {', '.join(map(str, request['tokens']))} tokens", say)
+
+
+def ask_engine(task: str, request: dict[str, Any], who: str, doing: str, say: Say) -> dict[str, Any]:
     """A fresh process with an engine; its answer.
+
+    Args:
+        who, doing: what people are told of it.
 
     Raises:
         ThawError: it failed; of the class of its error where that is one of thaw's.
@@ -156,23 +164,24 @@ def run(task: str, request: dict[str, Any], say: Say) -> dict[str, Any]:
     with Child(task, request) as child:
         try:
             child.reach(READY, STARTING)
-            say(f"{WHO[task]}: starting")
+            say(f"{who}: starting")
             child.go()
             child.reach(PREPARED, ENGINE)
-            say(f"{WHO[task]}: warm; measuring {', '.join(map(str, request['tokens']))} tokens")
+            say(f"{who}: warm; {doing}")
             child.go()
             child.reach(DONE, MEASURING)
             child.go()
             answer: dict[str, Any] = child.reach(RESULT)["result"]
         except ChildError as error:
-            raise failure(WHO[task], str(error), child.printed()) from None
+            raise failure(who, str(error), child.printed()) from None
     return answer
 
 
 def failure(who: str, said: str, printed: str) -> ThawError:
     """What to raise of a child that failed: its error, of its class where that is one of thaw's.
 
-    An engine core's error is in the log alone; the process that started it says to look there."""
+    An engine core's error is in the log alone; the process that started it says to look there.
+    """
     if re.search("root cause|stack trace", said):
         found = re.findall(r"\b(\w*(?:Error|Exception): .+)", printed)
         told = [line for line in found if not re.search("root cause|stack trace", line)]

@@ -43,7 +43,7 @@ def freezing(request: dict[str, Any]) -> Steps:
     freezes' ``reports``, how many tokens were ``cached``, and the answers from the cache (``answer``) and with nothing
     cached (``cold_answer``).
     """
-    _import(request["sockets"])
+    import_vllm(request["sockets"])
     yield
     with _started(request) as engine:
         yield
@@ -64,7 +64,7 @@ def thawing(request: dict[str, Any]) -> Steps:
     (``different``), and this engine's own answers with nothing cached (``cold_answer``) and from its own cache
     (``hit_answer``).
     """
-    _import(request["sockets"])
+    import_vllm(request["sockets"])
     yield
     with _started(request, thaws=True) as engine:
         yield
@@ -76,7 +76,12 @@ def thawing(request: dict[str, Any]) -> Steps:
 TASKS = {"kv-freeze": freezing, "kv-thaw": thawing}
 
 
-def _import(sockets: str) -> None:
+def import_vllm(sockets: str) -> None:
+    """With what every engine of a benchmark is started with.
+
+    Args:
+        sockets: a directory for them.
+    """
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; without a GPU only
     os.environ.update(endpoints(sockets))

@@ -11,23 +11,19 @@ from typing import Any
 from ..errors import UsageError
 from ..weights.open import open_snapshot
 from . import ceilings
-from .kv import TOKENIZERS, config_of, failure
+from .kv import TOKENIZERS, ask_engine, config_of
 from .outcome import Outcome, Say
-from .process import DONE, PREPARED, READY, RESULT, STARTING, Child, ChildError
 from .record import Record, file_system_of
 
-ENGINE, MEASURING = 1800.0, 3600.0
-"""Seconds that starting the engine and measuring may take."""
-WHO = "the engine"
 WORKS = {
-    "swap": ("swap", "thaw", "tmpfs"),
+    "swap": ("swap", "thaw", ""),
     "swap-pinned": ("swap", "thaw", "page-locked"),
     "park": ("park", "thaw", "driver"),
     "wake": ("wake", "thaw", "driver"),
     "sleep": ("park", "vllm", "sleep-1"),
     "sleep-wake": ("wake", "vllm", "sleep-1"),
 }
-"""What the child calls it → work, system, route."""
+"""What the child calls it → work, system, route: empty for the snapshots' file system."""
 
 
 @dataclass(frozen=True)
@@ -92,20 +88,8 @@ def measure(settings: Settings, say: Say) -> Outcome:
 
 
 def _run(request: dict[str, Any], say: Say) -> dict[str, Any]:
-    with Child("swap", request) as child:
-        try:
-            child.reach(READY, STARTING)
-            say(f"{WHO}: starting")
-            child.go()
-            child.reach(PREPARED, ENGINE)
-            say(f"{WHO}: warm; swapping" + (", and parking" if request["park"] else ""))
-            child.go()
-            child.reach(DONE, MEASURING)
-            child.go()
-            answer: dict[str, Any] = child.reach(RESULT)["result"]
-        except ChildError as error:
-            raise failure(WHO, str(error), child.printed()) from None
-    return answer
+    doing = "swapping" + (", and parking" if request["park"] else "")
+    return ask_engine("swap", request, "the engine", doing, say)
 
 
 def _size(snapshots: tuple[Path, Path]) -> int:
@@ -133,8 +117,7 @@ def _records(found: dict[str, Any], size: int, kind: str, settings: Settings) ->
         told = found[name]
         extra: dict[str, Any] = {"start": kind, "engine_args": settings.engine_args, "phases": _phases(told["reports"])}
         extra |= {key: told[key] for key in ("used", "left", "pinned", "pinning") if key in told}
-        if work == "swap" and route == "tmpfs":
-            route = place or "file"
+        route = route or place or "file"
         if name in ("park", "wake") and not all(report.get("driver", True) for report in found["park"]["reports"]):
             route, extra["why"] = "sleep mode", found["park"]["reports"][-1]["why"]
         moved = 0 if name in ("park", "sleep") else size

@@ -10,8 +10,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ..engines.vllm.fresh import endpoints
-from .kv_task import prompt
+from .kv_task import import_vllm, prompt
 
 if TYPE_CHECKING:
     from ..engines.vllm.prompted import Prompted
@@ -30,11 +29,7 @@ def swapping(request: dict[str, Any]) -> Steps:
     was the one that these weights gave before (``equal``). Of ``park`` and ``sleep`` also MiB of the GPU's memory in
     use before (``used``) and meanwhile (``left``).
     """
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; without a GPU only
-    os.environ.update(endpoints(request["sockets"]))
-    import vllm  # noqa: F401
-
+    import_vllm(request["sockets"])
     from ..engines.vllm.prompted import Prompted
 
     yield

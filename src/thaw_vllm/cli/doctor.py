@@ -219,7 +219,7 @@ def _plugin() -> Check:
 
 def _routes() -> Check:
     """Whether a server started here would have thaw's routes; the cure keeps what it loads now."""
-    from ..engines.vllm.kv.access import DIRECTORY_VARIABLE, SHORTEST_TOKEN, TOKEN_VARIABLE, Access
+    from ..engines.vllm.kv.access import DIRECTORY_VARIABLE, SHORTEST_TOKEN, TOKEN_VARIABLE, Access, no_directory
 
     points = [p for p in metadata.entry_points(group="vllm.endpoint_plugins") if p.value == ROUTES]
     if not points:
@@ -237,11 +237,11 @@ def _routes() -> Check:
     if access.token is None or len(access.token) < SHORTEST_TOKEN:
         off.append(f"{TOKEN_VARIABLE} is not set" if access.token is None else f"{TOKEN_VARIABLE} is too short")
         line.append(f"{TOKEN_VARIABLE}=$(openssl rand -hex 32)")
-    if access.directory is None or not os.path.isabs(access.directory) or not os.path.isdir(access.directory):
+    what = "off, used by thaw kv, swap and park" if off else "on"
+    if no_directory(access.directory, DIRECTORY_VARIABLE):
         off.append(f"{DIRECTORY_VARIABLE} is no directory (for thaw kv)")
         line.append(f'{DIRECTORY_VARIABLE}="$PWD"')
     if off:
-        what = "off, used by thaw kv, swap and park" if len(off) > 1 or DIRECTORY_VARIABLE not in off[0] else "on"
         return Check("vLLM routes", NOTE, f"{what}: {', '.join(off)}", f"export {' '.join(line)}")
     return Check("vLLM routes", OK, "on")
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from .output import Force, Json, document, pairs, plain, size
-from .server import LOCAL, ApiKey, Server, Token, ask
+from .server import LOCAL, ApiKey, Deadline, Server, Token, ask
 
 EXAMPLES = """
 thaw park
@@ -28,7 +28,7 @@ def park(
         bool | None,
         typer.Option("--driver/--no-driver", help="NVIDIA's driver must or must not help. [default: if it may]"),
     ] = None,
-    deadline: Annotated[float, typer.Option(min=0, max=3600, help="Seconds in which running requests may end.")] = 30.0,
+    deadline: Deadline = 30.0,
     server: Server = LOCAL,
     token: Token = None,
     api_key: ApiKey = None,

@@ -23,6 +23,10 @@ ApiKey = Annotated[
         "--api-key", envvar="VLLM_API_KEY", show_envvar=False, help="vLLM's own, if any. [default: $VLLM_API_KEY]"
     ),
 ]
+Verify = Annotated[
+    bool, typer.Option("--verify/--no-verify", help="Hold every chunk of the snapshot against its checksum.")
+]
+Deadline = Annotated[float, typer.Option(min=0, max=3600, help="Seconds in which running requests may end.")]
 LOCAL = "http://127.0.0.1:8000"
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from .output import Json, document, pairs, plain, size
-from .server import LOCAL, ApiKey, Server, Token, ask
+from .server import LOCAL, ApiKey, Deadline, Server, Token, Verify, ask
 
 EXAMPLES = """
 thaw swap fine-tune.thaw
@@ -17,10 +17,8 @@ thaw swap fine-tune.thaw --deadline 0 --server http://127.0.0.1:8001
 
 def swap(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A .thaw file in the server's THAW_SNAPSHOT_DIR.")],
-    verify: Annotated[
-        bool, typer.Option("--verify/--no-verify", help="Hold every chunk of the snapshot against its checksum.")
-    ] = True,
-    deadline: Annotated[float, typer.Option(min=0, max=3600, help="Seconds in which running requests may end.")] = 30.0,
+    verify: Verify = True,
+    deadline: Deadline = 30.0,
     server: Server = LOCAL,
     token: Token = None,
     api_key: ApiKey = None,

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
-
 from .output import Json, document, pairs, plain, size
-from .server import LOCAL, ApiKey, Server, Token, ask
+from .server import LOCAL, ApiKey, Server, Token, Verify, ask
 
 EXAMPLES = """
 thaw wake
@@ -16,9 +12,7 @@ thaw wake --server http://127.0.0.1:8001 --json
 
 
 def wake(
-    verify: Annotated[
-        bool, typer.Option("--verify/--no-verify", help="Hold every chunk of the snapshot against its checksum.")
-    ] = True,
+    verify: Verify = True,
     server: Server = LOCAL,
     token: Token = None,
     api_key: ApiKey = None,

@@ -83,6 +83,12 @@ class Captured:
     tensors: tuple[torch.Tensor, ...]
 
 
+def fillable(module: torch.nn.Module) -> tuple[dict[str, torch.Tensor], set[str]]:
+    """Every parameter and buffer under every name, for a restore; and which of these names are parameters'."""
+    parameters: dict[str, torch.Tensor] = dict(module.named_parameters(remove_duplicate=False))
+    return parameters | dict(module.named_buffers(remove_duplicate=False)), set(parameters)
+
+
 def module_tensors(module: torch.nn.Module, also: Collection[str] = ()) -> list[Named]:
     """Parameters and persistent buffers under every name, and the non-persistent buffers in ``also``."""
     found: list[Named] = [(n, PARAMETER, p) for n, p in module.named_parameters(remove_duplicate=False)]

@@ -16,7 +16,7 @@ from ..format.identity import Identity
 from ..format.snapshot import Snapshot
 from ..transport.collector import collection_paused
 from ..transport.source import FileSource, Source
-from .capture import capture, module_tensors, persistent_buffers
+from .capture import capture, fillable, module_tensors, persistent_buffers
 from .freeze import FreezeOptions, FreezeReport, tensors_id, write_snapshot
 from .open import open_memory, sections
 from .reading import RestoreOptions, reading
@@ -107,8 +107,7 @@ def restore_opened(
     Args:
         start: when the clock began (``time.perf_counter``).
     """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    targets = parameters | dict(model.named_buffers(remove_duplicate=False))
+    targets, parameters = fillable(model)
     with reading(source, targets.values(), options) as way:
         snapshot = snapshot or sections(source)
         if snapshot.header.kv is not None:
@@ -121,7 +120,7 @@ def restore_opened(
                 f"{source.name!r} holds the {stage!r} stage of {snapshot.header.identity.engine}; only that engine "
                 "can thaw it (load_format='thaw')"
             )
-        required = set(parameters) | persistent_buffers(model)
+        required = parameters | persistent_buffers(model)
         opened = time.perf_counter() - start - way.seconds
         report = restore(source, snapshot, targets, required, options, way)
     seconds = {"choose": report.seconds["choose"], "open": opened} | report.seconds

@@ -25,7 +25,7 @@ from ...errors import UnsupportedError, UsageError
 from ...format.header import Header
 from ...format.identity import Identity, require
 from ...transport.collector import collection_paused
-from ...weights.capture import capture, module_tensors
+from ...weights.capture import capture, fillable, module_tensors
 from ...weights.checkpoint import Checkpoint, carried_files, has_weights, open_checkpoint
 from ...weights.freeze import FreezeOptions, FreezeReport
 from ...weights.open import open_rank
@@ -178,9 +178,7 @@ class ThawModelLoader(BaseModelLoader):
     ) -> tuple[RestoreReport, str | None]:
         config = self.config
         start = time.perf_counter()
-        targets: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
-        required = set(targets)
-        targets |= dict(model.named_buffers(remove_duplicate=False))
+        targets, required = fillable(model)
 
         def options(progress: Callable[[int, int], None] | None) -> RestoreOptions:
             return RestoreOptions(
@@ -203,7 +201,8 @@ class ThawModelLoader(BaseModelLoader):
             owners = audit.attribute_owners(model, header.attributes)
             report = restore(opened.source, opened.snapshot, targets, required, options(progress), way)
             audit.apply_attributes(owners, header.attributes)
-            remember(model, config.snapshot, header, frozenset(t.name for t in opened.snapshot.index.tensors))
+            names = frozenset(tensor.name for tensor in opened.snapshot.index.tensors)
+            remember(model, config.snapshot, header, names, identity)
         seconds = {"open": checked - start} | report.seconds | {"total": time.perf_counter() - start}
         report = dataclasses.replace(report, seconds=seconds)
         logger.info(
@@ -253,7 +252,7 @@ class ThawModelLoader(BaseModelLoader):
                 ident.result if ident is not None else lambda: None,
             )
         names = frozenset(tensor.name for tensor in captured.index.tensors)
-        remember(model, self.config.snapshot, dataclasses.replace(header, content=report.content), names)
+        remember(model, self.config.snapshot, dataclasses.replace(header, content=report.content), names, identity)
         logger.info("froze %d tensors, %.2f GB to %s", report.tensors, report.bytes / 1e9, report.path)
         return report, report.model
 

@@ -146,6 +146,19 @@ def identity_processing(model: torch.nn.Module) -> str | None:
     return None
 
 
+def changed_by_configuration(config: Any) -> str | None:
+    """Why an engine's weights may not be as loading left them, beside post-processing; None where they are.
+
+    Args:
+        config: vLLM's, of the engine.
+    """
+    if config.lora_config is not None:
+        return "LoRA adapters are wrapped around its modules"
+    if untied_by_checkpoint(config.model_config):
+        return "vLLM may have tied its embeddings after loading"
+    return None
+
+
 def _holds_parameters(module: torch.nn.Module) -> bool:
     return any(True for _ in module.parameters(recurse=False))
 
@@ -375,13 +388,11 @@ def swap_obstacle(model: torch.nn.Module, config: Any) -> str | None:
     Args:
         config: vLLM's, of the engine.
     """
-    model_config, cache = config.model_config, config.cache_config
-    if config.lora_config is not None:
-        return "LoRA adapters are wrapped around its modules"
+    model_config, cache, why = config.model_config, config.cache_config, changed_by_configuration(config)
+    if why is not None:
+        return why
     if getattr(config.speculative_config, "draft_model_config", None) is not None:
         return "a draft model would keep what was made for the weights before"
-    if untied_by_checkpoint(model_config):
-        return "vLLM may have tied its embeddings after loading"
     if model_config.runner_type != "generate":
         return f"it does not generate ({model_config.runner_type})"
     if model_config.is_multimodal_model:

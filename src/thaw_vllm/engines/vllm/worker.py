@@ -143,14 +143,10 @@ def _freeze_running(worker: Any, path: str, force: bool) -> dict[str, Any]:
     from ...weights.ranks import freeze_rank
     from .exchange import world_exchange
     from .identity import config_directory, engine_identity, model_directory
-    from .versions import identity_processing, untied_by_checkpoint
+    from .versions import changed_by_configuration, identity_processing
 
     model, config = worker.get_model(), worker.vllm_config
-    why = identity_processing(model)
-    if why is None and config.lora_config is not None:
-        why = "LoRA adapters are wrapped around its modules"
-    if why is None and untied_by_checkpoint(config.model_config):
-        why = "vLLM may have tied its embeddings after loading"
+    why = identity_processing(model) or changed_by_configuration(config)
     if why is not None:
         raise UnsupportedError(
             f"a running engine can be frozen only where post-processing changed nothing: {why}; "

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ....errors import UsageError
+from ....errors import ExistsError, UsageError
 
 TOKEN_VARIABLE = "THAW_ADMIN_TOKEN"
 DIRECTORY_VARIABLE = "THAW_KV_DIR"
@@ -43,7 +43,7 @@ class Access:
 
     def refusal(self, given: str | None) -> str | None:
         """Why whoever sent this token may not freeze or restore KV blocks, with the cure; None: they may."""
-        return self.stranger(given) or _no_directory(self.directory, DIRECTORY_VARIABLE)
+        return self.stranger(given) or no_directory(self.directory, DIRECTORY_VARIABLE)
 
     def stranger(self, given: str | None) -> str | None:
         """Why whoever sent this token may not ask anything, with the cure; None: they may."""
@@ -68,6 +68,17 @@ class Access:
         """
         return _within(self.directory, DIRECTORY_VARIABLE, name)
 
+    def target(self, name: str, force: bool) -> str:
+        """``path_of`` a file that is to be written: said before the engine stops for it.
+
+        Raises:
+            ExistsError: it is there, and is not to be replaced.
+        """
+        path = self.path_of(name)
+        if not force and os.path.lexists(path):
+            raise ExistsError(f'{name!r} exists in the server\'s directory; use --force ("force": true) to replace it')
+        return path
+
     def snapshot(self, name: str) -> str:
         """Where the snapshot of this checked name is.
 
@@ -77,7 +88,8 @@ class Access:
         return _within(self.snapshots, SNAPSHOTS_VARIABLE, name)
 
 
-def _no_directory(directory: str | None, variable: str) -> str | None:
+def no_directory(directory: str | None, variable: str) -> str | None:
+    """Why a server whose ``variable`` says this has no directory for files, with the cure; None: it has."""
     if directory is None or not os.path.isabs(directory) or not os.path.isdir(directory):
         return (
             f"this server has no directory for files; start it with {variable} set to the absolute path of one that "
@@ -87,7 +99,7 @@ def _no_directory(directory: str | None, variable: str) -> str | None:
 
 
 def _within(directory: str | None, variable: str, name: str) -> str:
-    why = _no_directory(directory, variable)
+    why = no_directory(directory, variable)
     if why is not None:
         raise UsageError(why)
     assert directory is not None

@@ -136,7 +136,7 @@ async def _info(request: Request, served: _Served) -> dict[str, Any]:
 async def _freeze(request: Request, served: _Served) -> dict[str, Any]:
     served.engine.require_awake()
     body = await asyncio.to_thread(parse, await _body(request), Freezing)
-    path, prefixes = _target(served.access, body.name, body.force), None
+    path, prefixes = served.access.target(body.name, body.force), None
     if body.prompts is not None:
         tokens = [await versions.completion_tokens(served.client, text) for text in body.prompts]
         prefixes = [{"tokens": ids, "salt": body.cache_salt} for ids in tokens]
@@ -162,13 +162,6 @@ async def _restore(request: Request, served: _Served) -> dict[str, Any]:
     if not os.path.isfile(path):
         raise _Refused(404, "StorageError", f"there is no file {body.name!r} in the server's directory")
     return await _call(served, "thaw_kv_restore", {"path": path, "model": body.model_id, "evict": body.evict})
-
-
-def _target(access: Access, name: str, force: bool) -> str:
-    path = access.path_of(name)
-    if not force and os.path.lexists(path):  # said before the engine stops for it
-        raise ExistsError(f'{name!r} exists in the server\'s directory; use --force ("force": true) to replace it')
-    return path
 
 
 async def _body(request: Request) -> bytes:

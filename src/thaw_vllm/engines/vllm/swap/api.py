@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ....errors import BrokenEngineError, ThawError, UsageError
 from .. import versions
 from ..client import ask, call
+from ..kv.core import path_of
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -78,7 +79,7 @@ def check_swap(llm: LLM, snapshot: str | os.PathLike[str]) -> Swappable:
         >>> thaw_vllm.check_swap(llm, "fine-tune.thaw").bytes
         16060522496
     """
-    answer = call(llm, "thaw_swap_check", {"path": _path(snapshot)})
+    answer = call(llm, "thaw_swap_check", {"path": path_of(snapshot)})
     return Swappable(answer["bytes"], answer["tensors"], answer["model"])
 
 
@@ -92,12 +93,12 @@ def pin_snapshot(llm: LLM, snapshot: str | os.PathLike[str]) -> int:
     Raises:
         FormatError, StorageError, DeviceError: as ``pin``.
     """
-    return int(call(llm, "thaw_swap_pin", {"path": _path(snapshot), "release": False})["bytes"])
+    return int(call(llm, "thaw_swap_pin", {"path": path_of(snapshot), "release": False})["bytes"])
 
 
 def unpin_snapshot(llm: LLM, snapshot: str | os.PathLike[str]) -> None:
     """Give that memory back; of a snapshot that is not held does nothing."""
-    call(llm, "thaw_swap_pin", {"path": _path(snapshot), "release": True})
+    call(llm, "thaw_swap_pin", {"path": path_of(snapshot), "release": True})
 
 
 def swap_weights(llm: LLM, snapshot: str | os.PathLike[str], *, verify: bool = True) -> SwapReport:
@@ -123,7 +124,7 @@ def swap_weights(llm: LLM, snapshot: str | os.PathLike[str], *, verify: bool = T
     """
     if llm.llm_engine.has_unfinished_requests():
         raise UsageError("requests are not finished; finish or abort them first")
-    answer = call(llm, "thaw_swap", {"path": _path(snapshot), "verify": verify})
+    answer = call(llm, "thaw_swap", {"path": path_of(snapshot), "verify": verify})
     if "broken" in answer:
         close(llm.llm_engine.engine_core)
         raise broken(answer["broken"])
@@ -146,7 +147,7 @@ async def swap_weights_async(
     """
     if deadline < 0:
         raise UsageError(f"deadline must be 0 or more seconds, not {deadline}")
-    options = {"path": _path(snapshot), "verify": verify}
+    options = {"path": path_of(snapshot), "verify": verify}
     # Once begun it goes to its end, also where the caller is cancelled: half of it would let requests in too early.
     return await asyncio.shield(asyncio.ensure_future(_swap(engine, options, deadline)))
 
@@ -191,10 +192,6 @@ async def drain(engine: AsyncLLM, deadline: float) -> None:
         await waiting  # may have failed
     else:  # ends by itself, with the requests
         waiting.add_done_callback(lambda future: future.cancelled() or future.exception())
-
-
-def _path(snapshot: str | os.PathLike[str]) -> str:
-    return os.path.abspath(os.fspath(snapshot))
 
 
 def close(client: Any) -> None:

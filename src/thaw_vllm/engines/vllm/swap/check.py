@@ -10,6 +10,7 @@ import torch
 
 from ....errors import MismatchError, UnsupportedError
 from ....format.identity import require
+from ....weights.capture import fillable
 from ....weights.open import Opened, open_rank
 from ....weights.restore import match
 from .. import versions
@@ -112,18 +113,17 @@ def changed(model: torch.nn.Module, config: Any, found: Filled, cache: list[torc
     if left:
         return f"{left[0]!r} was not filled when the engine was loaded"
     constants = {id(tensor) for tensor in versions.attention_constants(config)}
-    known = [tensor for tensor, _ in found.others.values()]
+    known = {id(tensor) for tensor, _ in found.others.values()}
     stray = [
         path
         for path, tensor in uncovered(model, [*covered(model), *cache], (*versions.graph_entries(), Filled))
-        if not (id(tensor) in constants and any(tensor is one for one in known))
+        if id(tensor) not in constants & known
     ]
     if stray:
         more = f" (as are {len(stray) - 1} others)" if len(stray) > 1 else ""
         return f"{stray[0]!r} is a tensor that is neither a parameter nor a buffer, and would keep what it holds{more}"
-    filled_or_known = {id(tensor) for tensor in known}
     for name, buffer in model.named_buffers():
-        if name not in found.names and id(buffer) not in filled_or_known:
+        if name not in found.names and id(buffer) not in known:
             return f"the buffer {name!r} came after loading"
     for path, (tensor, then) in found.others.items():
         if digest(tensor) != then:
@@ -165,9 +165,7 @@ def require_alike(opened: Opened, path: str, model: torch.nn.Module, found: Fill
     Raises:
         MismatchError: by name.
     """
-    targets: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    required = set(targets)
-    targets |= dict(model.named_buffers(remove_duplicate=False))
+    targets, required = fillable(model)
     match(opened.snapshot, targets, required, path)
     held = {tensor.name for tensor in opened.snapshot.index.tensors}
     differing = sorted(held ^ found.names)

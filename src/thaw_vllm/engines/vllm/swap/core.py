@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 import secrets
-import time
+from collections.abc import Callable
 from typing import Any
 
 from ....errors import DeviceError, ThawError, UnsupportedError, UsageError
+from ....weights.waterfall import Phases
 from .. import versions
 from ..answers import all_raised, answering
 from ..kv import watch
@@ -21,6 +22,8 @@ METHODS = (
     *("thaw_swap_check", "thaw_swap_pin", "thaw_swap", "thaw_swap_finish"),
     *("thaw_park_check", "thaw_park", "thaw_wake"),
 )
+Changed = tuple[list[dict[str, Any]], int, str | None]
+"""What the workers said, how many requests were ended, and why the engine is broken; None where it is not."""
 _CANARY_PROMPT, _CANARY_TOKENS = 8, 4
 
 
@@ -45,7 +48,7 @@ def check(core: Any, options: dict[str, Any]) -> dict[str, Any]:
     """
     _whole(core)
     _awake(core)
-    return _checked(core, options["path"])
+    return _together(core, "thaw_swap_check", options["path"])
 
 
 def hold(core: Any, options: dict[str, Any]) -> dict[str, Any]:
@@ -57,8 +60,7 @@ def hold(core: Any, options: dict[str, Any]) -> dict[str, Any]:
     if not options["release"]:
         _whole(core)
     method = "thaw_unpin" if options["release"] else "thaw_pin"
-    answers = all_raised(core.model_executor.collective_rpc(method, args=(options["path"],)))
-    return answers[0] | {"bytes": sum(answer["bytes"] for answer in answers)}
+    return _together(core, method, options["path"])
 
 
 def swap(core: Any, options: dict[str, Any]) -> dict[str, Any]:
@@ -75,28 +77,28 @@ def swap(core: Any, options: dict[str, Any]) -> dict[str, Any]:
         UsageError: requests are running, and the engine was not paused.
         UnsupportedError, MismatchError, FormatError, StorageError: nothing was changed, the engine goes on.
     """
-    clock = _Clock()
+    clock = Phases()
     _whole(core)
     _awake(core)
     paused = core.is_scheduler_paused()
     if not paused and versions.queued(core):
         raise UsageError("requests are running; wait for them, or pause the engine first")
-    found = _checked(core, options["path"])
+    found = _together(core, "thaw_swap_check", options["path"])
     clock.end("check")
     aborted = _abort(core)
     _forget(core)
     clock.end("drain")
     fill = {"path": options["path"], "content": found["content"], "verify": options["verify"]}
-    try:
+
+    def changed() -> Changed:
         answers, broken = _fill(core, fill)
         clock.end("fill")
         if broken is None:
             broken = _canary(core, paused)
             clock.end("canary")
-    except ThawError:
-        raise
-    except BaseException as error:
-        return _interrupted(core, error)
+        return answers, aborted, broken
+
+    answers, _, broken = _to_the_end(core, changed)
     if broken is not None:
         return _close(core, broken)
     versions.name_weights(core, found["model"])
@@ -105,7 +107,7 @@ def swap(core: Any, options: dict[str, Any]) -> dict[str, Any]:
         "model": found["model"],
         "aborted": aborted,
         "route": answers[0]["route"],
-        "seconds": clock.seconds(),
+        "seconds": clock.seconds | {"total": clock.total},
     }
 
 
@@ -164,7 +166,7 @@ def park(core: Any, options: dict[str, Any]) -> dict[str, Any]:
         What ``parkable`` does, and ``aborted`` requests; ``left``: bytes that each worker keeps on its GPU; ``seconds``
         by phase. Or ``broken``, as ``swap``.
     """
-    clock = _Clock()
+    clock = Phases()
     source = parkable(core, options)
     clock.end("check")
     aborted = _abort(core)
@@ -189,7 +191,7 @@ def park(core: Any, options: dict[str, Any]) -> dict[str, Any]:
     return source | {
         "aborted": aborted,
         "left": [answer["left"] for answer in answers],
-        "seconds": clock.seconds(),
+        "seconds": clock.seconds | {"total": clock.total},
     }
 
 
@@ -207,7 +209,7 @@ def wake(core: Any, options: dict[str, Any]) -> dict[str, Any]:
         MismatchError, StorageError, DeviceError: the snapshot is gone or another, or others have taken the GPU's
             memory; the engine sleeps on.
     """
-    clock = _Clock()
+    clock = Phases()
     _whole(core)
     parked = getattr(core, "thaw_parked", None)
     if parked is None:
@@ -217,24 +219,36 @@ def wake(core: Any, options: dict[str, Any]) -> dict[str, Any]:
     fill = {"path": options["path"], "content": options["content"], "verify": options["verify"]}
     all_raised(core.model_executor.collective_rpc("thaw_wakeable", args=(fill,)))
     clock.end("check")
-    try:
-        answers, aborted, broken = _awoken(core, fill, clock)
-    except ThawError:
-        raise
-    except BaseException as error:
-        return _interrupted(core, error)
+    answers, aborted, broken = _to_the_end(core, lambda: _awoken(core, fill, clock))
     if broken is not None:
         return _close(core, broken)
     core.thaw_parked = None
     return {
         "bytes": sum(answer["bytes"] for answer in answers),
         "aborted": aborted,
-        "seconds": clock.seconds(),
+        "seconds": clock.seconds | {"total": clock.total},
     }
 
 
-def _awoken(core: Any, fill: dict[str, Any], clock: _Clock) -> tuple[list[dict[str, Any]], int, str | None]:
-    """What the workers said, how many requests were ended, and why the engine is broken."""
+def _to_the_end(core: Any, change: Callable[[], Changed]) -> Changed:
+    """What a change of the engine gives. One that is interrupted leaves it broken.
+
+    Raises:
+        ThawError: nothing was changed.
+    """
+    try:
+        return change()
+    except ThawError:
+        raise
+    except BaseException as error:  # also Ctrl-C, where the core is in its caller's process
+        why = f"it was interrupted by {type(error).__name__}: {error}"
+        if not isinstance(error, Exception):
+            _close(core, why)
+            raise
+        return [], 0, why
+
+
+def _awoken(core: Any, fill: dict[str, Any], clock: Phases) -> Changed:
     executor = core.model_executor
     answers: list[dict[str, Any]] = []
     try:
@@ -279,23 +293,9 @@ def _fill(core: Any, fill: dict[str, Any]) -> tuple[list[dict[str, Any]], str | 
     return answers, next(iter(told), None)
 
 
-class _Clock:
-    """Seconds by phase."""
-
-    def __init__(self) -> None:
-        self._last = self._begun = time.perf_counter()
-        self._phases: dict[str, float] = {}
-
-    def end(self, phase: str) -> None:
-        now = time.perf_counter()
-        self._phases[phase], self._last = now - self._last, now
-
-    def seconds(self) -> dict[str, float]:
-        return self._phases | {"total": time.perf_counter() - self._begun}
-
-
-def _checked(core: Any, path: str) -> dict[str, Any]:
-    answers = all_raised(core.model_executor.collective_rpc("thaw_swap_check", args=(path,)))
+def _together(core: Any, method: str, path: str) -> dict[str, Any]:
+    """What the workers answer about a snapshot, its bytes those of all ranks."""
+    answers = all_raised(core.model_executor.collective_rpc(method, args=(path,)))
     return answers[0] | {"bytes": sum(answer["bytes"] for answer in answers)}
 
 
@@ -362,11 +362,3 @@ def _close(core: Any, why: str) -> dict[str, Any]:
     core.thaw_broken = why
     versions.close_core(core, f"thaw: this engine is of no use any more: {why}")
     return {"broken": why}
-
-
-def _interrupted(core: Any, error: BaseException) -> dict[str, Any]:
-    """Half-way: also by Ctrl-C, where the core is in its caller's process."""
-    told = _close(core, f"it was interrupted by {type(error).__name__}: {error}")
-    if not isinstance(error, Exception):
-        raise error
-    return told

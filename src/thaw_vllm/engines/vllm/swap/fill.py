@@ -5,10 +5,9 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import torch
-
 from ....errors import MismatchError
 from ....transport.collector import collection_paused
+from ....weights.capture import fillable
 from ....weights.reading import RestoreOptions, reading
 from ....weights.restore import restore
 from .check import opened_for, swappable
@@ -32,9 +31,7 @@ def fill(worker: Any, options: dict[str, Any]) -> dict[str, Any]:
     """
     start = time.perf_counter()
     model, path = worker.get_model(), options["path"]
-    targets: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    required = set(targets)
-    targets |= dict(model.named_buffers(remove_duplicate=False))
+    targets, required = fillable(model)
     chosen = RestoreOptions(verify=options["verify"], processes=False)  # starting them takes longer than they gain
     begun = False
     try:

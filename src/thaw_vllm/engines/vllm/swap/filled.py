@@ -13,7 +13,6 @@ from ....format.header import Header
 from ....format.identity import Identity
 from .. import versions
 from ..audit import digest, numbers
-from ..identity import engine_identity
 from .front import Files, engine_files
 from .reach import uncovered
 
@@ -59,11 +58,12 @@ class Loading:
     path: str
     header: Header
     names: frozenset[str]
+    identity: Identity
 
 
-def remember(model: torch.nn.Module, path: str, header: Header, names: frozenset[str]) -> None:
-    """First half of the note: what was filled."""
-    setattr(model, _ATTRIBUTE, Loading(path, header, names))
+def remember(model: torch.nn.Module, path: str, header: Header, names: frozenset[str], identity: Identity) -> None:
+    """First half of the note: what was filled, in which engine."""
+    setattr(model, _ATTRIBUTE, Loading(path, header, names, identity))
 
 
 def note(model: torch.nn.Module, config: VllmConfig, asked: float | None = None) -> None:
@@ -86,17 +86,16 @@ def note(model: torch.nn.Module, config: VllmConfig, asked: float | None = None)
 
 
 def _filled(model: torch.nn.Module, config: VllmConfig, known: Loading, asked: float | None) -> Filled:
-    identity = engine_identity(config, config.model_config)
     return Filled(
         path=known.path,
         content=known.header.content,
-        identity=identity,
+        identity=known.identity,
         names=known.names,
         attributes=dict(known.header.attributes),
         numbers=numbers(model),
         others=unfilled(model, known.names),
         hooks=hooks(model),
-        files=engine_files(config.model_config, asked) if identity.parallel.rank == 0 else None,
+        files=engine_files(config.model_config, asked) if known.identity.parallel.rank == 0 else None,
     )
 
 

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ....errors import ExistsError, UnsupportedError, UsageError
+from ....errors import UnsupportedError, UsageError
 from ..kv.access import Access
 from ..kv.bodies import Parking, Swapping, Waking
 from .api import swap_weights_async
@@ -59,11 +59,7 @@ class Engine:
 
     async def park(self, body: Parking, access: Access) -> dict[str, Any]:
         """``park_async``; files are told by their names."""
-        kv = None if body.kv is None else access.path_of(body.kv)
-        if kv is not None and not body.force and os.path.lexists(kv):
-            raise ExistsError(
-                f'{body.kv!r} exists in the server\'s directory; use --force ("force": true) to replace it'
-            )
+        kv = None if body.kv is None else access.target(body.kv, body.force)
         async with self._change():
             self.require_awake()
             self.parked = await park_async(
