@@ -30,7 +30,9 @@ TOGETHER = {
     "graphs": ["tests/gpu/test_vllm.py", "-k", "fresh_processes and graphs"],
     "kv": ["tests/gpu/test_kv.py", "-k", "another_process"],
     "streams": ["tests/gpu/test_kv.py", "-k", "requests_stream"],
-    "swap": ["tests/gpu/test_swap.py"],
+    "swap": ["tests/gpu/test_swap.py", "-k", "swaps_and_parks"],
+    "requests": ["tests/gpu/test_swap.py", "-k", "two_weights or without"],
+    "killed": ["tests/gpu/test_swap.py", "-k", "killed"],
     "zygote": ["tests/gpu/test_zygote.py"],
 }
 

@@ -12,7 +12,7 @@
         * SpaceError        not enough room, or the disk filled up
         * ReplacedError     the file changed while it was being read
     * DeviceError           the accelerator or its driver said no
-    * BrokenEngineError     a running engine was left half-way and has been closed
+    * BrokenEngineError     a running engine was left half-way and has been closed, or it died
     * MissingDependencyError  an optional package is not installed
 
 Each carries an ``exit_code`` that the command line uses; docs/cli.md lists them.
@@ -84,7 +84,7 @@ class DeviceError(ThawError):
 
 
 class BrokenEngineError(ThawError):
-    """A running engine was left neither in its old state nor in the new one, and has been closed."""
+    """A running engine was left neither in its old state nor in the new one, and has been closed; or it has died."""
 
     exit_code = 9
 

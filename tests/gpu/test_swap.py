@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,16 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
-from tests.engines.vllm.test_swap import judge, judge_asynchronous, run, snapshots, weights_of
+from tests.engines.vllm.test_kv import run_script
+from tests.engines.vllm.test_swap import (
+    environment,
+    judge,
+    judge_asynchronous,
+    judge_killed,
+    run,
+    snapshots,
+    weights_of,
+)
 
 from thaw_vllm.transport.process_checkpoint import unsupported
 
@@ -25,6 +36,7 @@ ARGS: dict[str, Any] = {
     "kv_cache_memory_bytes": 64 << 20,
     "enable_sleep_mode": True,
 }
+NOBODY = 65534
 MODES: dict[str, dict[str, Any]] = {
     "eager": {"enforce_eager": True},
     "graphs": {"cudagraph_capture_sizes": [1, 2, 4]},
@@ -48,6 +60,7 @@ def test_swaps_and_parks(mode: str, prepared: dict[str, Any], tmp_path: Path):
     for number, told in enumerate(found["parks"]):
         assert (told["answers"], told["digests"]) == first, (number, "every tensor, where it was")
         assert told["lost"]["error"] == "StorageError", "its snapshot was gone, and it stayed parked"
+        assert told["cut"]["error"] == "CorruptionError" and "truncated" in told["cut"]["message"]
         last = number == len(found["parks"]) - 1
         assert told["parked"]["driver"] is (may and not last), told["parked"]["why"]
         assert told["woken"]["bytes"] == found["check"]["bytes"]
@@ -76,6 +89,37 @@ def test_an_engine_without_sleep_mode_and_one_that_vllm_loaded(prepared: dict[st
     assert done.returncode == 0, done.stderr[-3000:]
     told = done.stdout.splitlines()[-1].split("|")
     assert told == ["UsageError", "UnsupportedError", "UnsupportedError"], done.stdout[-2000:]
+
+
+@pytest.mark.parametrize("what", ["swap", "park", "parked", "restore", "fill"])
+def test_an_engine_that_is_killed(what: str, prepared: dict[str, Any], tmp_path: Path):
+    """In the middle of being filled, parked, and woken (driver, weights), and while it is parked."""
+    if what != "swap" and (unsupported() is not None or os.geteuid() != 0):
+        pytest.skip("the driver cannot or may not take a process's state")
+    asked = prepared | {"engine_args": ARGS | MODES["eager"], "what": what, "folder": tmp_path}
+    found = run_script("swap_faults.py", tmp_path, asked, environment())
+    judge_killed(found, "BrokenEngineError" if what in ("swap", "fill") else "DeviceError")
+    if what in ("swap", "fill"):
+        assert "died" in found["told"]["message"]
+
+
+def test_parking_without_privileges(prepared: dict[str, Any]):
+    """As nobody: by the driver if it lets him, else by sleep mode, which says why and how much stays."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to become nobody")
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as made:
+        folder = Path(made)
+        model = shutil.copytree(prepared["model"], folder / "model")
+        first = shutil.copy(prepared["first"], folder / "first.thaw")
+        homes = {name: made for name in ("HOME", "TMPDIR", "TRITON_CACHE_DIR", "VLLM_CACHE_ROOT", "XDG_CACHE_HOME")}
+        for path in (folder, *folder.rglob("*")):
+            path.chmod(0o777)
+        asked = {"model": model, "first": first, "engine_args": ARGS | MODES["eager"], "what": "nothing"}
+        nobody = {"user": NOBODY, "group": NOBODY, "extra_groups": []}
+        found = run_script("swap_faults.py", folder, asked | {"folder": folder}, environment() | homes, **nobody)
+    assert found["parked"]["driver"] or "root" in found["parked"]["why"], found["parked"]
+    assert found["parked"]["driver"] or found["parked"]["left"] > 0
+    assert (found["after"], found["digests after"]) == (found["before"], found["digests"])
 
 
 REFUSALS = """

@@ -85,9 +85,11 @@ def swapping(asked):
             parked = thaw_vllm.park(llm, kv=kv, force=True, driver=None if number < asked["park"] - 1 else False)
             gone = Path(asked["first"]).rename(asked["first"] + ".gone")
             lost = refused(partial(thaw_vllm.wake, llm, parked))
+            Path(asked["first"]).write_bytes(gone.read_bytes()[:-1])
+            cut = refused(partial(thaw_vllm.wake, llm, parked))
             gone.rename(asked["first"])
             woken = thaw_vllm.wake(llm, parked)
-            told = {"parked": asdict(parked), "lost": lost, "woken": asdict(woken)}
+            told = {"parked": asdict(parked), "lost": lost, "cut": cut, "woken": asdict(woken)}
             found["parks"].append(told | ask(llm) | {"digests": digests(llm)})
         kept = thaw_vllm.park(llm, keep_weights=True)
         woken = thaw_vllm.wake(llm, kept)

@@ -34,17 +34,16 @@ ID = "tensors-blake3:" + "ab" * 32
 ARGS: dict[str, Any] = {"enforce_eager": True, "max_model_len": 512, "block_size": SIZE}
 
 
-def run_script(name: str, folder: Path, asked: Any, environment: dict[str, str] | None = None) -> Any:
-    """What a script of this directory answers, in a fresh process."""
+def run_script(name: str, folder: Path, asked: Any, environment: dict[str, str] | None = None, **options: Any) -> Any:
+    """What a script of this directory answers, in a fresh process; ``options`` are of ``subprocess.run``."""
     question, answer, log = (folder / file for file in ("asked.json", "answer.json", "log.txt"))
     answer.unlink(missing_ok=True)
     question.write_text(json.dumps(asked, default=str))
     paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
     with log.open("wb") as stream:
         command = [sys.executable, str(Path(__file__).with_name(name)), str(question), str(answer)]
-        subprocess.run(
-            command, stdout=stream, stderr=subprocess.STDOUT, env=os.environ | paths | (environment or {}), check=False
-        )
+        environment = os.environ | paths | (environment or {})
+        subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, env=environment, check=False, **options)
     assert answer.exists(), log.read_text(errors="replace")[-3000:]
     return json.loads(answer.read_text())
 

@@ -126,6 +126,27 @@ def test_weights_are_swapped_and_every_tensor_is_the_snapshots(prepared: dict[st
     judge(run(tmp_path, asked), asked)
 
 
+def test_an_engine_that_has_compiled_its_code_is_swapped(prepared: dict[str, Any], tmp_path: Path):
+    """Such code keeps what it was traced with; what is loaded from vLLM's cache does not."""
+    root = tmp_path / "cache"
+    more = {"THAW_TEST_COMPILED": "1", "VLLM_USE_AOT_COMPILE": "1", "VLLM_CACHE_ROOT": str(root)}
+    asked = prepared | {"engine_args": ARGS | {"enforce_eager": False}, "cycles": 1, "park": 0, "asynchronous": False}
+    judge(run_script("swap_engine.py", tmp_path, asked, environment() | more), asked)
+    assert any((root / "torch_compile_cache" / "torch_aot_compile").rglob("model")), "it was compiled here"
+
+
+def judge_killed(found: dict[str, Any], error: str) -> None:
+    """Who waits is told, nobody hangs, and nothing stays."""
+    assert found["told"].get("error") == error, found["told"]
+    assert "Error" in found["asked again"] and not found["alive"]
+
+
+def test_an_engine_that_is_killed_while_it_is_filled(prepared: dict[str, Any], tmp_path: Path):
+    asked = prepared | {"engine_args": ARGS, "what": "swap", "folder": tmp_path}
+    found = run_script("swap_faults.py", tmp_path, asked, environment())
+    judge_killed(found, "BrokenEngineError")
+
+
 def judge_asynchronous(found: dict[str, Any], asked: dict[str, Any]) -> None:
     first, second = found["first"], found["second"]
     assert first != second

@@ -614,6 +614,42 @@ def test_what_graphs_write_is_no_weight(
     assert running.check(path)["tensors"]
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_what_a_compiled_function_was_called_with(own: bool, directory: Path, freeze: Callable, engine: Callable):
+    """Token ids are written anew each time; a tensor of the function's own is not."""
+    path = freeze(directory)
+    running = engine(directory, path)
+    held, kept = torch.ones(3), []
+
+    def function(tokens: torch.Tensor) -> torch.Tensor:
+        return tokens * held.sum() if own else tokens * 2
+
+    def keep(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable:
+        kept.append(SimpleNamespace(graph_module=graph, example_inputs=inputs))
+        return graph.forward
+
+    tokens = torch.ones(8)
+    torch._dynamo.mark_dynamic(tokens, 0)
+    torch.compile(function, backend=keep)(tokens)
+    running.model.model.aot_compiled_fn = SimpleNamespace(_artifacts=SimpleNamespace(compiled_fn=kept[0]))
+    assert any(given is tokens for given in kept[0].example_inputs)
+    if own:
+        with pytest.raises(UnsupportedError, match=r"compiled_fn.example_inputs\[\d\]' is a tensor that is neither"):
+            running.check(path)
+    else:
+        assert running.check(path)["tensors"]
+
+
+def test_a_constant_of_a_traced_graph_is_found():
+    class Scaled(torch.nn.Module):
+        def forward(self, given: torch.Tensor) -> torch.Tensor:
+            return given * constant
+
+    constant = torch.ones(2)
+    traced = torch.fx.symbolic_trace(Scaled())
+    assert [one for _, one in reach.uncovered(traced, [])] == [constant]
+
+
 def test_the_kv_cache_is_no_weight(directory: Path, freeze: Callable, engine: Callable):
     path = freeze(directory)
     running = engine(directory, path)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from ...errors import UnsupportedError, UsageError
+from ...errors import BrokenEngineError, UnsupportedError, UsageError
 from . import versions
 from .answers import raised
 from .kv import core as kv_core
@@ -45,6 +47,7 @@ def call(llm: LLM, method: str, options: dict[str, Any]) -> dict[str, Any]:
     Raises:
         UsageError: the engine is parked.
         UnsupportedError: it stands for several engine cores.
+        BrokenEngineError: one of its processes has died.
     """
     if method != WAKE:
         require_awake(llm)
@@ -55,7 +58,8 @@ def call(llm: LLM, method: str, options: dict[str, Any]) -> dict[str, Any]:
         return raised(getattr(inside, method)(options))
     if getattr(llm.llm_engine.vllm_config.parallel_config, "data_parallel_size", 1) > 1:
         raise UnsupportedError("data-parallel engines have a cache for each replica; not in this version")
-    return raised(client.call_utility(method, options))
+    with alive():
+        return raised(client.call_utility(method, options))
 
 
 async def ask(client: Any, method: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -68,8 +72,22 @@ async def ask(client: Any, method: str, options: dict[str, Any]) -> dict[str, An
             f"this server has {size} data-parallel engines, each with a cache of its own; not in this version: "
             "serve with data_parallel_size=1"
         )
-    answer = raised(await versions.call_core(client, method, options))
-    while "job" in answer:
-        await asyncio.sleep(PAUSE)
-        answer = raised(await versions.call_core(client, "thaw_kv_job", {"job": answer["job"]}))
+    with alive():
+        answer = raised(await versions.call_core(client, method, options))
+        while "job" in answer:
+            await asyncio.sleep(PAUSE)
+            answer = raised(await versions.call_core(client, "thaw_kv_job", {"job": answer["job"]}))
     return answer
+
+
+@contextlib.contextmanager
+def alive() -> Iterator[None]:
+    """Raises:
+    BrokenEngineError: in place of vLLM's own, whose text does not say what was to be done.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, versions.engine_dead()):
+            raise
+        raise BrokenEngineError("the engine has died meanwhile (its log says why); start another one") from error

@@ -441,7 +441,13 @@ def fail_requests(client: Any, why: str) -> None:
     """Have an ``AsyncLLM``'s requests end with an error: once it is shut down, nobody tells them."""
     processor = getattr(client, "output_processor", None)
     if processor is not None:
-        processor.propagate_error(_get("vllm.v1.engine.exceptions", "EngineDeadError")(why))
+        processor.propagate_error(engine_dead()(why))
+
+
+def engine_dead() -> type[Exception]:
+    """What vLLM raises where an engine's process has died."""
+    found: type[Exception] = _get("vllm.v1.engine.exceptions", "EngineDeadError")
+    return found
 
 
 def graph_entries() -> tuple[type, ...]:
@@ -449,6 +455,30 @@ def graph_entries() -> tuple[type, ...]:
     module = sys.modules.get("vllm.compilation.cuda_graph")
     found = getattr(module, "CUDAGraphEntry", None)
     return () if found is None else (found,)
+
+
+def call_inputs(model: torch.nn.Module) -> list[torch.Tensor]:
+    """What a compiled model was called with when it was traced: token ids, positions.
+
+    A function that was compiled in this process, not loaded from vLLM's cache, keeps them, for writing itself down, and
+    does not read them again. Told from what belongs to the model by their size, which changes from call to call.
+    """
+    import torch as torch_module
+
+    found: list[torch.Tensor] = []
+    for module in model.modules():
+        function = getattr(getattr(getattr(module, "aot_compiled_fn", None), "_artifacts", None), "compiled_fn", None)
+        graph = getattr(getattr(function, "graph_module", None), "graph", None)
+        if function is None or graph is None:
+            continue
+        inputs, places = list(function.example_inputs), list(graph.find_nodes(op="placeholder"))
+        if len(inputs) != len(places):
+            continue
+        for given, place in zip(inputs, places, strict=True):
+            sizes = getattr(place.meta.get("example_value"), "shape", ())
+            if isinstance(given, torch_module.Tensor) and any(isinstance(s, torch_module.SymInt) for s in sizes):
+                found.append(given)
+    return found
 
 
 def queued(core: Any) -> int:

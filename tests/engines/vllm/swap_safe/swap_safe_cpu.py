@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ def register() -> None:
 
     WorkerBase.thaw_test_digests = digests  # type: ignore[attr-defined]
     WorkerBase.thaw_test_pid = lambda worker: os.getpid()  # type: ignore[attr-defined]
+    WorkerBase.thaw_test_hang = hang  # type: ignore[attr-defined]
     if not current_platform.is_cpu():
         return
     from vllm.model_executor.layers import utils
@@ -30,20 +33,53 @@ def register() -> None:
 
     utils.dispatch_cpu_unquantized_gemm = unpacked
     versions.identity_processing = lambda model: None  # type: ignore[assignment]
+    if os.environ.get("THAW_TEST_COMPILED"):
+        _compile(type(current_platform))
+
+
+def _compile(platform: Any) -> None:
+    """Have the CPU build compile as on CUDA, piece by piece and ahead of time; it would be done by Dynamo's own way."""
+    original = platform.check_and_update_config.__func__
+
+    def check_and_update_config(cls: Any, config: Any) -> None:
+        from vllm.config import CompilationMode
+
+        original(cls, config)
+        config.compilation_config.mode = CompilationMode.VLLM_COMPILE
+        config.compilation_config.backend, config.compilation_config.compile_sizes = "inductor", []
+
+    platform.check_and_update_config = classmethod(check_and_update_config)
+
+
+def hang(worker: Any, flag: str) -> None:
+    """From now on a fill stands still once the bytes are there, before it is noted, and has written a file then."""
+    from thaw_vllm.engines.vllm.swap import fill
+
+    original = fill.restore
+
+    def restore(*args: Any, **options: Any) -> Any:
+        report = original(*args, **options)
+        Path(flag).touch()
+        time.sleep(600)
+        return report
+
+    fill.restore = restore
 
 
 def digests(worker: Any) -> dict[str, list[Any]]:
-    """By where it hangs: address and SHA-256 of every tensor that can be reached from the model, but the KV cache and
-    what CUDA graphs write."""
+    """By where it hangs: address and SHA-256 of every tensor that can be reached from the model, but the KV cache, what
+    CUDA graphs write, and inputs of a call."""
     from torch._subclasses.fake_tensor import FakeTensor
 
     from thaw_vllm.engines.vllm import versions
     from thaw_vllm.engines.vllm.swap.reach import tensors
 
-    cache = {id(tensor) for layer in versions.kv_tensors(worker).values() for tensor in layer}
+    model = worker.get_model()
+    passing = {id(tensor) for layer in versions.kv_tensors(worker).values() for tensor in layer}
+    passing |= set(map(id, versions.call_inputs(model)))
     found = {}
-    for path, tensor in tensors(worker.get_model(), versions.graph_entries()):
-        if id(tensor) not in cache and not isinstance(tensor, FakeTensor) and tensor.device.type != "meta":
+    for path, tensor in tensors(model, versions.graph_entries()):
+        if id(tensor) not in passing and not isinstance(tensor, FakeTensor) and tensor.device.type != "meta":
             data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
             found[path] = [tensor.data_ptr(), hashlib.sha256(data).hexdigest()]
     return found

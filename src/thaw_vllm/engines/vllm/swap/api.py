@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ....errors import BrokenEngineError, ThawError, UsageError
 from .. import versions
-from ..client import ask, call
+from ..client import alive, ask, call
 from ..kv.core import path_of
 
 if TYPE_CHECKING:
@@ -184,12 +184,14 @@ async def require_running(engine: AsyncLLM) -> None:
 async def drain(engine: AsyncLLM, deadline: float) -> None:
     """Pause an engine, once its requests have ended or their time has; those that are left stay, for it to end them."""
     if not deadline:
-        await engine.pause_generation(mode="keep", clear_cache=False)
+        with alive():
+            await engine.pause_generation(mode="keep", clear_cache=False)
         return
     waiting = asyncio.ensure_future(engine.pause_generation(mode="wait", clear_cache=False))
     done, _ = await asyncio.wait([waiting], timeout=deadline)
     if done:
-        await waiting  # may have failed
+        with alive():
+            await waiting  # may have failed
     else:  # ends by itself, with the requests
         waiting.add_done_callback(lambda future: future.cancelled() or future.exception())
 

@@ -77,7 +77,7 @@ def swappable(worker: Any) -> Filled:
     found = noted(model)
     if why is None and found is not None:
         cache = [tensor for layer in versions.kv_tensors(worker).values() for tensor in layer]
-        why = changed(model, config, found, cache)
+        why = changed(model, config, found, cache + versions.call_inputs(model))
         if why is None:
             return found
     raise UnsupportedError(f"this engine's weights cannot be swapped in place: {why}; {OTHER_WAYS}")
@@ -100,14 +100,15 @@ def why_not(model: torch.nn.Module, config: Any) -> str | None:
     return None
 
 
-def changed(model: torch.nn.Module, config: Any, found: Filled, cache: list[torch.Tensor]) -> str | None:
+def changed(model: torch.nn.Module, config: Any, found: Filled, passing: list[torch.Tensor]) -> str | None:
     """Why what no snapshot fills speaks against a swap; None if it does not.
 
     What loading left as it was initialised depends on the configuration alone, which must be equal; as long as nobody
     has changed it since.
 
     Args:
-        cache: tensors that are no weights and are reset by a swap.
+        passing: tensors that nothing of the weights outlives a swap in: the KV cache, which it empties, and what is
+            written anew for each call.
     """
     left = sorted({name for name, _ in model.named_parameters(remove_duplicate=False)} - found.names)
     if left:
@@ -116,7 +117,7 @@ def changed(model: torch.nn.Module, config: Any, found: Filled, cache: list[torc
     known = {id(tensor) for tensor, _ in found.others.values()}
     stray = [
         path
-        for path, tensor in uncovered(model, [*covered(model), *cache], (*versions.graph_entries(), Filled))
+        for path, tensor in uncovered(model, [*covered(model), *passing], (*versions.graph_entries(), Filled))
         if id(tensor) not in constants & known
     ]
     if stray:

@@ -21,8 +21,12 @@ from ....weights.layout import dense, extent
 MOST = 2_000_000
 """Objects that are looked at. A model of a thousand layers has a tenth of it."""
 _ITEMS = (list, tuple, set, frozenset, deque)
-_LEFT = (type, types.ModuleType, str, bytes, bytearray, int, float, complex, FakeTensorMode, ShapeEnv)
-"""Belong to no model, or hold nothing; or keep books of a trace, with the tensors it has seen, and are never run."""
+_LEFT = (
+    *(type, types.ModuleType, str, bytes, bytearray, int, float, complex),
+    *(FakeTensorMode, ShapeEnv, torch.fx.Graph, torch.fx.Node),
+)
+"""Belong to no model, or hold nothing; or keep books of a trace, with the tensors it has seen, and are never run: of a
+graph the code that was made of it is, which has what it needs as attributes of its module."""
 
 
 def tensors(model: torch.nn.Module, leave: tuple[type, ...] = ()) -> Iterator[tuple[str, torch.Tensor]]:

@@ -1,0 +1,79 @@
+"""An engine that is killed in the middle of a change, or parked without privileges: swap_faults.py ASKED ANSWER.
+
+Both are JSON files. Asked for are ``model``, the snapshots ``first`` and ``second``, ``engine_args``, a ``folder``, and
+what goes wrong: ``swap``, ``park``, ``parked``, ``restore``, ``fill``, or ``nothing``.
+"""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from swap_engine import alive, ask, digests, refused
+
+
+def killed(pid, work, when):
+    """What comes of work during which a process is killed, once ``when`` says so."""
+    killing = threading.Thread(target=lambda: (when(), os.kill(pid, signal.SIGKILL)))
+    killing.start()
+    found = refused(work)
+    killing.join()
+    return found
+
+
+def main(asked, answer):
+    import thaw_vllm
+    from thaw_vllm.transport import process_checkpoint
+
+    asked = json.loads(Path(asked).read_text())
+    llm = thaw_vllm.load(asked["model"], asked["first"], **asked["engine_args"])
+    found, what = {"before": ask(llm)["answers"], "digests": digests(llm)}, asked["what"]
+    (pid,) = llm.collective_rpc("thaw_test_pid")
+    flag = Path(asked["folder"], "flag")
+
+    def hung():
+        while not flag.exists():
+            time.sleep(0.001)
+
+    def away(state):
+        """Until the driver has done its part of parking, or has begun to undo it."""
+        while process_checkpoint.state(pid) != state:
+            time.sleep(0.001)
+
+    if what in ("swap", "fill"):
+        llm.collective_rpc("thaw_test_hang", args=(str(flag),))
+    if what == "swap":
+        found["told"] = killed(pid, lambda: thaw_vllm.swap_weights(llm, asked["second"]), hung)
+    elif what == "park":
+        found["told"] = killed(pid, lambda: thaw_vllm.park(llm, driver=True), lambda: away("locked"))
+    else:
+        parked = thaw_vllm.park(llm, driver=None if what == "nothing" else True)
+        found["parked"] = asdict(parked)
+        if what == "parked":
+            os.kill(pid, signal.SIGKILL)
+            found["told"] = refused(lambda: thaw_vllm.wake(llm, parked))
+        elif what == "restore":
+            found["told"] = killed(pid, lambda: thaw_vllm.wake(llm, parked), lambda: time.sleep(0.05))
+        elif what == "fill":
+            found["told"] = killed(pid, lambda: thaw_vllm.wake(llm, parked), hung)
+        else:
+            found["woken"] = asdict(thaw_vllm.wake(llm, parked))
+            found["after"], found["digests after"] = ask(llm)["answers"], digests(llm)
+    if what != "nothing":
+        try:
+            found["asked again"] = str(ask(llm))
+        except Exception as error:
+            found["asked again"] = type(error).__name__
+        until = time.monotonic() + 60
+        while alive(pid) and time.monotonic() < until:
+            time.sleep(0.1)
+        found["alive"] = alive(pid)
+    Path(answer).write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
