@@ -1,11 +1,13 @@
 """A running engine swapped and parked over and over beside requests: no wrong token, and nothing grows.
 
     python tests/gpu/swap_soak.py MODEL FIRST.thaw SECOND.thaw [--swaps 1000] [--parks 100] [--clients 4] [--seed N]
+        [--seconds LIMIT]
 
-Requests of random prompts are sent all the time. Each must be ended (``abort``), or have exactly the tokens that one
-of both weights gives to that prompt: those that the engine held when it was sent, unless it was swapped meanwhile. With
-more than one client set VLLM_BATCH_INVARIANT=1: how requests meet in a step changes roundings. Prints a JSON document;
-exit status 1 where something is wrong. Not part of the tests: it takes minutes, and snapshots of some size.
+Parks are spread among the swaps. Requests of random prompts are sent all the time. Each must be ended (``abort``), or
+have exactly the tokens that one of both weights gives to that prompt: those that the engine held when it was sent,
+unless it was swapped meanwhile. With more than one client set VLLM_BATCH_INVARIANT=1: how requests meet in a step
+changes roundings. Prints a JSON document; exit status 1 where something is wrong. Not part of the tests: it takes
+minutes, and snapshots of some size.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import math
 import os
 import random
 import subprocess
@@ -36,6 +39,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--parks", type=int, default=100)
     parser.add_argument("--clients", type=int, default=1)
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
+    parser.add_argument("--seconds", type=float, default=math.inf, help="stop after this time, and say how far it came")
     parser.add_argument("--engine-args", type=json.loads, default={}, help="JSON")
     return parser.parse_args()
 
@@ -59,6 +63,7 @@ def sizes() -> dict[str, float]:
             rss += sum(int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
             descriptors += len(os.listdir(f"/proc/{pid}/fd"))
     command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    command += ["-i", os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]]
     try:
         gpu = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0])
     except (OSError, subprocess.SubprocessError, IndexError):
@@ -132,23 +137,22 @@ class Soak:
         assert self.answers[0] != self.answers[1], "both snapshots answer alike"
         tasks = [asyncio.create_task(self.client(self.given.seed + n)) for n in range(self.given.clients)]
         seen, swaps, parks = [], [], []
-        for number in range(self.given.swaps):
-            swaps.append(await self.swap(number % 2, self.random.choice([0, 0.05, 5])))
-            await asyncio.sleep(self.random.random() * 0.1)
-            if number % max(1, self.given.swaps // 40) == 0:
+        start = time.monotonic()
+        while len(swaps) < self.given.swaps and time.monotonic() < start + self.given.seconds:
+            if len(parks) * self.given.swaps < len(swaps) * self.given.parks:
+                parks.append(await self.park())
+            swaps.append(await self.swap(len(swaps) % 2, self.random.choice([0, 0.05, 5])))
+            await asyncio.sleep(self.random.random() * 0.04)
+            if len(swaps) % max(1, self.given.swaps // 40) == 0:
                 seen.append(sizes())
             self.check(tasks)
-        parked_seen = []
-        for number in range(self.given.parks):
-            parks.append(await self.park())
-            await asyncio.sleep(self.random.random() * 0.1)
-            if number % max(1, self.given.parks // 20) == 0:
-                parked_seen.append(sizes())
-            self.check(tasks)
+            if len(swaps) % 50 == 0:
+                told = f"{len(swaps)} swaps, {len(parks)} parks, {self.counts}, {time.monotonic() - start:.0f} s"
+                print(told, file=sys.stderr, flush=True)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        grown = {"swaps": growth(seen), "parks": growth(parked_seen)}
+        grown = growth(seen)
         return {
             "seed": self.given.seed,
             "swaps": summary(swaps),
@@ -158,7 +162,8 @@ class Soak:
             "requests": self.counts,
             "wrong": self.wrong[:20],
             "grown": grown,
-            "failed": bool(self.wrong) or any(v > GROWTH[k] for one in grown.values() for k, v in one.items()),
+            "sizes": [seen[0], seen[-1]] if seen else [],
+            "failed": bool(self.wrong) or any(value > GROWTH[name] for name, value in grown.items()),
         }
 
     def check(self, tasks: list[asyncio.Task[None]]) -> None:

@@ -131,7 +131,7 @@ async def asynchronous(asked):
     found["alone"] = await one(PROMPTS[1], **long)
     # Some run when the swap is asked for, and may end; others come while it goes on.
     running = [asyncio.create_task(one(PROMPTS[1], **long)) for _ in range(2)]
-    await asyncio.sleep(0.3)
+    await asyncio.sleep(asked["begun"])
     swap = asyncio.create_task(thaw_vllm.swap_weights_async(engine, asked["second"], deadline=600))
     await asyncio.sleep(0.05)
     late = asyncio.create_task(one(PROMPTS[0]))
@@ -140,7 +140,7 @@ async def asynchronous(asked):
     found["second"] = await each()
     # Nobody is waited for.
     running = [asyncio.create_task(one(PROMPTS[1], **long)) for _ in range(2)]
-    await asyncio.sleep(0.3)
+    await asyncio.sleep(asked["begun"])
     found["at once"] = asdict(await thaw_vllm.swap_weights_async(engine, asked["first"], deadline=0))
     found["ended"] = [await task for task in running]
     found["back"] = await each()

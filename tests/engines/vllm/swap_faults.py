@@ -1,7 +1,8 @@
 """An engine that is killed in the middle of a change, or parked without privileges: swap_faults.py ASKED ANSWER.
 
-Both are JSON files. Asked for are ``model``, the snapshots ``first`` and ``second``, ``engine_args``, a ``folder``, and
-what goes wrong: ``swap``, ``park``, ``parked``, ``restore``, ``fill``, or ``nothing``.
+Both are JSON files. Asked for are ``model``, the snapshots ``first`` and ``second``, ``engine_args``, a ``folder``,
+whether it is the worker's parent that is killed (``core``), and what goes wrong: ``swap``, ``park``, ``parked``,
+``restore``, ``fill``, or ``nothing``.
 """
 
 import json
@@ -33,6 +34,8 @@ def main(asked, answer):
     llm = thaw_vllm.load(asked["model"], asked["first"], **asked["engine_args"])
     found, what = {"before": ask(llm)["answers"], "digests": digests(llm)}, asked["what"]
     (pid,) = llm.collective_rpc("thaw_test_pid")
+    if asked.get("core"):
+        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     flag = Path(asked["folder"], "flag")
 
     def hung():

@@ -141,8 +141,9 @@ def judge_killed(found: dict[str, Any], error: str) -> None:
     assert "Error" in found["asked again"] and not found["alive"]
 
 
-def test_an_engine_that_is_killed_while_it_is_filled(prepared: dict[str, Any], tmp_path: Path):
-    asked = prepared | {"engine_args": ARGS, "what": "swap", "folder": tmp_path}
+@pytest.mark.parametrize("core", [False, True], ids=["worker", "core"])
+def test_an_engine_that_is_killed_while_it_is_filled(core: bool, prepared: dict[str, Any], tmp_path: Path):
+    asked = prepared | {"engine_args": ARGS, "what": "swap", "folder": tmp_path, "core": core}
     found = run_script("swap_faults.py", tmp_path, asked, environment())
     judge_killed(found, "BrokenEngineError")
 
@@ -163,6 +164,6 @@ def judge_asynchronous(found: dict[str, Any], asked: dict[str, Any]) -> None:
 
 
 def test_requests_never_see_two_weights(prepared: dict[str, Any], tmp_path: Path):
-    more = {"cycles": 0, "park": 0, "asynchronous": True, "long": 150, "settle": 10}
+    more = {"cycles": 0, "park": 0, "asynchronous": True, "long": 150, "begun": 0.3, "settle": 10}
     asked = prepared | {"engine_args": ARGS} | more
     judge_asynchronous(run(tmp_path, asked), asked)

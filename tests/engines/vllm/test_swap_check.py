@@ -137,7 +137,7 @@ class TestReach:
 
     def test_too_much_is_refused(self, monkeypatch: pytest.MonkeyPatch):
         model = torch.nn.Linear(2, 2)
-        model.much = [[] for _ in range(100)]
+        model.much = [[number] for number in range(100)]
         monkeypatch.setattr(reach, "MOST", 50)
         with pytest.raises(UnsupportedError, match="more than 50 objects"):
             list(reach.tensors(model))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from tests.engines.vllm.fake_core import FakeCore
 
 import thaw_vllm
-from thaw_vllm.engines.vllm import versions
+from thaw_vllm.engines.vllm import client, versions
 from thaw_vllm.engines.vllm.answers import answering
 from thaw_vllm.engines.vllm.swap import api, parked
 from thaw_vllm.engines.vllm.swap import core as swap_core
@@ -111,6 +112,33 @@ class FakeAsync:
 
     def shutdown(self) -> None:
         self.closed = True
+
+
+def test_an_engine_core_that_dies_before_it_answers(monkeypatch: pytest.MonkeyPatch):
+    """vLLM notes it and leaves whoever waits waiting."""
+    told = []
+    monkeypatch.setattr(versions, "fail_requests", lambda client, why: told.append(why))
+    resources = SimpleNamespace(engine_dead=False)
+    config = SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_size=1))
+
+    class Client:
+        def call_utility(self, method: str, options: dict[str, Any]) -> None:
+            resources.engine_dead = True
+            threading.Event().wait()
+
+        async def call_utility_async(self, method: str, options: dict[str, Any]) -> None:
+            resources.engine_dead = True
+            await asyncio.Event().wait()
+
+    core = Client()
+    core.resources = resources  # type: ignore[attr-defined]
+    llm = SimpleNamespace(llm_engine=SimpleNamespace(engine_core=core, vllm_config=config))
+    with pytest.raises(BrokenEngineError, match="died meanwhile"):
+        client.call(llm, "thaw_swap", {})  # type: ignore[arg-type]
+    engine = SimpleNamespace(engine_core=core, vllm_config=config)
+    with pytest.raises(BrokenEngineError, match="died meanwhile"):
+        asyncio.run(client.ask(engine, "thaw_swap", {}))
+    assert len(told) == 1, "requests that wait are told, too"
 
 
 class Driver:

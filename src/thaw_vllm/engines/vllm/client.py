@@ -59,7 +59,7 @@ def call(llm: LLM, method: str, options: dict[str, Any]) -> dict[str, Any]:
     if getattr(llm.llm_engine.vllm_config.parallel_config, "data_parallel_size", 1) > 1:
         raise UnsupportedError("data-parallel engines have a cache for each replica; not in this version")
     with alive():
-        return raised(client.call_utility(method, options))
+        return raised(versions.call_core_and_wait(client, method, options))
 
 
 async def ask(client: Any, method: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -72,11 +72,15 @@ async def ask(client: Any, method: str, options: dict[str, Any]) -> dict[str, An
             f"this server has {size} data-parallel engines, each with a cache of its own; not in this version: "
             "serve with data_parallel_size=1"
         )
-    with alive():
-        answer = raised(await versions.call_core(client, method, options))
-        while "job" in answer:
-            await asyncio.sleep(PAUSE)
-            answer = raised(await versions.call_core(client, "thaw_kv_job", {"job": answer["job"]}))
+    try:
+        with alive():
+            answer = raised(await versions.call_core(client, method, options))
+            while "job" in answer:
+                await asyncio.sleep(PAUSE)
+                answer = raised(await versions.call_core(client, "thaw_kv_job", {"job": answer["job"]}))
+    except BrokenEngineError as error:
+        versions.fail_requests(client, str(error))
+        raise
     return answer
 
 

@@ -6,14 +6,17 @@ vLLM that moved something fails with that and not with an AttributeError half-wa
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import importlib
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent import futures
 from importlib import metadata
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -708,10 +711,48 @@ def allow_forks(unsafe: Callable[[], str | None]) -> bool:
 # --- Server -----------------------------------------------------------------------------------------------------------
 
 
+_LOOK = 0.2
+"""Seconds between two looks at whether an engine core lives that has not answered yet."""
+
+
 async def call_core(client: Any, method: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Have a server's engine core run one of its methods, between two steps."""
-    answer: dict[str, Any] = await client.engine_core.call_utility_async(method, options)
+    """Have a server's engine core run one of its methods, between two steps.
+
+    vLLM leaves whoever waits for the answer of a process that is killed waiting for ever.
+
+    Raises:
+        EngineDeadError: it has died.
+    """
+    call = asyncio.ensure_future(client.engine_core.call_utility_async(method, options))
+    try:
+        while not (await asyncio.wait([call], timeout=_LOOK))[0]:
+            _require_alive(client.engine_core)
+    except BaseException:
+        call.cancel()
+        raise
+    answer: dict[str, Any] = call.result()
     return answer
+
+
+def call_core_and_wait(client: Any, method: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The same by an ``LLM``'s client of its engine core."""
+    call: futures.Future[dict[str, Any]] = futures.Future()
+
+    def work() -> None:
+        try:
+            call.set_result(client.call_utility(method, options))
+        except BaseException as error:
+            call.set_exception(error)
+
+    threading.Thread(target=work, daemon=True, name=method).start()
+    while not futures.wait([call], timeout=_LOOK).done:
+        _require_alive(client)
+    return call.result()
+
+
+def _require_alive(client: Any) -> None:
+    if getattr(getattr(client, "resources", None), "engine_dead", False):
+        raise engine_dead()
 
 
 def data_parallel_size(client: Any) -> int:

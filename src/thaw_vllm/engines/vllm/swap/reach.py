@@ -7,11 +7,13 @@ import functools
 import math
 import types
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._guards import Source
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -20,13 +22,36 @@ from ....weights.layout import dense, extent
 
 MOST = 2_000_000
 """Objects that are looked at. A model of a thousand layers has a tenth of it."""
+_ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes, bytearray, torch.dtype, torch.device})
+"""Hold nothing."""
+_PLAIN = frozenset({dict, OrderedDict, list, tuple, set, frozenset})
+"""Hold nothing where they are empty, as most of a module's are."""
 _ITEMS = (list, tuple, set, frozenset, deque)
 _LEFT = (
     *(type, types.ModuleType, str, bytes, bytearray, int, float, complex),
-    *(FakeTensorMode, ShapeEnv, torch.fx.Graph, torch.fx.Node),
+    *(FakeTensorMode, ShapeEnv, torch.fx.Graph, torch.fx.Node, Source),
 )
 """Belong to no model, or hold nothing; or keep books of a trace, with the tensors it has seen, and are never run: of a
 graph the code that was made of it is, which has what it needs as attributes of its module."""
+
+
+@dataclass(slots=True)
+class _Way:
+    """How an object was come to; written out for the few that are told of."""
+
+    before: _Way | None
+    form: str
+    name: Any
+
+    def __str__(self) -> str:
+        steps, way = [], self
+        while way.before is not None:
+            name = way.name
+            if way.form == "[{}]":
+                name = repr(name)[:60] if isinstance(name, (str, int)) else type(name).__name__
+            steps.append(way.form.format(name))
+            way = way.before
+        return "".join(reversed(steps)).removeprefix(".")
 
 
 def tensors(model: torch.nn.Module, leave: tuple[type, ...] = ()) -> Iterator[tuple[str, torch.Tensor]]:
@@ -43,24 +68,30 @@ def tensors(model: torch.nn.Module, leave: tuple[type, ...] = ()) -> Iterator[tu
     Raises:
         UnsupportedError: it holds more than MOST objects.
     """
+    for way, tensor in _tensors(model, leave):
+        yield str(way), tensor
+
+
+def _tensors(model: torch.nn.Module, leave: tuple[type, ...]) -> Iterator[tuple[_Way, torch.Tensor]]:
     seen: dict[int, Any] = {}  # held, so that no other object gets one's id meanwhile
-    pending: list[tuple[str, Any]] = [("", model)]
+    pending: list[tuple[_Way, Any]] = [(_Way(None, "", ""), model)]
+    left = (*_LEFT, *leave)
     while pending:
-        path, value = pending.pop()
-        if (
-            type(value) in weakref.ProxyTypes
-            or value is None
-            or isinstance(value, (*_LEFT, *leave))
-            or id(value) in seen
-        ):
+        way, value = pending.pop()
+        # By its own type first: isinstance would ask what a proxy stands for.
+        if id(value) in seen or type(value) in weakref.ProxyTypes or isinstance(value, left):
             continue
         seen[id(value)] = value
         if len(seen) > MOST:
             raise UnsupportedError(f"the model holds more than {MOST} objects, so what hangs on it cannot be listed")
         if isinstance(value, torch.Tensor):
-            yield path.removeprefix("."), value
+            yield way, value
         if not isinstance(value, FakeTensor):
-            pending.extend(_held(path, value))
+            pending.extend(
+                (_Way(way, form, name), item)
+                for form, name, item in _held(value)
+                if type(item) not in _ATOMS and id(item) not in seen and (type(item) not in _PLAIN or item)
+            )
 
 
 def uncovered(
@@ -87,7 +118,7 @@ def uncovered(
         before = bisect.bisect_right(spans, (device, low, math.inf)) - 1
         return low == high or (before >= 0 and spans[before][0] == device and high <= spans[before][2])
 
-    return [(path, tensor) for path, tensor in tensors(model, leave) if not filled(tensor)]
+    return [(str(way), tensor) for way, tensor in _tensors(model, leave) if not filled(tensor)]
 
 
 Span = tuple[str, int, int]
@@ -113,49 +144,55 @@ def _span(tensor: torch.Tensor) -> Span | None:
         return None
 
 
-def _held(path: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """What one object holds, with the way to it."""
+def _held(value: Any) -> Iterator[tuple[str, Any, Any]]:
+    """What one object holds: how the way to it is written, the name in that, and it."""
     if isinstance(value, Mapping):
         for key, item in list(value.items()):
-            yield f"{path}[{_key(key)}]", item
-            yield f"{path}[{_key(key)}]", key
+            yield "[{}]", key, item
+            yield "[{}]", key, key
     elif isinstance(value, _ITEMS):
-        yield from ((f"{path}[{number}]", item) for number, item in enumerate(list(value)))
+        yield from (("[{}]", number, item) for number, item in enumerate(list(value)))
     elif isinstance(value, functools.partial):
-        yield path, value.func
-        yield from ((f"{path}({number})", item) for number, item in enumerate(value.args))
-        yield from ((f"{path}({name})", item) for name, item in value.keywords.items())
+        yield "", "", value.func
+        yield from (("({})", number, item) for number, item in enumerate(value.args))
+        yield from (("({})", name, item) for name, item in value.keywords.items())
     elif isinstance(value, types.MethodType):
-        yield path, value.__self__
-        yield path, value.__func__
+        yield "", "", value.__self__
+        yield "", "", value.__func__
     elif isinstance(value, (types.BuiltinMethodType, types.MethodWrapperType)):
-        yield path, value.__self__
+        yield "", "", value.__self__
     elif isinstance(value, types.FunctionType):
         for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
             try:
-                yield f"{path}<{name}>", cell.cell_contents
+                yield "<{}>", name, cell.cell_contents
             except ValueError:  # not assigned yet
                 continue
-        yield from ((f"{path}(default)", item) for item in value.__defaults__ or ())
-        yield from ((f"{path}({name})", item) for name, item in (value.__kwdefaults__ or {}).items())
+        yield from (("({})", "default", item) for item in value.__defaults__ or ())
+        yield from (("({})", name, item) for name, item in (value.__kwdefaults__ or {}).items())
     elif isinstance(value, weakref.ReferenceType):
-        yield path, value()
-    yield from _attributes(path, value)
+        yield "", "", value()
+    yield from _attributes(value)
 
 
-def _attributes(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+def _attributes(value: Any) -> Iterator[tuple[str, Any, Any]]:
     for name, item in list(getattr(value, "__dict__", {}).items()):
         if isinstance(value, torch.nn.Module) and name in ("_parameters", "_buffers", "_modules"):
-            yield from ((f"{path}.{inner}", held) for inner, held in item.items())
+            yield from ((".{}", inner, held) for inner, held in item.items())
         else:
-            yield f"{path}.{name}", item
-    for kind in type(value).__mro__:
-        slots = vars(kind).get("__slots__", ())
+            yield ".{}", name, item
+    for own in _slots(type(value)):  # type: ignore[arg-type]  # mypy takes classes for unhashable
+        if hasattr(value, own):
+            yield ".{}", own, getattr(value, own)
+
+
+@functools.lru_cache(4096)
+def _slots(kind: type) -> tuple[str, ...]:
+    """Attributes of objects of a class that are not in their ``__dict__``."""
+    found: list[str] = []
+    for one in kind.__mro__:
+        slots = vars(one).get("__slots__", ())
         for name in (slots,) if isinstance(slots, str) else tuple(slots):
-            own = f"_{kind.__name__.lstrip('_')}{name}" if name.startswith("__") and not name.endswith("__") else name
-            if own not in ("__dict__", "__weakref__") and hasattr(value, own):
-                yield f"{path}.{own}", getattr(value, own)
-
-
-def _key(key: Any) -> str:
-    return repr(key)[:60] if isinstance(key, (str, int)) else type(key).__name__
+            own = f"_{one.__name__.lstrip('_')}{name}" if name.startswith("__") and not name.endswith("__") else name
+            if own not in ("__dict__", "__weakref__"):
+                found.append(own)
+    return tuple(found)
