@@ -1,7 +1,9 @@
 import ctypes
 import re
 import signal
+import subprocess
 import threading
+import time
 from collections import Counter
 from types import SimpleNamespace
 
@@ -409,3 +411,46 @@ class TestLibcuda:
         for call in (lambda: park([7], timeout=30), lambda: wake([7]), lambda: state(7)):
             with pytest.raises(UnsupportedError, match=name):
                 call()
+
+
+class TestEnded:
+    """A driver that never comes back from a call whose process is killed."""
+
+    @pytest.fixture(autouse=True)
+    def impatient(self, monkeypatch):
+        monkeypatch.setattr(process_checkpoint, "_GRACE", 0.2)
+
+    @pytest.fixture
+    def child(self):
+        with subprocess.Popen(["sleep", "600"]) as process:
+            yield process
+            process.kill()
+
+    @pytest.mark.parametrize("name", ["lock", "checkpoint"])
+    def test_while_it_is_parked(self, name, child):
+        driver = FakeDriver(child.pid, 8)
+        driver.during[name, child.pid] = lambda: (child.kill(), threading.Event().wait())
+        with pytest.raises(DeviceError, match=f"process {child.pid} cannot be {name}ed: it has ended.*start it anew"):
+            park([child.pid, 8], timeout=30, driver=driver)
+        assert driver.states[8] == RUNNING, "the other one runs on"
+
+    @pytest.mark.parametrize("name", ["restore", "unlock"])
+    def test_while_it_is_woken(self, name, child):
+        driver = FakeDriver(child.pid, 8)
+        park([child.pid, 8], timeout=30, driver=driver)
+        driver.during[name, child.pid] = lambda: (child.kill(), threading.Event().wait())
+        with pytest.raises(DeviceError, match=f"process {child.pid} cannot be {name}e?d: it has ended"):
+            wake([child.pid, 8], driver=driver)
+        assert driver.states[8] == RUNNING
+
+    def test_while_it_is_asked_for_its_state(self, child):
+        driver = FakeDriver(child.pid)
+        driver.state = lambda pid: (child.kill(), threading.Event().wait())
+        with pytest.raises(DeviceError, match="it has ended"):
+            state(child.pid, driver=driver)
+
+    def test_one_that_lives_is_waited_for(self, child):
+        driver = FakeDriver(child.pid)
+        driver.during["checkpoint", child.pid] = lambda: time.sleep(0.6)
+        park([child.pid], timeout=30, driver=driver)
+        assert driver.states[child.pid] == CHECKPOINTED

@@ -15,14 +15,18 @@ from __future__ import annotations
 
 import ctypes
 import math
+import queue
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from time import monotonic
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar, cast
 
 from ..errors import DeviceError, UnsupportedError, UsageError
 from .cuda import INT, POINTER, UINT
 from .parallel import crew, run
+
+T = TypeVar("T")
 
 PERMISSION = (
     "run as root; in a container, with CAP_CHECKPOINT_RESTORE and one of CAP_SYS_PTRACE and CAP_SYS_ADMIN, in the PID "
@@ -40,10 +44,17 @@ _LONGEST = 0xFFFFFFFF
 """Milliseconds: what CUcheckpointLockArgs has room for."""
 
 _OUT_OF_MEMORY, _NOT_READY = 2, 600
+_ENDED = -1
+"""In place of a CUresult: the process has ended, and the driver did not come back."""
+
+_GRACE = 2.0
+"""Seconds that a call may take once its process has ended. Driver 580 did not come back from one, whose process was
+killed while it was being checkpointed."""
 _PERSISTENCE = "turn on persistence mode (nvidia-smi -pm 1), which restoring needs where nothing else holds the GPU"
 _LOST = "its state may be lost: end it and start it anew"
 
 _RESULTS = {
+    _ENDED: ("it has ended meanwhile", "start it anew"),
     1: ("CUDA_ERROR_INVALID_VALUE", "no such process, or none that uses CUDA; pass its id as this process sees it"),
     _OUT_OF_MEMORY: (
         "CUDA_ERROR_OUT_OF_MEMORY",
@@ -153,6 +164,66 @@ class Libcuda:
         return self._call("cuCheckpointProcessGetState", pid, ctypes.byref(number)), number.value
 
 
+class _Watched:
+    """A driver whose calls come back once their process has ended, also where the driver's own do not."""
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+        self._ended: set[int] = set()
+
+    def lock(self, pid: int, milliseconds: int) -> int:
+        return self._call(pid, lambda: self._driver.lock(pid, milliseconds), _ENDED)
+
+    def checkpoint(self, pid: int) -> int:
+        return self._call(pid, lambda: self._driver.checkpoint(pid), _ENDED)
+
+    def restore(self, pid: int) -> int:
+        return self._call(pid, lambda: self._driver.restore(pid), _ENDED)
+
+    def unlock(self, pid: int) -> int:
+        return self._call(pid, lambda: self._driver.unlock(pid), _ENDED)
+
+    def state(self, pid: int) -> tuple[int, int]:
+        return self._call(pid, lambda: self._driver.state(pid), (_ENDED, 0))
+
+    def _call(self, pid: int, work: Callable[[], T], ended: T) -> T:
+        if pid in self._ended:
+            return ended
+        answers: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
+
+        def answer() -> None:
+            try:
+                answers.put((work(), None))
+            except BaseException as error:
+                answers.put((None, error))
+
+        threading.Thread(target=answer, daemon=True, name=f"thaw-driver-{pid}").start()
+        began, until = _began(pid), None
+        while True:
+            try:
+                found, error = answers.get(timeout=_GRACE / 10)
+                break
+            except queue.Empty:
+                if began is not None and _began(pid) == began:
+                    continue
+                until = until or monotonic() + _GRACE
+                if monotonic() >= until:
+                    self._ended.add(pid)
+                    return ended
+        if error is not None:
+            raise error
+        return cast("T", found)
+
+
+def _began(pid: int) -> str | None:
+    """When a process was started, in the kernel's ticks; None of one that has ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZXx" else fields[19]
+
+
 def unsupported(library: str = "libcuda.so.1") -> str | None:
     """Why this machine's driver has no such calls, with the cure; None where it has. Says nothing about permission."""
     try:
@@ -178,7 +249,7 @@ def park(pids: Sequence[int], *, timeout: float, driver: Driver | None = None) -
     Raises:
         UsageError: ``timeout`` is no positive number that the driver can take.
         UnsupportedError: see ``unsupported``.
-        DeviceError: one cannot be parked; what is wrong, the cure, and what could not be undone.
+        DeviceError: one cannot be parked, or ends meanwhile; what is wrong, the cure, and what could not be undone.
 
     Notes:
         Processes that talk through NCCL could not be locked together with driver 575: once one was, each call on
@@ -187,7 +258,7 @@ def park(pids: Sequence[int], *, timeout: float, driver: Driver | None = None) -
     """
     if not 0 < timeout <= _LONGEST / 1000:
         raise UsageError(f"timeout is {timeout!r}; give the seconds that locking may take, above 0 and below 50 days")
-    used, asked = driver or Libcuda(), list(dict.fromkeys(pids))
+    used, asked = _Watched(driver or Libcuda()), list(dict.fromkeys(pids))
     # In a thread of its own, which Ctrl-C does not interrupt between a call and the note that it was made.
     crew(lambda stop: _park(used, asked, monotonic() + timeout, stop), 1)
 
@@ -202,7 +273,7 @@ def wake(pids: Iterable[int], *, driver: Driver | None = None) -> None:
         UnsupportedError: see ``unsupported``.
         DeviceError: some could not be woken; which, why, and that their state may be lost.
     """
-    used, asked = driver or Libcuda(), list(dict.fromkeys(pids))
+    used, asked = _Watched(driver or Libcuda()), list(dict.fromkeys(pids))
     crew(lambda _: _wake(used, asked), 1)
 
 
@@ -213,7 +284,8 @@ def state(pid: int, *, driver: Driver | None = None) -> str:
         UnsupportedError: see ``unsupported``.
         DeviceError: no such process, one without CUDA, or a state that is none of these.
     """
-    result, number = (driver or Libcuda()).state(pid)
+    used = driver if isinstance(driver, _Watched) else _Watched(driver or Libcuda())
+    result, number = used.state(pid)
     if result:
         raise _failure(pid, "asked for its state", result)
     if not 0 <= number < len(_STATES):

@@ -5,6 +5,7 @@ whether it is the worker's parent that is killed (``core``), and what goes wrong
 ``restore``, ``fill``, or ``nothing``.
 """
 
+import faulthandler
 import json
 import os
 import signal
@@ -26,10 +27,24 @@ def killed(pid, work, when):
     return found
 
 
+def within(name):
+    """Waits until the driver is in the middle of such a call."""
+    from thaw_vllm.transport.process_checkpoint import Libcuda
+
+    begun, original = threading.Event(), getattr(Libcuda, name)
+
+    def call(self, pid):
+        begun.set()
+        return original(self, pid)
+
+    setattr(Libcuda, name, call)
+    return lambda: (begun.wait(), time.sleep(0.1))
+
+
 def main(asked, answer):
     import thaw_vllm
-    from thaw_vllm.transport import process_checkpoint
 
+    faulthandler.dump_traceback_later(240, exit=True)  # says where it hangs, if it does
     asked = json.loads(Path(asked).read_text())
     llm = thaw_vllm.load(asked["model"], asked["first"], **asked["engine_args"])
     found, what = {"before": ask(llm)["answers"], "digests": digests(llm)}, asked["what"]
@@ -42,17 +57,12 @@ def main(asked, answer):
         while not flag.exists():
             time.sleep(0.001)
 
-    def away(state):
-        """Until the driver has done its part of parking, or has begun to undo it."""
-        while process_checkpoint.state(pid) != state:
-            time.sleep(0.001)
-
     if what in ("swap", "fill"):
         llm.collective_rpc("thaw_test_hang", args=(str(flag),))
     if what == "swap":
         found["told"] = killed(pid, lambda: thaw_vllm.swap_weights(llm, asked["second"]), hung)
     elif what == "park":
-        found["told"] = killed(pid, lambda: thaw_vllm.park(llm, driver=True), lambda: away("locked"))
+        found["told"] = killed(pid, lambda: thaw_vllm.park(llm, driver=True), within("checkpoint"))
     else:
         parked = thaw_vllm.park(llm, driver=None if what == "nothing" else True)
         found["parked"] = asdict(parked)
@@ -60,7 +70,7 @@ def main(asked, answer):
             os.kill(pid, signal.SIGKILL)
             found["told"] = refused(lambda: thaw_vllm.wake(llm, parked))
         elif what == "restore":
-            found["told"] = killed(pid, lambda: thaw_vllm.wake(llm, parked), lambda: time.sleep(0.05))
+            found["told"] = killed(pid, lambda: thaw_vllm.wake(llm, parked), within("restore"))
         elif what == "fill":
             found["told"] = killed(pid, lambda: thaw_vllm.wake(llm, parked), hung)
         else:
