@@ -48,7 +48,7 @@ def park(
     pairs(
         [
             ("stays on the GPU", plain(took)),
-            ("weights", "in host memory" if answer["content"] is None else "in their snapshot"),
+            ("weights", "in host memory" if answer["contents"] is None else "in their snapshot"),
             ("KV blocks", plain(str(answer["kv"] or "dropped"))),
             ("requests ended", str(answer["aborted"])),
             ("seconds", f"{answer['seconds']['total']:.2f}"),

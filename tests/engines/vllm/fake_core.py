@@ -39,7 +39,7 @@ class FakeExecutor:
         core.did(f"collective_rpc {method}")
         answer = core.tells.get(method, core.ANSWERS[method])
         if method == "thaw_fill" and "bytes" in answer:
-            core.weights = "new" if args[0]["content"] == "c1" else "old"
+            core.weights = "new" if args[0]["contents"] == ["c1"] else "old"
         return [dict(answer)]
 
 

@@ -40,7 +40,10 @@ def ask(llm):
 
 
 def digests(llm):
-    return llm.collective_rpc("thaw_test_digests")[0]
+    """Of all ranks: the first under its own names, others with theirs before."""
+    ranks = llm.collective_rpc("thaw_test_digests")
+    names = ["", *(f"rank {rank}: " for rank in range(1, len(ranks)))]
+    return {name + path: told for name, of in zip(names, ranks, strict=True) for path, told in of.items()}
 
 
 def refused(work):

@@ -397,7 +397,7 @@ def ordinary(**changes: Any) -> Any:
             runner_type="generate", is_multimodal_model=False, word_embeddings_untied_by_checkpoint=False
         ),
         cache_config=SimpleNamespace(cache_dtype="auto", calculate_kv_scales=False),
-        parallel_config=SimpleNamespace(world_size=1),
+        parallel_config=SimpleNamespace(world_size=1, tensor_parallel_size=1),
         lora_config=None,
         speculative_config=None,
         kv_transfer_config=None,
@@ -419,7 +419,7 @@ OBSTACLES = [
     ({"model_config__runner_type": "pooling"}, r"does not generate \(pooling\)"),
     ({"model_config__runner_type": "draft"}, r"does not generate \(draft\)"),
     ({"model_config__is_multimodal_model": True}, "takes images or sound"),
-    ({"parallel_config__world_size": 2}, "has 2 ranks"),
+    ({"parallel_config__world_size": 2}, "2 ranks of which 1 share a layer"),
     ({"kv_transfer_config": object()}, "would outlive the weights"),
     ({"ec_transfer_config": object()}, "would outlive the weights"),
     ({"cache_config__cache_dtype": "fp8"}, r"its KV cache \(fp8\) has scales"),

@@ -37,7 +37,7 @@ def run(core: Any, method: str, **options: Any) -> dict[str, Any]:
         "swap": {"path": "new.thaw", "verify": True},
         "finish": {},
         "park": {"keep_weights": False},
-        "wake": {"path": "old.thaw", "content": "c0", "verify": True},
+        "wake": {"path": "old.thaw", "contents": ["c0"], "verify": True},
     }[method]
     return raised(swap_core.answering(METHODS[method])(core, given | options))
 
@@ -70,7 +70,7 @@ def test_order_of_a_swap():
     core = FakeCore()
     answer = run(core, "swap", verify=False)
     assert core.log == [*CHECK, *EMPTIED, *FILL, *CANARY]
-    assert core.filled_with == {"path": "new.thaw", "content": "c1", "verify": False}, "what was checked, no other"
+    assert core.filled_with == {"path": "new.thaw", "contents": ["c1"], "verify": False}, "what was checked, no other"
     assert {name: answer[name] for name in ("bytes", "model", "aborted", "route")} == {
         "bytes": 10,
         "model": "new-id",
@@ -296,9 +296,9 @@ def test_order_of_parking():
     answer = run(core, "park")
     asked = [RPC + "thaw_source", RPC + "thaw_pid"]
     assert core.log == [*asked, "pause abort", "step", "sleep 2", RPC + "thaw_trim"]
-    assert {name: answer[name] for name in ("path", "content", "aborted", "pids", "left")} == {
+    assert {name: answer[name] for name in ("path", "contents", "aborted", "pids", "left")} == {
         "path": "old.thaw",
-        "content": "c0",
+        "contents": ["c0"],
         "aborted": 2,
         "pids": [42],
         "left": [7],
@@ -311,11 +311,11 @@ def test_weights_kept_in_host_memory():
     core = FakeCore()
     setattr(core, watch._CHANGED, True)
     answer = run(core, "park", keep_weights=True)
-    assert core.log == [RPC + "thaw_pid", "sleep 1", RPC + "thaw_trim"] and (answer["path"], answer["content"]) == (
+    assert core.log == [RPC + "thaw_pid", "sleep 1", RPC + "thaw_trim"] and (answer["path"], answer["contents"]) == (
         None,
         None,
     )
-    run(core, "wake", path=None, content=None)
+    run(core, "wake", path=None, contents=None)
     assert core.weights == "old" and not set(core.log) & set(FILL) and not core.paused
     assert watch.weights_changed(core), "they still are"
 
@@ -364,7 +364,7 @@ def test_order_of_waking():
         "step",
         *CANARY,
     ]
-    assert core.filled_with == {"path": "old.thaw", "content": "c0", "verify": False}
+    assert core.filled_with == {"path": "old.thaw", "contents": ["c0"], "verify": False}
     assert answer["bytes"] == 10 and answer["aborted"] == 1 and core.ended == {"meanwhile"}
     assert list(answer["seconds"]) == ["check", "weights' memory", "fill", "other memory", "canary", "total"]
     assert not core.paused and not core.model_executor.is_sleeping and not watch.weights_changed(core)
@@ -565,7 +565,7 @@ def test_an_engine_that_does_not_come_to_rest(monkeypatch: pytest.MonkeyPatch):
 def test_waking_with_what_another_parking_gave():
     core = parked()
     with pytest.raises(UsageError, match="another snapshot"):
-        run(core, "wake", content="c1")
+        run(core, "wake", contents=["c1"])
     assert core.log == [] and run(core, "wake")["bytes"] == 10
 
 

@@ -41,7 +41,7 @@ def base(directory: Path, freeze: Callable[..., Path]) -> Path:
 def swap(running: Running, path: Path, *, verify: bool = True) -> dict[str, Any]:
     """As an engine core does it."""
     content = running.check(path)["content"]
-    return running.ask("thaw_fill", {"path": str(path), "content": content, "verify": verify})
+    return running.ask("thaw_fill", {"path": str(path), "contents": [content], "verify": verify})
 
 
 def same(running: Running, expected: dict[str, torch.Tensor]) -> bool:
@@ -108,11 +108,11 @@ def test_content_that_has_become_another_meanwhile(directory: Path, base: Path, 
     content = running.check(path)["content"]
     shutil.copy(base, path)
     with pytest.raises(MismatchError, match=r"tuned.thaw' has become another snapshot meanwhile; try again"):
-        running.ask("thaw_fill", {"path": str(path), "content": content, "verify": True})
+        running.ask("thaw_fill", {"path": str(path), "contents": [content], "verify": True})
     assert same(running, before) and filled.noted(running.model) == noted
     path.unlink()
     with pytest.raises(StorageError):
-        running.ask("thaw_fill", {"path": str(path), "content": content, "verify": True})
+        running.ask("thaw_fill", {"path": str(path), "contents": [content], "verify": True})
     assert same(running, before) and filled.noted(running.model) == noted
     assert swap(running, base)["bytes"]
 
@@ -194,7 +194,7 @@ def test_a_failure_once_all_is_filled(
 
     monkeypatch.setattr(fill_module, "opened_for", fails_to_close)
     try:
-        running.ask("thaw_fill", {"path": str(path), "content": content, "verify": True})
+        running.ask("thaw_fill", {"path": str(path), "contents": [content], "verify": True})
     except StorageError:
         assert same(running, before)
 
@@ -243,8 +243,8 @@ def test_a_held_file_that_was_replaced(directory: Path, base: Path, fine_tune: C
     other.replace(path)
     for ask in (
         lambda: running.check(path),
-        lambda: running.ask("thaw_fill", {"path": str(path), "content": content, "verify": True}),
-        lambda: running.ask("thaw_wakeable", {"path": str(path), "content": content}),
+        lambda: running.ask("thaw_fill", {"path": str(path), "contents": [content], "verify": True}),
+        lambda: running.ask("thaw_wakeable", {"path": str(path), "contents": [content]}),
     ):
         with pytest.raises(ReplacedError, match="another file than the one that is held page-locked; unpin it, and"):
             ask()
@@ -267,6 +267,7 @@ def test_a_file_that_cannot_be_held(directory: Path, base: Path, engine: Callabl
 def test_whether_it_is_still_there(directory: Path, base: Path, fine_tune: Callable, engine: Callable):
     running = engine(directory, base)
     source = running.ask("thaw_source")
+    source = {"path": source["path"], "contents": [source["content"]]}
     assert running.ask("thaw_wakeable", source) == {}
     shutil.copy(fine_tune(), base)
     with pytest.raises(
@@ -284,6 +285,7 @@ def test_whether_it_is_still_there(directory: Path, base: Path, fine_tune: Calla
 def test_the_same_content_in_another_file_is_as_good(directory: Path, base: Path, engine: Callable):
     running = engine(directory, base)
     source = running.ask("thaw_source")
+    source = {"path": source["path"], "contents": [source["content"]]}
     copied = base.with_name("copied.thaw")
     shutil.copy(base, copied)
     copied.replace(base)

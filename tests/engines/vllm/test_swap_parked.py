@@ -275,7 +275,7 @@ def test_parked_and_woken(both: Both, snapshot: Path, driver: Driver, log: list[
     log.clear()
     report = both.wake(found, verify=False)
     assert log == ["driver wake [42]", "thaw_wake"] and driver.parked == []
-    assert both.core.filled_with == {"path": str(snapshot), "content": found.content, "verify": False}
+    assert both.core.filled_with == {"path": str(snapshot), "contents": [found.content], "verify": False}
     assert (report.bytes, report.blocks, report.aborted) == (10, 0, 0) and awake(both.core)
     phases = ["driver", "check", "weights' memory", "fill", "other memory", "canary", "KV", "total"]
     assert list(report.seconds) == phases
@@ -450,7 +450,7 @@ def test_a_swap_of_a_synchronous_engine(core: FakeCore, log: list[str], monkeypa
     assert found == api.Swappable(10, 3, "new-id")
     report = api.swap_weights(llm, "new.thaw", verify=False)
     assert (report.bytes, report.model, report.aborted, report.route) == (10, "new-id", 0, "mapped")
-    assert core.filled_with == {"path": "/tmp/new.thaw", "content": "c1", "verify": False}
+    assert core.filled_with == {"path": "/tmp/new.thaw", "contents": ["c1"], "verify": False}
     core.answer = ([], [])
     with pytest.raises(BrokenEngineError, match="has been closed: the canary was answered"):
         api.swap_weights(llm, "new.thaw")

@@ -400,8 +400,9 @@ def swap_obstacle(model: torch.nn.Module, config: Any) -> str | None:
         return f"it does not generate ({model_config.runner_type})"
     if model_config.is_multimodal_model:
         return "it takes images or sound, whose encoders were not tried"
-    if config.parallel_config.world_size > 1:
-        return f"it has {config.parallel_config.world_size} ranks, which is not in this version"
+    parallel = config.parallel_config
+    if parallel.world_size != parallel.tensor_parallel_size:
+        return f"{parallel.world_size} ranks of which {parallel.tensor_parallel_size} share a layer were not tried"
     if config.kv_transfer_config is not None or getattr(config, "ec_transfer_config", None) is not None:
         return "what others have of its KV cache (a connector) would outlive the weights that made it"
     if cache.cache_dtype not in ("auto", "bfloat16", "float16") or getattr(cache, "calculate_kv_scales", False):

@@ -44,7 +44,8 @@ def check(core: Any, options: dict[str, Any]) -> dict[str, Any]:
         options: ``path``.
 
     Returns:
-        ``bytes`` and ``tensors`` that would be filled, and the snapshot's ``model`` and ``content`` ids.
+        ``bytes`` and ``tensors`` (of a rank) that would be filled, the snapshot's ``model`` id, and ``contents``: the
+        content id of each rank's file.
     """
     _whole(core)
     _awake(core)
@@ -88,7 +89,7 @@ def swap(core: Any, options: dict[str, Any]) -> dict[str, Any]:
     aborted = _abort(core)
     _forget(core)
     clock.end("drain")
-    fill = {"path": options["path"], "content": found["content"], "verify": options["verify"]}
+    fill = {"path": options["path"], "contents": found["contents"], "verify": options["verify"]}
 
     def changed() -> Changed:
         answers, broken = _fill(core, fill)
@@ -130,7 +131,8 @@ def parkable(core: Any, options: dict[str, Any]) -> dict[str, Any]:
         options: ``keep_weights``: in host memory, rather than to read them again from their snapshot.
 
     Returns:
-        ``pids`` of the workers; ``path`` and ``content`` of the snapshot, None with ``keep_weights``.
+        ``pids`` of the workers; ``path`` of the snapshot and ``contents``, the content id of each rank's file, both
+        None with ``keep_weights``.
 
     Raises:
         UsageError: the engine was started without sleep mode, or is asleep.
@@ -144,14 +146,15 @@ def parkable(core: Any, options: dict[str, Any]) -> dict[str, Any]:
             "this engine was started without sleep mode; on an NVIDIA GPU, start it with enable_sleep_mode=True "
             "(--enable-sleep-mode)"
         )
-    source: dict[str, Any] = {"path": None, "content": None}
+    source: dict[str, Any] = {"path": None, "contents": None}
     if not options["keep_weights"]:
         if watch.weights_changed(core):
             raise UnsupportedError(
                 "this engine's weights may have been changed since they were loaded (a call to its workers), so its "
                 "snapshot would bring others; keep them in host memory meanwhile (keep_weights=True, --keep-weights)"
             )
-        source = all_raised(core.model_executor.collective_rpc("thaw_source"))[0]
+        answers = all_raised(core.model_executor.collective_rpc("thaw_source"))
+        source = {"path": answers[0]["path"], "contents": [answer["content"] for answer in answers]}
     pids = all_raised(core.model_executor.collective_rpc("thaw_pid"))
     return source | {"pids": [answer["pid"] for answer in pids]}
 
@@ -177,7 +180,7 @@ def park(core: Any, options: dict[str, Any]) -> dict[str, Any]:
         return _close(core, f"it could not be put to sleep: {type(error).__name__}: {error}")
     if not core.model_executor.is_sleeping:
         return _close(core, "it was asked to sleep, and has not")
-    core.thaw_parked = wanted = {name: source[name] for name in ("path", "content")}
+    core.thaw_parked = wanted = {name: source[name] for name in ("path", "contents")}
     versions.keep_asleep(core)
     clock.end("sleep")
     try:
@@ -199,7 +202,7 @@ def wake(core: Any, options: dict[str, Any]) -> dict[str, Any]:
     """Take the memory back, fill it, and let requests in.
 
     Args:
-        options: ``path``, ``content``: as ``park`` has told them; ``verify``.
+        options: ``path``, ``contents``: as ``park`` has told them; ``verify``.
 
     Returns:
         ``bytes`` filled, ``aborted`` requests, and ``seconds`` by phase; or ``broken``, as ``swap``.
@@ -216,7 +219,7 @@ def wake(core: Any, options: dict[str, Any]) -> dict[str, Any]:
         raise UsageError("the engine is not parked")
     if parked != {name: options[name] for name in parked}:
         raise UsageError("the engine was parked with another snapshot; wake it with what parking it last gave")
-    fill = {"path": options["path"], "content": options["content"], "verify": options["verify"]}
+    fill = {"path": options["path"], "contents": options["contents"], "verify": options["verify"]}
     all_raised(core.model_executor.collective_rpc("thaw_wakeable", args=(fill,)))
     clock.end("check")
     answers, aborted, broken = _to_the_end(core, lambda: _awoken(core, fill, clock))
@@ -296,7 +299,8 @@ def _fill(core: Any, fill: dict[str, Any]) -> tuple[list[dict[str, Any]], str | 
 def _together(core: Any, method: str, path: str) -> dict[str, Any]:
     """What the workers answer about a snapshot, its bytes those of all ranks."""
     answers = all_raised(core.model_executor.collective_rpc(method, args=(path,)))
-    return answers[0] | {"bytes": sum(answer["bytes"] for answer in answers)}
+    whole = {"bytes": sum(answer["bytes"] for answer in answers), "contents": [one.get("content") for one in answers]}
+    return answers[0] | whole
 
 
 def _whole(core: Any) -> None:

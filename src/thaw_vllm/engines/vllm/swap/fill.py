@@ -20,8 +20,8 @@ def fill(worker: Any, options: dict[str, Any]) -> dict[str, Any]:
     """Put a snapshot's bytes where the model's weights are, at their addresses.
 
     Args:
-        options: ``path``; ``content``: its content id, as ``check`` has told it; ``verify``: hold every chunk against
-            its checksum.
+        options: ``path``; ``contents``: the content id of each rank's file, as ``check`` has told it; ``verify``: hold
+            every chunk against its checksum.
 
     Returns:
         ``bytes``, ``seconds``, ``route``; or ``broken``: why the weights are now neither the old nor the new ones.
@@ -41,7 +41,7 @@ def fill(worker: Any, options: dict[str, Any]) -> dict[str, Any]:
             reading(opened.source, targets.values(), chosen) as way,
         ):
             header = opened.snapshot.header
-            if header.content != options["content"]:
+            if header.content != options["contents"][worker.rank]:
                 raise MismatchError(f"{path!r} has become another snapshot meanwhile; try again")
             renote(model, broken=_UNDER_WAY)
             begun = True
@@ -67,24 +67,25 @@ def source_of(worker: Any) -> dict[str, Any]:
         MismatchError, StorageError: the file is gone, or another by now.
     """
     found = swappable(worker)
-    source = {"path": found.path, "content": found.content}
-    still_there(worker, source)
-    return source
+    _require_content(worker, found.path, found.content)
+    return {"path": found.path, "content": found.content}
 
 
 def still_there(worker: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """Whether a snapshot can be opened and is the one of that content id; nothing is changed.
+    """Whether this rank's file of a snapshot can be opened and is the one of that content id; nothing is changed.
 
     Args:
-        options: ``path``, ``content``.
+        options: ``path``, ``contents``: of each rank.
 
     Raises:
         MismatchError: it is another.
         FormatError, StorageError: it cannot be read.
     """
-    with opened_for(worker, options["path"]) as opened:
-        if opened.snapshot.header.content != options["content"]:
-            raise MismatchError(
-                f"{options['path']!r} is not the snapshot any more that this engine was filled from; put it back"
-            )
+    _require_content(worker, options["path"], options["contents"][worker.rank])
     return {}
+
+
+def _require_content(worker: Any, path: str, content: str | None) -> None:
+    with opened_for(worker, path) as opened:
+        if opened.snapshot.header.content != content:
+            raise MismatchError(f"{path!r} is not the snapshot any more that this engine was filled from; put it back")

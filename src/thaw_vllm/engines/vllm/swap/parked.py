@@ -34,7 +34,7 @@ class Parked:
         why: why it does not; empty where it does.
         left: bytes of the GPU's memory that were in use, by other processes, too, before the driver took its part.
         path: the snapshot that brings the weights back; None where they are in host memory.
-        content: its content id.
+        contents: the content id of each rank's file of it; None where ``path`` is.
         kv: the file of KV blocks to restore; None for none.
         aborted: requests that were ended for it (finish reason ``abort``); they can be sent again.
         seconds: by phase (``KV``, ``check``, ``drain``, ``sleep``, ``trim``, ``driver``), and ``total``.
@@ -45,7 +45,7 @@ class Parked:
     why: str
     left: int
     path: str | None
-    content: str | None
+    contents: list[str | None] | None
     kv: str | None
     aborted: int
     seconds: dict[str, float] = field(default_factory=dict)
@@ -151,7 +151,7 @@ def wake(llm: LLM, parked: Parked, *, verify: bool = True) -> WakeReport:
     if parked.driver:
         process_checkpoint.wake(parked.pids)
     restored = time.perf_counter()
-    answer = call(llm, WAKE, {"path": parked.path, "content": parked.content, "verify": verify})
+    answer = call(llm, WAKE, {"path": parked.path, "contents": parked.contents, "verify": verify})
     if "broken" in answer:
         close(llm.llm_engine.engine_core)
         raise broken(answer["broken"])
@@ -258,7 +258,7 @@ async def _wake(engine: AsyncLLM, parked: Parked, verify: bool) -> WakeReport:
     if parked.driver:
         await asyncio.to_thread(process_checkpoint.wake, parked.pids)
     restored = time.perf_counter()
-    answer = await ask(engine, WAKE, {"path": parked.path, "content": parked.content, "verify": verify})
+    answer = await ask(engine, WAKE, {"path": parked.path, "contents": parked.contents, "verify": verify})
     if "broken" in answer:
         await close_async(engine)
         raise broken(answer["broken"])
@@ -294,7 +294,7 @@ def _parked(answer: dict[str, Any], kv: str | None, freezing: float) -> Parked:
         why="",
         left=max(answer["left"]),
         path=answer["path"],
-        content=answer["content"],
+        contents=answer["contents"],
         kv=kv,
         aborted=answer["aborted"],
         seconds=seconds,
@@ -353,10 +353,10 @@ def _look(parked: Parked) -> None:
     Raises:
         MismatchError, StorageError: it is not; the engine stays parked.
     """
-    if parked.path is None:
+    if parked.path is None or parked.contents is None:
         return
     with open_snapshot(parked.path, with_chunks=False) as opened:
-        if opened.snapshot.header.content != parked.content:
+        if opened.snapshot.header.content != parked.contents[0]:
             raise MismatchError(
                 f"{parked.path!r} is not the snapshot any more that the parked engine was filled from; put it back"
             )

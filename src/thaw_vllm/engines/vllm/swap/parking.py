@@ -40,7 +40,7 @@ def wakeable(worker: Any, options: dict[str, Any]) -> dict[str, Any]:
     """Whether what waking needs is there: the snapshot, if there is one, and room on the GPU.
 
     Args:
-        options: ``path``, ``content``: as of ``still_there``; None for weights in host memory.
+        options: ``path``, ``contents``: as of ``still_there``; None for weights in host memory.
 
     Raises:
         MismatchError, StorageError: the snapshot is not.

@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from ....errors import ReplacedError
-from ....weights.open import Opened
+from ....weights.open import Opened, open_rank
 from ....weights.pinned import Pinned, pin
 
 _held: dict[str, Pinned] = {}
@@ -23,7 +23,9 @@ def hold(worker: Any, path: str) -> dict[str, Any]:
     """
     place = _key(path)
     if place not in _held:
-        _held[place] = pin(path, next(worker.get_model().parameters()).device)
+        with open_rank(path, worker.rank, with_chunks=False) as opened:
+            own = opened.source.name
+        _held[place] = pin(own, next(worker.get_model().parameters()).device)
     found = _held[place]
     return {"bytes": found.bytes, "seconds": found.seconds, "why": found.why}
 
@@ -43,10 +45,10 @@ def release_all() -> None:
 
 
 def pinned(path: str) -> Opened | None:
-    """The snapshot as it is held; None where it is not.
+    """This rank's file of the snapshot as it is held; None where it is not.
 
     Raises:
-        ReplacedError: the path names another file by now.
+        ReplacedError: the path names another file by now. Of a set the first rank finds that, whose file it is.
     """
     found = _held.get(_key(path))
     if found is None:
