@@ -32,6 +32,7 @@ TOGETHER = {
     "streams": ["tests/gpu/test_kv.py", "-k", "requests_stream"],
     "swap": ["tests/gpu/test_swap.py", "-k", "swaps_and_parks"],
     "requests": ["tests/gpu/test_swap.py", "-k", "two_weights or without"],
+    "ranks": ["tests/gpu/test_swap.py", "-k", "two_ranks"],
     "killed": ["tests/gpu/test_swap.py", "-k", "killed"],
     "zygote": ["tests/gpu/test_zygote.py"],
 }

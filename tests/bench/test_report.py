@@ -211,6 +211,36 @@ def test_starts_are_told_in_seconds(tmp_path):
     ], "the preset overruled by vLLM's largest size has all of its sizes, and none of the four"
 
 
+def test_goals_of_swaps_and_parking(tmp_path):
+    """Of engines with CUDA graphs alone; a wake's is what the driver's own share leaves."""
+    graphs, parked = {"start": "graphs"}, {"start": "graphs", "used": [25000.0, 24000.0], "left": [4.0, 120.0]}
+    eager = {"run": "f", "date": "2026-11-21T10:00:00+00:00", "start": "eager"}
+    lines = [
+        line("swap", "thaw", 20.0, route="tmpfs", seconds=[0.8, 0.7, 2.0], **graphs),
+        line("swap", "thaw", 20.0, route="page-locked", seconds=[0.7], **graphs),
+        line("swap", "thaw", 20.0, route="tmpfs", seconds=[0.1], **eager),
+        line("park", "thaw", 0.0, route="driver", size=0, seconds=[1.5, 1.0, 2.0], **parked),
+        line("wake", "thaw", 20.0, route="driver", seconds=[0.9, 1.0], phases={"driver": [0.5, 0.7]}, **graphs),
+        line("wake", "thaw", 20.0, route="driver", seconds=[0.9], phases={"driver": [0.1]}, **eager),
+    ]
+    (tmp_path / "2026-11-20.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
+    runs = load(tmp_path)
+    found = [goal.reached(runs) for goal in goals.GOALS if goal.works[0] in ("swap", "park", "wake")]
+    assert found == [
+        ("0.80 s (2026-11-20)", "reached"),
+        ("0.70 s (2026-11-20)", "**missed**"),
+        ("1.50 s (2026-11-20)", "reached"),
+        ("0.9950 (2026-11-20)", "reached"),
+        ("0.35 s (2026-11-20)", "reached"),
+    ]
+    small = line("park", "thaw", 0.0, route="driver", size=0, seconds=[0.1], start="graphs", used=[900.0], left=[400.0])
+    nobody = line("park", "thaw", 0.0, route="driver", size=0, seconds=[0.1], start="graphs", used=[None], left=[None])
+    for other in (small, nobody):
+        (tmp_path / "2026-11-20.jsonl").write_text(json.dumps(other) + "\n")
+        found = [goal.reached(load(tmp_path)) for goal in goals.GOALS if goal.works[0] == "park"]
+        assert found == [("–", "not measured")] * 2, "it says nothing about a model of full size"
+
+
 def test_rows(results):
     made = page([run for run in load(results) if run.id == "a"], "")
     assert "| **thaw, verified: route** | 48.60 | 0.330 | 0% of 1 | 0.900 | 1.74 | 270 | yes |" in made

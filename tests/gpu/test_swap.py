@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
@@ -22,6 +23,7 @@ from tests.engines.vllm.test_swap import (
     judge,
     judge_asynchronous,
     judge_killed,
+    ranks,
     run,
     snapshots,
     weights_of,
@@ -89,6 +91,22 @@ def test_an_engine_without_sleep_mode_and_one_that_vllm_loaded(prepared: dict[st
     assert done.returncode == 0, done.stderr[-3000:]
     told = [line.split("|") for line in done.stdout.splitlines() if "Error|" in line]
     assert told == [["UsageError", "UnsupportedError", "UnsupportedError"]], done.stdout[-2000:]
+
+
+def test_two_ranks(checkpoints: Callable, tmp_path: Path):
+    """Each takes its own file, and both give their weights' and cache's memory back; the driver is not asked."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    asked = ranks(checkpoints, tmp_path) | {"cycles": 2, "park": 2, "asynchronous": False}
+    asked["engine_args"] = ARGS | MODES["graphs"] | {"tensor_parallel_size": 2}
+    found = run(tmp_path, asked)
+    judge(found, asked)
+    assert any(path.startswith("rank 1: ") for path in found["digests"])
+    assert "several ranks" in found["parks"][0]["parked"]["why"]
+    for told in found["parks"]:
+        assert (told["answers"], told["digests"]) == (found["first"]["answers"], found["digests"])
+        assert not told["parked"]["driver"]
+        assert told["woken"]["bytes"] == found["check"]["bytes"]
 
 
 @pytest.mark.parametrize("what", ["swap", "park", "parked", "restore", "fill"])

@@ -147,20 +147,23 @@ def judge_killed(found: dict[str, Any], error: str) -> None:
     assert "Error" in found["asked again"] and not found["alive"]
 
 
+def ranks(checkpoints: Callable, folder: Path) -> dict[str, Any]:
+    """Sets of two ranks' files: of a model, of a fine-tune, and of that with a bad byte in the second rank's."""
+    asked: dict[str, Any] = {"others": {}, "model": folder / "first", "corrupt": folder / "corrupt" / "weights.thaw"}
+    for name, directory in fine_tuned(checkpoints("untied"), folder).items():
+        asked[name] = folder / f"{name}-set" / "weights.thaw"
+        asked[name].parent.mkdir()
+        freeze(directory, asked[name], tensor_parallel_size=2)
+    shutil.copytree(folder / "second-set", folder / "corrupt")
+    (other,) = folder.glob("corrupt/weights.*.rank1.thaw")
+    flipped(other, other, "model.layers.1")
+    return asked
+
+
 def test_an_engine_of_two_ranks(checkpoints: Callable, tmp_path: Path):
     """Each takes its own file of the other set; a damaged file of either closes the engine."""
-    parallel = {"tensor_parallel_size": 2}
-    asked: dict[str, Any] = {"others": {}, "cycles": 2, "park": 0, "asynchronous": False}
-    asked["engine_args"] = ARGS | parallel
-    for name, directory in fine_tuned(checkpoints("untied"), tmp_path).items():
-        (tmp_path / f"{name}-set").mkdir()
-        path = tmp_path / f"{name}-set" / "weights.thaw"
-        freeze(directory, path, **parallel)
-        asked |= {name: path}
-    asked |= {"model": tmp_path / "first", "corrupt": tmp_path / "corrupt" / "weights.thaw"}
-    shutil.copytree(tmp_path / "second-set", tmp_path / "corrupt")
-    (other,) = tmp_path.glob("corrupt/weights.*.rank1.thaw")
-    flipped(other, other, "model.layers.1")
+    asked = ranks(checkpoints, tmp_path) | {"cycles": 2, "park": 0, "asynchronous": False}
+    asked["engine_args"] = ARGS | {"tensor_parallel_size": 2}
     found = run_script("swap_engine.py", tmp_path, asked, environment() | PARALLEL)
     judge(found, asked)
     assert any(path.startswith("rank 1: ") for path in found["digests"])

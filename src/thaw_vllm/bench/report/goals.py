@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -50,6 +51,36 @@ def _graphs_chosen(record: Record) -> dict[str, Any]:
     """The engine arguments that choose sizes of graphs."""
     given: dict[str, Any] = record.extra.get("engine_args", {})
     return {name: value for name, value in given.items() if "cudagraph" in name or "compilation" in name}
+
+
+def seconds_with_graphs(record: Record, outcome: Outcome) -> float | None:
+    """Median, of an engine with CUDA graphs."""
+    return record.median if record.extra.get("start") == "graphs" else None
+
+
+def parked_with_graphs(record: Record, outcome: Outcome) -> float | None:
+    """The same, of an engine that held as much of the GPU as a model of full size takes."""
+    return seconds_with_graphs(record, outcome) if _held(record, "used") >= FULL / 2**20 else None
+
+
+def given_back(record: Record, outcome: Outcome) -> float | None:
+    """Share of the GPU's memory in use before parking that is not in use meanwhile, at least."""
+    used = _held(record, "used")
+    return 1 - max(record.extra["left"]) / used if used >= FULL / 2**20 else None
+
+
+def beside_the_driver(record: Record, outcome: Outcome) -> float | None:
+    """Seconds from waking to the first token without the driver's own share, median; of an engine with CUDA graphs."""
+    driver = record.extra.get("phases", {}).get("driver", [])
+    if seconds_with_graphs(record, outcome) is None or len(driver) != len(record.seconds):
+        return None
+    return statistics.median(whole - part for whole, part in zip(record.seconds, driver, strict=True))
+
+
+def _held(record: Record, name: str) -> float:
+    """MiB on the GPU, the least of the runs; 0 where nobody told."""
+    told = record.extra.get(name) or [0.0]
+    return 0.0 if None in told else min(told)
 
 
 def prefix_seconds(record: Record, outcome: Outcome) -> float | None:
@@ -163,4 +194,14 @@ GOALS = (
         *("vLLM's server healthy in a fork of a zygote, on a CPU", "server-healthy-cpu", 5, seconds, ZYGOTE),
         any_size=True,
     ),
+    _start("other weights in place, 16 GB on tmpfs, to the first token", "swap", 1.0, seconds_with_graphs, "tmpfs"),
+    _start("the same from page-locked memory", "swap", 0.6, seconds_with_graphs, "page-locked"),
+    _start("parking an engine of 16 GB", "park", 2.5, parked_with_graphs, "driver", any_size=True),
+    Goal(
+        *("of the GPU's memory, given back by it", ("park",), None, given_back, 0.99),
+        routes=("driver",),
+        digits=4,
+        any_size=True,
+    ),
+    _start("waking it, to the first token, beside the driver's own share", "wake", 0.4, beside_the_driver, "driver"),
 )
