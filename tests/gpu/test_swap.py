@@ -97,7 +97,8 @@ def test_two_ranks(checkpoints: Callable, tmp_path: Path):
     """Each takes its own file, and both give their weights' and cache's memory back; the driver is not asked."""
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    asked = ranks(checkpoints, tmp_path) | {"cycles": 2, "park": 2, "asynchronous": False}
+    memory = {name: ARGS[name] for name in ("gpu_memory_utilization", "kv_cache_memory_bytes")}
+    asked = ranks(checkpoints, tmp_path, **memory) | {"cycles": 2, "park": 2, "asynchronous": False}
     asked["engine_args"] = ARGS | MODES["graphs"] | {"tensor_parallel_size": 2}
     found = run(tmp_path, asked)
     judge(found, asked)

@@ -147,13 +147,13 @@ def judge_killed(found: dict[str, Any], error: str) -> None:
     assert "Error" in found["asked again"] and not found["alive"]
 
 
-def ranks(checkpoints: Callable, folder: Path) -> dict[str, Any]:
+def ranks(checkpoints: Callable, folder: Path, **engine_args: Any) -> dict[str, Any]:
     """Sets of two ranks' files: of a model, of a fine-tune, and of that with a bad byte in the second rank's."""
     asked: dict[str, Any] = {"others": {}, "model": folder / "first", "corrupt": folder / "corrupt" / "weights.thaw"}
     for name, directory in fine_tuned(checkpoints("untied"), folder).items():
         asked[name] = folder / f"{name}-set" / "weights.thaw"
         asked[name].parent.mkdir()
-        freeze(directory, asked[name], tensor_parallel_size=2)
+        freeze(directory, asked[name], tensor_parallel_size=2, **engine_args)
     shutil.copytree(folder / "second-set", folder / "corrupt")
     (other,) = folder.glob("corrupt/weights.*.rank1.thaw")
     flipped(other, other, "model.layers.1")

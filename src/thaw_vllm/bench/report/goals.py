@@ -66,7 +66,7 @@ def parked_with_graphs(record: Record, outcome: Outcome) -> float | None:
 def given_back(record: Record, outcome: Outcome) -> float | None:
     """Share of the GPU's memory in use before parking that is not in use meanwhile, at least."""
     used = _held(record, "used")
-    return 1 - max(record.extra["left"]) / used if used >= FULL / 2**20 else None
+    return 1 - float(max(record.extra["left"])) / used if used >= FULL / 2**20 else None
 
 
 def beside_the_driver(record: Record, outcome: Outcome) -> float | None:
@@ -80,7 +80,7 @@ def beside_the_driver(record: Record, outcome: Outcome) -> float | None:
 def _held(record: Record, name: str) -> float:
     """MiB on the GPU, the least of the runs; 0 where nobody told."""
     told = record.extra.get(name) or [0.0]
-    return 0.0 if None in told else min(told)
+    return 0.0 if None in told else float(min(told))
 
 
 def prefix_seconds(record: Record, outcome: Outcome) -> float | None:

@@ -61,7 +61,7 @@ def check_swap(llm: LLM, snapshot: str | os.PathLike[str]) -> Swappable:
     """Whether the weights of ``snapshot`` could take the place of a running engine's, in the same memory.
 
     An engine qualifies if it was started with ``load_format="thaw"`` (from a snapshot, or freezing one), its weights
-    are as loading left them (unquantised dense models on CUDA, one GPU; no LoRA, no draft model), and no tensor hangs
+    are as loading left them (unquantised dense models on CUDA; no LoRA, no draft model), and no tensor hangs
     on the model but parameters, buffers, the KV cache and what CUDA graphs write. A snapshot qualifies if its
     configuration is the engine's, it fills the same tensors in the same shapes with the same plain values, and carries
     the same tokenizer, chat template and generation config, byte for byte. Nothing is changed.
