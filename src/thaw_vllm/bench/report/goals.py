@@ -65,13 +65,13 @@ def parked_with_graphs(record: Record, outcome: Outcome) -> float | None:
 
 def given_back(record: Record, outcome: Outcome) -> float | None:
     """Share of the GPU's memory in use before parking that is not in use meanwhile, at least."""
-    used = _held(record, "used")
-    return 1 - float(max(record.extra["left"])) / used if used >= FULL / 2**20 else None
+    used, left = _held(record, "used"), [one for one in record.extra.get("left") or [] if one is not None]
+    return 1 - max(left) / used if left and used >= FULL / 2**20 else None
 
 
 def beside_the_driver(record: Record, outcome: Outcome) -> float | None:
     """Seconds from waking to the first token without the driver's own share, median; of an engine with CUDA graphs."""
-    driver = record.extra.get("phases", {}).get("driver", [])
+    driver: list[float] = record.extra.get("phases", {}).get("driver", [])
     if seconds_with_graphs(record, outcome) is None or len(driver) != len(record.seconds):
         return None
     return statistics.median(whole - part for whole, part in zip(record.seconds, driver, strict=True))
@@ -79,8 +79,8 @@ def beside_the_driver(record: Record, outcome: Outcome) -> float | None:
 
 def _held(record: Record, name: str) -> float:
     """MiB on the GPU, the least of the runs; 0 where nobody told."""
-    told = record.extra.get(name) or [0.0]
-    return 0.0 if None in told else float(min(told))
+    told: list[float | None] = record.extra.get(name) or [None]
+    return min((0.0 if one is None else one for one in told), default=0.0)
 
 
 def prefix_seconds(record: Record, outcome: Outcome) -> float | None:
