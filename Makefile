@@ -50,7 +50,7 @@ format: setup
 
 test: lint
 	$(BOOTSTRAP) model
-	$(RUN) pytest $(ARGS)
+	$(RUN) pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 soak: setup
 	echo "seed $(SEED); make soak SEED=$(SEED) repeats it"

@@ -421,31 +421,41 @@ class TestEnded:
         monkeypatch.setattr(process_checkpoint, "_GRACE", 0.2)
 
     @pytest.fixture
+    def never(self):
+        """Waited for in vain, until the test has ended."""
+        event = threading.Event()
+        yield event
+        event.set()
+        for thread in threading.enumerate():
+            if thread.name.startswith("thaw-driver-"):
+                thread.join()
+
+    @pytest.fixture
     def child(self):
         with subprocess.Popen(["sleep", "600"]) as process:
             yield process
             process.kill()
 
     @pytest.mark.parametrize("name", ["lock", "checkpoint"])
-    def test_while_it_is_parked(self, name, child):
+    def test_while_it_is_parked(self, name, child, never):
         driver = FakeDriver(child.pid, 8)
-        driver.during[name, child.pid] = lambda: (child.kill(), threading.Event().wait())
+        driver.during[name, child.pid] = lambda: (child.kill(), never.wait())
         with pytest.raises(DeviceError, match=f"process {child.pid} cannot be {name}ed: it has ended.*start it anew"):
             park([child.pid, 8], timeout=30, driver=driver)
         assert driver.states[8] == RUNNING, "the other one runs on"
 
     @pytest.mark.parametrize("name", ["restore", "unlock"])
-    def test_while_it_is_woken(self, name, child):
+    def test_while_it_is_woken(self, name, child, never):
         driver = FakeDriver(child.pid, 8)
         park([child.pid, 8], timeout=30, driver=driver)
-        driver.during[name, child.pid] = lambda: (child.kill(), threading.Event().wait())
+        driver.during[name, child.pid] = lambda: (child.kill(), never.wait())
         with pytest.raises(DeviceError, match=f"process {child.pid} cannot be {name}e?d: it has ended"):
             wake([child.pid, 8], driver=driver)
         assert driver.states[8] == RUNNING
 
-    def test_while_it_is_asked_for_its_state(self, child):
+    def test_while_it_is_asked_for_its_state(self, child, never):
         driver = FakeDriver(child.pid)
-        driver.state = lambda pid: (child.kill(), threading.Event().wait())
+        driver.state = lambda pid: (child.kill(), never.wait())
         with pytest.raises(DeviceError, match="it has ended"):
             state(child.pid, driver=driver)
 

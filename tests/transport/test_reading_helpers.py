@@ -44,9 +44,8 @@ def no_children():
 
 def ending():
     """Wait for helpers to end."""
-    for thread in threading.enumerate():
-        if thread.name == "thaw-helpers-end":
-            thread.join()
+    while any(thread.name == "thaw-helpers-end" for thread in threading.enumerate()):
+        time.sleep(0.002)
 
 
 @pytest.fixture(autouse=True)

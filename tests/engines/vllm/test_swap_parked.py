@@ -116,7 +116,7 @@ class FakeAsync:
 
 def test_an_engine_core_that_dies_before_it_answers(monkeypatch: pytest.MonkeyPatch):
     """vLLM notes it and leaves whoever waits waiting."""
-    told = []
+    told, over = [], threading.Event()
     monkeypatch.setattr(versions, "fail_requests", lambda client, why: told.append(why))
     resources = SimpleNamespace(engine_dead=False)
     config = SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_size=1))
@@ -124,7 +124,7 @@ def test_an_engine_core_that_dies_before_it_answers(monkeypatch: pytest.MonkeyPa
     class Client:
         def call_utility(self, method: str, options: dict[str, Any]) -> None:
             resources.engine_dead = True
-            threading.Event().wait()
+            over.wait()
 
         async def call_utility_async(self, method: str, options: dict[str, Any]) -> None:
             resources.engine_dead = True
@@ -139,6 +139,7 @@ def test_an_engine_core_that_dies_before_it_answers(monkeypatch: pytest.MonkeyPa
     with pytest.raises(BrokenEngineError, match="died meanwhile"):
         asyncio.run(client.ask(engine, "thaw_swap", {}))
     assert len(told) == 1, "requests that wait are told, too"
+    over.set()
 
 
 class Driver:
@@ -269,13 +270,13 @@ def test_parked_and_woken(both: Both, snapshot: Path, driver: Driver, log: list[
     found = both.park()
     assert asked(log) == ["thaw_park", "driver park [42]"] and driver.parked == [42]
     assert (found.pids, found.driver, found.why, found.left, found.kv) == ([42], True, "", 7, None)
-    assert found.path == str(snapshot) and found.content
+    assert found.path == str(snapshot) and found.contents
     assert list(found.seconds) == ["check", "drain", "sleep", "trim", "total", "driver"]
     assert found.seconds["total"] >= found.seconds["driver"]
     log.clear()
     report = both.wake(found, verify=False)
     assert log == ["driver wake [42]", "thaw_wake"] and driver.parked == []
-    assert both.core.filled_with == {"path": str(snapshot), "contents": [found.content], "verify": False}
+    assert both.core.filled_with == {"path": str(snapshot), "contents": found.contents, "verify": False}
     assert (report.bytes, report.blocks, report.aborted) == (10, 0, 0) and awake(both.core)
     phases = ["driver", "check", "weights' memory", "fill", "other memory", "canary", "KV", "total"]
     assert list(report.seconds) == phases
@@ -283,7 +284,7 @@ def test_parked_and_woken(both: Both, snapshot: Path, driver: Driver, log: list[
 
 def test_weights_in_host_memory(both: Both, snapshot: Path):
     found = both.park(keep_weights=True)
-    assert (found.path, found.content) == (None, None)
+    assert (found.path, found.contents) == (None, None)
     snapshot.unlink()
     assert both.wake(found).bytes == 0 and awake(both.core)
 

@@ -66,10 +66,10 @@ class Server:
 
     async def _park(self, client: Any, **options: Any) -> Parked:
         await self._did("park", options)
-        return Parked([3], True, "", 5, "/secret/a.thaw", "c0", options["kv"], 2, SECONDS)
+        return Parked([3], True, "", 5, "/secret/a.thaw", ["c0"], options["kv"], 2, SECONDS)
 
     async def _wake(self, client: Any, parked: Parked, *, verify: bool) -> WakeReport:
-        await self._did("wake", (parked.content, verify))
+        await self._did("wake", (parked.contents, verify))
         return WakeReport(8, 4, 0, SECONDS)
 
     async def asked(self, what: str, body: Any = None, token: str | None = TOKEN) -> tuple[int, dict[str, Any]]:
@@ -176,7 +176,7 @@ def test_parked_and_awake(server: Server, folder: Path):
         assert (status, "is parked" in answer["error"]["message"]) == (400, True), what
     assert server.ask("engine/wake", {"verify": False})[1]["blocks"] == 4
     assert server.ask("engine/state") == (200, {"parked": False})
-    assert [name for name, _ in server.called] == ["park", "wake"] and server.called[1][1] == ("c0", False)
+    assert [name for name, _ in server.called] == ["park", "wake"] and server.called[1][1] == (["c0"], False)
 
 
 def test_an_engine_that_could_not_be_woken_stays_parked(server: Server):

@@ -745,7 +745,7 @@ def call_core_and_wait(client: Any, method: str, options: dict[str, Any]) -> dic
         except BaseException as error:
             call.set_exception(error)
 
-    threading.Thread(target=work, daemon=True, name=method).start()
+    threading.Thread(target=work, daemon=True, name=f"engine-core-{method}").start()
     while not futures.wait([call], timeout=_LOOK).done:
         _require_alive(client)
     return call.result()

@@ -49,7 +49,13 @@ def check(core: Any, options: dict[str, Any]) -> dict[str, Any]:
     """
     _whole(core)
     _awake(core)
-    return _together(core, "thaw_swap_check", options["path"])
+    answers = all_raised(core.model_executor.collective_rpc("thaw_swap_check", args=(options["path"],)))
+    return {
+        "bytes": sum(answer["bytes"] for answer in answers),
+        "tensors": answers[0]["tensors"],
+        "model": answers[0]["model"],
+        "contents": [answer["content"] for answer in answers],
+    }
 
 
 def hold(core: Any, options: dict[str, Any]) -> dict[str, Any]:
@@ -61,7 +67,8 @@ def hold(core: Any, options: dict[str, Any]) -> dict[str, Any]:
     if not options["release"]:
         _whole(core)
     method = "thaw_unpin" if options["release"] else "thaw_pin"
-    return _together(core, method, options["path"])
+    answers = all_raised(core.model_executor.collective_rpc(method, args=(options["path"],)))
+    return answers[0] | {"bytes": sum(answer["bytes"] for answer in answers)}
 
 
 def swap(core: Any, options: dict[str, Any]) -> dict[str, Any]:
@@ -84,7 +91,7 @@ def swap(core: Any, options: dict[str, Any]) -> dict[str, Any]:
     paused = core.is_scheduler_paused()
     if not paused and versions.queued(core):
         raise UsageError("requests are running; wait for them, or pause the engine first")
-    found = _together(core, "thaw_swap_check", options["path"])
+    found = check(core, options)
     clock.end("check")
     aborted = _abort(core)
     _forget(core)
@@ -294,13 +301,6 @@ def _fill(core: Any, fill: dict[str, Any]) -> tuple[list[dict[str, Any]], str | 
     if not told:
         watch.weights_known(core)
     return answers, next(iter(told), None)
-
-
-def _together(core: Any, method: str, path: str) -> dict[str, Any]:
-    """What the workers answer about a snapshot, its bytes those of all ranks."""
-    answers = all_raised(core.model_executor.collective_rpc(method, args=(path,)))
-    whole = {"bytes": sum(answer["bytes"] for answer in answers), "contents": [one.get("content") for one in answers]}
-    return answers[0] | whole
 
 
 def _whole(core: Any) -> None:
