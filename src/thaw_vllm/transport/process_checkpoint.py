@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
 import queue
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -48,8 +49,7 @@ _ENDED = -1
 """In place of a CUresult: the process has ended, and the driver did not come back."""
 
 _GRACE = 2.0
-"""Seconds that a call may take once its process has ended. Driver 580 did not come back from one, whose process was
-killed while it was being checkpointed."""
+"""Seconds that a call may take once its process has ended; whether the driver comes back then is not documented."""
 _PERSISTENCE = "turn on persistence mode (nvidia-smi -pm 1), which restoring needs where nothing else holds the GPU"
 _LOST = "its state may be lost: end it and start it anew"
 
@@ -197,14 +197,14 @@ class _Watched:
             except BaseException as error:
                 answers.put((None, error))
 
-        threading.Thread(target=answer, daemon=True, name=f"thaw-driver-{pid}").start()
         began, until = _began(pid), None
+        threading.Thread(target=answer, daemon=True, name=f"thaw-driver-{pid}").start()
         while True:
             try:
                 found, error = answers.get(timeout=_GRACE / 10)
                 break
             except queue.Empty:
-                if began is not None and _began(pid) == began:
+                if not has_ended(pid) and _began(pid) == began:
                     continue
                 until = until or monotonic() + _GRACE
                 if monotonic() >= until:
@@ -215,13 +215,32 @@ class _Watched:
         return cast("T", found)
 
 
-def _began(pid: int) -> str | None:
-    """When a process was started, in the kernel's ticks; None of one that has ended."""
+def has_ended(pid: int) -> bool:
+    """Whether there is no such process, or only its exit status. One that /proc does not show may be there."""
+    fields = _stat(pid)
+    if fields is not None:
+        return fields[0] in "ZXx"
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:  # there, and another's
+        return False
+    return False
+
+
+def _began(pid: int) -> str | None:
+    """When a process was started, in the kernel's ticks; None where /proc does not tell."""
+    fields = _stat(pid)
+    return None if fields is None else fields[19]
+
+
+def _stat(pid: int) -> list[str] | None:
+    """What /proc/PID/stat says after the name: state, parent, …; None where it does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
-    return None if fields[0] in "ZXx" else fields[19]
 
 
 def unsupported(library: str = "libcuda.so.1") -> str | None:

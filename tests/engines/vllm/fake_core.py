@@ -37,6 +37,8 @@ class FakeExecutor:
             if core.tells.get(method, {}).keys() & {"error"} == set():
                 core.weights = "half"
         core.did(f"collective_rpc {method}")
+        if method in core.ranks:
+            return [dict(answer) for answer in core.ranks[method]]
         answer = core.tells.get(method, core.ANSWERS[method])
         if method == "thaw_fill" and "bytes" in answer:
             core.weights = "new" if args[0]["contents"] == ["c1"] else "old"
@@ -52,9 +54,9 @@ class FakeCore:
     """
 
     ANSWERS: ClassVar[dict[str, dict[str, Any]]] = {
-        "thaw_swap_check": {"bytes": 10, "tensors": 3, "model": "new-id", "content": "c1"},
+        "thaw_swap_check": {"bytes": 10, "tensors": 3, "model": "new-id", "content": "c1", "set": None},
         "thaw_fill": {"bytes": 10, "seconds": 0.5, "route": "mapped"},
-        "thaw_source": {"path": "old.thaw", "content": "c0"},
+        "thaw_source": {"path": "old.thaw", "content": "c0", "set": None},
         "thaw_wakeable": {},
         "thaw_pid": {"pid": 42},
         "thaw_trim": {"left": 7},
@@ -66,6 +68,7 @@ class FakeCore:
         self.log: list[str] = []
         self.fail: tuple[int, BaseException] | None = None
         self.tells: dict[str, dict[str, Any]] = {}
+        self.ranks: dict[str, list[dict[str, Any]]] = {}
         self.weights = "old"
         self.caches: dict[str, str | None] = dict.fromkeys(("prefix", "mm", "encoder"), "old")
         self.free: Iterator[bool] = iter(())

@@ -650,6 +650,19 @@ def test_a_constant_of_a_traced_graph_is_found():
     assert [one for _, one in reach.uncovered(traced, [])] == [constant]
 
 
+def test_what_a_graph_calls_is_looked_into():
+    """It is among the globals of the code that is made of the graph, which are not."""
+    held, other = torch.ones(2), torch.ones(3)
+    graph = torch.fx.Graph()
+    given = graph.placeholder("given")
+    called = graph.call_function(lambda x, y: x + held + y, (given, 2))
+    graph.call_function(torch.add, (called, [other]))
+    graph.output(called)
+    traced = torch.fx.GraphModule(torch.nn.Module(), graph)
+    found = [one for _, one in reach.uncovered(traced, [])]
+    assert any(one is held for one in found) and any(one is other for one in found)
+
+
 def test_the_kv_cache_is_no_weight(directory: Path, freeze: Callable, engine: Callable):
     path = freeze(directory)
     running = engine(directory, path)

@@ -585,3 +585,52 @@ def test_a_sleep_that_is_put_off():
     core.sleep = lambda level: None  # type: ignore[method-assign]
     assert "has not" in run(core, "park")["broken"] and refused(core)
     assert RPC + "thaw_trim" not in core.log
+
+
+RANKS: list[dict[str, Any]] = [
+    {"bytes": 10, "tensors": 3, "model": "new-id", "content": "c1", "set": "s"},
+    {"bytes": 11, "tensors": 3, "model": "new-id", "content": "d1", "set": "s"},
+]
+
+
+def test_each_rank_is_told_of_its_own_file():
+    core = FakeCore()
+    core.ranks = {
+        "thaw_swap_check": RANKS,
+        "thaw_fill": [{"bytes": 10, "route": "mapped"}, {"bytes": 11, "route": "x"}],
+    }
+    assert run(core, "swap")["bytes"] == 21
+    assert core.filled_with is not None and core.filled_with["contents"] == ["c1", "d1"]
+
+
+@pytest.mark.parametrize("name", ["check", "swap"])
+def test_ranks_with_files_of_several_sets(name: str):
+    core = FakeCore()
+    core.ranks = {"thaw_swap_check": [RANKS[0], RANKS[1] | {"set": "older"}]}
+    with pytest.raises(MismatchError, match="files of several sets"):
+        run(core, name)
+    assert core.weights == "old" and core.filled_with is None
+
+
+def test_one_rank_refuses_what_another_has_filled():
+    core = FakeCore()
+    refused = {"error": "MismatchError", "message": "it has become another"}
+    core.ranks = {"thaw_swap_check": RANKS, "thaw_fill": [{"bytes": 10, "route": "mapped"}, refused]}
+    assert "it has become another" in run(core, "swap")["broken"]
+
+
+def test_all_ranks_refuse():
+    core = FakeCore()
+    refused = {"error": "MismatchError", "message": "it has become another"}
+    core.ranks = {"thaw_swap_check": RANKS, "thaw_fill": [refused, refused]}
+    with pytest.raises(MismatchError, match="it has become another"):
+        run(core, "swap")
+
+
+def test_what_one_rank_could_not_hold_no_other_does():
+    core = FakeCore()
+    held = {"bytes": 12, "seconds": 1, "why": ""}
+    core.ranks = {"thaw_pin": [{"error": "DeviceError", "message": "no memory"}, held]}
+    with pytest.raises(DeviceError, match="no memory"):
+        raised(swap_core.answering(swap_core.hold)(core, {"path": "new.thaw", "release": False}))
+    assert core.log[-1] == RPC + "thaw_unpin"

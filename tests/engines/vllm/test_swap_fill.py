@@ -86,14 +86,14 @@ def test_what_it_holds_is_known_afterwards(directory: Path, base: Path, fine_tun
     running = engine(directory, base)
     first, before = running.check(base), filled.noted(running.model)
     assert before is not None and running.model._thaw_model_id == first["model"]
-    assert running.ask("thaw_source") == {"path": str(base), "content": first["content"]}
+    assert running.ask("thaw_source") == {"path": str(base), "content": first["content"], "set": None}
     path = fine_tune()
     found = running.check(path)
     swap(running, path)
     now = filled.noted(running.model)
     assert now is not None and (now.path, now.content, now.broken) == (str(path), found["content"], None)
     assert running.model._thaw_model_id == found["model"] != first["model"]
-    assert running.ask("thaw_source") == {"path": str(path), "content": found["content"]}
+    assert running.ask("thaw_source") == {"path": str(path), "content": found["content"], "set": None}
     assert (now.identity, now.names, now.files, now.numbers) == (
         before.identity,
         before.names,

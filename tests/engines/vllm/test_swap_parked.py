@@ -114,10 +114,9 @@ class FakeAsync:
         self.closed = True
 
 
-def test_an_engine_core_that_dies_before_it_answers(monkeypatch: pytest.MonkeyPatch):
+def test_an_engine_core_that_dies_before_it_answers():
     """vLLM notes it and leaves whoever waits waiting."""
-    told, over = [], threading.Event()
-    monkeypatch.setattr(versions, "fail_requests", lambda client, why: told.append(why))
+    over = threading.Event()
     resources = SimpleNamespace(engine_dead=False)
     config = SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_size=1))
 
@@ -138,8 +137,40 @@ def test_an_engine_core_that_dies_before_it_answers(monkeypatch: pytest.MonkeyPa
     engine = SimpleNamespace(engine_core=core, vllm_config=config)
     with pytest.raises(BrokenEngineError, match="died meanwhile"):
         asyncio.run(client.ask(engine, "thaw_swap", {}))
-    assert len(told) == 1, "requests that wait are told, too"
     over.set()
+
+
+def test_a_swap_in_an_engine_core_that_dies():
+    """Nobody waits for it to go on afterwards."""
+    log: list[str] = []
+    engine = FakeAsync(FakeCore(), log)
+    engine.resources = SimpleNamespace(engine_dead=False)  # type: ignore[attr-defined]
+    engine.until["thaw_swap"] = asyncio.Event()
+
+    async def run() -> None:
+        swap = asyncio.ensure_future(api.swap_weights_async(engine, "/tmp/new.thaw", deadline=0))  # type: ignore[arg-type]
+        while "thaw_swap" not in log:
+            await asyncio.sleep(0.01)
+        engine.resources.engine_dead = True  # type: ignore[attr-defined]
+        await swap
+
+    with pytest.raises(BrokenEngineError, match="died meanwhile"):
+        asyncio.run(run())
+    assert "resume" not in log
+
+
+@pytest.mark.parametrize("name", ["is_paused", "pause_generation"])
+def test_an_engine_core_that_dies_while_it_is_paused(name: str, monkeypatch: pytest.MonkeyPatch):
+    engine = FakeAsync(FakeCore(), [])
+    engine.resources = SimpleNamespace(engine_dead=False)  # type: ignore[attr-defined]
+
+    async def hang(**_: Any) -> None:
+        engine.resources.engine_dead = True  # type: ignore[attr-defined]
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(engine, name, hang)
+    with pytest.raises(BrokenEngineError, match="died meanwhile"):
+        asyncio.run(api.swap_weights_async(engine, "/tmp/new.thaw", deadline=0))  # type: ignore[arg-type]
 
 
 class Driver:
@@ -151,10 +182,14 @@ class Driver:
         self.refuses: DeviceError | None = None
         self.refuses_to_wake: DeviceError | None = None
         self.parked: list[int] = []
+        self.ended: list[int] = []
         self.after_refusal = "running"
 
     def unsupported(self) -> str | None:
         return self.why
+
+    def has_ended(self, pid: int) -> bool:
+        return pid in self.ended
 
     def park(self, pids: list[int], *, timeout: float) -> None:
         assert timeout > 0
@@ -197,7 +232,7 @@ def snapshot(tmp_path: Path) -> Path:
 def core(snapshot: Path) -> FakeCore:
     made = FakeCore()
     with open_snapshot(snapshot) as opened:
-        made.tells["thaw_source"] = {"path": str(snapshot), "content": opened.snapshot.header.content}
+        made.tells["thaw_source"] = {"path": str(snapshot), "content": opened.snapshot.header.content, "set": None}
     return made
 
 
@@ -746,3 +781,20 @@ def test_a_pause_of_somebody_elses_is_not_ended(call: Any, core: FakeCore, log: 
 
     soon(work, FakeAsync(core, log))
     assert core.paused and "resume" not in log and not any(one.startswith("pause") for one in log)
+
+
+def test_a_process_that_ends_while_the_driver_has_it(both: Both, snapshot: Path, driver: Driver):
+    """Nothing brings it back, and the caller is told so."""
+    driver.refuses = DeviceError("process 42 cannot be checkpointed: it has ended meanwhile, start it anew")
+    driver.ended = [42]
+    with pytest.raises(BrokenEngineError, match=r"has died meanwhile: process 42 .*start another one"):
+        both.park(driver=True)
+    assert both.engine.closed
+
+
+def test_a_process_that_ends_while_it_is_parked(both: Both, snapshot: Path, driver: Driver):
+    found = both.park()
+    driver.refuses_to_wake, driver.ended = DeviceError("process 42 cannot be asked for its state"), [42]
+    with pytest.raises(BrokenEngineError, match="has died meanwhile"):
+        both.wake(found)
+    assert both.engine.closed

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Awaitable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ...errors import BrokenEngineError, UnsupportedError, UsageError
 from . import versions
@@ -17,6 +17,8 @@ from .swap import core as swap_core
 if TYPE_CHECKING:
     from vllm import LLM
 
+
+T = TypeVar("T")
 
 WAKE = "thaw_wake"
 """The one method that a parked engine is asked."""
@@ -72,16 +74,22 @@ async def ask(client: Any, method: str, options: dict[str, Any]) -> dict[str, An
             f"this server has {size} data-parallel engines, each with a cache of its own; not in this version: "
             "serve with data_parallel_size=1"
         )
-    try:
-        with alive():
-            answer = raised(await versions.call_core(client, method, options))
-            while "job" in answer:
-                await asyncio.sleep(PAUSE)
-                answer = raised(await versions.call_core(client, "thaw_kv_job", {"job": answer["job"]}))
-    except BrokenEngineError as error:
-        versions.fail_requests(client, str(error))
-        raise
+    with alive():
+        answer = raised(await versions.call_core(client, method, options))
+        while "job" in answer:
+            await asyncio.sleep(PAUSE)
+            answer = raised(await versions.call_core(client, "thaw_kv_job", {"job": answer["job"]}))
     return answer
+
+
+async def watched(client: Any, work: Awaitable[T]) -> T:
+    """What comes of a call of vLLM's that waits for the engine core of an ``AsyncLLM``.
+
+    Raises:
+        BrokenEngineError: that has died meanwhile.
+    """
+    with alive():
+        return await versions.watched(client, work)
 
 
 @contextlib.contextmanager

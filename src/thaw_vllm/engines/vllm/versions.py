@@ -15,17 +15,19 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent import futures
 from importlib import metadata
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ...errors import MissingDependencyError, UnsupportedError, UsageError
 from ...zygote.sockets import let_go_of_ports
 
 if TYPE_CHECKING:
     import torch
+
+T = TypeVar("T")
 
 OLDEST = (0, 24)
 """First minor version of the support window."""
@@ -401,6 +403,8 @@ def swap_obstacle(model: torch.nn.Module, config: Any) -> str | None:
     if model_config.is_multimodal_model:
         return "it takes images or sound, whose encoders were not tried"
     parallel = config.parallel_config
+    if str(getattr(parallel, "distributed_executor_backend", "")) == "external_launcher":
+        return "its ranks were started from outside (external_launcher), and are not asked together"
     if parallel.world_size != parallel.tensor_parallel_size:
         return f"{parallel.world_size} ranks of which {parallel.tensor_parallel_size} share a layer were not tried"
     if config.kv_transfer_config is not None or getattr(config, "ec_transfer_config", None) is not None:
@@ -724,15 +728,24 @@ async def call_core(client: Any, method: str, options: dict[str, Any]) -> dict[s
     Raises:
         EngineDeadError: it has died.
     """
-    call = asyncio.ensure_future(client.engine_core.call_utility_async(method, options))
+    answer: dict[str, Any] = await watched(client, client.engine_core.call_utility_async(method, options))
+    return answer
+
+
+async def watched(client: Any, work: Awaitable[T]) -> T:
+    """What comes of waiting for a server's engine core.
+
+    Raises:
+        EngineDeadError: it has died meanwhile.
+    """
+    call = asyncio.ensure_future(work)
     try:
         while not (await asyncio.wait([call], timeout=_LOOK))[0]:
             _require_alive(client.engine_core)
     except BaseException:
         call.cancel()
         raise
-    answer: dict[str, Any] = call.result()
-    return answer
+    return call.result()
 
 
 def call_core_and_wait(client: Any, method: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -747,7 +760,13 @@ def call_core_and_wait(client: Any, method: str, options: dict[str, Any]) -> dic
 
     threading.Thread(target=work, daemon=True, name=f"engine-core-{method}").start()
     while not futures.wait([call], timeout=_LOOK).done:
-        _require_alive(client)
+        try:
+            _require_alive(client)
+        except BaseException as error:
+            for waiting in list(getattr(client, "utility_results", {}).values()):
+                with contextlib.suppress(futures.InvalidStateError):
+                    waiting.set_exception(error)  # ends the thread
+            raise
     return call.result()
 
 

@@ -52,15 +52,18 @@ def _compile(platform: Any) -> None:
 
 
 def hang(worker: Any, flag: str) -> None:
-    """From now on a fill stands still once the bytes are there, before it is noted, and has written a file then."""
+    """From now on a fill stands still once the bytes are there, before it is noted, and has written a file then. It
+    goes on where the process that has started this one ends."""
     from thaw_vllm.engines.vllm.swap import fill
 
     original = fill.restore
 
     def restore(*args: Any, **options: Any) -> Any:
         report = original(*args, **options)
+        parent = os.getppid()
         Path(flag).touch()
-        time.sleep(600)
+        while os.getppid() == parent:
+            time.sleep(0.05)
         return report
 
     fill.restore = restore

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ....errors import BrokenEngineError, ThawError, UsageError
 from .. import versions
-from ..client import alive, ask, call
+from ..client import ask, call, watched
 from ..kv.core import path_of
 
 if TYPE_CHECKING:
@@ -158,14 +158,16 @@ async def _swap(engine: AsyncLLM, options: dict[str, Any], deadline: float) -> S
     await drain(engine, deadline)
     try:
         answer = await ask(engine, "thaw_swap", options)
+    except BrokenEngineError:
+        raise
     except ThawError:
-        await engine.resume_generation()
+        await watched(engine, engine.resume_generation())
         raise
     if "broken" in answer:
         await close_async(engine)
         raise broken(answer["broken"])
     try:
-        await engine.reset_mm_cache()  # the front end's share
+        await watched(engine, engine.reset_mm_cache())  # the front end's share
         late = await ask(engine, "thaw_swap_finish", {})
     except Exception as error:  # paused for ever otherwise
         await close_async(engine)
@@ -177,21 +179,19 @@ async def require_running(engine: AsyncLLM) -> None:
     """Raises:
     UsageError: somebody has paused it, whose pause would be ended with the change.
     """
-    if await engine.is_paused():
+    if await watched(engine, engine.is_paused()):
         raise UsageError("the engine was paused by somebody; have it resumed first")
 
 
 async def drain(engine: AsyncLLM, deadline: float) -> None:
     """Pause an engine, once its requests have ended or their time has; those that are left stay, for it to end them."""
     if not deadline:
-        with alive():
-            await engine.pause_generation(mode="keep", clear_cache=False)
+        await watched(engine, engine.pause_generation(mode="keep", clear_cache=False))
         return
     waiting = asyncio.ensure_future(engine.pause_generation(mode="wait", clear_cache=False))
-    done, _ = await asyncio.wait([waiting], timeout=deadline)
-    if done:
-        with alive():
-            await waiting  # may have failed
+    await watched(engine, asyncio.wait([waiting], timeout=deadline))
+    if waiting.done():
+        await watched(engine, waiting)  # may have failed
     else:  # ends by itself, with the requests
         waiting.add_done_callback(lambda future: future.cancelled() or future.exception())
 

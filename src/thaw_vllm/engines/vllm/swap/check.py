@@ -30,7 +30,8 @@ def check(worker: Any, path: str) -> dict[str, Any]:
         path: the snapshot.
 
     Returns:
-        ``bytes`` and ``tensors`` that would be filled, the snapshot's ``model`` id and its ``content`` id.
+        ``bytes`` and ``tensors`` that would be filled, the snapshot's ``model`` id, its ``content`` id, and the id of
+        the ``set`` that it belongs to.
 
     Raises:
         UnsupportedError: this engine's weights cannot be swapped, whatever the snapshot.
@@ -52,7 +53,14 @@ def check(worker: Any, path: str) -> dict[str, Any]:
             "tensors": len(index.tensors),
             "model": header.identity.model,
             "content": header.content,
+            "set": set_of(opened),
         }
+
+
+def set_of(opened: Opened) -> str | None:
+    """Id of the set of ranks' files that a file belongs to; None of one that stands alone."""
+    ranks = opened.snapshot.header.ranks
+    return None if ranks is None else ranks.id
 
 
 @contextlib.contextmanager

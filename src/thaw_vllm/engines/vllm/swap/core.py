@@ -12,7 +12,7 @@ import secrets
 from collections.abc import Callable
 from typing import Any
 
-from ....errors import DeviceError, ThawError, UnsupportedError, UsageError
+from ....errors import DeviceError, MismatchError, ThawError, UnsupportedError, UsageError
 from ....weights.waterfall import Phases
 from .. import versions
 from ..answers import all_raised, answering
@@ -49,7 +49,7 @@ def check(core: Any, options: dict[str, Any]) -> dict[str, Any]:
     """
     _whole(core)
     _awake(core)
-    answers = all_raised(core.model_executor.collective_rpc("thaw_swap_check", args=(options["path"],)))
+    answers = _of_one_set(core.model_executor.collective_rpc("thaw_swap_check", args=(options["path"],)))
     return {
         "bytes": sum(answer["bytes"] for answer in answers),
         "tensors": answers[0]["tensors"],
@@ -67,7 +67,12 @@ def hold(core: Any, options: dict[str, Any]) -> dict[str, Any]:
     if not options["release"]:
         _whole(core)
     method = "thaw_unpin" if options["release"] else "thaw_pin"
-    answers = all_raised(core.model_executor.collective_rpc(method, args=(options["path"],)))
+    answers: list[dict[str, Any]] = core.model_executor.collective_rpc(method, args=(options["path"],))
+    try:
+        all_raised(answers)
+    except ThawError:  # others may hold theirs
+        core.model_executor.collective_rpc("thaw_unpin", args=(options["path"],))
+        raise
     return answers[0] | {"bytes": sum(answer["bytes"] for answer in answers)}
 
 
@@ -160,7 +165,7 @@ def parkable(core: Any, options: dict[str, Any]) -> dict[str, Any]:
                 "this engine's weights may have been changed since they were loaded (a call to its workers), so its "
                 "snapshot would bring others; keep them in host memory meanwhile (keep_weights=True, --keep-weights)"
             )
-        answers = all_raised(core.model_executor.collective_rpc("thaw_source"))
+        answers = _of_one_set(core.model_executor.collective_rpc("thaw_source"))
         source = {"path": answers[0]["path"], "contents": [answer["content"] for answer in answers]}
     pids = all_raised(core.model_executor.collective_rpc("thaw_pid"))
     return source | {"pids": [answer["pid"] for answer in pids]}
@@ -301,6 +306,20 @@ def _fill(core: Any, fill: dict[str, Any]) -> tuple[list[dict[str, Any]], str | 
     if not told:
         watch.weights_known(core)
     return answers, next(iter(told), None)
+
+
+def _of_one_set(answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What workers say of their files; an error of theirs is raised.
+
+    Raises:
+        MismatchError: they have found files of several sets.
+    """
+    if len({answer["set"] for answer in all_raised(answers)}) > 1:
+        raise MismatchError(
+            "the ranks have found files of several sets under this path, as one that holds an older one page-locked "
+            "does; unpin it and try again"
+        )
+    return answers
 
 
 def _whole(core: Any) -> None:

@@ -10,7 +10,7 @@ from ....transport.collector import collection_paused
 from ....weights.capture import fillable
 from ....weights.reading import RestoreOptions, reading
 from ....weights.restore import restore
-from .check import opened_for, swappable
+from .check import opened_for, set_of, swappable
 from .filled import renote
 
 _UNDER_WAY = "it was interrupted"
@@ -60,15 +60,19 @@ def fill(worker: Any, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def source_of(worker: Any) -> dict[str, Any]:
-    """Where the weights of an engine that may be filled could be had again: ``path`` and ``content``.
+    """Where the weights of an engine that may be filled could be had again: ``path`` and ``content``,
+    and the id of the ``set`` of ranks' files.
 
     Raises:
         UnsupportedError: it may not be filled.
         MismatchError, StorageError: the file is gone, or another by now.
     """
     found = swappable(worker)
-    _require_content(worker, found.path, found.content)
-    return {"path": found.path, "content": found.content}
+    return {
+        "path": found.path,
+        "content": found.content,
+        "set": _require_content(worker, found.path, found.content),
+    }
 
 
 def still_there(worker: Any, options: dict[str, Any]) -> dict[str, Any]:
@@ -85,7 +89,13 @@ def still_there(worker: Any, options: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def _require_content(worker: Any, path: str, content: str | None) -> None:
+def _require_content(worker: Any, path: str, content: str | None) -> str | None:
+    """The id of the set that this rank's file belongs to.
+
+    Raises:
+        MismatchError: it has another content.
+    """
     with opened_for(worker, path) as opened:
         if opened.snapshot.header.content != content:
             raise MismatchError(f"{path!r} is not the snapshot any more that this engine was filled from; put it back")
+        return set_of(opened)

@@ -9,10 +9,10 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from ....errors import DeviceError, MismatchError, ThawError, UnsupportedError, UsageError
+from ....errors import BrokenEngineError, DeviceError, MismatchError, ThawError, UnsupportedError, UsageError
 from ....transport import process_checkpoint
 from ....weights.open import open_snapshot
-from ..client import WAKE, ask, call, mark_parked, require_awake
+from ..client import WAKE, ask, call, mark_parked, require_awake, watched
 from ..kv.api import freeze_kv_cache, freeze_kv_cache_async, restore_kv_cache, restore_kv_cache_async
 from .api import DEADLINE, broken, close, close_async, drain, require_running
 
@@ -103,6 +103,7 @@ def park(
         UnsupportedError: its weights may not be filled again, or the driver cannot; the engine is awake.
         MismatchError, StorageError: its snapshot is gone, or another by now; the engine is awake.
         DeviceError: the driver refused, with ``driver=True``; the engine is awake.
+        BrokenEngineError: it was left half-way, or has died, and has been closed; start another one.
 
     Example:
         >>> parked = thaw_vllm.park(llm)
@@ -126,7 +127,10 @@ def park(
     mark_parked(llm, True)
     try:
         return _checkpointed(parked, driver, start)
-    except DeviceError:
+    except DeviceError as error:
+        if _died(parked):
+            close(llm.llm_engine.engine_core)
+            raise _dead(error) from error
         if _at_large(parked):
             wake(llm, parked)
         raise
@@ -144,12 +148,18 @@ def wake(llm: LLM, parked: Parked, *, verify: bool = True) -> WakeReport:
         MismatchError, StorageError: the snapshot is gone, or another by now; the engine stays asleep: put it back.
         DeviceError: others have taken the GPU's memory, or the driver could not restore a process; the message says
             whether its state is lost, else ask again later.
-        BrokenEngineError: it failed half-way, so that the engine has been closed; start another one.
+        BrokenEngineError: it failed half-way, or has died, so that the engine has been closed; start another one.
     """
     start = time.perf_counter()
     _look(parked)
     if parked.driver:
-        process_checkpoint.wake(parked.pids)
+        try:
+            process_checkpoint.wake(parked.pids)
+        except DeviceError as error:
+            if not _died(parked):
+                raise
+            close(llm.llm_engine.engine_core)
+            raise _dead(error) from error
     restored = time.perf_counter()
     answer = call(llm, WAKE, {"path": parked.path, "contents": parked.contents, "verify": verify})
     if "broken" in answer:
@@ -232,7 +242,7 @@ async def _park(
         answer = await ask(engine, "thaw_park", {"keep_weights": keep_weights})
     except ThawError:
         with contextlib.suppress(Exception):  # as of an engine that vLLM's own sleep has put to sleep
-            await engine.resume_generation()
+            await watched(engine, engine.resume_generation())
         raise
     if "broken" in answer:
         await close_async(engine)
@@ -241,7 +251,10 @@ async def _park(
     mark_parked(engine, True)
     try:
         return await asyncio.to_thread(_checkpointed, parked, driver, start)
-    except DeviceError:
+    except DeviceError as error:
+        if _died(parked):
+            await close_async(engine)
+            raise _dead(error) from error
         if _at_large(parked):
             await _wake(engine, parked, verify=True)
         raise
@@ -256,7 +269,13 @@ async def _wake(engine: AsyncLLM, parked: Parked, verify: bool) -> WakeReport:
     start = time.perf_counter()
     await asyncio.to_thread(_look, parked)
     if parked.driver:
-        await asyncio.to_thread(process_checkpoint.wake, parked.pids)
+        try:
+            await asyncio.to_thread(process_checkpoint.wake, parked.pids)
+        except DeviceError as error:
+            if not _died(parked):
+                raise
+            await close_async(engine)
+            raise _dead(error) from error
     restored = time.perf_counter()
     answer = await ask(engine, WAKE, {"path": parked.path, "contents": parked.contents, "verify": verify})
     if "broken" in answer:
@@ -318,6 +337,15 @@ def _checkpointed(parked: Parked, driver: bool | None, start: float) -> Parked:
     now = time.perf_counter()
     seconds = parked.seconds | {"driver": now - begun, "total": now - start}
     return replace(parked, driver=why is None, why=why or "", seconds=seconds)
+
+
+def _died(parked: Parked) -> bool:
+    """Whether one of its processes has ended, so that nothing brings the engine back."""
+    return any(process_checkpoint.has_ended(pid) for pid in parked.pids)
+
+
+def _dead(error: DeviceError) -> BrokenEngineError:
+    return BrokenEngineError(f"the engine has died meanwhile: {error}; start another one")
 
 
 def _at_large(parked: Parked) -> bool:

@@ -29,10 +29,10 @@ _PLAIN = frozenset({dict, OrderedDict, list, tuple, set, frozenset})
 _ITEMS = (list, tuple, set, frozenset, deque)
 _LEFT = (
     *(type, types.ModuleType, str, bytes, bytearray, int, float, complex),
-    *(FakeTensorMode, ShapeEnv, torch.fx.Graph, torch.fx.Node, Source),
+    *(FakeTensorMode, ShapeEnv, torch.fx.Node, Source),
 )
-"""Belong to no model, or hold nothing; or keep books of a trace, with the tensors it has seen, and are never run: of a
-graph the code that was made of it is, which has what it needs as attributes of its module."""
+"""Belong to no model, or hold nothing; or keep books of a trace, with the tensors it has seen, and are never run. Of a
+graph's nodes the graph tells what is: what they call, and constants that they call it with."""
 
 
 @dataclass(slots=True)
@@ -74,6 +74,7 @@ def tensors(model: torch.nn.Module, leave: tuple[type, ...] = ()) -> Iterator[tu
 
 def _tensors(model: torch.nn.Module, leave: tuple[type, ...]) -> Iterator[tuple[_Way, torch.Tensor]]:
     seen: dict[int, Any] = {}  # held, so that no other object gets one's id meanwhile
+    slots: dict[int, tuple[str, ...]] = {}  # by id of a class, which an object in ``seen`` keeps
     pending: list[tuple[_Way, Any]] = [(_Way(None, "", ""), model)]
     left = (*_LEFT, *leave)
     while pending:
@@ -89,7 +90,7 @@ def _tensors(model: torch.nn.Module, leave: tuple[type, ...]) -> Iterator[tuple[
         if not isinstance(value, FakeTensor):
             pending.extend(
                 (_Way(way, form, name), item)
-                for form, name, item in _held(value)
+                for form, name, item in _held(value, slots)
                 if type(item) not in _ATOMS and id(item) not in seen and (type(item) not in _PLAIN or item)
             )
 
@@ -144,8 +145,13 @@ def _span(tensor: torch.Tensor) -> Span | None:
         return None
 
 
-def _held(value: Any) -> Iterator[tuple[str, Any, Any]]:
+def _held(value: Any, slots: dict[int, tuple[str, ...]]) -> Iterator[tuple[str, Any, Any]]:
     """What one object holds: how the way to it is written, the name in that, and it."""
+    if isinstance(value, torch.fx.Graph):
+        for node in value.nodes:
+            yield ".{}", node.name, node.target
+            yield from (("({})", node.name, item) for item in (*node.args, *node.kwargs.values()))
+        return
     if isinstance(value, Mapping):
         for key, item in list(value.items()):
             yield "[{}]", key, item
@@ -171,21 +177,23 @@ def _held(value: Any) -> Iterator[tuple[str, Any, Any]]:
         yield from (("({})", name, item) for name, item in (value.__kwdefaults__ or {}).items())
     elif isinstance(value, weakref.ReferenceType):
         yield "", "", value()
-    yield from _attributes(value)
+    yield from _attributes(value, slots)
 
 
-def _attributes(value: Any) -> Iterator[tuple[str, Any, Any]]:
+def _attributes(value: Any, slots: dict[int, tuple[str, ...]]) -> Iterator[tuple[str, Any, Any]]:
     for name, item in list(getattr(value, "__dict__", {}).items()):
         if isinstance(value, torch.nn.Module) and name in ("_parameters", "_buffers", "_modules"):
             yield from ((".{}", inner, held) for inner, held in item.items())
         else:
             yield ".{}", name, item
-    for own in _slots(type(value)):  # type: ignore[arg-type]  # mypy takes classes for unhashable
+    kind = type(value)
+    if id(kind) not in slots:
+        slots[id(kind)] = _slots(kind)
+    for own in slots[id(kind)]:
         if hasattr(value, own):
             yield ".{}", own, getattr(value, own)
 
 
-@functools.lru_cache(4096)
 def _slots(kind: type) -> tuple[str, ...]:
     """Attributes of objects of a class that are not in their ``__dict__``."""
     found: list[str] = []
