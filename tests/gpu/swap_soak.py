@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-PROMPTS, LENGTH, ANSWER = 24, 14, 12
+PROMPTS, LENGTH, ANSWER = 24, 14, 8
 """Prompts, and tokens of each and of its answer: within one block, so that none is answered from a cache."""
 GROWTH = {"rss_mib": 64.0, "descriptors": 4, "processes": 0, "gpu_mib": 8.0}
 """That is allowed from the first quarter's median to the last one's."""
