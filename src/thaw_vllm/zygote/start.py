@@ -17,6 +17,8 @@ from .place import Place, make
 
 VLLM = "thaw_vllm.engines.vllm.preimport"
 """The module whose ``import_all`` fills a zygote for vLLM."""
+_ENDING = 5.0
+"""Seconds for one that refused to start to end and give its name back, for the next one."""
 _SHOWN = 2000
 """Characters of a log's end that an error shows."""
 
@@ -78,6 +80,7 @@ def start(place: Place, *, imports: list[str], models: list[str], environment: M
         raise ThawError(_ended(place, process.returncode))
     answer: dict[str, Any] = json.loads(said)
     if "refused" in answer:
+        waiting.join(_ENDING)
         raise (named(answer.get("error")) or ThawError)(answer["refused"])
     return int(answer["ready"])
 
