@@ -44,18 +44,10 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def below(pid: int) -> list[int]:
-    """A process and all that it has started."""
-    found = [pid]
-    for one in found:  # grows while it is gone through
-        with contextlib.suppress(OSError):
-            for task in Path(f"/proc/{one}/task").iterdir():
-                found += [int(child) for child in (task / "children").read_text().split()]
-    return found
-
-
 def sizes() -> dict[str, float]:
-    pids = [pid for pid in below(os.getpid()) if Path(f"/proc/{pid}/fd").exists()]
+    from thaw_vllm.zygote.processes import below
+
+    pids = [os.getpid(), *below(os.getpid())]
     rss = descriptors = 0
     for pid in pids:
         with contextlib.suppress(OSError):

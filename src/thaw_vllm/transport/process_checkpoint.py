@@ -19,11 +19,11 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from time import monotonic
 from typing import Any, Protocol, TypeVar, cast
 
 from ..errors import DeviceError, UnsupportedError, UsageError
+from ..zygote.processes import stat
 from .cuda import INT, POINTER, UINT
 from .parallel import crew, run
 
@@ -217,7 +217,7 @@ class _Watched:
 
 def has_ended(pid: int) -> bool:
     """Whether there is no such process, or only its exit status. One that /proc does not show may be there."""
-    fields = _stat(pid)
+    fields = stat(pid)
     if fields is not None:
         return fields[0] in "ZXx"
     try:
@@ -231,16 +231,8 @@ def has_ended(pid: int) -> bool:
 
 def _began(pid: int) -> str | None:
     """When a process was started, in the kernel's ticks; None where /proc does not tell."""
-    fields = _stat(pid)
+    fields = stat(pid)
     return None if fields is None else fields[19]
-
-
-def _stat(pid: int) -> list[str] | None:
-    """What /proc/PID/stat says after the name: state, parent, …; None where it does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
 
 
 def unsupported(library: str = "libcuda.so.1") -> str | None:

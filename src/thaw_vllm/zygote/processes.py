@@ -64,14 +64,22 @@ def _all() -> dict[int, tuple[str, int, int]]:
     return found
 
 
-def _one(process: int) -> tuple[str, int, int] | None:
-    """State, parent and group of a process; None when it has ended."""
+def stat(process: int) -> list[str] | None:
+    """What /proc/PID/stat says after the name: state, parent, group, …; None where it is not shown.
+
+    At 19 stands when it was started, in ticks since the machine was.
+    """
     try:
         with open(f"/proc/{process}/stat", errors="replace") as file:  # a name may be cut inside a character
-            fields = file.read().rpartition(")")[2].split()
+            return file.read().rpartition(")")[2].split()
     except OSError:
         return None
-    return fields[0], int(fields[1]), int(fields[2])
+
+
+def _one(process: int) -> tuple[str, int, int] | None:
+    """State, parent and group of a process; None when it has ended."""
+    fields = stat(process)
+    return None if fields is None else (fields[0], int(fields[1]), int(fields[2]))
 
 
 def of_group(group: int) -> list[int]:

@@ -27,17 +27,6 @@ def killed(pid, work, when):
     return found
 
 
-def below(pid):
-    """Processes that it has started, and that these have, but for what counts them."""
-    tasks = Path(f"/proc/{pid}/task").iterdir()
-    children = [int(child) for task in tasks for child in (task / "children").read_text().split()]
-    return [one for child in children for one in (child, *below(child)) if "resource_tracker" not in command(child)]
-
-
-def command(pid):
-    return Path(f"/proc/{pid}/cmdline").read_text()
-
-
 def within(name):
     """Waits until the driver is in the middle of such a call."""
     from thaw_vllm.transport.process_checkpoint import Libcuda
@@ -54,6 +43,7 @@ def within(name):
 
 def main(asked, answer):
     import thaw_vllm
+    from thaw_vllm.zygote import processes
 
     faulthandler.dump_traceback_later(240, exit=True)  # says where it hangs, if it does
     asked = json.loads(Path(asked).read_text())
@@ -61,8 +51,9 @@ def main(asked, answer):
     found, what = {"before": ask(llm)["answers"], "digests": digests(llm)}, asked["what"]
     (pid,) = llm.collective_rpc("thaw_test_pid")
     if asked.get("core"):
-        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    found["processes"] = below(os.getpid())
+        pid = int(processes.stat(pid)[1])
+    below = processes.below(os.getpid())
+    found["processes"] = [one for one in below if b"resource_tracker" not in Path(f"/proc/{one}/cmdline").read_bytes()]
     flag = Path(asked["folder"], "flag")
 
     def hung():

@@ -127,10 +127,10 @@ def park(
     mark_parked(llm, True)
     try:
         return _checkpointed(parked, driver, start)
-    except DeviceError as error:
-        if _died(parked):
-            close(llm.llm_engine.engine_core)
-            raise _dead(error) from error
+    except BrokenEngineError:
+        close(llm.llm_engine.engine_core)
+        raise
+    except DeviceError:
         if _at_large(parked):
             wake(llm, parked)
         raise
@@ -152,14 +152,11 @@ def wake(llm: LLM, parked: Parked, *, verify: bool = True) -> WakeReport:
     """
     start = time.perf_counter()
     _look(parked)
-    if parked.driver:
-        try:
-            process_checkpoint.wake(parked.pids)
-        except DeviceError as error:
-            if not _died(parked):
-                raise
-            close(llm.llm_engine.engine_core)
-            raise _dead(error) from error
+    try:
+        _restored(parked)
+    except BrokenEngineError:
+        close(llm.llm_engine.engine_core)
+        raise
     restored = time.perf_counter()
     answer = call(llm, WAKE, {"path": parked.path, "contents": parked.contents, "verify": verify})
     if "broken" in answer:
@@ -251,10 +248,10 @@ async def _park(
     mark_parked(engine, True)
     try:
         return await asyncio.to_thread(_checkpointed, parked, driver, start)
-    except DeviceError as error:
-        if _died(parked):
-            await close_async(engine)
-            raise _dead(error) from error
+    except BrokenEngineError:
+        await close_async(engine)
+        raise
+    except DeviceError:
         if _at_large(parked):
             await _wake(engine, parked, verify=True)
         raise
@@ -268,14 +265,11 @@ async def wake_async(engine: AsyncLLM, parked: Parked, *, verify: bool = True) -
 async def _wake(engine: AsyncLLM, parked: Parked, verify: bool) -> WakeReport:
     start = time.perf_counter()
     await asyncio.to_thread(_look, parked)
-    if parked.driver:
-        try:
-            await asyncio.to_thread(process_checkpoint.wake, parked.pids)
-        except DeviceError as error:
-            if not _died(parked):
-                raise
-            await close_async(engine)
-            raise _dead(error) from error
+    try:
+        await asyncio.to_thread(_restored, parked)
+    except BrokenEngineError:
+        await close_async(engine)
+        raise
     restored = time.perf_counter()
     answer = await ask(engine, WAKE, {"path": parked.path, "contents": parked.contents, "verify": verify})
     if "broken" in answer:
@@ -325,12 +319,14 @@ def _checkpointed(parked: Parked, driver: bool | None, start: float) -> Parked:
 
     Raises:
         DeviceError: it may not, and was to; or it has left a process half-way.
+        BrokenEngineError: a process has ended.
     """
     begun, why = time.perf_counter(), "it was not to be asked" if driver is False else _obstacle(parked.pids)
     if why is None:
         try:
             process_checkpoint.park(parked.pids, timeout=_LOCKING)
         except DeviceError as error:
+            _require_living(parked, error)
             if driver or not _at_large(parked):
                 raise
             why = str(error)
@@ -339,13 +335,27 @@ def _checkpointed(parked: Parked, driver: bool | None, start: float) -> Parked:
     return replace(parked, driver=why is None, why=why or "", seconds=seconds)
 
 
-def _died(parked: Parked) -> bool:
-    """Whether one of its processes has ended, so that nothing brings the engine back."""
-    return any(process_checkpoint.has_ended(pid) for pid in parked.pids)
+def _restored(parked: Parked) -> None:
+    """Have the driver give back what it has.
+
+    Raises:
+        DeviceError: it could not.
+        BrokenEngineError: a process has ended.
+    """
+    if parked.driver:
+        try:
+            process_checkpoint.wake(parked.pids)
+        except DeviceError as error:
+            _require_living(parked, error)
+            raise
 
 
-def _dead(error: DeviceError) -> BrokenEngineError:
-    return BrokenEngineError(f"the engine has died meanwhile: {error}; start another one")
+def _require_living(parked: Parked, error: DeviceError) -> None:
+    """Raises:
+    BrokenEngineError: one of its processes has ended, so that nothing brings the engine back.
+    """
+    if any(process_checkpoint.has_ended(pid) for pid in parked.pids):
+        raise BrokenEngineError(f"the engine has died meanwhile: {error}; start another one") from error
 
 
 def _at_large(parked: Parked) -> bool:
