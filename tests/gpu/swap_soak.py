@@ -3,7 +3,7 @@
     python tests/gpu/swap_soak.py MODEL FIRST.thaw SECOND.thaw [--swaps 1000] [--parks 100] [--clients 4] [--seed N]
         [--seconds LIMIT]
 
-Parks are spread among the swaps. Requests of random prompts are sent all the time. Each must be ended (``abort``), or
+Swaps and parks take turns. Requests of random prompts are sent all the time. Each must be ended (``abort``), or
 have exactly the tokens that one of both weights gives to that prompt: those that the engine held when it was sent,
 unless it was swapped meanwhile. With more than one client set VLLM_BATCH_INVARIANT=1: how requests meet in a step
 changes roundings. Prints a JSON document; exit status 1 where something is wrong. Not part of the tests: it takes
@@ -27,6 +27,7 @@ from typing import Any
 
 PROMPTS, LENGTH, ANSWER = 24, 14, 8
 """Prompts, and tokens of each and of its answer: within one block, so that none is answered from a cache."""
+STARTED = time.monotonic()
 GROWTH = {"rss_mib": 64.0, "descriptors": 4, "processes": 0, "gpu_mib": 8.0}
 """That is allowed from the first quarter's median to the last one's."""
 
@@ -39,7 +40,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--parks", type=int, default=100)
     parser.add_argument("--clients", type=int, default=1)
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
-    parser.add_argument("--seconds", type=float, default=math.inf, help="stop after this time, and say how far it came")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="stop after this time, the start of the engine included, and say how far it came")
     parser.add_argument("--engine-args", type=json.loads, default={}, help="JSON")
     return parser.parse_args()
 
@@ -71,6 +72,7 @@ class Soak:
         self.number = self.held = self.changes = 0
         self.counts = {"right": 0, "ended": 0, "across": 0}
         self.wrong: list[Any] = []
+        self.phases: list[dict[str, float]] = []
 
     async def ask(self, ids: list[int]) -> tuple[list[int], str]:
         from vllm import SamplingParams
@@ -105,8 +107,9 @@ class Soak:
 
         start = time.perf_counter()
         self.changes += 1
-        await thaw_vllm.swap_weights_async(self.engine, self.given.snapshots[number], deadline=deadline)
+        told = await thaw_vllm.swap_weights_async(self.engine, self.given.snapshots[number], deadline=deadline)
         self.held = number
+        self.phases.append(told.seconds)
         self.changes += 1
         return time.perf_counter() - start
 
@@ -130,15 +133,15 @@ class Soak:
         tasks = [asyncio.create_task(self.client(self.given.seed + n)) for n in range(self.given.clients)]
         seen, swaps, parks = [], [], []
         start = time.monotonic()
-        while len(swaps) < self.given.swaps and time.monotonic() < start + self.given.seconds:
-            if len(parks) * self.given.swaps < len(swaps) * self.given.parks:
+        while len(swaps) < self.given.swaps and time.monotonic() < STARTED + self.given.seconds:
+            while len(parks) * self.given.swaps < len(swaps) * self.given.parks:
                 parks.append(await self.park())
             swaps.append(await self.swap(len(swaps) % 2, self.random.choice([0, 0.05, 5])))
             await asyncio.sleep(self.random.random() * 0.04)
             if len(swaps) % max(1, self.given.swaps // 40) == 0:
                 seen.append(sizes())
             self.check(tasks)
-            if len(swaps) % 50 == 0:
+            if len(swaps) % 50 == 0 or self.given.swaps < 50:
                 told = f"{len(swaps)} swaps, {len(parks)} parks, {self.counts}, {time.monotonic() - start:.0f} s"
                 print(told, file=sys.stderr, flush=True)
         for task in tasks:
@@ -148,6 +151,7 @@ class Soak:
         return {
             "seed": self.given.seed,
             "swaps": summary(swaps),
+            "swap_phases": {name: middle([one[name] for one in self.phases]) for name in self.phases[0]},
             "park": summary([one[0] for one in parks]),
             "wake": summary([one[1] for one in parks]),
             "by_driver": sum(one[2] for one in parks),
