@@ -40,7 +40,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--parks", type=int, default=100)
     parser.add_argument("--clients", type=int, default=1)
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
-    parser.add_argument("--seconds", type=float, default=math.inf, help="stop after this time, the start of the engine included, and say how far it came")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="stop after this time, the start included, and say how far it came"
+    )
     parser.add_argument("--engine-args", type=json.loads, default={}, help="JSON")
     return parser.parse_args()
 
@@ -134,9 +136,9 @@ class Soak:
         seen, swaps, parks = [], [], []
         start = time.monotonic()
         while len(swaps) < self.given.swaps and time.monotonic() < STARTED + self.given.seconds:
+            swaps.append(await self.swap(len(swaps) % 2, self.random.choice([0, 0.05, 5])))
             while len(parks) * self.given.swaps < len(swaps) * self.given.parks:
                 parks.append(await self.park())
-            swaps.append(await self.swap(len(swaps) % 2, self.random.choice([0, 0.05, 5])))
             await asyncio.sleep(self.random.random() * 0.04)
             if len(swaps) % max(1, self.given.swaps // 40) == 0:
                 seen.append(sizes())
