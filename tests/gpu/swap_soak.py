@@ -41,7 +41,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--clients", type=int, default=1)
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     parser.add_argument(
-        "--seconds", type=float, default=math.inf, help="stop after this time, the start included, and say how far it came"
+        "--seconds", type=float, default=math.inf, help="stop after this time, the start included; says how far it came"
     )
     parser.add_argument("--engine-args", type=json.loads, default={}, help="JSON")
     return parser.parse_args()
