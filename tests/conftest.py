@@ -20,10 +20,21 @@ hypothesis.settings.register_profile("full", max_examples=cases.EXAMPLES["full"]
 hypothesis.settings.load_profile("full" if cases.FULL else "small")
 
 RUN = pytest.StashKey[cases.Run]()
+STATE = pytest.StashKey[tempfile.TemporaryDirectory]()
 
 
 def pytest_configure(config):
     config.stash[RUN] = cases.Run()
+    if "THAW_STATE_DIR" not in os.environ:  # no test makes an admin token for whoever runs it
+        config.stash[STATE] = tempfile.TemporaryDirectory(prefix="thaw-state-")
+        os.environ["THAW_STATE_DIR"] = config.stash[STATE].name
+
+
+def pytest_unconfigure(config):
+    made = config.stash.get(STATE, None)
+    if made is not None:
+        os.environ.pop("THAW_STATE_DIR", None)
+        made.cleanup()
 
 
 def pytest_report_header():

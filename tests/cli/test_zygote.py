@@ -11,7 +11,7 @@ import pytest
 from tests.zygote.running import made, until
 
 from thaw_vllm.cli import serve as serving
-from thaw_vllm.engines.vllm import fast_start
+from thaw_vllm.engines.vllm import fast_start, serve_variables
 from thaw_vllm.errors import MissingDependencyError
 
 
@@ -181,6 +181,11 @@ class TestRun:
         assert ran.document == {"pid": int((tmp_path / "pid").read_text())}
 
 
+LOCAL = ["--host", "127.0.0.1"]
+ADDITIONS = ["--middleware", serve_variables.MIDDLEWARE]
+ADDED = ("THAW_SERVE_TOKEN_FILE", "THAW_SERVE_KV_SNAPSHOT", "THAW_KV_DIR", "THAW_SNAPSHOT_DIR")
+
+
 class TestServe:
     @pytest.fixture
     def handed(self, monkeypatch, place):
@@ -189,6 +194,8 @@ class TestServe:
         from thaw_vllm.engines.vllm import api
 
         found = []
+        for name in ("THAW_ADMIN_TOKEN", "THAW_START_REPORT", *ADDED):
+            monkeypatch.setenv(name, "")  # so that what the command sets does not outlive the test
         monkeypatch.setattr(run, "hand_over", lambda *arguments, **options: found.append((arguments, options)))
         monkeypatch.setattr(api, "require_vllm_installed", lambda: None)
         return found
@@ -204,7 +211,7 @@ class TestServe:
         assert ran.code == 0, ran.err
         ((arguments, options),) = handed
         assert arguments == (
-            [serving.MODULE, "--model", "m", "--load-format", "dummy", "--port", "8001"],
+            [serving.MODULE, "--model", "m", *LOCAL, "--load-format", "dummy", "--port", "8001", *ADDITIONS],
             "module",
             "default",
         )
@@ -212,7 +219,33 @@ class TestServe:
 
     def test_require_zygote(self, thaw, handed):
         assert thaw("serve", "--model", "m", "--zygote", "b", "--require-zygote").code == 0
-        assert handed == [(([serving.MODULE, "--model", "m"], "module", "b"), {"fallback": False})]
+        assert handed == [(([serving.MODULE, "--model", "m", *LOCAL, *ADDITIONS], "module", "b"), {"fallback": False})]
+
+    @pytest.mark.parametrize("where", [["--host", "0.0.0.0"], ["--host=::1"], ["--uds", "x.sock"]])
+    def test_where_it_listens_is_the_users(self, thaw, handed, where):
+        assert thaw("serve", "--model", "m", *where).code == 0
+        ((arguments, _),) = handed
+        assert arguments[0] == [serving.MODULE, "--model", "m", *where, *ADDITIONS]
+
+    def test_the_token_is_made_and_told_where(self, thaw, handed, monkeypatch, tmp_path):
+        monkeypatch.setenv("THAW_STATE_DIR", str(tmp_path / "state"))
+        assert thaw("serve", "--model", "m", "--kv-dir", tmp_path, "--snapshot-dir", ".").code == 0
+        token = tmp_path / "state" / "admin-token"
+        assert os.environ["THAW_ADMIN_TOKEN"] == token.read_text().strip()
+        assert os.environ["THAW_SERVE_TOKEN_FILE"] == str(token)
+        assert (os.environ["THAW_KV_DIR"], os.environ["THAW_SNAPSHOT_DIR"]) == (str(tmp_path), os.getcwd())
+        assert os.path.dirname(os.environ["THAW_START_REPORT"]) == str(tmp_path / "state" / "starts")
+
+    def test_a_given_token_is_kept_nowhere(self, thaw, handed, monkeypatch, tmp_path):
+        monkeypatch.setenv("THAW_STATE_DIR", str(tmp_path / "state"))
+        monkeypatch.setenv("THAW_ADMIN_TOKEN", "a token of 24 characters")
+        assert thaw("serve", "--model", "m").code == 0
+        assert not (tmp_path / "state" / "admin-token").exists() and not os.environ["THAW_SERVE_TOKEN_FILE"]
+
+    @pytest.mark.parametrize("option", ["--kv-snapshot", "--kv-dir", "--snapshot-dir"])
+    def test_what_is_not_there_is_said(self, thaw, handed, tmp_path, option):
+        ran = thaw("serve", "--model", "m", option, tmp_path / "none")
+        assert ran.code == 6 and "none" in ran.err and handed == []
 
     def test_no_snapshot(self, thaw, handed, tmp_path):
         ran = thaw("serve", "--model", "m", "--snapshot", tmp_path / "none.thaw")
@@ -241,7 +274,7 @@ class TestServe:
             ["--load-format", "thaw", "--model-loader-extra-config"],
         )
         assert json.loads(options[3]) == {"snapshot": str(snapshot)}
-        assert options[4:] == ["-tp", "2", "--pipeline_parallel_size=3", "--x"]
+        assert options[4:] == [*LOCAL, "-tp", "2", "--pipeline_parallel_size=3", "--x", *ADDITIONS]
 
     def test_fast_start(self, thaw, handed, monkeypatch):
         monkeypatch.setenv("VLLM_ENABLE_STARTUP_PLAN", "")
@@ -256,7 +289,7 @@ class TestServe:
         assert memory.startswith("thaw: fast start: memory for the KV cache")
         ((arguments, _),) = handed
         sizes = ["--cudagraph-capture-sizes", "1", "2", "4", "8"]
-        assert arguments[0] == [serving.MODULE, "--model", "m", *sizes, "--port", "8001"]
+        assert arguments[0] == [serving.MODULE, "--model", "m", *sizes, *LOCAL, "--port", "8001", *ADDITIONS]
 
     def test_fast_start_beside_what_was_chosen(self, thaw, handed, monkeypatch):
         monkeypatch.setenv("VLLM_ENABLE_STARTUP_PLAN", "0")
@@ -265,13 +298,13 @@ class TestServe:
         ran = thaw("serve", "--model", "m", "--fast-start", "--compilation-config={}")
         assert ran.code == 0 and ran.err.count("as you chose") == 2
         assert os.environ["VLLM_ENABLE_STARTUP_PLAN"] == "0"
-        assert handed[0][0][0] == [serving.MODULE, "--model", "m", "--compilation-config={}"]
+        assert handed[0][0][0] == [serving.MODULE, "--model", "m", *LOCAL, "--compilation-config={}", *ADDITIONS]
 
     def test_fast_start_without_a_gpu(self, thaw, handed, monkeypatch):
         monkeypatch.setattr(fast_start, "has_gpu", lambda environment: False)
         ran = thaw("serve", "--model", "m", "--fast-start")
         assert ran.code == 0 and "there is no GPU" in ran.err and ran.err.count("\n") == 1
-        assert handed[0][0][0] == [serving.MODULE, "--model", "m"]
+        assert handed[0][0][0] == [serving.MODULE, "--model", "m", *LOCAL, *ADDITIONS]
 
     def test_caches(self, thaw, handed, tmp_path, monkeypatch):
         for variable in fast_start.CACHES:
@@ -290,7 +323,8 @@ class TestServe:
     def test_short_options_are_the_servers(self, thaw, handed):
         ran = thaw("serve", "--model", "m", "-cc.cudagraph_mode=NONE", "-sc.method=x", "-O1")
         assert ran.code == 0 and ran.out == "", ran.err
-        assert handed[0][0][0] == [serving.MODULE, "--model", "m", "-cc.cudagraph_mode=NONE", "-sc.method=x", "-O1"]
+        given = ["-cc.cudagraph_mode=NONE", "-sc.method=x", "-O1"]
+        assert handed[0][0][0] == [serving.MODULE, "--model", "m", *LOCAL, *given, *ADDITIONS]
 
     def test_short_help(self, thaw, handed):
         assert "Usage: thaw serve" in thaw("serve", "-h").out and handed == []

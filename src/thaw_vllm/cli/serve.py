@@ -15,9 +15,12 @@ from typer.core import TyperCommand
 from ..engines.vllm.versions import SERVER as MODULE
 from .zygote import CacheDir
 
+LOCALHOST = "127.0.0.1"
 EXAMPLES = """
 thaw serve --model Llama-3-8B/ --snapshot W.thaw
 thaw serve --model Llama-3-8B/ --snapshot W.thaw --port 8001 --max-model-len 8192
+thaw serve --model Llama-3-8B/ --snapshot W.thaw --kv-snapshot prompts.thawkv
+thaw serve --model Llama-3-8B/ --snapshot-dir /srv/snapshots --kv-dir /srv/kv
 thaw serve --model Llama-3-8B/ --require-zygote
 thaw serve --model Llama-3-8B/ --snapshot W.thaw --fast-start --cache-dir /var/cache/thaw
 """
@@ -40,6 +43,22 @@ def serve(
         Path | None,
         typer.Option("--snapshot", metavar="FILE", help="Thaw the weights from this file."),
     ] = None,
+    kv_snapshot: Annotated[
+        Path | None,
+        typer.Option(
+            "--kv-snapshot", metavar="FILE", help="Restore these KV blocks before the server is ready (thaw kv freeze)."
+        ),
+    ] = None,
+    snapshot_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--snapshot-dir", metavar="DIRECTORY", help="Where thaw swap finds snapshots. [default: $THAW_SNAPSHOT_DIR]"
+        ),
+    ] = None,
+    kv_dir: Annotated[
+        Path | None,
+        typer.Option("--kv-dir", metavar="DIRECTORY", help="Where thaw kv puts its files. [default: $THAW_KV_DIR]"),
+    ] = None,
     zygote: Annotated[str, typer.Option("--zygote", metavar="NAME", help="Which one to fork.")] = "default",
     require_zygote: Annotated[
         bool, typer.Option("--require-zygote", help="Fail where no zygote can run the server; else it is started anew.")
@@ -57,20 +76,26 @@ def serve(
 
     It is OpenAI-compatible; any other option is vllm serve's. With a zygote (thaw zygote start) it is up in seconds.
     Without one, a new Python is started for it, and a line says so.
+
+    Where neither --host nor --uds is given it listens on 127.0.0.1. thaw's routes (/v1/thaw/…; thaw kv, swap, park,
+    wake) ask for the admin token: THAW_ADMIN_TOKEN, or one that is made once and kept for you alone.
     """
     from ..engines.vllm.api import check_model, check_sizes, require_vllm_installed
     from ..engines.vllm.command_line import given
     from ..engines.vllm.command_line import options as command_line
     from ..engines.vllm.fast_start import cache_variables
     from ..engines.vllm.fast_start import fast_start as choose
+    from ..engines.vllm.serve_variables import MIDDLEWARE
     from ..errors import UsageError
     from .run import hand_over
 
     require_vllm_installed()
     check_model(model)
     options = list(context.args)
+    chosen = given(options)
+    if not {"host", "uds"} & chosen.keys():
+        options = ["--host", LOCALHOST, *options]
     if snapshot is not None:
-        chosen = given(options)
         for taken in ("load_format", "model_loader_extra_config"):
             if taken in chosen:
                 option = "--" + taken.replace("_", "-")
@@ -79,6 +104,8 @@ def serve(
         extra = json.dumps({"snapshot": str(snapshot.absolute())})
         options = ["--load-format", "thaw", "--model-loader-extra-config", extra, *options]
     os.environ.update(cache_variables(cache_dir))
+    os.environ.update(_additions(kv_snapshot, snapshot_dir, kv_dir))
+    options = [*options, "--middleware", MIDDLEWARE]
     if fast_start:
         preset = choose(given(options), os.environ)
         os.environ.update(preset.environment)
@@ -86,6 +113,36 @@ def serve(
         for line in preset.said:
             print(f"thaw: fast start: {line}", file=sys.stderr, flush=True)
     hand_over([MODULE, "--model", model, *options], "module", zygote, fallback=not require_zygote)
+
+
+def _additions(kv_snapshot: Path | None, snapshot_dir: Path | None, kv_dir: Path | None) -> dict[str, str]:
+    """Variables that tell the server what thaw adds to it.
+
+    Raises:
+        StorageError: a file or directory is not there, or the admin token cannot be kept.
+    """
+    from ..engines.vllm.kv.access import DIRECTORY_VARIABLE, SNAPSHOTS_VARIABLE, TOKEN_VARIABLE
+    from ..engines.vllm.serve_variables import KV_VARIABLE, START_VARIABLE, TOKEN_FILE_VARIABLE
+    from ..errors import StorageError
+    from ..serve.admin_token import admin_token
+    from ..serve.state import new_start
+
+    token, file = admin_token()
+    found = {TOKEN_VARIABLE: token}
+    if file is not None:
+        found[TOKEN_FILE_VARIABLE] = str(file)
+    if kv_snapshot is not None:
+        if not kv_snapshot.is_file():
+            raise StorageError(f"there is no file {str(kv_snapshot)!r} of KV blocks")
+        found[KV_VARIABLE] = str(kv_snapshot.absolute())
+    for variable, directory in ((SNAPSHOTS_VARIABLE, snapshot_dir), (DIRECTORY_VARIABLE, kv_dir)):
+        if directory is not None:
+            if not directory.is_dir():
+                raise StorageError(f"there is no directory {str(directory)!r}; make it first")
+            found[variable] = str(directory.absolute())
+    if not os.environ.get(START_VARIABLE):
+        found[START_VARIABLE] = str(new_start())
+    return found
 
 
 def _sizes(chosen: Mapping[str, str]) -> dict[str, int]:

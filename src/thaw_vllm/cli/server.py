@@ -15,7 +15,11 @@ LONGEST_WAIT = 7200
 Server = Annotated[str, typer.Option(metavar="URL", help="Where vllm serve listens.")]
 Token = Annotated[
     str | None,
-    typer.Option(envvar="THAW_ADMIN_TOKEN", show_envvar=False, help="The server's. [default: $THAW_ADMIN_TOKEN]"),
+    typer.Option(
+        envvar="THAW_ADMIN_TOKEN",
+        show_envvar=False,
+        help="The server's. [default: $THAW_ADMIN_TOKEN; on this machine, the one that thaw serve keeps]",
+    ),
 ]
 ApiKey = Annotated[
     str | None,
@@ -28,6 +32,8 @@ Verify = Annotated[
 ]
 Deadline = Annotated[float, typer.Option(min=0, max=3600, help="Seconds in which running requests may end.")]
 LOCAL = "http://127.0.0.1:8000"
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+"""Where the kept admin token may be sent to."""
 
 
 def ask(server: str, what: str, token: str | None, api_key: str | None, body: dict[str, Any] | None) -> dict[str, Any]:
@@ -44,12 +50,8 @@ def ask(server: str, what: str, token: str | None, api_key: str | None, body: di
 
     from ..engines.vllm.kv.access import TOKEN_HEADER, TOKEN_VARIABLE
     from ..errors import ThawError, UsageError
+    from ..serve.admin_token import kept_token
 
-    if not token:
-        raise UsageError(f"set {TOKEN_VARIABLE}, or give --token: what the server was started with")
-    headers = {"Content-Type": "application/json", TOKEN_HEADER: token}
-    if api_key:
-        headers["Authorization"] = f"Bearer {api_key}"
     try:
         url = urlsplit(server)
         host, port = url.hostname or "", url.port
@@ -57,6 +59,12 @@ def ask(server: str, what: str, token: str | None, api_key: str | None, body: di
         host = ""
     if not host or url.scheme not in ("http", "https") or url.query or url.fragment:
         raise UsageError(f"--server {server!r} is no address; it is like {LOCAL}")
+    token = token or (kept_token() if host in LOOPBACK else None)
+    if not token:
+        raise UsageError(f"set {TOKEN_VARIABLE}, or give --token: what the server was started with")
+    headers = {"Content-Type": "application/json", TOKEN_HEADER: token}
+    if api_key:
+        headers["Authorization"] = f"Bearer {api_key}"
     if not all(value.isascii() and value.isprintable() for value in headers.values()):
         raise UsageError("the token and the API key must be printable ASCII")
     # Not urllib.request: it follows redirects and proxies of the environment, and the token would go along.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -180,14 +181,18 @@ def port() -> int:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_serve(zygote: Zygote, asked: dict, snapshot: Path, port: int, tmp_path: Path, number: signal.Signals):
+    """Also what ``thaw serve`` adds without VLLM_PLUGINS: routes behind a token that was made, and a line."""
+    state, kv = tmp_path / "state", tmp_path / "kv"
+    kv.mkdir()
     command = [*COMMAND, "serve", "--model", asked["model"], "--snapshot", str(snapshot), "--require-zygote"]
-    command += ["--enforce-eager", "--max-model-len", "256", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--enforce-eager", "--max-model-len", "256", "--port", str(port), "--kv-dir", str(kv)]
     preset = fast_start({}, {}, gpu=True)  # vLLM's command line and the zygote take what would be added on a GPU
     command += options(preset.engine_args)
     url = f"http://127.0.0.1:{port}"
     reports = {"THAW_START_REPORT": str(tmp_path / "start")}
     with (tmp_path / "log").open("w") as log:
-        environment = changed(fresh.READ_FROM_THE_LOG | reports | preset.environment)
+        environment = changed(fresh.READ_FROM_THE_LOG | reports | preset.environment | {"THAW_STATE_DIR": str(state)})
+        environment.pop("THAW_ADMIN_TOKEN", None)
         default = signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
@@ -212,6 +217,18 @@ def test_serve(zygote: Zygote, asked: dict, snapshot: Path, port: int, tmp_path:
         with urllib.request.urlopen(request, timeout=60) as answer:
             assert json.load(answer)["usage"]["completion_tokens"] == 8
         assert [" ".join(p["arguments"][:2]) for p in zygote.status()["programs"]] == [f"{serve.MODULE} --model"]
+        token = state / "admin-token"
+        assert token.stat().st_mode & 0o777 == 0o600
+        info = [*COMMAND, "kv", "info", "--server", url, "--json"]
+        told = subprocess.run(info, capture_output=True, text=True, env=environment, check=False)
+        assert told.returncode == 0 and json.loads(told.stdout)["blocks"], told.stderr
+        stranger = subprocess.run([*info, "--token", "x" * 24], capture_output=True, text=True, check=False)
+        assert stranger.returncode == 2 and "THAW_ADMIN_TOKEN" in stranger.stderr
+        with urllib.request.urlopen(f"{url}/openapi.json", timeout=60) as answer:
+            assert "/v1/thaw/engine/swap" in json.load(answer)["paths"]
+        said = [line for line in (tmp_path / "log").read_text().splitlines() if line.startswith("thaw: ready at ")]
+        assert len(said) == 1 and url in said[0] and f"the admin token is in {token}" in said[0]
+        assert re.search(r" after \d+\.\d s \(.+ \d+\.\d", said[0]), said
         server.send_signal(number)
         code = server.wait(120)
     finally:

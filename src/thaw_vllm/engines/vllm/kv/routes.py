@@ -17,6 +17,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
+from pydantic import TypeAdapter
 from starlette.datastructures import State
 from starlette.requests import Request
 
@@ -74,19 +75,23 @@ class KVRoutes:
 
     def attach_router(self, app: FastAPI) -> None:
         """Add the routes; what they need is known later, in ``init_state``."""
-        for path, method, work in (
-            ("/v1/thaw/kv/info", "GET", _info),
-            ("/v1/thaw/kv/freeze", "POST", _freeze),
-            ("/v1/thaw/kv/restore", "POST", _restore),
+        for path, work, body, summary in (
+            ("kv/info", _info, None, "What is cached"),
+            ("kv/freeze", _freeze, Freezing, "Write cached prefixes to a file"),
+            ("kv/restore", _restore, Restoring, "Bring the prefixes of a file back"),
+            ("engine/state", _state, None, "Whether the engine is parked"),
+            ("engine/swap", _swap, Swapping, "Fill the engine with another snapshot's weights"),
+            ("engine/park", _park, Parking, "Give the GPU's memory back"),
+            ("engine/wake", _wake, Waking, "Take it again"),
         ):
-            app.add_api_route(path, _answering(work, Access.refusal), methods=[method], include_in_schema=False)
-        for path, method, work in (
-            ("/v1/thaw/engine/state", "GET", _state),
-            ("/v1/thaw/engine/swap", "POST", _swap),
-            ("/v1/thaw/engine/park", "POST", _park),
-            ("/v1/thaw/engine/wake", "POST", _wake),
-        ):
-            app.add_api_route(path, _answering(work, Access.stranger), methods=[method], include_in_schema=False)
+            app.add_api_route(
+                f"/v1/thaw/{path}",
+                _answering(work, Access.refusal if path.startswith("kv/") else Access.stranger),
+                methods=["GET" if body is None else "POST"],
+                summary=summary,
+                tags=["thaw"],
+                openapi_extra=_described(body),
+            )
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
         """Remember the engine, and what the operator allows; where that is anything, a restore is to be expected."""
@@ -95,6 +100,16 @@ class KVRoutes:
         state.thaw_kv = _Served(access, engine_client, Engine(engine_client, fronts))
         if access.token is not None and access.refusal(access.token) is None:
             state.thaw_kv_ready = asyncio.create_task(_make_ready(engine_client))  # the server starts meanwhile
+
+
+def _described(body: type | None) -> dict[str, Any]:
+    """Of a route: the header that it wants, and the body."""
+    token = {"name": TOKEN_HEADER, "in": "header", "required": True, "schema": {"type": "string"}}
+    found: dict[str, Any] = {"parameters": [token]}
+    if body is not None:
+        schema = TypeAdapter(body).json_schema()
+        found["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
+    return found
 
 
 async def _make_ready(client: Any) -> None:

@@ -1,0 +1,10 @@
+"""How ``thaw serve`` tells a server what to add; apart from ``serving``, which needs a web framework to be imported."""
+
+MIDDLEWARE = "thaw_vllm.engines.vllm.serving.Additions"
+"""For ``--middleware``."""
+KV_VARIABLE = "THAW_SERVE_KV_SNAPSHOT"
+"""A file of KV blocks that is restored at the start; without it the server does not come up."""
+TOKEN_FILE_VARIABLE = "THAW_SERVE_TOKEN_FILE"
+"""Where the admin token can be read, for the line that says that it is ready."""
+START_VARIABLE = "THAW_START_REPORT"
+"""Of ``startup``: the directory for the report of this start."""

@@ -1,0 +1,1 @@
+"""What ``thaw serve`` keeps and runs beside vLLM's own servers."""

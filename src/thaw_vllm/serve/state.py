@@ -1,0 +1,58 @@
+"""Where servers keep what outlives them: a private directory of the user's."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import stat
+import time
+from pathlib import Path
+
+from ..errors import StorageError
+
+VARIABLE = "THAW_STATE_DIR"
+STARTS = 20
+"""Reports of starts that are kept."""
+
+
+def state_directory() -> Path:
+    """THAW_STATE_DIR, else ``thaw`` below XDG_STATE_HOME or ~/.local/state; made, for its owner alone.
+
+    Raises:
+        StorageError: it cannot be made, belongs to somebody else, or others may write to it.
+    """
+    chosen, home = os.environ.get(VARIABLE), os.environ.get("XDG_STATE_HOME")
+    path = Path(chosen) if chosen else (Path(home) if home else Path.home() / ".local" / "state") / "thaw"
+    path = Path(os.path.abspath(path))
+    try:
+        path.mkdir(parents=True, mode=0o700, exist_ok=True)
+        found = path.stat()
+    except (OSError, RuntimeError) as error:
+        raise StorageError(
+            f"the directory {str(path)!r} cannot be made: {error}; set {VARIABLE} to one that can"
+        ) from None
+    if found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o022:
+        raise StorageError(
+            f"others may write to {str(path)!r}, where servers keep their admin token; chmod 700 it, or set {VARIABLE} "
+            "to another directory"
+        )
+    return path
+
+
+def new_start() -> Path:
+    """A directory for the report of a server's start; the oldest ones are removed.
+
+    Raises:
+        StorageError: it cannot be made.
+    """
+    below = state_directory() / "starts"
+    path = below / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    try:
+        path.mkdir(parents=True, mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"the directory {str(path)!r} cannot be made: {error}") from None
+    for old in sorted(below.iterdir())[:-STARTS]:
+        with contextlib.suppress(OSError):
+            shutil.rmtree(old)
+    return path
