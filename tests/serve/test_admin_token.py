@@ -94,4 +94,4 @@ def test_only_the_newest_reports_of_starts_are_kept(directory: Path):
         (below / f"20200101-0000{number:02}-1").mkdir()
     made = state.new_start()
     kept = sorted(below.iterdir())
-    assert len(kept) == state.STARTS and kept[-1] == made and kept[0].name == "20200101-000011-1"
+    assert len(kept) == state.KEPT and kept[-1] == made and kept[0].name == "20200101-000011-1"

@@ -22,6 +22,8 @@ thaw serve --model Llama-3-8B/ --snapshot W.thaw --port 8001 --max-model-len 819
 thaw serve --model Llama-3-8B/ --snapshot W.thaw --kv-snapshot prompts.thawkv
 thaw serve --model Llama-3-8B/ --snapshot-dir /srv/snapshots --kv-dir /srv/kv
 thaw serve --model Llama-3-8B/ --require-zygote
+thaw serve --models models.toml --port 8001
+thaw serve --register a=Llama-3-8B/ --register b=Qwen3-4B/ --max-model-len 8192
 thaw serve --model Llama-3-8B/ --snapshot W.thaw --fast-start --cache-dir /var/cache/thaw
 """
 CONTEXT = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": ["--help"]}
@@ -38,7 +40,20 @@ class Command(TyperCommand):
 
 def serve(
     context: typer.Context,
-    model: Annotated[str, typer.Option("--model", help="A model directory, or its name on the hub.")],
+    model: Annotated[
+        str | None, typer.Option("--model", help="A model directory, or its name on the hub; vLLM's own server for it.")
+    ] = None,
+    models: Annotated[
+        Path | None, typer.Option("--models", metavar="FILE", help="Several models, as this TOML file says.")
+    ] = None,
+    register: Annotated[
+        list[str] | None,
+        typer.Option("--register", metavar="NAME=PATH", help="One of several models; repeat it, also beside --models."),
+    ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option("--allowed-host", metavar="NAME", help="With several models: a further name of this server."),
+    ] = None,
     snapshot: Annotated[
         Path | None,
         typer.Option("--snapshot", metavar="FILE", help="Thaw the weights from this file."),
@@ -72,13 +87,53 @@ def serve(
     ] = False,
     cache_dir: CacheDir = None,
 ) -> None:
-    """Run vLLM's own server, in a fork of the zygote.
+    """Run vLLM's own server, in a fork of the zygote; or several, one for each model, behind one address.
 
     It is OpenAI-compatible; any other option is vllm serve's. With a zygote (thaw zygote start) it is up in seconds.
     Without one, a new Python is started for it, and a line says so.
 
     Where neither --host nor --uds is given it listens on 127.0.0.1. thaw's routes (/v1/thaw/…; thaw kv, swap, park,
     wake) ask for the admin token: THAW_ADMIN_TOKEN, or one that is made once and kept for you alone.
+
+    With --models or --register requests are passed on by the model that they name. Whichever is asked is started where
+    it is not there, and others make room for it. Other options are then vllm serve's for each of them.
+    """
+    from ..engines.vllm.serve_variables import PARENT_VARIABLE
+    from ..errors import UsageError
+
+    parent = os.environ.pop(PARENT_VARIABLE, None)
+    if parent is not None:
+        from ..serve.lease import end_with
+
+        end_with(int(parent))
+    if (model is None) == (models is None and not register):
+        raise UsageError("give --model for one model, or --models FILE and --register NAME=PATH for several")
+    if model is None:
+        if snapshot is not None or kv_snapshot is not None:
+            raise UsageError('several models have their snapshots in --models FILE, as snapshot = "W.thaw"')
+        passed = _shared(zygote, require_zygote, fast_start, cache_dir, kv_dir)
+        _several(models, register or [], allowed_host or [], [*passed, *context.args])
+        return
+    options = list(context.args)
+    _single(model, options, snapshot, kv_snapshot, snapshot_dir, kv_dir, zygote, require_zygote, fast_start, cache_dir)
+
+
+def _single(
+    model: str,
+    options: list[str],
+    snapshot: Path | None,
+    kv_snapshot: Path | None,
+    snapshot_dir: Path | None,
+    kv_dir: Path | None,
+    zygote: str,
+    require_zygote: bool,
+    fast_start: bool,
+    cache_dir: Path | None,
+) -> None:
+    """vLLM's server for one model, in place of this process.
+
+    Args:
+        options: vLLM's.
     """
     from ..engines.vllm.api import check_model, check_sizes, require_vllm_installed
     from ..engines.vllm.command_line import given
@@ -91,7 +146,6 @@ def serve(
 
     require_vllm_installed()
     check_model(model)
-    options = list(context.args)
     chosen = given(options)
     if not {"host", "uds"} & chosen.keys():
         options = ["--host", LOCALHOST, *options]
@@ -150,3 +204,75 @@ def _sizes(chosen: Mapping[str, str]) -> dict[str, int]:
     names = {"tp": "tensor_parallel_size", "pp": "pipeline_parallel_size"}
     sizes = {names.get(name, name): value for name, value in chosen.items()}
     return {name: int(sizes[name]) for name in names.values() if sizes.get(name, "").isdigit()}
+
+
+def _shared(
+    zygote: str, require_zygote: bool, fast_start: bool, cache_dir: Path | None, kv_dir: Path | None
+) -> list[str]:
+    """Options of this command that each of several servers gets."""
+    found = ["--zygote", zygote]
+    found += ["--require-zygote"] if require_zygote else []
+    found += ["--fast-start"] if fast_start else []
+    for option, path in (("--cache-dir", cache_dir), ("--kv-dir", kv_dir)):
+        found += [] if path is None else [option, str(path.absolute())]
+    return found
+
+
+def _several(models: Path | None, register: list[str], hosts: list[str], options: list[str]) -> None:
+    """A pool of servers behind one address, until a signal says to stop.
+
+    Args:
+        options: for each server, but for those that say where to listen, and for whom.
+    """
+    from ..engines.vllm.api import require_vllm_installed
+    from ..engines.vllm.fast_start import has_gpu
+    from ..errors import MissingDependencyError, UsageError
+    from ..serve.admin_token import admin_token
+    from ..serve.config import read, registered
+
+    require_vllm_installed()
+    settings = registered(register) if models is None else read(models, register)
+    if not settings.models:
+        raise UsageError(f"{str(models)!r} names no model; it has tables like [models.llama]")
+    own, options = _taken(options, ("host", "port", "api-key"))
+    for refused in ("uds", "served-model-name", "load-format", "model-loader-extra-config"):
+        if any(word.split("=")[0].replace("_", "-") == f"--{refused}" for word in options):
+            raise UsageError(f"--{refused} cannot be given for several models; leave it out")
+    try:
+        port = int(own.get("port", ["8000"])[-1])
+    except ValueError:
+        raise UsageError(f"--port {own['port'][-1]!r} is no number") from None
+    keys = own.get("api-key") or [key for key in [os.environ.get("VLLM_API_KEY")] if key]
+    token, file = admin_token()
+    try:
+        from ..serve.run import Listening, run
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(
+            f"several models need {error.name}, which vLLM brings along; pip install {error.name}"
+        ) from None
+    where = Listening(own.get("host", [LOCALHOST])[-1], port, token, file, tuple(keys), tuple(hosts))
+    run(settings, where, options, has_gpu(os.environ))
+
+
+def _taken(options: list[str], names: tuple[str, ...]) -> tuple[dict[str, list[str]], list[str]]:
+    """Values of these options, and the other words.
+
+    Raises:
+        UsageError: one has no value.
+    """
+    from ..errors import UsageError
+
+    found: dict[str, list[str]] = {}
+    left, words = [], iter(options)
+    for word in words:
+        option, equals, value = word.partition("=")
+        name = option.removeprefix("--").replace("_", "-")
+        if not option.startswith("--") or name not in names:
+            left.append(word)
+            continue
+        if not equals:
+            value = next(words, "")
+        if not value:
+            raise UsageError(f"--{name} needs a value")
+        found.setdefault(name, []).append(value)
+    return found, left

@@ -12,8 +12,8 @@ from pathlib import Path
 from ..errors import StorageError
 
 VARIABLE = "THAW_STATE_DIR"
-STARTS = 20
-"""Reports of starts that are kept."""
+KEPT = 20
+"""Reports of starts, and logs of pools, that are kept."""
 
 
 def state_directory() -> Path:
@@ -46,13 +46,26 @@ def new_start() -> Path:
     Raises:
         StorageError: it cannot be made.
     """
-    below = state_directory() / "starts"
+    return _new("starts")
+
+
+def new_logs() -> Path:
+    """A directory for the logs of a pool's engines; the oldest ones are removed.
+
+    Raises:
+        StorageError: it cannot be made.
+    """
+    return _new("logs")
+
+
+def _new(kind: str) -> Path:
+    below = state_directory() / kind
     path = below / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     try:
         path.mkdir(parents=True, mode=0o700, exist_ok=True)
     except OSError as error:
         raise StorageError(f"the directory {str(path)!r} cannot be made: {error}") from None
-    for old in sorted(below.iterdir())[:-STARTS]:
+    for old in sorted(below.iterdir())[:-KEPT]:
         with contextlib.suppress(OSError):
             shutil.rmtree(old)
     return path

@@ -458,6 +458,25 @@ def engine_dead() -> type[Exception]:
     return found
 
 
+def renaming(state: Any) -> Callable[[str], None] | None:
+    """What has a server call its model otherwise; None where it is not known how.
+
+    Requests name a model and answers repeat the name, which vLLM reads from one list, shared by all of its routes, and
+    has no call to change.
+
+    Args:
+        state: of the server's application.
+    """
+    names = getattr(getattr(state, "openai_serving_models", None), "base_model_paths", None)
+    if not isinstance(names, list) or not names or not hasattr(names[0], "name"):
+        return None
+
+    def rename(name: str) -> None:
+        names[:] = [type(names[0])(name=name, model_path=names[0].model_path)]
+
+    return rename
+
+
 def graph_entries() -> tuple[type, ...]:
     """The class that holds a CUDA graph and what it writes each time it is replayed; none where it is not imported."""
     module = sys.modules.get("vllm.compilation.cuda_graph")

@@ -101,16 +101,20 @@ class Swapping:
         name: the snapshot's, in the server's directory of snapshots.
         verify: hold every chunk against its checksum.
         deadline: seconds in which running requests may end.
+        served_name: what requests call the model from then on; None: as before.
     """
 
     name: str
     verify: bool = True
     deadline: float = 30.0
+    served_name: str | None = None
 
     def __post_init__(self) -> None:
         checked_name(self.name, SNAPSHOT_ENDING)
         _flag("verify", self.verify)
         _seconds("deadline", self.deadline)
+        if self.served_name is not None:
+            _text("served_name", self.served_name, 200)
 
 
 @dataclass(frozen=True)

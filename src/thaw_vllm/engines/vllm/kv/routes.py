@@ -97,7 +97,7 @@ class KVRoutes:
         """Remember the engine, and what the operator allows; where that is anything, a restore is to be expected."""
         access = Access.from_environment()
         fronts = int(getattr(args, "api_server_count", None) or 1)
-        state.thaw_kv = _Served(access, engine_client, Engine(engine_client, fronts))
+        state.thaw_kv = _Served(access, engine_client, Engine(engine_client, fronts, versions.renaming(state)))
         if access.token is not None and access.refusal(access.token) is None:
             state.thaw_kv_ready = asyncio.create_task(_make_ready(engine_client))  # the server starts meanwhile
 

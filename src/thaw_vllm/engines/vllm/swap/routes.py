@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -23,11 +23,13 @@ class Engine:
     Attributes:
         client: vLLM's.
         fronts: processes that take requests.
+        name: have the server call its model so; None where it cannot.
         parked: what waking needs; None while it is awake.
     """
 
     client: Any
     fronts: int = 1
+    name: Callable[[str], None] | None = None
     parked: Parked | None = None
     _changing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -53,9 +55,14 @@ class Engine:
             StorageError: it cannot be read.
         """
         path = access.snapshot(body.name)
+        if body.served_name is not None and self.name is None:
+            raise UnsupportedError("this vLLM does not let its model be called otherwise; leave served_name out")
         async with self._change():
             self.require_awake()
-            return asdict(await swap_weights_async(self.client, path, verify=body.verify, deadline=body.deadline))
+            report = await swap_weights_async(self.client, path, verify=body.verify, deadline=body.deadline)
+            if body.served_name is not None and self.name is not None:
+                self.name(body.served_name)
+            return asdict(report)
 
     async def park(self, body: Parking, access: Access) -> dict[str, Any]:
         """``park_async``; files are told by their names."""

@@ -1,0 +1,183 @@
+"""A pool's web application: the OpenAI routes passed on, and those of its own under ``/v1/thaw``."""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import json
+import time
+from collections.abc import AsyncIterator, Collection, Sequence
+from typing import Any
+
+from fastapi import Depends, FastAPI, HTTPException, Request
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+
+from ..engines.vllm.kv.access import TOKEN_HEADER
+from ..errors import ThawError, UsageError
+from .metrics import Counted, exposition
+from .pool import Pool
+from .resident import UnavailableError, UnknownModelError
+from .router import Refused, Router
+
+HOSTS = ("localhost", "127.0.0.1", "::1")
+"""What callers may call this server, for the routes behind the admin token: another name that leads here is an attack
+on a browser (DNS rebinding)."""
+
+
+def application(pool: Pool, token: str, api_keys: Sequence[str] = (), hosts: Sequence[str] = ()) -> FastAPI:
+    """The ASGI application; engines run as long as its lifespan.
+
+    Args:
+        token: what the routes of its own ask for.
+        api_keys: as of ``Router``.
+        hosts: further names of this server.
+    """
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with pool.running():
+            yield
+
+    app = FastAPI(title="thaw", lifespan=lifespan)
+    router = Router(pool, api_keys)
+    own, access = Routes(pool, router), Access(token, {*HOSTS, *hosts})
+    app.add_exception_handler(ThawError, _told)
+    app.add_exception_handler(Refused, _refused)
+    app.add_api_route("/health", own.health)
+    app.add_api_route("/v1/models", own.models, tags=["OpenAI"])
+    app.add_api_route("/metrics", own.metrics)
+    for path, work, method in (
+        ("status", own.status, "GET"),
+        ("models", own.states, "GET"),
+        ("models/{name:path}/load", own.load, "POST"),
+        ("models/{name:path}/park", own.park, "POST"),
+        ("models/{name:path}/unload", own.unload, "POST"),
+        ("events", own.events, "GET"),
+    ):
+        app.add_api_route(
+            f"/v1/thaw/{path}", work, methods=[method], tags=["thaw"], dependencies=[Depends(access.require)]
+        )
+    app.mount("/", router)
+    return app
+
+
+class Access:
+    """Who may use the routes of the pool's own."""
+
+    def __init__(self, token: str, hosts: Collection[str]) -> None:
+        self._token, self._hosts = token.encode(), hosts
+
+    def require(self, request: Request) -> None:
+        """Raises:
+        HTTPException: this caller may not.
+        """
+        name = request.url.hostname or ""
+        if name not in self._hosts:
+            raise HTTPException(403, f"this server is not called {name!r}; see --allowed-host")
+        origin = request.headers.get("origin")
+        if origin is not None and origin != f"{request.url.scheme}://{request.headers.get('host')}":
+            raise HTTPException(403, "other sites may not ask this server")
+        if not hmac.compare_digest(request.headers.get(TOKEN_HEADER, "").encode(), self._token):
+            raise HTTPException(403, f"send the admin token in the header {TOKEN_HEADER}")
+
+
+class Routes:
+    """What the pool answers itself."""
+
+    def __init__(self, pool: Pool, router: Router) -> None:
+        self._pool, self._router = pool, router
+        self._started, self._counted = int(time.time()), Counted()
+        pool.events.listeners.append(self._counted.note)
+
+    async def health(self) -> PlainTextResponse:
+        """Whether requests are taken; engines come and go."""
+        return PlainTextResponse("")
+
+    async def models(self, request: Request) -> JSONResponse:
+        """What is served, whether it is there now or not."""
+        self._router.require_key(request.headers.get("authorization", "").encode() or None)
+        found = [
+            {"id": name, "object": "model", "created": self._started, "owned_by": "thaw"} for name in self._pool.models
+        ]
+        return JSONResponse({"object": "list", "data": found})
+
+    async def metrics(self) -> PlainTextResponse:
+        """Prometheus: every engine's own, and the pool's."""
+        body, kind = await exposition(self._pool, self._counted)
+        return PlainTextResponse(body, media_type=kind)
+
+    async def status(self) -> dict[str, Any]:
+        """Models, engines, and who waits."""
+        return document(self._pool)
+
+    async def states(self) -> dict[str, Any]:
+        """Models by name."""
+        return {"models": document(self._pool)["models"]}
+
+    async def load(self, name: str) -> dict[str, Any]:
+        """Have a model there."""
+        start = time.monotonic()
+        async with self._pool.lease(name):
+            pass
+        return {"model": name, "seconds": round(time.monotonic() - start, 3)}
+
+    async def park(self, name: str) -> dict[str, Any]:
+        """Let a model's requests end, and give its memory back."""
+        await self._pool.unload(name, park=True)
+        return {"model": name}
+
+    async def unload(self, name: str) -> dict[str, Any]:
+        """Let a model's requests end, and stop it."""
+        await self._pool.unload(name)
+        return {"model": name}
+
+    async def events(self, request: Request, after: int | None = None) -> StreamingResponse:
+        """What happens, as server-sent events; ``after`` and Last-Event-ID say which are known."""
+        last = request.headers.get("last-event-id", "")
+        since = int(last) if last.isascii() and last.isdecimal() else after
+
+        async def stream() -> AsyncIterator[str]:
+            async for event in self._pool.events.follow(since):
+                yield f"id: {event.number}\ndata: {json.dumps(event.document())}\n\n"
+
+        return StreamingResponse(stream(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+
+
+def document(pool: Pool) -> dict[str, Any]:
+    """The pool as plain values."""
+    waiting = pool.waiting
+    engines = [
+        {
+            "model": one.model.name,
+            "state": one.state.value,
+            "pid": one.engine.pid,
+            "share": one.share,
+            "requests": one.inflight,
+            "idle_seconds": 0.0 if one.inflight else round(max(0.0, time.monotonic() - one.used), 1),
+        }
+        for one in pool.residents
+    ]
+    models = {
+        name: {
+            "states": [engine["state"] for engine in engines if engine["model"] == name],
+            "waiting": waiting.get(name, 0),
+            "pinned": model.pinned,
+            "share": model.share,
+            "snapshot": model.snapshot is not None,
+            "expected_seconds": pool.expected(model),
+            "failure": pool.failure(name),
+        }
+        for name, model in pool.models.items()
+    }
+    return {"models": models, "engines": engines, "waiting": sum(waiting.values())}
+
+
+async def _told(request: Request, error: Exception) -> JSONResponse:
+    status = 404 if isinstance(error, UnknownModelError) else 409 if isinstance(error, UsageError) else 503
+    headers = {"Retry-After": str(int(error.retry_after) + 1)} if isinstance(error, UnavailableError) else None
+    return JSONResponse({"error": {"type": type(error).__name__, "message": str(error)}}, status, headers)
+
+
+async def _refused(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, Refused)
+    return JSONResponse(error.document(), error.status, dict(error.headers()))

@@ -1,0 +1,183 @@
+"""What takes time in a pool: engines that start, swap, park, wake and stop, each in a task of its own.
+
+An engine's new state is set before its task begins, so that whoever decides next sees it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from ..errors import ThawError
+from .config import Model
+from .events import Events
+from .resident import Engine, RefusedError, Resident, State
+
+REMEMBERED = 9
+"""Times of a model's last starts, swaps and wakes."""
+
+
+class Changes:
+    """The engines of a pool.
+
+    Attributes:
+        residents: all of them.
+        took: by a model's name, seconds that it took to be there, the last few times.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[Model], Engine],
+        events: Events,
+        most_parked: int,
+        changed: Callable[[], None],
+        failed: Callable[[Model, str], None],
+    ) -> None:
+        """
+        Args:
+            make: a process that is not started yet.
+            most_parked: engines that may be parked at once.
+            changed: called when an engine is in another state.
+            failed: called with a model that did not start, and why.
+        """
+        self.residents: list[Resident] = []
+        self.took: dict[str, list[float]] = {}
+        self._make, self._events, self._most_parked = make, events, most_parked
+        self._changed, self._failed = changed, failed
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def end(self) -> None:
+        """Give up what is under way, and stop all engines."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*(one.engine.stop() for one in self.residents), return_exceptions=True)
+        self.residents.clear()
+
+    def start(self, model: Model) -> asyncio.Task[None]:
+        """A fresh engine."""
+        one = Resident(self._make(model), model, model.share)
+        self.residents.append(one)
+        return self._begin(self._start(one))
+
+    def swap(self, one: Resident, model: Model) -> asyncio.Task[None]:
+        """Another model's weights into a ready engine."""
+        before, one.model, one.state = one.model, model, State.SWAPPING
+        return self._begin(self._swap(one, before))
+
+    def park(self, one: Resident) -> asyncio.Task[None]:
+        """A ready engine gives its memory back; where it refuses it is ready again."""
+        one.state, one.admitting = State.PARKING, False
+        return self._begin(self._park(one))
+
+    def wake(self, one: Resident) -> asyncio.Task[None]:
+        """A parked engine takes its memory."""
+        one.state = State.WAKING
+        return self._begin(self._wake(one))
+
+    def stop(self, one: Resident, why: str) -> asyncio.Task[None]:
+        """An engine ends."""
+        one.state, one.admitting = State.STOPPING, False
+        return self._begin(self._stop(one, why))
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _start(self, one: Resident) -> None:
+        start = self._begun(one, "starting")
+        try:
+            await one.engine.start()
+        except ThawError as error:
+            await self._discard(one)
+            self._failed(one.model, str(error))
+            return
+        self._begin(self._watch(one))
+        self._there(one, "started", start)
+
+    async def _swap(self, one: Resident, before: Model) -> None:
+        start = self._begun(one, "swapping", before=before.name)
+        try:
+            await one.engine.swap(one.model)
+        except RefusedError as error:
+            one.refused.add(one.model.name)
+            self._say("swap refused", one, why=str(error))
+            one.model = before
+            one.ready()
+            self._changed()
+        except ThawError as error:
+            await self._lost(one, f"swapping it to {one.model.name!r} failed: {error}")
+        else:
+            self._there(one, "swapped", start)
+
+    async def _park(self, one: Resident) -> None:
+        start = self._begun(one, "parking")
+        try:
+            await one.engine.park()
+        except RefusedError as error:
+            one.unparkable = str(error)
+            self._say("parking refused", one, why=str(error))
+            one.ready()
+        except ThawError as error:
+            await self._lost(one, f"parking it failed: {error}")
+        else:
+            one.state, one.leave_by, one.unloading = State.PARKED, None, False
+            self._took("parked", one, start)
+            parked = sorted((other for other in self.residents if other.state is State.PARKED), key=lambda x: x.used)
+            for other in parked[: max(0, len(parked) - self._most_parked)]:
+                self.stop(other, f"more than {self._most_parked} are parked")
+        self._changed()
+
+    async def _wake(self, one: Resident) -> None:
+        start = self._begun(one, "waking")
+        try:
+            await one.engine.wake()
+        except ThawError as error:  # a fresh one can take its place
+            await self._lost(one, f"waking it failed: {error}")
+        else:
+            self._there(one, "woken", start)
+
+    async def _stop(self, one: Resident, why: str) -> None:
+        start = self._begun(one, "stopping", why=why)
+        await self._discard(one)
+        self._took("stopped", one, start)
+
+    async def _watch(self, one: Resident) -> None:
+        why = await one.engine.ended()
+        if one in self.residents and one.state is not State.STOPPING:
+            await self._lost(one, why)
+
+    async def _lost(self, one: Resident, why: str) -> None:
+        self._say("lost", one, why=why)
+        await self._discard(one)
+
+    async def _discard(self, one: Resident) -> None:
+        one.state, one.admitting = State.STOPPING, False
+        await one.engine.stop()
+        if one in self.residents:
+            self.residents.remove(one)
+        self._changed()
+
+    def _there(self, one: Resident, what: str, start: float) -> None:
+        seconds = self._took(what, one, start)
+        took = self.took.setdefault(one.model.name, [])
+        took.append(seconds)
+        del took[:-REMEMBERED]
+        one.ready()
+        self._changed()
+
+    def _begun(self, one: Resident, what: str, **more: Any) -> float:
+        self._say(what, one, **more)
+        return time.monotonic()
+
+    def _took(self, what: str, one: Resident, start: float) -> float:
+        seconds = time.monotonic() - start
+        self._say(what, one, seconds=round(seconds, 3))
+        return seconds
+
+    def _say(self, what: str, one: Resident, **more: Any) -> None:
+        self._events.say(what, model=one.model.name, engine=one.engine.pid, **more)

@@ -1,0 +1,244 @@
+"""One engine of a pool: ``thaw serve`` for one model, in a process of its own behind a private Unix socket."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import os
+import re
+import secrets
+import signal
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from ..engines.vllm.kv.access import SNAPSHOTS_VARIABLE, TOKEN_HEADER, TOKEN_VARIABLE
+from ..engines.vllm.serve_variables import PARENT_VARIABLE
+from ..errors import ThawError
+from .config import Model
+from .resident import RefusedError
+
+START_LIMIT = 3600.0
+"""Seconds in which a server has to be healthy; a first start may download and compile."""
+STOP_LIMIT = 30.0
+"""Seconds from SIGTERM to SIGKILL."""
+CHANGE_LIMIT = 600.0
+"""Seconds for a swap, for parking and for waking."""
+_POLL = 0.05
+_TOLD = 12
+"""Lines of a log that an error tells at most."""
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_REFUSALS = (400, 403, 404, 409, 422, 501, 507)
+"""What a server answers that has changed nothing."""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What the engines of a pool share.
+
+    Attributes:
+        directory: for sockets, of the user alone; its path is short.
+        logs: for what engines print.
+        options: further words for each ``thaw serve``.
+        environment: variables for each, on top of this process's.
+        gpu: whether engines are on one, so that they can sleep.
+    """
+
+    directory: Path
+    logs: Path
+    options: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+    gpu: bool = False
+    numbers: itertools.count[int] = field(default_factory=itertools.count)
+
+
+class ServerEngine:
+    """A server process; ``resident.Engine``.
+
+    Attributes:
+        session: of HTTP requests to it, paths only matter: ``http://engine/…``. None until it is started.
+        log: what it prints.
+    """
+
+    def __init__(self, model: Model, runtime: Runtime) -> None:
+        self.model, self._runtime = model, runtime
+        number = next(runtime.numbers)
+        self.socket = runtime.directory / f"{number}.sock"
+        self.log = runtime.logs / f"{number}.log"
+        self._snapshots = runtime.directory / f"{number}.snapshots"
+        self._token = secrets.token_urlsafe(24)
+        self._process: asyncio.subprocess.Process | None = None
+        self.session: aiohttp.ClientSession | None = None
+        self._unswappable = False
+
+    @property
+    def pid(self) -> int | None:
+        """Of ``thaw serve``."""
+        return None if self._process is None else self._process.pid
+
+    async def start(self) -> None:
+        """Raises:
+        ThawError: it ended, or was not healthy in time.
+        """
+        self._snapshots.mkdir(mode=0o700)
+        environment = os.environ | dict(self._runtime.environment)
+        environment |= {
+            TOKEN_VARIABLE: self._token,
+            SNAPSHOTS_VARIABLE: str(self._snapshots),
+            PARENT_VARIABLE: str(os.getpid()),
+        }
+        with self.log.open("ab") as log:
+            os.chmod(self.log, 0o600)
+            self._process = await asyncio.create_subprocess_exec(
+                *self._command(),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                start_new_session=True,  # keys of a terminal are the pool's, which lets requests end first
+            )
+        connector = aiohttp.UnixConnector(str(self.socket), limit=0)
+        timeout = aiohttp.ClientTimeout(total=None, connect=10)
+        self.session = aiohttp.ClientSession(connector=connector, timeout=timeout, auto_decompress=False)
+        healthy = asyncio.ensure_future(self._healthy())
+        ended = asyncio.ensure_future(self._process.wait())
+        try:
+            await asyncio.wait({healthy, ended}, timeout=START_LIMIT, return_when=asyncio.FIRST_COMPLETED)
+            if healthy.done():
+                return
+            if ended.done():
+                raise ThawError(self._told(f"its server ended with {ended.result()}"))
+            raise ThawError(self._told(f"its server was not healthy within {START_LIMIT:.0f} s"))
+        finally:
+            for task in (healthy, ended):
+                task.cancel()
+
+    def _command(self) -> list[str]:
+        model = self.model
+        words = [sys.executable, "-m", "thaw_vllm", "serve", "--model", model.path, *self._runtime.options]
+        if model.snapshot is not None:
+            words += ["--snapshot", model.snapshot]
+        words += ["--served-model-name", model.name, "--uds", str(self.socket), *model.args]
+        if self._runtime.gpu and not {"--enable-sleep-mode", "--enable_sleep_mode"} & set(model.args):
+            words += ["--enable-sleep-mode"] if model.park else []
+        return words
+
+    async def _healthy(self) -> None:
+        assert self.session is not None
+        while True:
+            if self.socket.exists():
+                with contextlib.suppress(aiohttp.ClientError, OSError, asyncio.TimeoutError):
+                    async with self.session.get("http://engine/health") as answer:
+                        if answer.status == 200:
+                            return
+            await asyncio.sleep(_POLL)
+
+    def swaps(self, model: Model) -> bool:
+        """Both are snapshots, and nothing else is asked for; the engine itself proves the rest."""
+        if self._unswappable or self.model.snapshot is None or model.snapshot is None:
+            return False
+        return model.args == self.model.args
+
+    async def swap(self, model: Model) -> None:
+        """Raises:
+        RefusedError, ThawError: see ``resident.Engine``.
+        """
+        assert model.snapshot is not None
+        name = f"{next(self._runtime.numbers)}.thaw"
+        link = self._snapshots / name
+        link.symlink_to(os.path.realpath(model.snapshot))
+        try:
+            await self._change("swap", {"name": name, "deadline": 0, "served_name": model.name})
+        finally:
+            link.unlink()
+        self.model = model
+
+    def parks(self) -> bool:
+        """It has sleep mode, and its weights are in a snapshot."""
+        sleeps = self._runtime.gpu or {"--enable-sleep-mode", "--enable_sleep_mode"} & set(self.model.args)
+        return bool(sleeps) and self.model.snapshot is not None
+
+    async def park(self) -> None:
+        """Raises:
+        RefusedError, ThawError: see ``resident.Engine``.
+        """
+        await self._change("park", {"deadline": 0})
+
+    async def wake(self) -> None:
+        """Raises:
+        ThawError: it did not.
+        """
+        await self._change("wake", {})
+
+    async def _change(self, what: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        assert self.session is not None
+        try:
+            async with self.session.post(
+                f"http://engine/v1/thaw/engine/{what}",
+                json=body,
+                headers={TOKEN_HEADER: self._token},
+                timeout=aiohttp.ClientTimeout(total=CHANGE_LIMIT),
+            ) as answer:
+                status, raw = answer.status, await answer.read()
+        except (aiohttp.ClientError, OSError, asyncio.TimeoutError) as error:
+            raise ThawError(self._told(f"its server did not answer ({type(error).__name__})")) from None
+        try:
+            found = json.loads(raw)
+        except ValueError:
+            found = None
+        if status == 200 and isinstance(found, dict):
+            return found
+        told = found.get("error") if isinstance(found, dict) else None
+        why = str(told.get("message")) if isinstance(told, dict) else f"its server answered {status}"
+        if status in _REFUSALS:
+            self._unswappable |= what == "swap" and status == 501
+            raise RefusedError(why)
+        raise ThawError(why)
+
+    async def stop(self) -> None:
+        """SIGTERM, and SIGKILL for what is left after STOP_LIMIT."""
+        if self.session is not None:
+            await self.session.close()
+        process = self._process
+        if process is not None:
+            if process.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    process.terminate()
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(process.wait(), STOP_LIMIT)
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)  # what it left behind, too
+            await process.wait()
+        with contextlib.suppress(OSError):
+            self.socket.unlink()
+        with contextlib.suppress(OSError):
+            for link in self._snapshots.iterdir():
+                link.unlink()
+            self._snapshots.rmdir()
+
+    async def ended(self) -> str:
+        """Why the process has ended, with the end of its log."""
+        assert self._process is not None
+        code = await self._process.wait()
+        return self._told(f"its server ended with {code}")
+
+    def _told(self, what: str) -> str:
+        """What happened, with the lines of the log that are likely to say why."""
+        try:
+            with self.log.open("rb") as stream:
+                stream.seek(max(0, self.log.stat().st_size - 65536))
+                text = stream.read().decode(errors="replace")
+        except OSError:
+            return what
+        lines = [_COLOUR.sub("", line).rstrip() for line in text.splitlines() if line.strip()]
+        told = [
+            line for line in lines if line.startswith(("error:", "thaw:")) or re.search(r"\w(Error|Exception): ", line)
+        ]
+        shown = (told or lines)[-_TOLD if not told else -2 :]
+        return "; ".join([f"{what} (log: {self.log})", *shown])

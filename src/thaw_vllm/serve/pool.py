@@ -1,0 +1,345 @@
+"""Which model is where: requests wait until an engine holds theirs, and engines change for those that wait longest.
+
+One event loop, no threads: whatever is decided is decided in ``_schedule``, which does not wait. What takes time is in
+``changes.py`` and ends in another ``_schedule``.
+
+Models get room in the order in which their first request came. What has to go for them lets nobody in any more, and
+goes when its requests have ended, at the latest when ``drain`` has passed: no model waits behind an endless stream of
+requests for another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+
+from ..errors import UsageError
+from .changes import Changes
+from .config import Model, Settings
+from .events import Events
+from .resident import COMING, GOING, Engine, Resident, State, UnavailableError, UnknownModelError
+
+TICK = 0.5
+"""Seconds between looks at what has been idle."""
+BACKOFF = (1.0, 5.0, 30.0, 120.0)
+"""Seconds until a model whose start has failed once, twice, … is tried again."""
+_TINY = 1e-9
+
+
+@dataclass(eq=False)
+class _Waiter:
+    model: Model
+    future: asyncio.Future[Resident]
+
+
+@dataclass(frozen=True)
+class _Failure:
+    count: int
+    until: float
+    why: str
+
+
+class Pool:
+    """The engines of one machine, and who waits for them.
+
+    Attributes:
+        models: by name.
+        events: what happens.
+    """
+
+    def __init__(self, settings: Settings, make: Callable[[Model], Engine], events: Events | None = None) -> None:
+        """
+        Args:
+            make: an engine for a model, not started yet.
+        """
+        self.models: dict[str, Model] = dict(settings.models)
+        self.events = events or Events()
+        self._settings = settings
+        self._changes = Changes(make, self.events, settings.parked, self._kick, self._note_failure)
+        self._queue: list[_Waiter] = []
+        self._failures: dict[str, _Failure] = {}
+        self._scheduled = self._closed = False
+
+    @property
+    def residents(self) -> list[Resident]:
+        """All engines."""
+        return self._changes.residents
+
+    @property
+    def waiting(self) -> dict[str, int]:
+        """Requests that wait, by model."""
+        found: dict[str, int] = {}
+        for waiter in self._queue:
+            found[waiter.model.name] = found.get(waiter.model.name, 0) + 1
+        return found
+
+    def failure(self, name: str) -> str | None:
+        """Why a model did not start the last time; None where it did."""
+        failed = self._failures.get(name)
+        return None if failed is None else failed.why
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[Pool]:
+        """Start what is pinned, look after what is idle; at the end all engines are stopped."""
+        ticking = asyncio.create_task(self._tick())
+        self._kick()
+        try:
+            yield self
+        finally:
+            self._closed = True
+            ticking.cancel()
+            for waiter in self._queue:
+                if not waiter.future.done():
+                    waiter.future.set_exception(UnavailableError("the server is being stopped", 5))
+            await asyncio.gather(ticking, return_exceptions=True)
+            await self._changes.end()
+
+    def register(self, model: Model) -> None:
+        """Serve one more model.
+
+        Raises:
+            UsageError: there is one of that name, or there is no room for it beside those that are pinned.
+        """
+        if model.name in self.models:
+            raise UsageError(f"there is a model {model.name!r} already")
+        models = self.models | {model.name: model}
+        Settings(models)
+        self.models = models
+        self.events.say("registered", model=model.name)
+        self._kick()
+
+    @contextlib.asynccontextmanager
+    async def lease(self, name: str, deadline: float | None = None) -> AsyncIterator[Resident]:
+        """An engine that holds a model, for one request.
+
+        Args:
+            deadline: seconds to wait at most; None: the model's.
+
+        Raises:
+            UnknownModelError: there is no such model.
+            UnavailableError: not by then, or it does not start.
+        """
+        one = await self._acquire(self._known(name), deadline)
+        try:
+            yield one
+        finally:
+            self._release(one)
+
+    async def unload(self, name: str, *, park: bool = False, deadline: float | None = None) -> None:
+        """Let a model's requests end, and then stop or park its engines.
+
+        Args:
+            park: park them; one that cannot be parked goes on.
+            deadline: seconds in which the requests may end; None: the pool's ``drain``.
+
+        Raises:
+            UnknownModelError: there is no such model.
+            UsageError: it is pinned, is not there, or cannot be parked.
+        """
+        model = self._known(name)
+        if model.pinned:
+            raise UsageError(f"the model {name!r} is pinned; it stays until the server is stopped")
+        states = (State.READY,) if park else (State.READY, State.PARKED)
+        found = [one for one in self.residents if one.model is model and one.state in states]
+        if not found:
+            raise UsageError(f"the model {name!r} is not there")
+        for one in found:
+            one.admitting, one.unloading = False, True
+        limit = time.monotonic() + (self._settings.drain if deadline is None else deadline)
+        while any(one.inflight and one in self.residents for one in found) and time.monotonic() < limit:
+            await asyncio.sleep(0.02)
+        for one in found:
+            if one.state in states and one in self.residents:
+                await (self._changes.park(one) if park else self._changes.stop(one, "it was asked for"))
+            one.unloading = False
+        self._kick()
+        refused = next((one.unparkable for one in found if park and one.state is State.READY), None)
+        if refused is not None:
+            raise UsageError(f"the model {name!r} cannot be parked: {refused}")
+
+    def expected(self, model: Model) -> float | None:
+        """Seconds that this model has taken to be there, in the median; None: it never was."""
+        took = self._changes.took.get(model.name)
+        return sorted(took)[len(took) // 2] if took else None
+
+    # Waiting
+
+    def _known(self, name: str) -> Model:
+        model = self.models.get(name)
+        if model is None:
+            raise UnknownModelError(f"there is no model {name!r}")
+        return model
+
+    async def _acquire(self, model: Model, deadline: float | None) -> Resident:
+        if self._closed:
+            raise UnavailableError("the server is being stopped", 5)
+        limit = model.deadline if deadline is None else deadline
+        there = self._holding(model)
+        if there is not None and not any(waiter.model is model for waiter in self._queue):
+            return self._granted(there)
+        if there is None:
+            self._require_hope(model, limit)
+        waiter = _Waiter(model, asyncio.get_running_loop().create_future())
+        self._queue.append(waiter)
+        self._kick()
+        try:
+            await asyncio.wait({waiter.future}, timeout=limit)
+        except asyncio.CancelledError:
+            if waiter.future.done() and waiter.future.exception() is None:
+                self._release(waiter.future.result())
+            raise
+        finally:
+            if waiter in self._queue:
+                self._queue.remove(waiter)
+                self._kick()
+        if waiter.future.done():
+            return waiter.future.result()
+        raise UnavailableError(f"the model {model.name!r} was not there within {limit:g} s", self.expected(model) or 1)
+
+    def _require_hope(self, model: Model, limit: float) -> None:
+        """Raises:
+        UnavailableError: waiting so long would be in vain.
+        """
+        failed = self._failures.get(model.name)
+        if failed is not None and time.monotonic() < failed.until:
+            raise UnavailableError(failed.why, failed.until - time.monotonic())
+        expected = self.expected(model)
+        if expected is not None and expected > limit:
+            raise UnavailableError(
+                f"the model {model.name!r} takes some {expected:.1f} s to be there; the request may wait {limit:g} s",
+                expected,
+            )
+
+    def _granted(self, one: Resident) -> Resident:
+        one.inflight += 1
+        one.used = time.monotonic()
+        return one
+
+    def _release(self, one: Resident) -> None:
+        one.inflight -= 1
+        one.used = time.monotonic()
+        self._kick()
+
+    def _note_failure(self, model: Model, why: str) -> None:
+        before = self._failures.get(model.name)
+        count = 1 if before is None else before.count + 1
+        pause = BACKOFF[min(count, len(BACKOFF)) - 1]
+        failed = _Failure(count, time.monotonic() + pause, f"the model {model.name!r} did not start: {why}")
+        self._failures[model.name] = failed
+        self.events.say("failed", model=model.name, why=why, again_in=pause)
+        for waiter in [waiter for waiter in self._queue if waiter.model is model]:
+            self._queue.remove(waiter)
+            if not waiter.future.done():
+                waiter.future.set_exception(UnavailableError(failed.why, pause))
+        asyncio.get_running_loop().call_later(pause, self._kick)
+
+    # Deciding
+
+    def _kick(self) -> None:
+        if not self._scheduled:
+            self._scheduled = True
+            asyncio.get_running_loop().call_soon(self._schedule)
+
+    def _schedule(self) -> None:
+        self._scheduled = False
+        if self._closed:
+            return
+        claimed: set[Resident] = set()
+        ready = [one for one in self.residents if one.state is State.READY and not one.unloading]
+        for one in ready:
+            one.admitting = True  # unless somebody still needs its room
+        for model in self._in_turn():
+            there = self._holding(model)
+            if there is not None:
+                self._failures.pop(model.name, None)
+                for waiter in [waiter for waiter in self._queue if waiter.model is model]:
+                    self._queue.remove(waiter)
+                    if not waiter.future.done():
+                        waiter.future.set_result(self._granted(there))
+            elif not claimed and not any(one.model is model and one.state in COMING for one in self.residents):
+                claimed = self._bring(model)  # others wait for the room that is being made
+        for one in ready:
+            if one not in claimed:
+                one.leave_by = None
+
+    def _in_turn(self) -> Iterator[Model]:
+        """Models that are wanted, pinned ones first, then by who has waited longest."""
+        now, seen = time.monotonic(), set()
+        pinned = (model for model in self.models.values() if model.pinned)
+        for model in [*pinned, *(waiter.model for waiter in self._queue)]:
+            failed = self._failures.get(model.name)
+            if model.name not in seen and (failed is None or now >= failed.until):
+                seen.add(model.name)
+                yield model
+
+    def _bring(self, model: Model) -> set[Resident]:
+        """Begin to have a model there: where there is room woken or fresh, else in place of another's weights, else
+        once others have gone; what has to go."""
+        now = time.monotonic()
+        parked = next((one for one in self.residents if one.model is model and one.state is State.PARKED), None)
+        lacking = sum(one.share for one in self.residents if one.state is not State.PARKED) + model.share - 1
+        if lacking <= _TINY:
+            if parked is None:
+                self._changes.start(model)
+            else:
+                self._changes.wake(parked)
+            return set()
+        leaving = self._leaving()
+        for one in leaving:
+            if one.engine.swaps(model) and model.name not in one.refused and one.share >= model.share - _TINY:
+                if self._gone(one, now):
+                    self._changes.swap(one, model)
+                    return set()
+                return {one}
+        lacking -= sum(one.share for one in self.residents if one.state in GOING)
+        claimed: set[Resident] = set()
+        for one in leaving:
+            if lacking <= _TINY:
+                break
+            lacking -= one.share
+            claimed.add(one)
+            if self._gone(one, now):
+                self._evict(one)
+        return claimed or {one for one in self.residents if one.state in GOING}
+
+    def _leaving(self) -> list[Resident]:
+        """Engines that may make room: those that are about to, then idle ones, then by their last use."""
+        found = [one for one in self.residents if one.state is State.READY and not one.model.pinned]
+        return sorted(found, key=lambda one: (one.leave_by is None, one.inflight > 0, one.used))
+
+    def _gone(self, one: Resident, now: float) -> bool:
+        """Let nobody in any more; whether its requests have ended, or have had their time."""
+        one.admitting = False
+        if one.leave_by is None:
+            one.leave_by = now + self._settings.drain
+            if one.inflight:
+                asyncio.get_running_loop().call_later(self._settings.drain, self._kick)
+        return not one.inflight or now >= one.leave_by - _TINY
+
+    def _evict(self, one: Resident) -> None:
+        if self._settings.parked and one.may_park():
+            self._changes.park(one)
+        else:
+            self._changes.stop(one, "another model needs the room")
+
+    def _holding(self, model: Model) -> Resident | None:
+        found = [one for one in self.residents if one.model is model and one.state is State.READY and one.admitting]
+        return min(found, key=lambda one: one.inflight, default=None)
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK)
+            now = time.monotonic()
+            for one in list(self.residents):
+                model, idle = one.model, now - one.used
+                if one.inflight or model.pinned or one.unloading or one.state not in (State.READY, State.PARKED):
+                    continue
+                stops = model.idle_stop is not None and idle >= model.idle_stop
+                parks = model.idle_park is not None and idle >= model.idle_park and one.state is State.READY
+                if stops:
+                    self._changes.stop(one, f"nothing was asked for {idle:.0f} s")
+                elif parks and self._settings.parked and one.may_park():
+                    self._changes.park(one)

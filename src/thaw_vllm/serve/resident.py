@@ -1,0 +1,135 @@
+"""An engine of a pool, what it can be asked, and how that can fail."""
+
+from __future__ import annotations
+
+import enum
+import time
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from ..errors import ThawError
+from .config import Model
+
+
+class State(str, enum.Enum):
+    """What an engine is doing."""
+
+    STARTING = "starting"
+    READY = "ready"
+    SWAPPING = "swapping"
+    PARKING = "parking"
+    PARKED = "parked"
+    WAKING = "waking"
+    STOPPING = "stopping"
+
+
+COMING = (State.STARTING, State.SWAPPING, State.WAKING)
+GOING = (State.PARKING, State.STOPPING)
+
+
+class UnknownModelError(ThawError):
+    """There is no model of that name."""
+
+
+class UnavailableError(ThawError):
+    """Not now; ``retry_after`` seconds from now it may be."""
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class RefusedError(ThawError):
+    """An engine would not do this, and is as it was."""
+
+
+class Engine(Protocol):
+    """One server process of vLLM's; ``engine.py`` has the real one.
+
+    What fails with anything but RefusedError leaves an engine that is to be stopped.
+    """
+
+    @property
+    def pid(self) -> int | None:
+        """Of its process, while there is one."""
+
+    async def start(self) -> None:
+        """Come up with its model.
+
+        Raises:
+            ThawError: it did not.
+        """
+
+    def swaps(self, model: Model) -> bool:
+        """Whether it may be worth asking it to take this model's weights."""
+
+    async def swap(self, model: Model) -> None:
+        """Take another model's weights in place; requests that it still has are aborted.
+
+        Raises:
+            RefusedError: it goes on with what it has.
+            ThawError: it failed.
+        """
+
+    def parks(self) -> bool:
+        """Whether it may be worth asking it to give its memory back."""
+
+    async def park(self) -> None:
+        """Give the memory back, and keep the process; requests that it still has are aborted.
+
+        Raises:
+            RefusedError: it goes on.
+            ThawError: it failed.
+        """
+
+    async def wake(self) -> None:
+        """Take the memory again.
+
+        Raises:
+            ThawError: it failed.
+        """
+
+    async def stop(self) -> None:
+        """End the process and all that it started; never fails."""
+
+    async def ended(self) -> str:
+        """Wait until the process has ended; why it has."""
+
+
+@dataclass(eq=False)
+class Resident:
+    """An engine of the pool.
+
+    Attributes:
+        engine: the process.
+        model: what it holds, or is about to.
+        share: of the memory, as it was started with.
+        state: what it is doing.
+        inflight: requests that it has.
+        used: when the last one came or ended, by ``time.monotonic``.
+        admitting: false while it is to make room.
+        leave_by: when it makes room at the latest; None while it need not.
+        unloading: somebody has asked for it to go.
+        refused: names of models that it would not swap to.
+        unparkable: why it would not be parked.
+    """
+
+    engine: Engine
+    model: Model
+    share: float
+    state: State = State.STARTING
+    inflight: int = 0
+    used: float = field(default_factory=time.monotonic)
+    admitting: bool = True
+    leave_by: float | None = None
+    unloading: bool = False
+    refused: set[str] = field(default_factory=set)
+    unparkable: str | None = None
+
+    def may_park(self) -> bool:
+        """Whether parking it is wanted, and has not been refused."""
+        return self.model.park and self.unparkable is None and self.engine.parks()
+
+    def ready(self) -> None:
+        """It takes requests again."""
+        self.state, self.admitting, self.leave_by, self.used = State.READY, True, None, time.monotonic()

@@ -1,0 +1,230 @@
+"""The front of a pool: reads which model a request is for, waits for an engine that holds it, and passes bytes through.
+
+Nothing of a request or an answer is changed: parameters, streaming, tool calls and errors are vLLM's own. ASGI.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import json
+import logging
+import math
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from typing import Any, cast
+
+import aiohttp
+from yarl import URL
+
+from ..errors import ThawError
+from .engine import ServerEngine
+from .pool import Pool
+from .resident import UnavailableError, UnknownModelError
+
+logger = logging.getLogger("thaw.serve")
+
+LARGEST_BODY = 64 * 1024 * 1024
+"""Bytes of a request."""
+BODY_LIMIT = 60.0
+"""Seconds in which a body has to be there."""
+DEADLINE_HEADER = b"x-thaw-deadline"
+"""Seconds that this request may wait for its model, at most the model's own."""
+_LARGE = 256 * 1024
+"""Bytes of a body that is parsed in a thread."""
+_HOP_BY_HOP = frozenset(
+    {
+        *(b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"te", b"trailer"),
+        *(b"transfer-encoding", b"upgrade", b"host", b"content-length", b"expect", DEADLINE_HEADER),
+    }
+)
+"""Headers of one connection; RFC 9110, 7.6.1."""
+_KEPT_BACK = _HOP_BY_HOP - {b"content-length"}
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+
+class Refused(Exception):
+    """An answer of the router's own."""
+
+    def __init__(self, status: int, kind: str, message: str, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.status, self.kind, self.retry_after = status, kind, retry_after
+
+    def document(self) -> dict[str, Any]:
+        """As vLLM words an error."""
+        return {"error": {"message": str(self), "type": self.kind, "param": None, "code": self.status}}
+
+    def headers(self) -> list[tuple[str, str]]:
+        """Beside those of any JSON."""
+        found = [("retry-after", str(max(1, math.ceil(self.retry_after))))] if self.retry_after is not None else []
+        return found + ([("www-authenticate", "Bearer")] if self.status == 401 else [])
+
+
+class _GoneError(Exception):
+    """The client has left."""
+
+
+class Router:
+    """An ASGI application for every path that is not the pool's own."""
+
+    def __init__(self, pool: Pool, api_keys: Sequence[str] = ()) -> None:
+        """
+        Args:
+            api_keys: one of them must be sent, where there are any; engines ask for them again.
+        """
+        self._pool, self._keys = pool, [key.encode() for key in api_keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] == "websocket":
+            await receive()
+            await send({"type": "websocket.close", "code": 1008, "reason": "not through this server"})
+            return
+        try:
+            await self._serve(scope, receive, send)
+        except Refused as refused:
+            await _answer(send, refused)
+        except _GoneError:
+            logger.info("a client left before it was answered: %s", scope["path"])
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = dict(scope["headers"])
+        self.require_key(headers.get(b"authorization"))
+        if scope["method"] != "POST":
+            raise Refused(404, "NotFoundError", f"there is no {scope['method']} {scope['path']} here")
+        body = await _body(headers, receive)
+        name = await self._model(headers, body)
+        work = asyncio.ensure_future(self._pass_on(scope, headers, body, name, send))
+        left = asyncio.ensure_future(_left(receive))
+        try:
+            await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                raise _GoneError
+            work.result()
+        finally:
+            for task in (work, left):
+                task.cancel()
+            await asyncio.gather(work, left, return_exceptions=True)
+
+    def require_key(self, authorization: bytes | None) -> None:
+        """Raises:
+        Refused: there are keys, and this is none.
+        """
+        scheme, _, given = (authorization or b"").partition(b" ")
+        matches = [hmac.compare_digest(given, key) for key in self._keys]
+        if self._keys and not (scheme.lower() == b"bearer" and any(matches)):
+            raise Refused(401, "Unauthorized", "send one of the server's API keys as a bearer token")
+
+    async def _model(self, headers: dict[bytes, bytes], body: bytes) -> str:
+        try:
+            if len(body) > _LARGE:
+                found = await asyncio.to_thread(json.loads, body)
+            else:
+                found = json.loads(body)
+        except (ValueError, RecursionError):
+            raise Refused(400, "BadRequestError", "the body is not JSON") from None
+        name = found.get("model") if isinstance(found, dict) else None
+        if name is None and isinstance(found, dict) and len(self._pool.models) == 1:
+            return next(iter(self._pool.models))  # as vLLM's own server does
+        if not isinstance(name, str) or not name:
+            raise Refused(400, "BadRequestError", "the body names no model")
+        return name
+
+    async def _pass_on(self, scope: Scope, headers: dict[bytes, bytes], body: bytes, name: str, send: Send) -> None:
+        try:
+            async with self._pool.lease(name, _deadline(headers)) as one:
+                await _forward(cast(ServerEngine, one.engine), scope, body, send)
+        except UnknownModelError:
+            raise Refused(404, "NotFoundError", f"The model `{name}` does not exist.") from None
+        except UnavailableError as error:
+            raise Refused(503, "ServiceUnavailableError", str(error), error.retry_after) from None
+
+
+async def _forward(engine: ServerEngine, scope: Scope, body: bytes, send: Send) -> None:
+    session = engine.session
+    assert session is not None
+    path = scope.get("raw_path") or scope["path"].encode()
+    query = scope["query_string"]
+    target = path.decode("ascii") + (f"?{query.decode('ascii')}" if query else "")
+    given = [
+        (key.decode("latin-1"), value.decode("latin-1")) for key, value in scope["headers"] if key not in _HOP_BY_HOP
+    ]
+    begun = False
+    try:
+        async with session.request(
+            scope["method"],
+            URL(f"http://engine{target}", encoded=True),
+            data=body,
+            headers=given,
+            allow_redirects=False,
+        ) as answer:
+            kept = [(key.lower(), value) for key, value in answer.raw_headers if key.lower() not in _KEPT_BACK]
+            begun = True
+            await send({"type": "http.response.start", "status": answer.status, "headers": kept})
+            async for chunk in answer.content.iter_any():
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+    except (aiohttp.ClientError, OSError, asyncio.TimeoutError, RuntimeError) as error:
+        if begun:  # half an answer must not look like a whole one: the connection is cut
+            raise ThawError(f"the engine of {engine.model.name!r} has gone in the middle of an answer") from error
+        raise Refused(
+            502, "BadGatewayError", f"the engine of {engine.model.name!r} has gone; send the request again", 1
+        ) from None
+
+
+async def _body(headers: dict[bytes, bytes], receive: Receive) -> bytes:
+    try:
+        announced = int(headers.get(b"content-length", b"0"))
+    except ValueError:
+        raise Refused(400, "BadRequestError", "Content-Length is no number") from None
+    too_large = Refused(413, "BadRequestError", f"the body is larger than {LARGEST_BODY} bytes")
+    if announced > LARGEST_BODY:
+        raise too_large
+    try:
+        return await asyncio.wait_for(_read(receive, too_large), BODY_LIMIT)
+    except asyncio.TimeoutError:
+        raise Refused(408, "RequestTimeout", f"the body was not there within {BODY_LIMIT:.0f} s") from None
+
+
+async def _read(receive: Receive, too_large: Refused) -> bytes:
+    found = bytearray()
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise _GoneError
+        found += message.get("body", b"")
+        if len(found) > LARGEST_BODY:
+            raise too_large
+        if not message.get("more_body", False):
+            return bytes(found)
+
+
+async def _left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _deadline(headers: dict[bytes, bytes]) -> float | None:
+    given = headers.get(DEADLINE_HEADER)
+    if given is None:
+        return None
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise Refused(400, "BadRequestError", f"{DEADLINE_HEADER.decode()} must be seconds, from 0 on")
+    return seconds
+
+
+async def _answer(send: Send, refused: Refused) -> None:
+    body = json.dumps(refused.document()).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    headers += [(key.encode(), value.encode()) for key, value in refused.headers()]
+    with contextlib.suppress(OSError):
+        await send({"type": "http.response.start", "status": refused.status, "headers": headers})
+        await send({"type": "http.response.body", "body": body})

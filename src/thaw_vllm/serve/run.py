@@ -1,0 +1,91 @@
+"""A pool as a program: its directory, its web server, its end."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import uvicorn
+
+from ..errors import ThawError
+from .app import application
+from .config import Settings
+from .engine import Runtime, ServerEngine
+from .pool import Pool
+from .state import new_logs
+
+GRACE = 30
+"""Seconds in which requests may end once the server is asked to stop."""
+
+
+@dataclass(frozen=True)
+class Listening:
+    """Where, and for whom.
+
+    Attributes:
+        host, port: of TCP.
+        api_keys: of those who may ask models; none: everybody.
+        token: the admin token.
+        token_file: where it can be read; None where it was given.
+        hosts: further names of this server.
+    """
+
+    host: str
+    port: int
+    token: str
+    token_file: Path | None = None
+    api_keys: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ()
+
+
+def run(settings: Settings, where: Listening, options: Sequence[str], gpu: bool) -> None:
+    """Serve until a signal says to stop.
+
+    Args:
+        options: words for every engine's ``thaw serve``.
+        gpu: whether engines are on one.
+
+    Raises:
+        ThawError: the address cannot be had.
+    """
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    runtime_directory = os.environ.get("XDG_RUNTIME_DIR") or None
+    with tempfile.TemporaryDirectory(prefix="thaw-pool-", dir=runtime_directory, ignore_cleanup_errors=True) as made:
+        keys = {"VLLM_API_KEY": where.api_keys[0]} if where.api_keys else {}
+        runtime = Runtime(Path(made), new_logs(), tuple(options), keys, gpu)
+        pool = Pool(settings, lambda model: ServerEngine(model, runtime))
+        app = application(pool, where.token, where.api_keys, where.hosts)
+        config = uvicorn.Config(
+            app,
+            host=where.host,
+            port=where.port,
+            log_level="warning",
+            timeout_graceful_shutdown=GRACE,
+            server_header=False,
+            ws="none",
+        )
+        server = _Server(config, settings, where)
+        server.run()
+        if not server.started:
+            raise ThawError(f"the server could not listen on {where.host}:{where.port}; its line above says why")
+
+
+class _Server(uvicorn.Server):  # type: ignore[misc]
+    def __init__(self, config: uvicorn.Config, settings: Settings, where: Listening) -> None:
+        super().__init__(config)
+        self._settings, self._where = settings, where
+
+    async def startup(self, sockets: object = None) -> None:
+        """Say where, once it listens."""
+        await super().startup(sockets)
+        if self.started:
+            names = ", ".join(self._settings.models)
+            said = [f"ready at http://{self._where.host}:{self._where.port}", f"models: {names}"]
+            if self._where.token_file is not None:
+                said.append(f"the admin token is in {self._where.token_file}")
+            print(f"thaw: {'; '.join(said)}", file=sys.stderr, flush=True)

@@ -1,0 +1,446 @@
+"""Which model gets room, by which way, and what becomes of those who wait; engines are fakes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any
+
+import pytest
+from tests.serve.fake_engine import FakeEngine, refused
+
+from thaw_vllm.errors import ThawError, UsageError
+from thaw_vllm.serve import pool as subject
+from thaw_vllm.serve.config import Model, Settings
+from thaw_vllm.serve.pool import Pool
+from thaw_vllm.serve.resident import State, UnavailableError, UnknownModelError
+
+
+class Bench:
+    """A pool with fakes.
+
+    Attributes:
+        log: what engines were asked, in order.
+        engines: all that were made.
+    """
+
+    def __init__(self, *models: Model, given: dict[str, Any] | None = None, **settings: Any) -> None:
+        self.log: list[tuple[str, str]] = []
+        self.engines: list[FakeEngine] = []
+        self.given = given or {}
+        self.pool = Pool(Settings({model.name: model for model in models}, **settings), self.make)
+
+    def make(self, model: Model) -> FakeEngine:
+        self.engines.append(FakeEngine(model, self.log, **self.given))
+        return self.engines[-1]
+
+    async def ask(self, name: str, seconds: float = 0.0, deadline: float | None = None) -> str:
+        """One request; which model the engine held all the time."""
+        async with self.pool.lease(name, deadline) as one:
+            await asyncio.sleep(seconds)
+            assert one.state is State.READY, "nothing is done to an engine that has requests"
+            return one.engine.model.name
+
+    def states(self) -> dict[str, str]:
+        return {one.model.name: one.state.value for one in self.pool.residents}
+
+
+def play(bench: Bench, work: Callable[[], Awaitable[Any]]) -> Any:
+    async def run() -> Any:
+        async with bench.pool.running():
+            found = await asyncio.wait_for(work(), 60)
+        assert not bench.pool.residents and all(engine.stopped.is_set() for engine in bench.engines)
+        return found
+
+    return asyncio.run(run())
+
+
+def models(*names: str, **more: Any) -> Iterable[Model]:
+    return (Model(name, f"/models/{name}", **more) for name in names)
+
+
+def test_a_model_that_is_there_answers_at_once():
+    bench = Bench(*models("a"))
+
+    async def work() -> None:
+        assert [await bench.ask("a") for _ in range(3)] == ["a", "a", "a"]
+
+    play(bench, work)
+    assert bench.log == [("start", "a"), ("stop", "a")]
+
+
+def test_requests_that_come_while_it_starts_share_the_start():
+    bench = Bench(*models("a"), given={"seconds": 0.05})
+    play(bench, lambda: asyncio.gather(*(bench.ask("a") for _ in range(20))))
+    assert bench.log.count(("start", "a")) == 1
+
+
+def test_an_unknown_model():
+    bench = Bench(*models("a"))
+
+    async def work() -> None:
+        with pytest.raises(UnknownModelError, match="'b'"):
+            await bench.ask("b")
+
+    play(bench, work)
+    assert bench.log == []
+
+
+class TestWays:
+    def test_room_is_used_before_anything_goes(self):
+        bench = Bench(*models("a", "b", share=0.5), given={"swappable": True, "parkable": True})
+
+        async def work() -> None:
+            assert [await bench.ask(name) for name in "abab"] == list("abab")
+
+        play(bench, work)
+        assert bench.log[:2] == [("start", "a"), ("start", "b")] and len(bench.log) == 4
+
+    def test_weights_are_swapped_where_they_can(self):
+        bench = Bench(*models("a", "b"), given={"swappable": True, "parkable": True})
+
+        async def work() -> None:
+            assert [await bench.ask(name) for name in "abba"] == list("abba")
+
+        play(bench, work)
+        assert bench.log == [("start", "a"), ("swap", "b"), ("swap", "a"), ("stop", "a")]
+
+    def test_what_can_be_parked_is_parked_and_woken(self):
+        bench = Bench(*models("a", "b"), given={"parkable": True})
+
+        async def work() -> None:
+            assert [await bench.ask(name) for name in "abab"] == list("abab")
+            assert bench.states() == {"a": "parked", "b": "ready"}
+
+        play(bench, work)
+        assert bench.log[:6] == [
+            *(("start", "a"), ("park", "a"), ("start", "b")),
+            *(("park", "b"), ("wake", "a"), ("park", "a")),
+        ]
+        assert ("wake", "b") in bench.log
+
+    def test_else_they_are_stopped(self):
+        bench = Bench(*models("a", "b"))
+
+        async def work() -> None:
+            assert [await bench.ask(name) for name in "aba"] == list("aba")
+
+        play(bench, work)
+        assert bench.log == [
+            ("start", "a"),
+            ("stop", "a"),
+            ("start", "b"),
+            ("stop", "b"),
+            ("start", "a"),
+            ("stop", "a"),
+        ]
+
+    def test_what_refuses_a_swap_is_not_asked_again(self):
+        bench = Bench(*models("a", "b"), given={"swappable": True, "faults": {"swap": refused("another rope")}})
+
+        async def work() -> None:
+            assert [await bench.ask(name) for name in "ab"] == list("ab")
+
+        play(bench, work)
+        assert bench.log == [("start", "a"), ("swap", "b"), ("stop", "a"), ("start", "b"), ("stop", "b")]
+        assert any(
+            event.what == "swap refused" and event.more["why"] == "another rope" for event in bench.pool.events.last
+        )
+
+    def test_what_refuses_to_be_parked_is_stopped(self):
+        bench = Bench(*models("a", "b"), given={"parkable": True, "faults": {"park": refused("no sleep mode")}})
+
+        async def work() -> None:
+            assert [await bench.ask(name) for name in "ab"] == list("ab")
+
+        play(bench, work)
+        assert bench.log[:4] == [("start", "a"), ("park", "a"), ("stop", "a"), ("start", "b")]
+
+    @pytest.mark.parametrize(("what", "given"), [("swap", {"swappable": True}), ("wake", {"parkable": True})])
+    def test_what_breaks_is_replaced(self, what: str, given: dict[str, bool]):
+        bench = Bench(*models("a", "b"), given=given | {"faults": {what: ThawError("closed")}})
+
+        async def work() -> None:
+            assert [await bench.ask(name) for name in "aba"] == list("aba")
+
+        play(bench, work)
+        assert (what, "b" if what == "swap" else "a") in bench.log
+        assert any(event.what == "lost" for event in bench.pool.events.last)
+
+    def test_of_two_the_one_used_longest_ago_goes(self):
+        bench = Bench(*models("a", "b", "c", share=0.5))
+
+        async def work() -> None:
+            for name in "abac":
+                await bench.ask(name)
+            assert set(bench.states()) == {"a", "c"}
+
+        play(bench, work)
+
+    def test_one_that_needs_all_has_all_go(self):
+        bench = Bench(*models("a", "b", share=0.5), Model("c", "/models/c"))
+
+        async def work() -> None:
+            for name in "abc":
+                await bench.ask(name)
+            assert set(bench.states()) == {"c"}
+
+        play(bench, work)
+
+    def test_only_so_many_are_parked(self):
+        bench = Bench(*models(*"abcd"), given={"parkable": True}, parked=2)
+
+        async def work() -> None:
+            for name in "abcd":
+                await bench.ask(name)
+            while len(bench.pool.residents) > 3:
+                await asyncio.sleep(0.01)
+            assert bench.states() == {"b": "parked", "c": "parked", "d": "ready"}
+
+        play(bench, work)
+
+
+class TestWaiting:
+    def test_who_comes_first_is_served_first(self):
+        """a holds the engine and is asked without a pause; b is there once a's requests have ended."""
+        bench = Bench(*models("a", "b"), drain=60)
+        order: list[str] = []
+
+        async def client(name: str) -> None:
+            await bench.ask(name, 0.02)
+            order.append(name)
+
+        async def work() -> None:
+            await bench.ask("a")
+            running = [asyncio.create_task(client("a")) for _ in range(4)]
+            await asyncio.sleep(0.005)
+            waits = asyncio.create_task(client("b"))
+            await asyncio.sleep(0.005)
+            late = [asyncio.create_task(client("a")) for _ in range(4)]
+            await asyncio.gather(*running, waits, *late)
+
+        play(bench, work)
+        assert order == ["a"] * 4 + ["b"] + ["a"] * 4
+
+    def test_after_the_drain_it_goes_anyway(self):
+        bench = Bench(*models("a", "b"), drain=0.1)
+
+        async def work() -> None:
+            async with bench.pool.lease("a"):
+                assert await bench.ask("b", deadline=10) == "b"
+
+        play(bench, work)
+
+    def test_a_deadline(self):
+        bench = Bench(*models("a", "b"), drain=60)
+
+        async def work() -> None:
+            async with bench.pool.lease("a"):
+                with pytest.raises(UnavailableError, match=r"not there within 0\.1 s") as told:
+                    await bench.ask("b", deadline=0.1)
+                assert told.value.retry_after > 0 and bench.pool.waiting == {}
+                assert await bench.ask("a", deadline=1) == "a", "nobody needs its room any more"
+
+        play(bench, work)
+        assert ("start", "b") not in bench.log
+
+    def test_a_deadline_that_cannot_be_met_is_said_at_once(self):
+        bench = Bench(*models("a", "b"), given={"seconds": 0.2})
+
+        async def work() -> None:
+            await bench.ask("b")
+            await bench.ask("a")
+            start = asyncio.get_running_loop().time()
+            with pytest.raises(UnavailableError, match=r"takes some 0\.\d s"):
+                await bench.ask("b", deadline=0.05)
+            assert asyncio.get_running_loop().time() - start < 0.04
+            assert await bench.ask("a") == "a"
+
+        play(bench, work)
+
+    def test_who_leaves_is_not_served(self):
+        bench = Bench(*models("a", "b"), given={"seconds": 0.05})
+
+        async def work() -> None:
+            tasks = [asyncio.create_task(bench.ask(name)) for name in "ab" * 20]
+            await asyncio.sleep(0.02)
+            for task in tasks[::3]:
+                task.cancel()
+            found = await asyncio.gather(*tasks, return_exceptions=True)
+            assert sum(isinstance(one, asyncio.CancelledError) for one in found) == len(tasks[::3])
+            assert all(one.inflight == 0 for one in bench.pool.residents) and bench.pool.waiting == {}
+
+        play(bench, work)
+
+
+class TestFaults:
+    def test_a_start_that_fails_is_told_and_not_tried_at_once(self, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(subject, "BACKOFF", (0.2,))
+        bench = Bench(*models("a", "b"), given={"faults": {"start": ThawError("no memory")}})
+
+        async def work() -> None:
+            told = await asyncio.gather(*(bench.ask("a") for _ in range(5)), return_exceptions=True)
+            assert all(isinstance(one, UnavailableError) and "no memory" in str(one) for one in told)
+            with pytest.raises(UnavailableError, match="no memory") as again:
+                await bench.ask("a")
+            assert 0 < again.value.retry_after <= 0.2 and bench.log.count(("start", "a")) == 1
+            bench.given = {}
+            assert await bench.ask("b") == "b", "others are not kept from starting"
+            await asyncio.sleep(0.25)
+            assert await bench.ask("a") == "a" and bench.pool.failure("a") is None
+
+        play(bench, work)
+
+    def test_an_engine_that_dies_is_replaced(self):
+        bench = Bench(*models("a"))
+
+        async def work() -> None:
+            await bench.ask("a")
+            bench.engines[0].stopped.set()  # as if killed
+            await asyncio.sleep(0.01)
+            assert bench.pool.residents == []
+            assert await bench.ask("a") == "a" and len(bench.engines) == 2
+            assert [event.more["why"] for event in bench.pool.events.last if event.what == "lost"] == [
+                "its server ended with -9"
+            ]
+
+        play(bench, work)
+
+    def test_one_that_dies_while_it_is_waited_for(self):
+        bench = Bench(*models("a", "b"), given={"parkable": True, "seconds": 0.05})
+
+        async def work() -> None:
+            await bench.ask("a")
+            asking = asyncio.create_task(bench.ask("b"))
+            await asyncio.sleep(0.02)
+            assert bench.states() == {"a": "parking"}
+            bench.engines[0].stopped.set()
+            assert await asking == "b"
+
+        play(bench, work)
+
+
+class TestPinned:
+    def test_it_is_there_before_it_is_asked_and_stays(self):
+        bench = Bench(Model("a", "/a", share=0.5, pinned=True), *models("b", "c", share=0.5), given={"swappable": True})
+
+        async def work() -> None:
+            while bench.states().get("a") != "ready":
+                await asyncio.sleep(0.001)
+            for name in "bcbc":
+                await bench.ask(name)
+            with pytest.raises(UsageError, match="pinned"):
+                await bench.pool.unload("a")
+            bench.engines[0].stopped.set()
+            while bench.states().get("a") != "ready":
+                await asyncio.sleep(0.001)
+
+        play(bench, work)
+        assert bench.log.count(("start", "a")) == 2 and ("swap", "a") not in bench.log
+
+    def test_there_must_be_room_beside_it(self):
+        with pytest.raises(UsageError, match="no room beside what is pinned"):
+            Bench(Model("a", "/a", pinned=True, share=0.6), Model("b", "/b", share=0.5))
+        bench = Bench(Model("a", "/a", pinned=True, share=0.6))
+
+        async def work() -> None:
+            with pytest.raises(UsageError, match="no room"):
+                bench.pool.register(Model("b", "/b"))
+            bench.pool.register(Model("c", "/c", share=0.4))
+            with pytest.raises(UsageError, match="already"):
+                bench.pool.register(Model("c", "/c", share=0.4))
+            assert await bench.ask("c") == "c"
+
+        play(bench, work)
+
+
+class TestIdle:
+    def test_it_is_parked_and_then_stopped(self, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(subject, "TICK", 0.01)
+        bench = Bench(Model("a", "/a", idle_park=0.05, idle_stop=0.2), given={"parkable": True})
+
+        async def work() -> None:
+            async with bench.pool.lease("a"):
+                await asyncio.sleep(0.1)
+                assert bench.states() == {"a": "ready"}, "it is not idle"
+            while bench.pool.residents:
+                await asyncio.sleep(0.005)
+
+        play(bench, work)
+        assert bench.log == [("start", "a"), ("park", "a"), ("stop", "a")]
+
+    @pytest.mark.parametrize("park", [False, True])
+    def test_unload(self, park: bool):
+        bench = Bench(*models("a"), given={"parkable": True})
+
+        async def work() -> None:
+            with pytest.raises(UsageError, match="not there"):
+                await bench.pool.unload("a")
+            asking = asyncio.create_task(bench.ask("a", 0.05))
+            await asyncio.sleep(0.02)
+            await bench.pool.unload("a", park=park)
+            assert asking.done() and bench.states() == ({"a": "parked"} if park else {})
+            assert await bench.ask("a") == "a"
+
+        play(bench, work)
+        assert bench.log[1:3] == ([("park", "a"), ("wake", "a")] if park else [("stop", "a"), ("start", "a")])
+
+    def test_parking_that_is_refused_is_told(self):
+        bench = Bench(*models("a"), given={"faults": {"park": refused("no sleep mode")}})
+
+        async def work() -> None:
+            await bench.ask("a")
+            with pytest.raises(UsageError, match="no sleep mode"):
+                await bench.pool.unload("a", park=True)
+            assert await bench.ask("a") == "a"
+
+        play(bench, work)
+
+
+@pytest.mark.soak
+def test_any_load_is_answered_rightly(soak):
+    """Random requests for models of random shares, engines that refuse, break and die: each answer is its model's, all
+    end, and the engines never take more than there is."""
+    for case in soak(small=60, full=3000):
+        draw = case.random
+        names = "abcde"[: draw.randint(1, 5)]
+        shares = {name: draw.choice([0.25, 0.4, 0.5, 1.0]) for name in names}
+        given = {"swappable": draw.random() < 0.5, "parkable": draw.random() < 0.5}
+        bench = Bench(*(Model(n, "/m", share=shares[n], deadline=30) for n in names), given=given, drain=30, parked=2)
+        make = bench.make
+
+        def troubled(model: Model, make=make, draw=draw) -> FakeEngine:
+            engine = make(model)
+            engine.seconds = draw.choice([0, 0.001, 0.003])
+            for what in ("swap", "park", "wake"):
+                if draw.random() < 0.1:
+                    engine.faults[what] = ThawError("broken") if draw.random() < 0.5 else refused("no")
+            engine.faults.pop("wake", None) if draw.random() < 0.5 else None
+            return engine
+
+        bench.pool._changes._make = troubled
+        asked = [(draw.choice(names), draw.choice([0, 0.001, 0.004]), draw.random() * 0.05) for _ in range(60)]
+
+        async def client(name: str, seconds: float, after: float, bench=bench) -> bool:
+            await asyncio.sleep(after)
+            async with bench.pool.lease(name) as one:
+                held = one.engine.model.name
+                await asyncio.sleep(seconds)
+                taken = sum(r.share for r in bench.pool.residents if r.state is not State.PARKED)
+                assert taken <= 1 + 1e-6, "more than there is"
+                return one.engine.model.name == held == name
+
+        async def killer(bench=bench, draw=draw) -> None:
+            for _ in range(3):
+                await asyncio.sleep(draw.random() * 0.02)
+                with contextlib.suppress(IndexError):
+                    draw.choice(bench.engines).stopped.set()
+
+        async def work(bench=bench, asked=asked, killer=killer, client=client) -> list[bool]:
+            killing = asyncio.create_task(killer())
+            found = await asyncio.gather(*(client(*one) for one in asked))
+            await killing
+            return found
+
+        assert all(play(bench, work)), case
