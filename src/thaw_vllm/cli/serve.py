@@ -128,7 +128,7 @@ def _single(
     zygote: str,
     require_zygote: bool,
     fast_start: bool,
-    cache_dir: Path | None,
+    cache_dir: str | None,
 ) -> None:
     """vLLM's server for one model, in place of this process.
 
@@ -207,14 +207,14 @@ def _sizes(chosen: Mapping[str, str]) -> dict[str, int]:
 
 
 def _shared(
-    zygote: str, require_zygote: bool, fast_start: bool, cache_dir: Path | None, kv_dir: Path | None
+    zygote: str, require_zygote: bool, fast_start: bool, cache_dir: str | None, kv_dir: Path | None
 ) -> list[str]:
     """Options of this command that each of several servers gets."""
     found = ["--zygote", zygote]
     found += ["--require-zygote"] if require_zygote else []
     found += ["--fast-start"] if fast_start else []
     for option, path in (("--cache-dir", cache_dir), ("--kv-dir", kv_dir)):
-        found += [] if path is None else [option, str(path.absolute())]
+        found += [] if path is None else [option, os.path.abspath(path)]
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hmac
+import ipaddress
 import json
 import time
 from collections.abc import AsyncIterator, Collection, Sequence
@@ -19,9 +20,9 @@ from .pool import Pool
 from .resident import UnavailableError, UnknownModelError
 from .router import Refused, Router
 
-HOSTS = ("localhost", "127.0.0.1", "::1")
-"""What callers may call this server, for the routes behind the admin token: another name that leads here is an attack
-on a browser (DNS rebinding)."""
+HOSTS = ("localhost",)
+"""What callers may call this server, for the routes behind the admin token, beside its addresses: another name that
+leads here is an attack on a browser (DNS rebinding)."""
 
 
 def application(pool: Pool, token: str, api_keys: Sequence[str] = (), hosts: Sequence[str] = ()) -> FastAPI:
@@ -38,7 +39,7 @@ def application(pool: Pool, token: str, api_keys: Sequence[str] = (), hosts: Seq
         async with pool.running():
             yield
 
-    app = FastAPI(title="thaw", lifespan=lifespan)
+    app = FastAPI(title="thaw", lifespan=lifespan, docs_url=None, redoc_url=None)  # their pages load from elsewhere
     router = Router(pool, api_keys)
     own, access = Routes(pool, router), Access(token, {*HOSTS, *hosts})
     app.add_exception_handler(ThawError, _told)
@@ -72,13 +73,22 @@ class Access:
         HTTPException: this caller may not.
         """
         name = request.url.hostname or ""
-        if name not in self._hosts:
+        if name not in self._hosts and not _is_address(name):
             raise HTTPException(403, f"this server is not called {name!r}; see --allowed-host")
         origin = request.headers.get("origin")
         if origin is not None and origin != f"{request.url.scheme}://{request.headers.get('host')}":
             raise HTTPException(403, "other sites may not ask this server")
         if not hmac.compare_digest(request.headers.get(TOKEN_HEADER, "").encode(), self._token):
             raise HTTPException(403, f"send the admin token in the header {TOKEN_HEADER}")
+
+
+def _is_address(name: str) -> bool:
+    """An address is no name that somebody else could have lead here."""
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 class Routes:

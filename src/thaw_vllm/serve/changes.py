@@ -107,8 +107,7 @@ class Changes:
             one.refused.add(one.model.name)
             self._say("swap refused", one, why=str(error))
             one.model = before
-            one.ready()
-            self._changed()
+            self._ready(one)
         except ThawError as error:
             await self._lost(one, f"swapping it to {one.model.name!r} failed: {error}")
         else:
@@ -121,16 +120,18 @@ class Changes:
         except RefusedError as error:
             one.unparkable = str(error)
             self._say("parking refused", one, why=str(error))
-            one.ready()
+            self._ready(one)
         except ThawError as error:
             await self._lost(one, f"parking it failed: {error}")
         else:
+            if one.state is State.STOPPING:
+                return
             one.state, one.leave_by, one.unloading = State.PARKED, None, False
             self._took("parked", one, start)
             parked = sorted((other for other in self.residents if other.state is State.PARKED), key=lambda x: x.used)
             for other in parked[: max(0, len(parked) - self._most_parked)]:
                 self.stop(other, f"more than {self._most_parked} are parked")
-        self._changed()
+            self._changed()
 
     async def _wake(self, one: Resident) -> None:
         start = self._begun(one, "waking")
@@ -148,12 +149,12 @@ class Changes:
 
     async def _watch(self, one: Resident) -> None:
         why = await one.engine.ended()
-        if one in self.residents and one.state is not State.STOPPING:
-            await self._lost(one, why)
+        await self._lost(one, why)
 
     async def _lost(self, one: Resident, why: str) -> None:
-        self._say("lost", one, why=why)
-        await self._discard(one)
+        if one.state is not State.STOPPING:
+            self._say("lost", one, why=why)
+            await self._discard(one)
 
     async def _discard(self, one: Resident) -> None:
         one.state, one.admitting = State.STOPPING, False
@@ -167,8 +168,12 @@ class Changes:
         took = self.took.setdefault(one.model.name, [])
         took.append(seconds)
         del took[:-REMEMBERED]
-        one.ready()
-        self._changed()
+        self._ready(one)
+
+    def _ready(self, one: Resident) -> None:
+        if one.state is not State.STOPPING:  # it has died meanwhile
+            one.ready()
+            self._changed()
 
     def _begun(self, one: Resident, what: str, **more: Any) -> float:
         self._say(what, one, **more)

@@ -18,6 +18,7 @@ from typing import Any
 
 import aiohttp
 
+from ..engines.vllm.command_line import given
 from ..engines.vllm.kv.access import SNAPSHOTS_VARIABLE, TOKEN_HEADER, TOKEN_VARIABLE
 from ..engines.vllm.serve_variables import PARENT_VARIABLE
 from ..errors import ThawError
@@ -30,6 +31,8 @@ STOP_LIMIT = 30.0
 """Seconds from SIGTERM to SIGKILL."""
 CHANGE_LIMIT = 600.0
 """Seconds for a swap, for parking and for waking."""
+MEMORY = 0.9
+"""Of a GPU's memory, what models of all shares take together where nothing is said; the rest is for CUDA's contexts."""
 _POLL = 0.05
 _TOLD = 12
 """Lines of a log that an error tells at most."""
@@ -125,8 +128,11 @@ class ServerEngine:
         if model.snapshot is not None:
             words += ["--snapshot", model.snapshot]
         words += ["--served-model-name", model.name, "--uds", str(self.socket), *model.args]
-        if self._runtime.gpu and not {"--enable-sleep-mode", "--enable_sleep_mode"} & set(model.args):
-            words += ["--enable-sleep-mode"] if model.park else []
+        chosen = given([*self._runtime.options, *model.args])
+        if self._runtime.gpu and model.park and "enable_sleep_mode" not in chosen:
+            words.append("--enable-sleep-mode")
+        if self._runtime.gpu and not {"gpu_memory_utilization", "kv_cache_memory_bytes"} & chosen.keys():
+            words += ["--gpu-memory-utilization", f"{MEMORY * model.share:.3f}"]
         return words
 
     async def _healthy(self) -> None:
@@ -161,8 +167,7 @@ class ServerEngine:
 
     def parks(self) -> bool:
         """It has sleep mode, and its weights are in a snapshot."""
-        sleeps = self._runtime.gpu or {"--enable-sleep-mode", "--enable_sleep_mode"} & set(self.model.args)
-        return bool(sleeps) and self.model.snapshot is not None
+        return self._runtime.gpu and self.model.snapshot is not None
 
     async def park(self) -> None:
         """Raises:

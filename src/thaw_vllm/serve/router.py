@@ -41,6 +41,9 @@ _HOP_BY_HOP = frozenset(
 """Headers of one connection; RFC 9110, 7.6.1."""
 _KEPT_BACK = _HOP_BY_HOP - {b"content-length"}
 
+_ADDED = ("Accept", "Accept-Encoding", "Content-Type", "User-Agent")
+"""Headers that the HTTP client would add where there are none."""
+
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -98,13 +101,14 @@ class Router:
             raise Refused(404, "NotFoundError", f"there is no {scope['method']} {scope['path']} here")
         body = await _body(headers, receive)
         name = await self._model(headers, body)
-        work = asyncio.ensure_future(self._pass_on(scope, headers, body, name, send))
+        answered = asyncio.Event()
+        work = asyncio.ensure_future(self._pass_on(scope, headers, body, name, send, answered))
         left = asyncio.ensure_future(_left(receive))
         try:
             await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
+            if not work.done() and not answered.is_set():
                 raise _GoneError
-            work.result()
+            await work
         finally:
             for task in (work, left):
                 task.cancel()
@@ -134,17 +138,19 @@ class Router:
             raise Refused(400, "BadRequestError", "the body names no model")
         return name
 
-    async def _pass_on(self, scope: Scope, headers: dict[bytes, bytes], body: bytes, name: str, send: Send) -> None:
+    async def _pass_on(
+        self, scope: Scope, headers: dict[bytes, bytes], body: bytes, name: str, send: Send, answered: asyncio.Event
+    ) -> None:
         try:
             async with self._pool.lease(name, _deadline(headers)) as one:
-                await _forward(cast(ServerEngine, one.engine), scope, body, send)
+                await _forward(cast(ServerEngine, one.engine), scope, body, send, answered)
         except UnknownModelError:
             raise Refused(404, "NotFoundError", f"The model `{name}` does not exist.") from None
         except UnavailableError as error:
             raise Refused(503, "ServiceUnavailableError", str(error), error.retry_after) from None
 
 
-async def _forward(engine: ServerEngine, scope: Scope, body: bytes, send: Send) -> None:
+async def _forward(engine: ServerEngine, scope: Scope, body: bytes, send: Send, answered: asyncio.Event) -> None:
     session = engine.session
     assert session is not None
     path = scope.get("raw_path") or scope["path"].encode()
@@ -160,6 +166,7 @@ async def _forward(engine: ServerEngine, scope: Scope, body: bytes, send: Send) 
             URL(f"http://engine{target}", encoded=True),
             data=body,
             headers=given,
+            skip_auto_headers=_ADDED,
             allow_redirects=False,
         ) as answer:
             kept = [(key.lower(), value) for key, value in answer.raw_headers if key.lower() not in _KEPT_BACK]
@@ -167,6 +174,7 @@ async def _forward(engine: ServerEngine, scope: Scope, body: bytes, send: Send) 
             await send({"type": "http.response.start", "status": answer.status, "headers": kept})
             async for chunk in answer.content.iter_any():
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            answered.set()
             await send({"type": "http.response.body", "body": b"", "more_body": False})
     except (aiohttp.ClientError, OSError, asyncio.TimeoutError, RuntimeError) as error:
         if begun:  # half an answer must not look like a whole one: the connection is cut

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -70,6 +71,8 @@ def run(settings: Settings, where: Listening, options: Sequence[str], gpu: bool)
             ws="none",
         )
         server = _Server(config, settings, where)
+        for number in (signal.SIGINT, signal.SIGTERM):  # the web server raises them again once it has ended
+            signal.signal(number, lambda number, frame: None)
         server.run()
         if not server.started:
             raise ThawError(f"the server could not listen on {where.host}:{where.port}; its line above says why")

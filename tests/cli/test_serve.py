@@ -1,0 +1,67 @@
+"""``thaw serve`` with several models: what it hands to the pool, and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """What would be run; vLLM counts as installed."""
+    from thaw_vllm.engines.vllm import api
+    from thaw_vllm.serve import run
+
+    found = []
+    for name in ("THAW_ADMIN_TOKEN", "VLLM_API_KEY"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setattr(run, "run", lambda *given: found.append(given))
+    monkeypatch.setattr(api, "require_vllm_installed", lambda: None)
+    return found
+
+
+def test_registered_models(thaw, started):
+    words = ["--register", "a=m/a", "--register", "b=m/b", "--port=8001", "--host", "0.0.0.0", "--api-key", "k"]
+    ran = thaw("serve", *words, "--allowed-host", "box", "--max-model-len", "512", "--zygote", "z", "--fast-start")
+    assert ran.code == 0, ran.err
+    ((settings, where, options, _),) = started
+    assert {name: model.path for name, model in settings.models.items()} == {"a": "m/a", "b": "m/b"}
+    assert (where.host, where.port, where.api_keys, where.hosts) == ("0.0.0.0", 8001, ("k",), ("box",))
+    assert options == ["--zygote", "z", "--fast-start", "--max-model-len", "512"]
+    assert where.token and where.token_file.read_text().strip() == where.token
+
+
+def test_a_file(thaw, started, tmp_path, monkeypatch):
+    (tmp_path / "models.toml").write_text("drain = 3\n[models.a]\npath = 'm'")
+    monkeypatch.setenv("THAW_ADMIN_TOKEN", "a token of 24 characters")
+    monkeypatch.setenv("VLLM_API_KEY", "key")
+    assert thaw("serve", "--models", tmp_path / "models.toml", "--register", "b=n").code == 0
+    ((settings, where, options, _),) = started
+    assert settings.drain == 3 and list(settings.models) == ["a", "b"]
+    assert (where.host, where.port, where.api_keys) == ("127.0.0.1", 8000, ("key",))
+    assert (where.token, where.token_file, options) == ("a token of 24 characters", None, ["--zygote", "default"])
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        ([], 2, "give --model for one model, or --models FILE"),
+        (["--model", "m", "--register", "a=m"], 2, "give --model for one model"),
+        (["--register", "a"], 2, "it is NAME=PATH"),
+        (["--register", "a=m", "--snapshot", "w.thaw"], 2, "in --models FILE"),
+        (["--register", "a=m", "--port", "x"], 2, "--port 'x' is no number"),
+        (["--register", "a=m", "--port"], 2, "--port needs a value"),
+        (["--register", "a=m", "--uds", "x"], 2, "--uds cannot be given"),
+        (["--register", "a=m", "--served_model_name=x"], 2, "--served-model-name cannot be given"),
+        (["--register", "a=m", "--load-format=thaw"], 2, "--load-format cannot be given"),
+        (["--models", "none.toml"], 6, "none.toml"),
+    ],
+)
+def test_what_is_refused(thaw, started, words, code, said):
+    ran = thaw("serve", *words)
+    assert ran.code == code and said in ran.err and started == []
+
+
+def test_a_file_without_models(thaw, started, tmp_path):
+    (tmp_path / "models.toml").write_text("drain = 3")
+    ran = thaw("serve", "--models", tmp_path / "models.toml")
+    assert ran.code == 2 and "names no model" in ran.err and started == []

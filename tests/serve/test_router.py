@@ -1,0 +1,353 @@
+"""What goes through the pool's front unchanged, what does not, who is let in; the servers behind are stand-ins."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from tests.serve.served import TOKEN, Served
+
+from thaw_vllm.errors import ThawError
+from thaw_vllm.serve import router as subject
+from thaw_vllm.serve.config import Model
+
+ITS_OWN = (b"accept", b"accept-encoding", b"user-agent")
+"""Headers of the client."""
+ADMIN = {"X-Thaw-Admin-Token": TOKEN}
+
+
+@pytest.fixture
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("s")  # sockets want short paths
+
+
+def play(served: Served, work: Callable[[aiohttp.ClientSession], Awaitable[Any]]) -> Any:
+    async def run() -> Any:
+        async with served.running() as client:
+            return await asyncio.wait_for(work(client), 60)
+
+    return asyncio.run(run())
+
+
+def model(name: str = "a", **more: Any) -> Model:
+    return Model(name, "/m", **more)
+
+
+class TestPassedOn:
+    def test_bytes_and_headers_both_ways(self, folder: Path):
+        served = Served(folder, model())
+        body = b'{"model" : "a", "chunks": ["\\u00e9", "data: [DONE]\\n\\n"], "n": 1e-3}'
+
+        async def work(client: aiohttp.ClientSession) -> None:
+            headers = {"Content-Type": "application/json", "X-Mine": "x", "Authorization": "Bearer k", "TE": "trailers"}
+            async with client.post("/v1/any%2Fpath?x=1&y=%20", data=body, headers=headers) as answer:
+                assert await answer.read() == "édata: [DONE]\n\n".encode()
+                assert answer.status == 200 and answer.headers.getall("x-own") == ["1", "2"]
+                assert answer.headers["content-type"] == "text/event-stream"
+            (asked,) = served.engines[0].requests
+            assert asked["body"] == body and asked["path"] == b"/v1/any%2Fpath" and asked["query"] == b"x=1&y=%20"
+            sent = dict(asked["headers"])
+            assert sent[b"x-mine"] == b"x" and sent[b"authorization"] == b"Bearer k" and b"te" not in sent
+            assert sent.keys() <= {
+                *(b"host", b"x-mine", b"authorization", b"content-type", b"content-length"),
+                *ITS_OWN,
+            }
+
+        play(served, work)
+
+    @pytest.mark.parametrize("status", [400, 404, 422, 500])
+    def test_errors_are_the_servers(self, folder: Path, status: int):
+        served = Served(folder, model())
+
+        async def work(client: aiohttp.ClientSession) -> None:
+            asked = {"model": "a", "status": status, "chunks": ["why"]}
+            async with client.post("/v1/completions", json=asked) as answer:
+                assert (answer.status, await answer.text()) == (status, "why")
+
+        play(served, work)
+
+    def test_a_stream_arrives_as_it_is_sent(self, folder: Path):
+        served = Served(folder, model())
+
+        async def work(client: aiohttp.ClientSession) -> None:
+            asked = {"model": "a", "chunks": [f"{n};" for n in range(5)], "pause": 0.05}
+            async with client.post("/v1/completions", json=asked) as answer:
+                got = [(chunk, asyncio.get_running_loop().time()) async for chunk in answer.content.iter_any()]
+            assert [chunk for chunk, _ in got] == [b"0;", b"1;", b"2;", b"3;", b"4;"]
+            assert got[-1][1] - got[0][1] > 0.15
+
+        play(served, work)
+
+    def test_many_streams_at_once(self, folder: Path):
+        served = Served(folder, model("a", share=0.5), model("b", share=0.5))
+
+        async def work(client: aiohttp.ClientSession) -> None:
+            async def one(number: int) -> None:
+                chunks = [f"{number}:{n};" for n in range(20)]
+                asked = {"model": "ab"[number % 2], "chunks": chunks, "pause": 0.001}
+                async with client.post("/v1/completions", json=asked) as answer:
+                    assert await answer.text() == "".join(chunks)
+
+            await asyncio.gather(*map(one, range(64)))
+
+        play(served, work)
+
+    def test_without_a_name_the_only_model_is_meant(self, folder: Path):
+        served = Served(folder, model())
+
+        async def work(client: aiohttp.ClientSession) -> None:
+            async with client.post("/v1/completions", json={}) as answer:
+                assert answer.status == 200
+
+        play(served, work)
+
+
+class TestLeft:
+    def test_who_leaves_ends_the_work(self, folder: Path):
+        served = Served(folder, model())
+
+        async def work(client: aiohttp.ClientSession) -> None:
+            asked = {"model": "a", "chunks": ["x"] * 1000, "pause": 0.01}
+            async with client.post("/v1/completions", json=asked) as answer:
+                await answer.content.read(1)
+                answer.close()
+            await asyncio.wait_for(served.engines[0].aborted.wait(), 10)
+            while served.pool.residents[0].inflight:
+                await asyncio.sleep(0.005)
+
+        play(served, work)
+
+    def test_who_leaves_while_waiting_is_forgotten(self, folder: Path):
+        served = Served(folder, model(), given={"seconds": 0.3})
+
+        async def work(client: aiohttp.ClientSession) -> None:
+            asking = asyncio.create_task(client.post("/v1/completions", json={"model": "a"}).__aenter__())
+            while not served.pool.waiting:
+                await asyncio.sleep(0.005)
+            asking.cancel()
+            while served.pool.waiting:
+                await asyncio.sleep(0.005)
+            assert served.engines[0].requests == []
+
+        play(served, work)
+
+    def test_an_answer_that_breaks_off_does_not_look_whole(self, folder: Path):
+        served = Served(folder, model())
+
+        async def work(client: aiohttp.ClientSession) -> None:
+            with pytest.raises(aiohttp.ClientError):
+                async with client.post(
+                    "/v1/completions", json={"model": "a", "chunks": ["x", "die"], "pause": 0.05}
+                ) as answer:
+                    await answer.read()
+
+        play(served, work)
+
+    def test_an_engine_that_is_gone(self, folder: Path):
+        served = Served(folder, model())
+
+        async def work(client: aiohttp.ClientSession) -> None:
+            async with client.post("/v1/completions", json={"model": "a"}):
+                pass
+            served.engines[0].socket.unlink()
+            await served.engines[0].session.close()
+            async with client.post("/v1/completions", json={"model": "a"}) as answer:
+                assert answer.status == 502 and answer.headers["retry-after"] == "1"
+                assert "send the request again" in (await answer.json())["error"]["message"]
+
+        play(served, work)
+
+
+class TestRefused:
+    @pytest.mark.parametrize(
+        ("body", "status", "said"),
+        [
+            (b"{", 400, "not JSON"),
+            (b"[" * 100_000, 400, "not JSON"),
+            (b"[1]", 400, "names no model"),
+            (b'{"model": 3}', 400, "names no model"),
+            (b"{}", 400, "names no model"),
+            (b'{"model": "c"}', 404, "The model `c` does not exist."),
+            (b"\xff", 400, "not JSON"),
+        ],
+    )
+    def test_bodies(self, folder: Path, body: bytes, status: int, said: str):
+        served = Served(folder, model("a"), model("b"))
+
+        async def work(client: aiohttp.ClientSession) -> None:
+            async with client.post("/v1/completions", data=body) as answer:
+                error = (await answer.json())["error"]
+                assert answer.status == error["code"] == status and said in error["message"]
+
+        play(served, work)
+        assert served.engines == []
+
+    def test_a_body_that_is_too_large(self, folder: Path, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(subject, "LARGEST_BODY", 1000)
+        served = Served(folder, model())
+
+        async def chunks() -> Any:
+            for _ in range(20):
+                yield b"x" * 100
+
+        async def work(client: aiohttp.ClientSession) -> None:
+            for body in (b"x" * 2000, chunks()):
+                async with client.post("/v1/completions", data=body) as answer:
+                    assert answer.status == 413
+
+        play(served, work)
+
+    def test_a_body_that_does_not_come(self, folder: Path, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(subject, "BODY_LIMIT", 0.2)
+        served = Served(folder, model())
+
+        async def work(client: aiohttp.ClientSession) -> None:
+            reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
+            writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n{")
+            assert b" 408 " in await asyncio.wait_for(reader.readline(), 10)
+            writer.close()
+
+        play(served, work)
+
+    def test_a_start_that_fails(self, folder: Path):
+        served = Served(folder, model(), given={"faults": {"start": ThawError("no memory")}})
+
+        async def work(client: aiohttp.ClientSession) -> None:
+            async with client.post("/v1/completions", json={"model": "a"}) as answer:
+                assert answer.status == 503 and int(answer.headers["retry-after"]) >= 1
+                assert "no memory" in (await answer.json())["error"]["message"]
+
+        play(served, work)
+
+    def test_a_deadline_of_the_request(self, folder: Path):
+        served = Served(folder, model(), given={"seconds": 5})
+
+        async def work(client: aiohttp.ClientSession) -> None:
+            async with client.post("/v1/x", json={"model": "a"}, headers={"X-Thaw-Deadline": "0.1"}) as answer:
+                assert answer.status == 503 and "not there within 0.1 s" in await answer.text()
+            for bad in ("soon", "-1", "nan", "inf"):
+                async with client.post("/v1/x", json={"model": "a"}, headers={"X-Thaw-Deadline": bad}) as answer:
+                    assert answer.status == 400
+
+        play(served, work)
+
+    @pytest.mark.parametrize("method", ["GET", "PUT", "DELETE", "HEAD"])
+    def test_other_methods(self, folder: Path, method: str):
+        served = Served(folder, model())
+
+        async def work(client: aiohttp.ClientSession) -> None:
+            async with client.request(method, "/v1/none") as answer:
+                assert answer.status == 404
+
+        play(served, work)
+
+    def test_api_keys(self, folder: Path):
+        served = Served(folder, model(), api_keys=["one", "two"])
+
+        async def work(client: aiohttp.ClientSession) -> None:
+            for key, status in (
+                (None, 401),
+                ("Bearer three", 401),
+                ("one", 401),
+                ("Bearer one", 200),
+                ("bearer two", 200),
+            ):
+                headers = {} if key is None else {"Authorization": key}
+                async with client.post("/v1/x", json={"model": "a"}, headers=headers) as answer:
+                    assert answer.status == status
+                async with client.get("/v1/models", headers=headers) as answer:
+                    assert answer.status == status
+
+        play(served, work)
+        assert len(served.engines) == 1
+
+
+class TestOwn:
+    def test_models_health_and_metrics(self, folder: Path):
+        served = Served(folder, model("a"), model("b"))
+
+        async def work(client: aiohttp.ClientSession) -> None:
+            async with client.get("/v1/models") as answer:
+                found = await answer.json()
+                assert [one["id"] for one in found["data"]] == ["a", "b"] and found["object"] == "list"
+            async with client.get("/health") as answer:
+                assert answer.status == 200
+            async with client.post("/v1/x", json={"model": "a"}):
+                pass
+            async with client.get("/metrics") as answer:
+                text = await answer.text()
+            pid = served.engines[0].pid
+            assert f'x:n{{model_name="m",thaw_engine="{pid}",thaw_model="a"}} 3.0' in text
+            assert 'thaw_engines{model="a",state="ready"} 1.0' in text
+            assert 'thaw_change_seconds_count{change="started",model="a"} 1.0' in text
+
+        play(served, work)
+        assert len(served.engines) == 1, "asking what there is starts nothing"
+
+    @pytest.mark.parametrize(
+        ("headers", "said"),
+        [
+            ({}, "admin token"),
+            ({"X-Thaw-Admin-Token": "another"}, "admin token"),
+            ({"Authorization": f"Bearer {TOKEN}"}, "admin token"),
+            (ADMIN | {"Host": "evil.example"}, "not called 'evil.example'"),
+            (ADMIN | {"Origin": "http://evil.example"}, "other sites"),
+        ],
+    )
+    def test_strangers(self, folder: Path, headers: dict[str, str], said: str):
+        served = Served(folder, model(), api_keys=[TOKEN])
+
+        async def work(client: aiohttp.ClientSession) -> None:
+            for method, path in (("GET", "status"), ("GET", "events"), ("POST", "models/a/load")):
+                async with client.request(method, f"/v1/thaw/{path}", headers=headers) as answer:
+                    assert answer.status == 403 and said in await answer.text()
+
+        play(served, work)
+        assert served.engines == []
+
+    def test_load_park_unload(self, folder: Path):
+        served = Served(folder, model(), model("org/b"), given={"parkable": True}, hosts=["box"])
+
+        async def work(client: aiohttp.ClientSession) -> None:
+            async def post(path: str, **headers: str) -> tuple[int, Any]:
+                async with client.post(f"/v1/thaw/models/{path}", headers=ADMIN | headers) as answer:
+                    return answer.status, await answer.json()
+
+            assert (await post("a/load", Host="box"))[0] == 200
+            async with client.get("/v1/thaw/status", headers=ADMIN) as answer:
+                found = await answer.json()
+            assert found["models"]["a"]["states"] == ["ready"] and found["engines"][0]["requests"] == 0
+            assert (await post("a/park"))[0] == 200
+            assert (await post("org/b/load"))[0] == 200
+            assert (await post("a/park"))[0] == 409
+            assert (await post("a/unload"))[0] == 200
+            status, told = await post("c/load")
+            assert status == 404 and told["error"]["type"] == "UnknownModelError"
+            async with client.get("/openapi.json") as answer:
+                assert "/v1/thaw/models/{name}/load" in (await answer.json())["paths"]
+
+        play(served, work)
+        assert served.log[:4] == [("start", "a"), ("park", "a"), ("start", "org/b"), ("stop", "a")]
+
+    def test_events(self, folder: Path):
+        served = Served(folder, model())
+
+        async def work(client: aiohttp.ClientSession) -> None:
+            async with client.post("/v1/x", json={"model": "a"}):
+                pass
+            async with client.get("/v1/thaw/events?after=0", headers=ADMIN) as answer:
+                assert answer.headers["content-type"].startswith("text/event-stream")
+                found = []
+                async for line in answer.content:
+                    if line.startswith(b"data: "):
+                        found.append(json.loads(line[6:]))
+                    if len(found) == 2:
+                        break
+            assert [one["event"] for one in found] == ["starting", "started"] and found[1]["model"] == "a"
+
+        play(served, work)
