@@ -21,11 +21,13 @@ def started(monkeypatch):
 
 def test_registered_models(thaw, started):
     words = ["--register", "a=m/a", "--register", "b=m/b", "--port=8001", "--host", "0.0.0.0", "--api-key", "k"]
+    words += ["--model-dir", "/srv"]
     ran = thaw("serve", *words, "--allowed-host", "box", "--max-model-len", "512", "--zygote", "z", "--fast-start")
     assert ran.code == 0, ran.err
     ((settings, where, options, _),) = started
     assert {name: model.path for name, model in settings.models.items()} == {"a": "m/a", "b": "m/b"}
     assert (where.host, where.port, where.api_keys, where.hosts) == ("0.0.0.0", 8001, ("k",), ("box",))
+    assert where.directories == ("/srv",)
     assert options == ["--zygote", "z", "--fast-start", "--max-model-len", "512"]
     assert where.token and where.token_file.read_text().strip() == where.token
 

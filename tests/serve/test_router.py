@@ -303,7 +303,7 @@ class TestOwn:
         served = Served(folder, model(), api_keys=[TOKEN])
 
         async def work(client: aiohttp.ClientSession) -> None:
-            for method, path in (("GET", "status"), ("GET", "events"), ("POST", "models/a/load")):
+            for method, path in (("GET", "status"), ("GET", "events"), ("POST", "models"), ("POST", "models/a/load")):
                 async with client.request(method, f"/v1/thaw/{path}", headers=headers) as answer:
                     assert answer.status == 403 and said in await answer.text()
 
@@ -333,6 +333,44 @@ class TestOwn:
 
         play(served, work)
         assert served.log[:4] == [("start", "a"), ("park", "a"), ("start", "org/b"), ("stop", "a")]
+
+    def test_register(self, folder: Path):
+        """Models out of the server's directories, with the options of another; nothing from elsewhere."""
+        root = folder / "models"
+        (root / "b").mkdir(parents=True)
+        (root / "out").symlink_to("/etc")
+        (root / "broken.thaw").write_bytes(b"none")
+        served = Served(folder, model("a", share=0.5, args=("--x",), pinned=True), directories=[str(root)])
+
+        async def work(client: aiohttp.ClientSession) -> None:
+            async def post(**body: Any) -> tuple[int, str]:
+                async with client.post("/v1/thaw/models", json=body, headers=ADMIN) as answer:
+                    return answer.status, await answer.text()
+
+            for bad, status, said in (
+                ({"name": "b", "path": "/etc"}, 409, "no path inside"),
+                ({"name": "b", "path": "../models/b"}, 409, "no path inside"),
+                ({"name": "b", "path": "out"}, 409, "leads out"),
+                ({"name": "b", "path": "b", "snapshot": "out/passwd"}, 409, "leads out"),
+                ({"name": "b", "path": "none"}, 503, "there is no 'none'"),
+                ({"name": "b", "path": "b", "args": ["--trust-remote-code"]}, 422, "args"),
+                ({"name": "b", "path": "b", "like": "c"}, 404, "no model 'c'"),
+                ({"name": "b b", "path": "b", "like": "a"}, 409, "cannot name a model"),
+                ({"name": "a", "path": "b", "like": "a"}, 409, "already"),
+                ({"name": "b", "path": "b"}, 409, "no room"),
+                ({"path": "b"}, 422, "name"),
+            ):
+                assert (found := await post(**bad))[0] == status and said in found[1], (bad, found)
+            assert (await post(name="b", path="b", like="a"))[0] == 200
+            made = served.pool.models["b"]
+            assert (made.path, made.args, made.share, made.pinned) == (str(root / "b"), ("--x",), 0.5, False)
+            async with client.post("/v1/x", json={"model": "b"}) as answer:
+                assert answer.status == 200
+            async with client.get("/v1/thaw/snapshots", headers=ADMIN) as answer:
+                (found,) = (await answer.json())["snapshots"]
+            assert found["path"] == "broken.thaw" and "broken.thaw" in found["error"]
+
+        play(served, work)
 
     def test_events(self, folder: Path):
         served = Served(folder, model())

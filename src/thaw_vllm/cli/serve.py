@@ -50,6 +50,14 @@ def serve(
         list[str] | None,
         typer.Option("--register", metavar="NAME=PATH", help="One of several models; repeat it, also beside --models."),
     ] = None,
+    model_dir: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model-dir",
+            metavar="DIRECTORY",
+            help="With several models: where admins may register more, and see snapshots; repeat it.",
+        ),
+    ] = None,
     allowed_host: Annotated[
         list[str] | None,
         typer.Option("--allowed-host", metavar="NAME", help="With several models: a further name of this server."),
@@ -112,7 +120,7 @@ def serve(
         if snapshot is not None or kv_snapshot is not None:
             raise UsageError('several models have their snapshots in --models FILE, as snapshot = "W.thaw"')
         passed = _shared(zygote, require_zygote, fast_start, cache_dir, kv_dir)
-        _several(models, register or [], allowed_host or [], [*passed, *context.args])
+        _several(models, register or [], allowed_host or [], model_dir or [], [*passed, *context.args])
         return
     options = list(context.args)
     _single(model, options, snapshot, kv_snapshot, snapshot_dir, kv_dir, zygote, require_zygote, fast_start, cache_dir)
@@ -218,7 +226,9 @@ def _shared(
     return found
 
 
-def _several(models: Path | None, register: list[str], hosts: list[str], options: list[str]) -> None:
+def _several(
+    models: Path | None, register: list[str], hosts: list[str], directories: list[str], options: list[str]
+) -> None:
     """A pool of servers behind one address, until a signal says to stop.
 
     Args:
@@ -250,7 +260,8 @@ def _several(models: Path | None, register: list[str], hosts: list[str], options
         raise MissingDependencyError(
             f"several models need {error.name}, which vLLM brings along; pip install {error.name}"
         ) from None
-    where = Listening(own.get("host", [LOCALHOST])[-1], port, token, file, tuple(keys), tuple(hosts))
+    host = own.get("host", [LOCALHOST])[-1]
+    where = Listening(host, port, token, file, tuple(keys), tuple(hosts), tuple(directories))
     run(settings, where, options, has_gpu(os.environ))
 
 

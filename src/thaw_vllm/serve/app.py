@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hmac
 import ipaddress
 import json
 import time
 from collections.abc import AsyncIterator, Collection, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from pydantic import BaseModel, ConfigDict
 
 from ..engines.vllm.kv.access import TOKEN_HEADER
 from ..errors import ThawError, UsageError
+from .config import Model
+from .directories import Directories
+from .engine import ServerEngine
 from .metrics import Counted, exposition
 from .pool import Pool
 from .resident import UnavailableError, UnknownModelError
@@ -25,14 +31,25 @@ HOSTS = ("localhost",)
 leads here is an attack on a browser (DNS rebinding)."""
 
 
-def application(pool: Pool, token: str, api_keys: Sequence[str] = (), hosts: Sequence[str] = ()) -> FastAPI:
+def application(
+    pool: Pool,
+    token: str,
+    api_keys: Sequence[str] = (),
+    hosts: Sequence[str] = (),
+    directories: Sequence[str] = (),
+) -> FastAPI:
     """The ASGI application; engines run as long as its lifespan.
 
     Args:
         token: what the routes of its own ask for.
         api_keys: as of ``Router``.
         hosts: further names of this server.
+        directories: in which requests may name models and snapshots.
+
+    Raises:
+        StorageError: one of them is not there.
     """
+    own, router = Routes(pool, Router(pool, api_keys), Directories(directories)), Router(pool, api_keys)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -40,8 +57,7 @@ def application(pool: Pool, token: str, api_keys: Sequence[str] = (), hosts: Seq
             yield
 
     app = FastAPI(title="thaw", lifespan=lifespan, docs_url=None, redoc_url=None)  # their pages load from elsewhere
-    router = Router(pool, api_keys)
-    own, access = Routes(pool, router), Access(token, {*HOSTS, *hosts})
+    access = Access(token, {*HOSTS, *hosts})
     app.add_exception_handler(ThawError, _told)
     app.add_exception_handler(Refused, _refused)
     app.add_api_route("/health", own.health)
@@ -50,6 +66,10 @@ def application(pool: Pool, token: str, api_keys: Sequence[str] = (), hosts: Seq
     for path, work, method in (
         ("status", own.status, "GET"),
         ("models", own.states, "GET"),
+        ("models", own.register, "POST"),
+        ("models/{name:path}/kv/freeze", own.freeze_kv, "POST"),
+        ("models/{name:path}/kv/restore", own.restore_kv, "POST"),
+        ("snapshots", own.snapshots, "GET"),
         ("models/{name:path}/load", own.load, "POST"),
         ("models/{name:path}/park", own.park, "POST"),
         ("models/{name:path}/unload", own.unload, "POST"),
@@ -60,6 +80,24 @@ def application(pool: Pool, token: str, api_keys: Sequence[str] = (), hosts: Seq
         )
     app.mount("/", router)
     return app
+
+
+class Registration(BaseModel):
+    """A model to be served; paths are relative to a directory of the server's.
+
+    Attributes:
+        name: what requests call it.
+        path: the model directory.
+        snapshot: its weights.
+        like: the model whose options it has; none: vLLM's.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    path: str
+    snapshot: str | None = None
+    like: str | None = None
 
 
 class Access:
@@ -94,8 +132,8 @@ def _is_address(name: str) -> bool:
 class Routes:
     """What the pool answers itself."""
 
-    def __init__(self, pool: Pool, router: Router) -> None:
-        self._pool, self._router = pool, router
+    def __init__(self, pool: Pool, router: Router, directories: Directories) -> None:
+        self._pool, self._router, self._directories = pool, router, directories
         self._started, self._counted = int(time.time()), Counted()
         pool.events.listeners.append(self._counted.note)
 
@@ -123,6 +161,36 @@ class Routes:
     async def states(self) -> dict[str, Any]:
         """Models by name."""
         return {"models": document(self._pool)["models"]}
+
+    async def register(self, body: Registration) -> dict[str, Any]:
+        """Serve one more model, out of the server's directories; options are those of a model that is served."""
+        path = await asyncio.to_thread(self._directories.path, body.path)
+        snapshot = None if body.snapshot is None else await asyncio.to_thread(self._directories.path, body.snapshot)
+        like = None if body.like is None else self._pool.models.get(body.like)
+        if body.like is not None and like is None:
+            raise UnknownModelError(f"there is no model {body.like!r}")
+        taken = (
+            Model(body.name, str(path)) if like is None else replace(like, name=body.name, path=str(path), pinned=False)
+        )
+        self._pool.register(replace(taken, snapshot=None if snapshot is None else str(snapshot)))
+        return {"model": body.name}
+
+    async def snapshots(self) -> dict[str, Any]:
+        """Snapshots in the server's directories, and what their headers say."""
+        return {"snapshots": await asyncio.to_thread(lambda: list(self._directories.snapshots()))}
+
+    async def freeze_kv(self, name: str, request: Request) -> JSONResponse:
+        """/v1/thaw/kv/freeze of a model's server."""
+        return await self._asked(name, "kv/freeze", await request.body())
+
+    async def restore_kv(self, name: str, request: Request) -> JSONResponse:
+        """/v1/thaw/kv/restore of a model's server."""
+        return await self._asked(name, "kv/restore", await request.body())
+
+    async def _asked(self, name: str, what: str, body: bytes) -> JSONResponse:
+        async with self._pool.lease(name) as one:
+            status, answer = await cast(ServerEngine, one.engine).ask(what, body)
+        return JSONResponse(answer, status)
 
     async def load(self, name: str) -> dict[str, Any]:
         """Have a model there."""

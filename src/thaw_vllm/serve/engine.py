@@ -181,30 +181,39 @@ class ServerEngine:
         """
         await self._change("wake", {})
 
-    async def _change(self, what: str, body: Mapping[str, Any]) -> dict[str, Any]:
-        assert self.session is not None
-        try:
-            async with self.session.post(
-                f"http://engine/v1/thaw/engine/{what}",
-                json=body,
-                headers={TOKEN_HEADER: self._token},
-                timeout=aiohttp.ClientTimeout(total=CHANGE_LIMIT),
-            ) as answer:
-                status, raw = answer.status, await answer.read()
-        except (aiohttp.ClientError, OSError, asyncio.TimeoutError) as error:
-            raise ThawError(self._told(f"its server did not answer ({type(error).__name__})")) from None
-        try:
-            found = json.loads(raw)
-        except ValueError:
-            found = None
-        if status == 200 and isinstance(found, dict):
-            return found
-        told = found.get("error") if isinstance(found, dict) else None
+    async def _change(self, what: str, body: Mapping[str, Any]) -> None:
+        status, found = await self.ask(f"engine/{what}", json.dumps(body).encode())
+        if status == 200:
+            return
+        told = found.get("error")
         why = str(told.get("message")) if isinstance(told, dict) else f"its server answered {status}"
         if status in _REFUSALS:
             self._unswappable |= what == "swap" and status == 501
             raise RefusedError(why)
         raise ThawError(why)
+
+    async def ask(self, what: str, body: bytes) -> tuple[int, dict[str, Any]]:
+        """Status and document of a route of thaw's.
+
+        Raises:
+            ThawError: there is no answer.
+        """
+        assert self.session is not None
+        try:
+            async with self.session.post(
+                f"http://engine/v1/thaw/{what}",
+                data=body,
+                headers={TOKEN_HEADER: self._token, "Content-Type": "application/json"},
+                timeout=aiohttp.ClientTimeout(total=CHANGE_LIMIT),
+            ) as answer:
+                status, raw = answer.status, await answer.read()
+        except (aiohttp.ClientError, OSError, asyncio.TimeoutError, RuntimeError) as error:
+            raise ThawError(self._told(f"its server did not answer ({type(error).__name__})")) from None
+        try:
+            found = json.loads(raw)
+        except ValueError:
+            found = None
+        return status, found if isinstance(found, dict) else {}
 
     async def stop(self) -> None:
         """SIGTERM, and SIGKILL for what is left after STOP_LIMIT."""

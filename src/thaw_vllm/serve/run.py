@@ -34,6 +34,7 @@ class Listening:
         token: the admin token.
         token_file: where it can be read; None where it was given.
         hosts: further names of this server.
+        directories: in which admin requests may name models and snapshots.
     """
 
     host: str
@@ -42,6 +43,7 @@ class Listening:
     token_file: Path | None = None
     api_keys: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
+    directories: tuple[str, ...] = ()
 
 
 def run(settings: Settings, where: Listening, options: Sequence[str], gpu: bool) -> None:
@@ -60,7 +62,7 @@ def run(settings: Settings, where: Listening, options: Sequence[str], gpu: bool)
         keys = {"VLLM_API_KEY": where.api_keys[0]} if where.api_keys else {}
         runtime = Runtime(Path(made), new_logs(), tuple(options), keys, gpu)
         pool = Pool(settings, lambda model: ServerEngine(model, runtime))
-        app = application(pool, where.token, where.api_keys, where.hosts)
+        app = application(pool, where.token, where.api_keys, where.hosts, where.directories)
         config = uvicorn.Config(
             app,
             host=where.host,
