@@ -36,6 +36,7 @@ MEMORY = 0.9
 _POLL = 0.05
 _TOLD = 12
 """Lines of a log that an error tells at most."""
+_SAYS_WHY = re.compile(r"^error: |^thaw: (?!ready)|\w(Error|Exception): |: error: ")
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _REFUSALS = (400, 403, 404, 409, 422, 501, 507)
 """What a server answers that has changed nothing."""
@@ -251,8 +252,6 @@ class ServerEngine:
         except OSError:
             return what
         lines = [_COLOUR.sub("", line).rstrip() for line in text.splitlines() if line.strip()]
-        told = [
-            line for line in lines if line.startswith(("error:", "thaw:")) or re.search(r"\w(Error|Exception): ", line)
-        ]
-        shown = (told or lines)[-_TOLD if not told else -2 :]
+        told = [line for line in lines if _SAYS_WHY.search(line)]
+        shown = told[-2:] or lines[-_TOLD:]
         return "; ".join([f"{what} (log: {self.log})", *shown])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -13,13 +14,14 @@ from pathlib import Path
 
 import uvicorn
 
-from ..errors import ThawError
+from ..errors import UsageError
 from .app import application
 from .config import Settings
 from .engine import Runtime, ServerEngine
 from .pool import Pool
 from .state import new_logs
 
+LAST_PORT = 65535
 GRACE = 30
 """Seconds in which requests may end once the server is asked to stop."""
 
@@ -54,9 +56,10 @@ def run(settings: Settings, where: Listening, options: Sequence[str], gpu: bool)
         gpu: whether engines are on one.
 
     Raises:
-        ThawError: the address cannot be had.
+        UsageError: the address cannot be had.
     """
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    bound = _bound(where.host, where.port)
     runtime_directory = os.environ.get("XDG_RUNTIME_DIR") or None
     with tempfile.TemporaryDirectory(prefix="thaw-pool-", dir=runtime_directory, ignore_cleanup_errors=True) as made:
         keys = {"VLLM_API_KEY": where.api_keys[0]} if where.api_keys else {}
@@ -65,8 +68,6 @@ def run(settings: Settings, where: Listening, options: Sequence[str], gpu: bool)
         app = application(pool, where.token, where.api_keys, where.hosts, where.directories)
         config = uvicorn.Config(
             app,
-            host=where.host,
-            port=where.port,
             log_level="warning",
             timeout_graceful_shutdown=GRACE,
             server_header=False,
@@ -75,9 +76,19 @@ def run(settings: Settings, where: Listening, options: Sequence[str], gpu: bool)
         server = _Server(config, settings, where)
         for number in (signal.SIGINT, signal.SIGTERM):  # the web server raises them again once it has ended
             signal.signal(number, lambda number, frame: None)
-        server.run()
-        if not server.started:
-            raise ThawError(f"the server could not listen on {where.host}:{where.port}; its line above says why")
+        with bound:
+            server.run([bound])
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    if not 0 <= port <= LAST_PORT:
+        raise UsageError(f"there is no port {port}; choose another --port")
+    try:
+        (family, *_, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        return socket.create_server(address[:2], family=family, backlog=2048)
+    except OSError as error:
+        why = error.strerror or error
+        raise UsageError(f"{host}:{port} cannot be listened on: {why}; choose another --host or --port") from None
 
 
 class _Server(uvicorn.Server):  # type: ignore[misc]
@@ -85,12 +96,13 @@ class _Server(uvicorn.Server):  # type: ignore[misc]
         super().__init__(config)
         self._settings, self._where = settings, where
 
-    async def startup(self, sockets: object = None) -> None:
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Say where, once it listens."""
         await super().startup(sockets)
         if self.started:
             names = ", ".join(self._settings.models)
-            said = [f"ready at http://{self._where.host}:{self._where.port}", f"models: {names}"]
+            port = sockets[0].getsockname()[1] if sockets else self._where.port
+            said = [f"ready at http://{self._where.host}:{port}", f"models: {names}"]
             if self._where.token_file is not None:
                 said.append(f"the admin token is in {self._where.token_file}")
             print(f"thaw: {'; '.join(said)}", file=sys.stderr, flush=True)
