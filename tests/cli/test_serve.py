@@ -20,13 +20,13 @@ def started(monkeypatch):
 
 
 def test_registered_models(thaw, started):
-    words = ["--register", "a=m/a", "--register", "b=m/b", "--port=8001", "--host", "0.0.0.0", "--api-key", "k"]
+    words = ["--register", "a=m/a", "--register", "b=m/b", "--port=8001", "--host", "0.0.0.0", "--api-key", "k", "l"]
     words += ["--model-dir", "/srv"]
     ran = thaw("serve", *words, "--allowed-host", "box", "--max-model-len", "512", "--zygote", "z", "--fast-start")
     assert ran.code == 0, ran.err
     ((settings, where, options, _),) = started
     assert {name: model.path for name, model in settings.models.items()} == {"a": "m/a", "b": "m/b"}
-    assert (where.host, where.port, where.api_keys, where.hosts) == ("0.0.0.0", 8001, ("k",), ("box",))
+    assert (where.host, where.port, where.api_keys, where.hosts) == ("0.0.0.0", 8001, ("k", "l"), ("box",))
     assert where.directories == ("/srv",)
     assert options == ["--zygote", "z", "--fast-start", "--max-model-len", "512"]
     assert where.token and where.token_file.read_text().strip() == where.token
@@ -55,12 +55,26 @@ def test_a_file(thaw, started, tmp_path, monkeypatch):
         (["--register", "a=m", "--uds", "x"], 2, "--uds cannot be given"),
         (["--register", "a=m", "--served_model_name=x"], 2, "--served-model-name cannot be given"),
         (["--register", "a=m", "--load-format=thaw"], 2, "--load-format cannot be given"),
+        (["--register", "a=m", "--ssl-keyfile", "k"], 2, "--ssl-keyfile cannot be given"),
+        (["--register", "a=m", "--snapshot-dir", "d"], 2, "leave --snapshot-dir out"),
         (["--models", "none.toml"], 6, "none.toml"),
     ],
 )
 def test_what_is_refused(thaw, started, words, code, said):
     ran = thaw("serve", *words)
     assert ran.code == code and said in ran.err and started == []
+
+
+def test_what_a_model_may_not_say(thaw, started, tmp_path):
+    (tmp_path / "models.toml").write_text("[models.a]\npath = 'm'\nargs = ['--uds', 'x']")
+    ran = thaw("serve", "--models", tmp_path / "models.toml")
+    assert ran.code == 2 and "--uds cannot be given" in ran.err and started == []
+
+
+def test_a_token_that_is_too_short(thaw, started, monkeypatch):
+    monkeypatch.setenv("THAW_ADMIN_TOKEN", "short")
+    ran = thaw("serve", "--register", "a=m")
+    assert ran.code == 2 and "16 or more printable ASCII" in ran.err and started == []
 
 
 def test_a_file_without_models(thaw, started, tmp_path):

@@ -28,6 +28,7 @@ class FakeServer(FakeEngine):
         super().__init__(model, log, **given)
         self.socket, self.session = socket, None
         self.requests: list[dict[str, Any]] = []
+        self.key = f"key of {socket.name}"
         self.aborted = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -38,12 +39,13 @@ class FakeServer(FakeEngine):
         while not self._server.started:
             await asyncio.sleep(0.005)
         connector = aiohttp.UnixConnector(str(self.socket), limit=0)
-        self.session = aiohttp.ClientSession(connector=connector, auto_decompress=False)
+        jar = aiohttp.DummyCookieJar()
+        self.session = aiohttp.ClientSession(connector=connector, cookie_jar=jar, auto_decompress=False)
 
     async def stop(self) -> None:
         await super().stop()
         if self._task is not None:
-            await self.session.close()
+            await self.session.close()  # as the real one does; who still reads an answer would not notice
             self._server.force_exit = self._server.should_exit = True
             await self._task
             self._task = None
@@ -59,13 +61,20 @@ class FakeServer(FakeEngine):
                 break
         asked = {"path": scope["raw_path"], "query": scope["query_string"], "headers": scope["headers"], "body": body}
         self.requests.append(asked)
+        if (
+            scope["path"].startswith("/v1/")
+            and dict(scope["headers"]).get(b"authorization") != f"Bearer {self.key}".encode()
+        ):
+            await _send(send, 401, [], b"not this engine's key")
+            return
         if scope["path"] == "/metrics":
             text = b'# HELP x:n N\n# TYPE x:n gauge\nx:n{model_name="m"} 3.0\n'
             await _send(send, 200, [(b"content-type", b"text/plain")], text)
             return
         told = json.loads(body)
         status, chunks = told.get("status", 200), told.get("chunks", ["whole"])
-        headers = [(b"content-type", b"text/event-stream"), (b"x-own", b"1"), (b"x-own", b"2")]
+        headers = [(b"content-type", b"text/event-stream"), (b"x-own", b"1"), (b"x-own", b"2"), (b"set-cookie", b"c=1")]
+        await asyncio.sleep(told.get("before", 0))
         await send({"type": "http.response.start", "status": status, "headers": headers})
         watch = asyncio.create_task(self._watch(receive))
         try:
@@ -103,11 +112,13 @@ class Served:
         engines: stand-ins that were made.
     """
 
-    def __init__(self, folder: Path, *models: Model, given: dict[str, Any] | None = None, **options: Any) -> None:
+    def __init__(
+        self, folder: Path, *models: Model, given: dict[str, Any] | None = None, drain: float = 30, **options: Any
+    ) -> None:
         self.log: list[tuple[str, str]] = []
         self.engines: list[FakeServer] = []
         self.folder, self.given, self.options = folder, given or {}, options
-        self.pool = Pool(Settings({model.name: model for model in models}), self.make)
+        self.pool = Pool(Settings({model.name: model for model in models}, drain), self.make)
 
     def make(self, model: Model) -> FakeServer:
         path = self.folder / f"{len(self.engines)}.sock"

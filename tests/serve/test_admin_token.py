@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from thaw_vllm.errors import StorageError
+from thaw_vllm.errors import StorageError, UsageError
 from thaw_vllm.serve import admin_token as subject
 from thaw_vllm.serve import state
 
@@ -30,7 +30,10 @@ def test_it_is_made_once_and_kept(directory: Path):
 
 
 def test_a_given_one_is_not_kept(directory: Path):
-    assert subject.admin_token({subject.VARIABLE: "given"}) == ("given", None)
+    assert subject.admin_token({subject.VARIABLE: "a token of 24 characters"}) == ("a token of 24 characters", None)
+    for bad in ("short", "ä" * 20, " " * 20, "a token with\na line break"):
+        with pytest.raises(UsageError, match="16 or more printable ASCII"):
+            subject.admin_token({subject.VARIABLE: bad})
     assert subject.kept_token() is None and not (directory / "admin-token").exists()
 
 
@@ -90,8 +93,11 @@ def test_only_the_newest_reports_of_starts_are_kept(directory: Path):
     below = directory / "starts"
     below.mkdir(parents=True)
     directory.chmod(0o700)
+    gone, lives = 4_000_000_000, os.getppid()
     for number in range(30):
-        (below / f"20200101-0000{number:02}-1").mkdir()
+        (below / f"20200101-0000{number:02}-{gone}").mkdir()
+    (below / f"20100101-000000-{lives}").mkdir()
     made = state.new_start()
     kept = sorted(below.iterdir())
-    assert len(kept) == state.KEPT and kept[-1] == made and kept[0].name == "20200101-000011-1"
+    assert kept[0].name.endswith(f"-{lives}"), "what is used is not removed, however old"
+    assert len(kept) == state.KEPT + 1 and kept[-1] == made and kept[1].name.startswith("20200101-000011")

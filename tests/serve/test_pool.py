@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
 from tests.serve.fake_engine import FakeEngine, refused
+from tests.serve.loops import event_loops
 
 from thaw_vllm.errors import ThawError, UsageError
 from thaw_vllm.serve import pool as subject
 from thaw_vllm.serve.config import Model, Settings
 from thaw_vllm.serve.pool import Pool
-from thaw_vllm.serve.resident import State, UnavailableError, UnknownModelError
+from thaw_vllm.serve.resident import CutError, State, UnavailableError, UnknownModelError
+
+
+@pytest.fixture(autouse=True, params=["asyncio", "uvloop"])
+def loop(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Both kinds; the program runs on the second where it is installed."""
+    with event_loops(request.param):
+        yield
 
 
 class Bench:
@@ -219,8 +227,12 @@ class TestWaiting:
         bench = Bench(*models("a", "b"), drain=0.1)
 
         async def work() -> None:
-            async with bench.pool.lease("a"):
-                assert await bench.ask("b", deadline=10) == "b"
+            asking = asyncio.create_task(bench.ask("a", 30))
+            while not bench.pool.residents or not bench.pool.residents[0].inflight:
+                await asyncio.sleep(0.001)
+            assert await bench.ask("b", deadline=10) == "b"
+            with pytest.raises(CutError, match="send the request again"):
+                await asking
 
         play(bench, work)
 
@@ -236,6 +248,54 @@ class TestWaiting:
 
         play(bench, work)
         assert ("start", "b") not in bench.log
+
+    def test_what_was_given_another_task_is_not_answered_for(self):
+        """A request that outlives the drain sees no other model's weights: it is cut before they are swapped."""
+        bench = Bench(*models("a", "b"), given={"swappable": True}, drain=0.05)
+
+        async def work() -> None:
+            asking = asyncio.create_task(bench.ask("a", 30))
+            while not bench.pool.residents or not bench.pool.residents[0].inflight:
+                await asyncio.sleep(0.001)
+            assert await bench.ask("b") == "b" and asking.done() and isinstance(asking.exception(), CutError)
+
+        play(bench, work)
+        assert bench.log[:2] == [("start", "a"), ("swap", "b")]
+
+    def test_room_is_kept_for_who_waits_for_one_that_is_coming(self):
+        bench = Bench(*models("x", "b", share=0.5), Model("a", "/a"), given={"seconds": 0.05})
+
+        async def work() -> None:
+            asked = [asyncio.create_task(bench.ask("x"))]
+            await asyncio.sleep(0.01)
+            asked += [asyncio.create_task(bench.ask(name)) for name in "ab"]
+            await asyncio.gather(*asked)
+
+        play(bench, work)
+        assert [one for one in bench.log if one[0] == "start"] == [("start", "x"), ("start", "a"), ("start", "b")]
+
+    def test_a_request_cannot_wait_longer_than_its_model_allows(self):
+        bench = Bench(Model("a", "/a", deadline=0.05), given={"seconds": 1})
+
+        async def work() -> None:
+            with pytest.raises(UnavailableError, match=r"within 0\.05 s"):
+                await bench.ask("a", deadline=1e6)
+
+        play(bench, work)
+
+    def test_one_whose_start_takes_longer_than_a_request_may_wait_comes_all_the_same(self):
+        bench = Bench(Model("a", "/a", deadline=0.1), *models("b"), given={"seconds": 0.2})
+
+        async def work() -> None:
+            await bench.pool.load("a")
+            await bench.ask("b")
+            with pytest.raises(UnavailableError, match="takes some"):
+                await bench.ask("a")
+            while bench.states().get("a") != "ready":
+                await asyncio.sleep(0.01)
+            assert await bench.ask("a") == "a"
+
+        play(bench, work)
 
     def test_a_deadline_that_cannot_be_met_is_said_at_once(self):
         bench = Bench(*models("a", "b"), given={"seconds": 0.2})
@@ -267,6 +327,26 @@ class TestWaiting:
 
 
 class TestFaults:
+    @pytest.mark.parametrize("what", ["start", "swap", "park", "wake"])
+    def test_an_error_that_nobody_expected_blocks_nobody(self, what: str, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(subject, "BACKOFF", (0.05,))
+        given = {"swappable": what == "swap", "parkable": True, "faults": {what: OSError(24, "too many files")}}
+        bench = Bench(*models("a", "b"), given=given)
+
+        async def work() -> None:
+            with contextlib.suppress(UnavailableError):
+                for name in "aba":
+                    await bench.ask(name)
+            bench.given = {}
+            for engine in bench.engines:
+                engine.faults.clear()
+            await asyncio.sleep(0.1)
+            assert [await bench.ask(name) for name in "ab"] == ["a", "b"]
+
+        play(bench, work)
+        told = [event.more["why"] for event in bench.pool.events.last if event.what in ("lost", "failed")]
+        assert any("too many files" in why for why in told)
+
     def test_a_start_that_fails_is_told_and_not_tried_at_once(self, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(subject, "BACKOFF", (0.2,))
         bench = Bench(*models("a", "b"), given={"faults": {"start": ThawError("no memory")}})
@@ -314,6 +394,28 @@ class TestFaults:
 
 
 class TestPinned:
+    def test_it_does_not_take_more_than_its_share_by_a_swap(self, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(subject, "BACKOFF", (0.05,))
+        pinned, large, small = (
+            Model("p", "/p", share=0.4, pinned=True),
+            Model("a", "/a", share=0.6),
+            Model("b", "/b", share=0.4),
+        )
+        bench = Bench(pinned, large, small, given={"swappable": True, "faults": {"start": ThawError("no")}})
+
+        async def work() -> None:
+            while bench.pool.failure("p") is None:
+                await asyncio.sleep(0.001)
+            bench.given = {"swappable": True}
+            for name in "abab":
+                await bench.ask(name)
+            while bench.states().get("p") != "ready":
+                await asyncio.sleep(0.01)
+            assert [await bench.ask(name) for name in "abpab"] == list("abpab")
+            assert sum(one.share for one in bench.pool.residents) <= 1 + 1e-9
+
+        play(bench, work)
+
     def test_it_is_there_before_it_is_asked_and_stays(self):
         bench = Bench(Model("a", "/a", share=0.5, pinned=True), *models("b", "c", share=0.5), given={"swappable": True})
 
@@ -378,6 +480,38 @@ class TestIdle:
         play(bench, work)
         assert bench.log[1:3] == ([("park", "a"), ("wake", "a")] if park else [("stop", "a"), ("start", "a")])
 
+    def test_what_holds_another_model_by_then_is_left_alone(self):
+        """An unload that waits for a request does not hit the model that came into the engine meanwhile."""
+        bench = Bench(*models("a", "b"), given={"swappable": True}, drain=30)
+
+        async def work() -> None:
+            asking = asyncio.create_task(bench.ask("a", 0.1))
+            while not bench.pool.residents or not bench.pool.residents[0].inflight:
+                await asyncio.sleep(0.001)
+            unloading = asyncio.create_task(bench.pool.unload("a"))
+            await asyncio.sleep(0.01)
+            again = asyncio.create_task(bench.ask("a"))
+            other = asyncio.create_task(bench.ask("b", 0.1))
+            await asyncio.gather(asking, unloading, again, other)
+
+        play(bench, work)
+        assert ("swap", "a") not in bench.log[:1] and bench.log[:2] == [("start", "a"), ("stop", "a")]
+
+    def test_a_parked_engine_that_takes_more_than_its_model(self):
+        """Its share is the one that it was started with."""
+        wide, narrow, third = Model("a", "/a"), Model("b", "/b", share=0.5), Model("c", "/c", share=0.5)
+        bench = Bench(wide, narrow, third, given={"swappable": True, "parkable": True})
+
+        async def work() -> None:
+            for name in "ab":
+                await bench.ask(name)
+            bench.engines[0].swappable = False
+            for name in "cbcb":
+                await bench.ask(name)
+                assert sum(one.share for one in bench.pool.residents if one.state is not State.PARKED) <= 1 + 1e-9
+
+        play(bench, work)
+
     def test_parking_that_is_refused_is_told(self):
         bench = Bench(*models("a"), given={"faults": {"park": refused("no sleep mode")}})
 
@@ -416,12 +550,14 @@ def test_any_load_is_answered_rightly(soak):
 
         async def client(name: str, seconds: float, after: float, bench=bench) -> bool:
             await asyncio.sleep(after)
-            async with bench.pool.lease(name) as one:
-                held = one.engine.model.name
-                await asyncio.sleep(seconds)
-                taken = sum(r.share for r in bench.pool.residents if r.state is not State.PARKED)
-                assert taken <= 1 + 1e-6, "more than there is"
-                return one.engine.model.name == held == name
+            while True:
+                with contextlib.suppress(CutError):  # its engine was killed: sent again, as it is told
+                    async with bench.pool.lease(name) as one:
+                        held = one.engine.model.name
+                        await asyncio.sleep(seconds)
+                        taken = sum(r.share for r in bench.pool.residents if r.state is not State.PARKED)
+                        assert taken <= 1 + 1e-6, "more than there is"
+                        return one.engine.model.name == held == name
 
         async def killer(bench=bench, draw=draw) -> None:
             for _ in range(3):

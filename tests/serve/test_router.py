@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
+from tests.serve.loops import event_loops
 from tests.serve.served import TOKEN, Served
 
 from thaw_vllm.errors import ThawError
@@ -18,7 +19,15 @@ from thaw_vllm.serve.config import Model
 
 ITS_OWN = (b"accept", b"accept-encoding", b"user-agent")
 """Headers of the client."""
+JSON = {"Content-Type": "application/json"}
 ADMIN = {"X-Thaw-Admin-Token": TOKEN}
+
+
+@pytest.fixture(autouse=True, params=["asyncio", "uvloop"])
+def loop(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Both kinds; the program runs on the second where it is installed."""
+    with event_loops(request.param):
+        yield
 
 
 @pytest.fixture
@@ -45,6 +54,7 @@ class TestPassedOn:
 
         async def work(client: aiohttp.ClientSession) -> None:
             headers = {"Content-Type": "application/json", "X-Mine": "x", "Authorization": "Bearer k", "TE": "trailers"}
+            headers |= {"Connection": "keep-alive, X-Hop", "X-Hop": "1", "X-Umlaut": "ü"}
             async with client.post("/v1/any%2Fpath?x=1&y=%20", data=body, headers=headers) as answer:
                 assert await answer.read() == "édata: [DONE]\n\n".encode()
                 assert answer.status == 200 and answer.headers.getall("x-own") == ["1", "2"]
@@ -52,11 +62,14 @@ class TestPassedOn:
             (asked,) = served.engines[0].requests
             assert asked["body"] == body and asked["path"] == b"/v1/any%2Fpath" and asked["query"] == b"x=1&y=%20"
             sent = dict(asked["headers"])
-            assert sent[b"x-mine"] == b"x" and sent[b"authorization"] == b"Bearer k" and b"te" not in sent
+            assert sent[b"x-mine"] == b"x" and sent[b"authorization"].startswith(b"Bearer key of")
+            assert b"te" not in sent and b"x-hop" not in sent
             assert sent.keys() <= {
                 *(b"host", b"x-mine", b"authorization", b"content-type", b"content-length"),
                 *ITS_OWN,
+                b"x-umlaut",
             }
+            assert sent[b"x-umlaut"] == "ü".encode()
 
         play(served, work)
 
@@ -162,8 +175,55 @@ class TestLeft:
 
         play(served, work)
 
+    def test_an_answer_is_cut_when_its_engine_has_to_go(self, folder: Path):
+        """After the drain: what has begun breaks off, what has not may be sent again; neither hangs."""
+        served = Served(folder, model("a"), model("b"), drain=0.2)
+
+        async def work(client: aiohttp.ClientSession) -> None:
+            asked = {"model": "a", "chunks": ["x"] * 2000, "pause": 0.01}
+            answer = await client.post("/v1/completions", json=asked).__aenter__()
+            silent = asyncio.create_task(client.post("/v1/completions", json=asked | {"before": 20}).__aenter__())
+            while served.pool.residents[0].inflight < 2:
+                await asyncio.sleep(0.005)
+            async with client.post("/v1/completions", json={"model": "b"}) as other:
+                assert other.status == 200
+            with pytest.raises(aiohttp.ClientError):
+                await asyncio.wait_for(answer.read(), 5)
+            told = await asyncio.wait_for(silent, 5)
+            assert told.status == 503 and "send the request again" in await told.text()
+
+        play(served, work)
+
+    def test_one_clients_cookies_are_not_anothers(self, folder: Path):
+        served = Served(folder, model())
+
+        async def work(client: aiohttp.ClientSession) -> None:
+            for _ in range(2):
+                async with (
+                    aiohttp.ClientSession() as fresh,
+                    fresh.post(f"{served.url}/v1/x", json={"model": "a"}) as answer,
+                ):
+                    assert answer.status == 200
+            assert all(key != b"cookie" for asked in served.engines[0].requests for key, _ in asked["headers"])
+
+        play(served, work)
+
 
 class TestRefused:
+    @pytest.mark.parametrize(
+        "kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"]
+    )
+    def test_what_does_not_say_that_it_is_json(self, folder: Path, kind: str):
+        """A page of another site can send that, and nothing is started for it."""
+        served = Served(folder, model())
+
+        async def work(client: aiohttp.ClientSession) -> None:
+            async with client.post("/v1/x", data=b'{"model": "a"}', headers={"Content-Type": kind}) as answer:
+                assert answer.status == 415
+
+        play(served, work)
+        assert served.engines == []
+
     @pytest.mark.parametrize(
         ("body", "status", "said"),
         [
@@ -180,7 +240,7 @@ class TestRefused:
         served = Served(folder, model("a"), model("b"))
 
         async def work(client: aiohttp.ClientSession) -> None:
-            async with client.post("/v1/completions", data=body) as answer:
+            async with client.post("/v1/completions", data=body, headers=JSON) as answer:
                 error = (await answer.json())["error"]
                 assert answer.status == error["code"] == status and said in error["message"]
 
@@ -197,7 +257,7 @@ class TestRefused:
 
         async def work(client: aiohttp.ClientSession) -> None:
             for body in (b"x" * 2000, chunks()):
-                async with client.post("/v1/completions", data=body) as answer:
+                async with client.post("/v1/completions", data=body, headers=JSON) as answer:
                     assert answer.status == 413
 
         play(served, work)
@@ -208,7 +268,8 @@ class TestRefused:
 
         async def work(client: aiohttp.ClientSession) -> None:
             reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
-            writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n{")
+            head = b"POST /v1/x HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            writer.write(head + b"Content-Length: 10\r\n\r\n{")
             assert b" 408 " in await asyncio.wait_for(reader.readline(), 10)
             writer.close()
 
@@ -296,6 +357,8 @@ class TestOwn:
             ({"X-Thaw-Admin-Token": "another"}, "admin token"),
             ({"Authorization": f"Bearer {TOKEN}"}, "admin token"),
             (ADMIN | {"Host": "evil.example"}, "not called 'evil.example'"),
+            (ADMIN | {"Host": "["}, "not called '['"),
+            (ADMIN | {"Host": "a:b:c"}, "not called 'a:b:c'"),
             (ADMIN | {"Origin": "http://evil.example"}, "other sites"),
         ],
     )
@@ -311,7 +374,7 @@ class TestOwn:
         assert served.engines == []
 
     def test_load_park_unload(self, folder: Path):
-        served = Served(folder, model(), model("org/b"), given={"parkable": True}, hosts=["box"])
+        served = Served(folder, model(), model("org/b"), given={"parkable": True}, hosts=["Box"])
 
         async def work(client: aiohttp.ClientSession) -> None:
             async def post(path: str, **headers: str) -> tuple[int, Any]:

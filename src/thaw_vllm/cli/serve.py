@@ -16,6 +16,7 @@ from ..engines.vllm.versions import SERVER as MODULE
 from .zygote import CacheDir
 
 LOCALHOST = "127.0.0.1"
+NOT_FOR_SEVERAL = ("uds", "served-model-name", "load-format", "model-loader-extra-config", "api-server-count")
 EXAMPLES = """
 thaw serve --model Llama-3-8B/ --snapshot W.thaw
 thaw serve --model Llama-3-8B/ --snapshot W.thaw --port 8001 --max-model-len 8192
@@ -119,6 +120,10 @@ def serve(
     if model is None:
         if snapshot is not None or kv_snapshot is not None:
             raise UsageError('several models have their snapshots in --models FILE, as snapshot = "W.thaw"')
+        if snapshot_dir is not None:
+            raise UsageError(
+                "several models name their snapshots themselves; leave --snapshot-dir out (see --model-dir)"
+            )
         passed = _shared(zygote, require_zygote, fast_start, cache_dir, kv_dir)
         _several(models, register or [], allowed_host or [], model_dir or [], [*passed, *context.args])
         return
@@ -235,6 +240,7 @@ def _several(
         options: for each server, but for those that say where to listen, and for whom.
     """
     from ..engines.vllm.api import require_vllm_installed
+    from ..engines.vllm.command_line import given
     from ..engines.vllm.fast_start import has_gpu
     from ..errors import MissingDependencyError, UsageError
     from ..serve.admin_token import admin_token
@@ -244,10 +250,12 @@ def _several(
     settings = registered(register) if models is None else read(models, register)
     if not settings.models:
         raise UsageError(f"{str(models)!r} names no model; it has tables like [models.llama]")
-    own, options = _taken(options, ("host", "port", "api-key"))
-    for refused in ("uds", "served-model-name", "load-format", "model-loader-extra-config"):
-        if any(word.split("=")[0].replace("_", "-") == f"--{refused}" for word in options):
-            raise UsageError(f"--{refused} cannot be given for several models; leave it out")
+    own, options = _taken(options, ("host", "port", "api-key"), several=("api-key",))
+    for words in (options, *(model.args for model in settings.models.values())):
+        for name in given(words):
+            option = name.replace("_", "-")
+            if option in NOT_FOR_SEVERAL or option.startswith("ssl-"):
+                raise UsageError(f"--{option} cannot be given for several models; leave it out")
     try:
         port = int(own.get("port", ["8000"])[-1])
     except ValueError:
@@ -265,8 +273,13 @@ def _several(
     run(settings, where, options, has_gpu(os.environ))
 
 
-def _taken(options: list[str], names: tuple[str, ...]) -> tuple[dict[str, list[str]], list[str]]:
+def _taken(
+    options: list[str], names: tuple[str, ...], several: tuple[str, ...]
+) -> tuple[dict[str, list[str]], list[str]]:
     """Values of these options, and the other words.
+
+    Args:
+        several: those of ``names`` that take as many values as follow.
 
     Raises:
         UsageError: one has no value.
@@ -274,16 +287,18 @@ def _taken(options: list[str], names: tuple[str, ...]) -> tuple[dict[str, list[s
     from ..errors import UsageError
 
     found: dict[str, list[str]] = {}
-    left, words = [], iter(options)
-    for word in words:
+    left, words = [], [*options]
+    while words:
+        word = words.pop(0)
         option, equals, value = word.partition("=")
         name = option.removeprefix("--").replace("_", "-")
         if not option.startswith("--") or name not in names:
             left.append(word)
             continue
-        if not equals:
-            value = next(words, "")
-        if not value:
+        values = [value] if equals else []
+        while not equals and words and not words[0].startswith("-") and (not values or name in several):
+            values.append(words.pop(0))
+        if not any(values):
             raise UsageError(f"--{name} needs a value")
-        found.setdefault(name, []).append(value)
+        found.setdefault(name, []).extend(values)
     return found, left

@@ -8,7 +8,8 @@ import stat
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..errors import StorageError
+from ..engines.vllm.kv.access import SHORTEST_TOKEN
+from ..errors import StorageError, UsageError
 from .state import state_directory
 
 VARIABLE = "THAW_ADMIN_TOKEN"
@@ -29,10 +30,13 @@ def admin_token(environment: Mapping[str, str] = os.environ) -> tuple[str, Path 
     new one, which is kept.
 
     Raises:
+        UsageError: the one that is given cannot be used.
         StorageError: it can neither be read nor made, or others might know it.
     """
     given = environment.get(VARIABLE)
     if given:
+        if len(given) < SHORTEST_TOKEN or not given.isascii() or not given.isprintable() or given != given.strip():
+            raise UsageError(f"{VARIABLE} must be {SHORTEST_TOKEN} or more printable ASCII characters")
         return given, None
     path = token_path()
     made = secrets.token_urlsafe(_BYTES)

@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import replace
 from typing import Any, cast
+from urllib.parse import urlsplit
 
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
@@ -104,15 +105,19 @@ class Access:
     """Who may use the routes of the pool's own."""
 
     def __init__(self, token: str, hosts: Collection[str]) -> None:
-        self._token, self._hosts = token.encode(), hosts
+        self._token, self._hosts = token.encode(), {host.lower() for host in hosts}
 
     def require(self, request: Request) -> None:
         """Raises:
         HTTPException: this caller may not.
         """
-        name = request.url.hostname or ""
+        called = request.headers.get("host", "")
+        try:
+            name = urlsplit(f"//{called}").hostname or ""
+        except ValueError:
+            name = ""
         if name not in self._hosts and not _is_address(name):
-            raise HTTPException(403, f"this server is not called {name!r}; see --allowed-host")
+            raise HTTPException(403, f"this server is not called {called!r}; see --allowed-host")
         origin = request.headers.get("origin")
         if origin is not None and origin != f"{request.url.scheme}://{request.headers.get('host')}":
             raise HTTPException(403, "other sites may not ask this server")
@@ -195,8 +200,7 @@ class Routes:
     async def load(self, name: str) -> dict[str, Any]:
         """Have a model there."""
         start = time.monotonic()
-        async with self._pool.lease(name):
-            pass
+        await self._pool.load(name)
         return {"model": name, "seconds": round(time.monotonic() - start, 3)}
 
     async def park(self, name: str) -> dict[str, Any]:

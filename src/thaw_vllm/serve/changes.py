@@ -24,7 +24,7 @@ class Changes:
 
     Attributes:
         residents: all of them.
-        took: by a model's name, seconds that it took to be there, the last few times.
+        took: by a model's name and the way (started, swapped, woken), seconds until it was there, the last few times.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Changes:
             failed: called with a model that did not start, and why.
         """
         self.residents: list[Resident] = []
-        self.took: dict[str, list[float]] = {}
+        self.took: dict[tuple[str, str], list[float]] = {}
         self._make, self._events, self._most_parked = make, events, most_parked
         self._changed, self._failed = changed, failed
         self._tasks: set[asyncio.Task[None]] = set()
@@ -92,9 +92,9 @@ class Changes:
         start = self._begun(one, "starting")
         try:
             await one.engine.start()
-        except ThawError as error:
+        except Exception as error:
             await self._discard(one)
-            self._failed(one.model, str(error))
+            self._failed(one.model, _told(error))
             return
         self._begin(self._watch(one))
         self._there(one, "started", start)
@@ -102,27 +102,29 @@ class Changes:
     async def _swap(self, one: Resident, before: Model) -> None:
         start = self._begun(one, "swapping", before=before.name)
         try:
+            await one.clear()
             await one.engine.swap(one.model)
         except RefusedError as error:
             one.refused.add(one.model.name)
             self._say("swap refused", one, why=str(error))
             one.model = before
             self._ready(one)
-        except ThawError as error:
-            await self._lost(one, f"swapping it to {one.model.name!r} failed: {error}")
+        except Exception as error:
+            await self._lost(one, f"swapping it to {one.model.name!r} failed: {_told(error)}")
         else:
             self._there(one, "swapped", start)
 
     async def _park(self, one: Resident) -> None:
         start = self._begun(one, "parking")
         try:
+            await one.clear()
             await one.engine.park()
         except RefusedError as error:
             one.unparkable = str(error)
             self._say("parking refused", one, why=str(error))
             self._ready(one)
-        except ThawError as error:
-            await self._lost(one, f"parking it failed: {error}")
+        except Exception as error:
+            await self._lost(one, f"parking it failed: {_told(error)}")
         else:
             if one.state is State.STOPPING:
                 return
@@ -137,8 +139,8 @@ class Changes:
         start = self._begun(one, "waking")
         try:
             await one.engine.wake()
-        except ThawError as error:  # a fresh one can take its place
-            await self._lost(one, f"waking it failed: {error}")
+        except Exception as error:  # a fresh one can take its place
+            await self._lost(one, f"waking it failed: {_told(error)}")
         else:
             self._there(one, "woken", start)
 
@@ -158,6 +160,7 @@ class Changes:
 
     async def _discard(self, one: Resident) -> None:
         one.state, one.admitting = State.STOPPING, False
+        await one.clear()
         await one.engine.stop()
         if one in self.residents:
             self.residents.remove(one)
@@ -165,7 +168,7 @@ class Changes:
 
     def _there(self, one: Resident, what: str, start: float) -> None:
         seconds = self._took(what, one, start)
-        took = self.took.setdefault(one.model.name, [])
+        took = self.took.setdefault((one.model.name, what), [])
         took.append(seconds)
         del took[:-REMEMBERED]
         self._ready(one)
@@ -186,3 +189,7 @@ class Changes:
 
     def _say(self, what: str, one: Resident, **more: Any) -> None:
         self._events.say(what, model=one.model.name, engine=one.engine.pid, **more)
+
+
+def _told(error: Exception) -> str:
+    return str(error) if isinstance(error, ThawError) else f"{type(error).__name__}: {error}"

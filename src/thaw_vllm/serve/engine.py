@@ -20,11 +20,14 @@ import aiohttp
 
 from ..engines.vllm.command_line import given
 from ..engines.vllm.kv.access import SNAPSHOTS_VARIABLE, TOKEN_HEADER, TOKEN_VARIABLE
-from ..engines.vllm.serve_variables import PARENT_VARIABLE
+from ..engines.vllm.serve_variables import PARENT_VARIABLE, START_VARIABLE
 from ..errors import ThawError
 from .config import Model
 from .resident import RefusedError
 
+KEY_VARIABLE = "VLLM_API_KEY"
+KEEP_ALIVE = 2.0
+"""Seconds that a connection is kept for the next request; less than vLLM's server keeps it (5)."""
 START_LIMIT = 3600.0
 """Seconds in which a server has to be healthy; a first start may download and compile."""
 STOP_LIMIT = 30.0
@@ -50,14 +53,12 @@ class Runtime:
         directory: for sockets, of the user alone; its path is short.
         logs: for what engines print.
         options: further words for each ``thaw serve``.
-        environment: variables for each, on top of this process's.
         gpu: whether engines are on one, so that they can sleep.
     """
 
     directory: Path
     logs: Path
     options: tuple[str, ...] = ()
-    environment: Mapping[str, str] = field(default_factory=dict)
     gpu: bool = False
     numbers: itertools.count[int] = field(default_factory=itertools.count)
 
@@ -68,6 +69,7 @@ class ServerEngine:
     Attributes:
         session: of HTTP requests to it, paths only matter: ``http://engine/…``. None until it is started.
         log: what it prints.
+        key: its API key; whoever may ask models the router knows.
     """
 
     def __init__(self, model: Model, runtime: Runtime) -> None:
@@ -76,7 +78,7 @@ class ServerEngine:
         self.socket = runtime.directory / f"{number}.sock"
         self.log = runtime.logs / f"{number}.log"
         self._snapshots = runtime.directory / f"{number}.snapshots"
-        self._token = secrets.token_urlsafe(24)
+        self._token, self.key = secrets.token_urlsafe(24), secrets.token_urlsafe(24)
         self._process: asyncio.subprocess.Process | None = None
         self.session: aiohttp.ClientSession | None = None
         self._unswappable = False
@@ -91,12 +93,13 @@ class ServerEngine:
         ThawError: it ended, or was not healthy in time.
         """
         self._snapshots.mkdir(mode=0o700)
-        environment = os.environ | dict(self._runtime.environment)
-        environment |= {
+        environment = os.environ | {
             TOKEN_VARIABLE: self._token,
+            KEY_VARIABLE: self.key,
             SNAPSHOTS_VARIABLE: str(self._snapshots),
             PARENT_VARIABLE: str(os.getpid()),
         }
+        environment.pop(START_VARIABLE, None)  # each has a report of its own
         with self.log.open("ab") as log:
             os.chmod(self.log, 0o600)
             self._process = await asyncio.create_subprocess_exec(
@@ -107,15 +110,17 @@ class ServerEngine:
                 env=environment,
                 start_new_session=True,  # keys of a terminal are the pool's, which lets requests end first
             )
-        connector = aiohttp.UnixConnector(str(self.socket), limit=0)
-        timeout = aiohttp.ClientTimeout(total=None, connect=10)
-        self.session = aiohttp.ClientSession(connector=connector, timeout=timeout, auto_decompress=False)
+        connector = aiohttp.UnixConnector(str(self.socket), limit=0, keepalive_timeout=KEEP_ALIVE)
+        timeout, jar = aiohttp.ClientTimeout(total=None, connect=10), aiohttp.DummyCookieJar()
+        self.session = aiohttp.ClientSession(
+            connector=connector, timeout=timeout, cookie_jar=jar, auto_decompress=False
+        )
         healthy = asyncio.ensure_future(self._healthy())
         ended = asyncio.ensure_future(self._process.wait())
         try:
             await asyncio.wait({healthy, ended}, timeout=START_LIMIT, return_when=asyncio.FIRST_COMPLETED)
             if healthy.done():
-                return
+                return healthy.result()
             if ended.done():
                 raise ThawError(self._told(f"its server ended with {ended.result()}"))
             raise ThawError(self._told(f"its server was not healthy within {START_LIMIT:.0f} s"))
@@ -163,7 +168,7 @@ class ServerEngine:
         try:
             await self._change("swap", {"name": name, "deadline": 0, "served_name": model.name})
         finally:
-            link.unlink()
+            link.unlink(missing_ok=True)
         self.model = model
 
     def parks(self) -> bool:
@@ -204,7 +209,11 @@ class ServerEngine:
             async with self.session.post(
                 f"http://engine/v1/thaw/{what}",
                 data=body,
-                headers={TOKEN_HEADER: self._token, "Content-Type": "application/json"},
+                headers={
+                    TOKEN_HEADER: self._token,
+                    "Authorization": f"Bearer {self.key}",
+                    "Content-Type": "application/json",
+                },
                 timeout=aiohttp.ClientTimeout(total=CHANGE_LIMIT),
             ) as answer:
                 status, raw = answer.status, await answer.read()

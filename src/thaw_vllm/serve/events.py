@@ -51,7 +51,8 @@ class Events:
         self.last: deque[Event] = deque(maxlen=KEPT)
         self._count = itertools.count(1)
         self.listeners: list[Callable[[Event], None]] = []
-        self._followers: set[asyncio.Queue[Event]] = set()
+        self._followers: set[asyncio.Queue[Event | None]] = set()
+        self._ended = False
 
     def say(self, what: str, **more: Any) -> None:
         """Note it, log it, and tell all followers."""
@@ -65,23 +66,33 @@ class Events:
                 queue.get_nowait()
             queue.put_nowait(event)
 
+    def end(self) -> None:
+        """Let all followers go."""
+        self._ended = True
+        for queue in self._followers:
+            if queue.full():
+                queue.get_nowait()
+            queue.put_nowait(None)
+
     async def follow(self, after: int | None = None) -> AsyncIterator[Event]:
         """Events as they happen.
 
         Args:
             after: first those that are kept and came after this one; None: none of them.
         """
-        queue: asyncio.Queue[Event] = asyncio.Queue(_BEHIND)
+        queue: asyncio.Queue[Event | None] = asyncio.Queue(_BEHIND)
         self._followers.add(queue)
         try:
             seen = after
             if after is not None:
-                for event in list(self.last):
-                    if event.number > after:
-                        seen = event.number
-                        yield event
-            while True:
+                for kept in list(self.last):
+                    if kept.number > after:
+                        seen = kept.number
+                        yield kept
+            while not self._ended:
                 event = await queue.get()
+                if event is None:
+                    return
                 if seen is None or event.number > seen:
                     yield event
         finally:

@@ -77,7 +77,7 @@ async def _asked(one: Resident) -> str:
     try:
         async with session.get("http://engine/metrics", timeout=aiohttp.ClientTimeout(total=_PATIENCE)) as answer:
             return await answer.text() if answer.status == 200 else ""
-    except (aiohttp.ClientError, OSError, asyncio.TimeoutError, RuntimeError):
+    except (aiohttp.ClientError, OSError, asyncio.TimeoutError, RuntimeError, UnicodeDecodeError):
         return ""  # it has gone meanwhile
 
 
@@ -85,7 +85,11 @@ def _merged(found: Iterable[tuple[Resident, str]]) -> Iterator[Metric]:
     families: dict[str, Metric] = {}
     for one, text in found:
         labels = dict(zip(LABELS, (one.model.name, str(one.engine.pid)), strict=True))
-        for family in text_string_to_metric_families(text):
+        try:
+            parsed = list(text_string_to_metric_families(text))
+        except ValueError:
+            continue  # the others' are told all the same
+        for family in parsed:
             kept = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
             for sample in family.samples:
                 kept.add_sample(sample.name, sample.labels | labels, sample.value, sample.timestamp)

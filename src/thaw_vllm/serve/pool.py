@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ TICK = 0.5
 BACKOFF = (1.0, 5.0, 30.0, 120.0)
 """Seconds until a model whose start has failed once, twice, … is tried again."""
 _TINY = 1e-9
+_LATE = 0.002
+"""Seconds; timers of some event loops are a millisecond early."""
 
 
 @dataclass(eq=False)
@@ -61,6 +64,7 @@ class Pool:
         self._changes = Changes(make, self.events, settings.parked, self._kick, self._note_failure)
         self._queue: list[_Waiter] = []
         self._failures: dict[str, _Failure] = {}
+        self._wanted: dict[str, None] = {}
         self._scheduled = self._closed = False
 
     @property
@@ -89,13 +93,19 @@ class Pool:
         try:
             yield self
         finally:
-            self._closed = True
+            self.close()
             ticking.cancel()
-            for waiter in self._queue:
-                if not waiter.future.done():
-                    waiter.future.set_exception(UnavailableError("the server is being stopped", 5))
             await asyncio.gather(ticking, return_exceptions=True)
             await self._changes.end()
+
+    def close(self) -> None:
+        """Take no more requests; those that wait are told so, and who follows the events is let go."""
+        self._closed = True
+        for waiter in self._queue:
+            if not waiter.future.done():
+                waiter.future.set_exception(UnavailableError("the server is being stopped", 5))
+        self._queue.clear()
+        self.events.end()
 
     def register(self, model: Model) -> None:
         """Serve one more model.
@@ -120,13 +130,25 @@ class Pool:
 
         Raises:
             UnknownModelError: there is no such model.
-            UnavailableError: not by then, or it does not start.
+            UnavailableError: not by then, or it does not start; CutError: the engine had to go meanwhile.
         """
-        one = await self._acquire(self._known(name), deadline)
+        model = self._known(name)
+        limit = model.deadline if deadline is None else min(deadline, model.deadline)
+        one = await self._acquire(model, limit)
         try:
-            yield one
+            with one.request():
+                yield one
         finally:
             self._release(one)
+
+    async def load(self, name: str) -> None:
+        """Have a model there, however long it takes.
+
+        Raises:
+            UnknownModelError: there is no such model.
+            UnavailableError: it does not start.
+        """
+        self._release(await self._acquire(self._known(name), math.inf))
 
     async def unload(self, name: str, *, park: bool = False, deadline: float | None = None) -> None:
         """Let a model's requests end, and then stop or park its engines.
@@ -149,20 +171,30 @@ class Pool:
         for one in found:
             one.admitting, one.unloading = False, True
         limit = time.monotonic() + (self._settings.drain if deadline is None else deadline)
-        while any(one.inflight and one in self.residents for one in found) and time.monotonic() < limit:
-            await asyncio.sleep(0.02)
-        for one in found:
-            if one.state in states and one in self.residents:
-                await (self._changes.park(one) if park else self._changes.stop(one, "it was asked for"))
-            one.unloading = False
-        self._kick()
-        refused = next((one.unparkable for one in found if park and one.state is State.READY), None)
+        refused = None
+        try:
+            while any(one.inflight and one in self.residents for one in found) and time.monotonic() < limit:
+                await asyncio.sleep(0.02)
+            for one in found:
+                if one.state in states and one.model is model and one in self.residents:
+                    await (self._changes.park(one) if park else self._changes.stop(one, "it was asked for"))
+                    refused = one.unparkable if park else None
+        finally:
+            for one in found:
+                one.unloading = False
+            self._kick()
         if refused is not None:
             raise UsageError(f"the model {name!r} cannot be parked: {refused}")
 
     def expected(self, model: Model) -> float | None:
-        """Seconds that this model has taken to be there, in the median; None: it never was."""
-        took = self._changes.took.get(model.name)
+        """Seconds that this model took to be there the last few times by the way that it will likely take, in the
+        median; None: it never took that."""
+        way = "started"
+        if any(one.model is model and one.state is State.PARKED for one in self.residents):
+            way = "woken"
+        elif any(self._may_take(one, model) for one in self._leaving()):
+            way = "swapped"
+        took = self._changes.took.get((model.name, way))
         return sorted(took)[len(took) // 2] if took else None
 
     # Waiting
@@ -173,10 +205,9 @@ class Pool:
             raise UnknownModelError(f"there is no model {name!r}")
         return model
 
-    async def _acquire(self, model: Model, deadline: float | None) -> Resident:
+    async def _acquire(self, model: Model, limit: float) -> Resident:
         if self._closed:
             raise UnavailableError("the server is being stopped", 5)
-        limit = model.deadline if deadline is None else deadline
         there = self._holding(model)
         if there is not None and not any(waiter.model is model for waiter in self._queue):
             return self._granted(there)
@@ -186,7 +217,7 @@ class Pool:
         self._queue.append(waiter)
         self._kick()
         try:
-            await asyncio.wait({waiter.future}, timeout=limit)
+            await asyncio.wait({waiter.future}, timeout=None if limit == math.inf else limit)
         except asyncio.CancelledError:
             if waiter.future.done() and waiter.future.exception() is None:
                 self._release(waiter.future.result())
@@ -206,8 +237,12 @@ class Pool:
         failed = self._failures.get(model.name)
         if failed is not None and time.monotonic() < failed.until:
             raise UnavailableError(failed.why, failed.until - time.monotonic())
+        if any(one.model is model and one.state in COMING for one in self.residents):
+            return
         expected = self.expected(model)
         if expected is not None and expected > limit:
+            self._wanted[model.name] = None  # it is there for those who come later
+            self._kick()
             raise UnavailableError(
                 f"the model {model.name!r} takes some {expected:.1f} s to be there; the request may wait {limit:g} s",
                 expected,
@@ -234,7 +269,7 @@ class Pool:
             self._queue.remove(waiter)
             if not waiter.future.done():
                 waiter.future.set_exception(UnavailableError(failed.why, pause))
-        asyncio.get_running_loop().call_later(pause, self._kick)
+        asyncio.get_running_loop().call_later(pause + _LATE, self._kick)
 
     # Deciding
 
@@ -248,19 +283,21 @@ class Pool:
         if self._closed:
             return
         claimed: set[Resident] = set()
+        blocked = False
         ready = [one for one in self.residents if one.state is State.READY and not one.unloading]
         for one in ready:
             one.admitting = True  # unless somebody still needs its room
+            self._failures.pop(one.model.name, None)
         for model in self._in_turn():
             there = self._holding(model)
             if there is not None:
-                self._failures.pop(model.name, None)
+                self._wanted.pop(model.name, None)
                 for waiter in [waiter for waiter in self._queue if waiter.model is model]:
                     self._queue.remove(waiter)
                     if not waiter.future.done():
                         waiter.future.set_result(self._granted(there))
-            elif not claimed and not any(one.model is model and one.state in COMING for one in self.residents):
-                claimed = self._bring(model)  # others wait for the room that is being made
+            elif not blocked and not any(one.model is model and one.state in COMING for one in self.residents):
+                blocked = not self._bring(model, claimed)  # others wait for the room that is being made
         for one in ready:
             if one not in claimed:
                 one.leave_by = None
@@ -269,33 +306,38 @@ class Pool:
         """Models that are wanted, pinned ones first, then by who has waited longest."""
         now, seen = time.monotonic(), set()
         pinned = (model for model in self.models.values() if model.pinned)
-        for model in [*pinned, *(waiter.model for waiter in self._queue)]:
+        wanted = (self.models[name] for name in self._wanted)
+        for model in [*pinned, *(waiter.model for waiter in self._queue), *wanted]:
             failed = self._failures.get(model.name)
             if model.name not in seen and (failed is None or now >= failed.until):
                 seen.add(model.name)
                 yield model
 
-    def _bring(self, model: Model) -> set[Resident]:
-        """Begin to have a model there: where there is room woken or fresh, else in place of another's weights, else
-        once others have gone; what has to go."""
+    def _bring(self, model: Model, claimed: set[Resident]) -> bool:
+        """Begin to have a model there: where there is room woken or fresh, else in place of another's weights; false
+        where others have to go first.
+
+        Args:
+            claimed: takes those.
+        """
         now = time.monotonic()
+        taken = sum(one.share for one in self.residents if one.state is not State.PARKED)
         parked = next((one for one in self.residents if one.model is model and one.state is State.PARKED), None)
-        lacking = sum(one.share for one in self.residents if one.state is not State.PARKED) + model.share - 1
-        if lacking <= _TINY:
-            if parked is None:
-                self._changes.start(model)
-            else:
-                self._changes.wake(parked)
-            return set()
+        if parked is not None and taken + parked.share <= 1 + _TINY:
+            self._changes.wake(parked)
+            return True
+        if taken + model.share <= 1 + _TINY:
+            self._changes.start(model)
+            return True
         leaving = self._leaving()
         for one in leaving:
-            if one.engine.swaps(model) and model.name not in one.refused and one.share >= model.share - _TINY:
+            if self._may_take(one, model):
                 if self._gone(one, now):
                     self._changes.swap(one, model)
-                    return set()
-                return {one}
-        lacking -= sum(one.share for one in self.residents if one.state in GOING)
-        claimed: set[Resident] = set()
+                    return True
+                claimed.add(one)
+                return False
+        lacking = taken + model.share - 1 - sum(one.share for one in self.residents if one.state in GOING)
         for one in leaving:
             if lacking <= _TINY:
                 break
@@ -303,11 +345,18 @@ class Pool:
             claimed.add(one)
             if self._gone(one, now):
                 self._evict(one)
-        return claimed or {one for one in self.residents if one.state in GOING}
+        return False
+
+    def _may_take(self, one: Resident, model: Model) -> bool:
+        """Whether an engine's weights may be replaced by a model's; a pinned one is not to keep more than its share."""
+        fits = one.share >= model.share - _TINY and (not model.pinned or one.share <= model.share + _TINY)
+        return fits and model.name not in one.refused and one.engine.swaps(model)
 
     def _leaving(self) -> list[Resident]:
         """Engines that may make room: those that are about to, then idle ones, then by their last use."""
-        found = [one for one in self.residents if one.state is State.READY and not one.model.pinned]
+        found = [
+            one for one in self.residents if one.state is State.READY and not one.model.pinned and not one.unloading
+        ]
         return sorted(found, key=lambda one: (one.leave_by is None, one.inflight > 0, one.used))
 
     def _gone(self, one: Resident, now: float) -> bool:
@@ -316,7 +365,7 @@ class Pool:
         if one.leave_by is None:
             one.leave_by = now + self._settings.drain
             if one.inflight:
-                asyncio.get_running_loop().call_later(self._settings.drain, self._kick)
+                asyncio.get_running_loop().call_later(self._settings.drain + _LATE, self._kick)
         return not one.inflight or now >= one.leave_by - _TINY
 
     def _evict(self, one: Resident) -> None:
@@ -332,6 +381,7 @@ class Pool:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TICK)
+            self._kick()
             now = time.monotonic()
             for one in list(self.residents):
                 model, idle = one.model, now - one.used

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import enum
+import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from ..errors import ThawError
 from .config import Model
@@ -39,6 +43,10 @@ class UnavailableError(ThawError):
         self.retry_after = retry_after
 
 
+class CutError(UnavailableError):
+    """A request had to go before it was answered: its engine is wanted for something else, or has died."""
+
+
 class RefusedError(ThawError):
     """An engine would not do this, and is as it was."""
 
@@ -64,7 +72,7 @@ class Engine(Protocol):
         """Whether it may be worth asking it to take this model's weights."""
 
     async def swap(self, model: Model) -> None:
-        """Take another model's weights in place; requests that it still has are aborted.
+        """Take another model's weights in place; it has no requests.
 
         Raises:
             RefusedError: it goes on with what it has.
@@ -75,7 +83,7 @@ class Engine(Protocol):
         """Whether it may be worth asking it to give its memory back."""
 
     async def park(self) -> None:
-        """Give the memory back, and keep the process; requests that it still has are aborted.
+        """Give the memory back, and keep the process; it has no requests.
 
         Raises:
             RefusedError: it goes on.
@@ -110,6 +118,8 @@ class Resident:
         admitting: false while it is to make room.
         leave_by: when it makes room at the latest; None while it need not.
         unloading: somebody has asked for it to go.
+        tasks: those that have its requests.
+        cut: those of them that were told to give up.
         refused: names of models that it would not swap to.
         unparkable: why it would not be parked.
     """
@@ -125,6 +135,38 @@ class Resident:
     unloading: bool = False
     refused: set[str] = field(default_factory=set)
     unparkable: str | None = None
+    tasks: set[asyncio.Task[Any]] = field(default_factory=set)
+    cut: set[asyncio.Task[Any]] = field(default_factory=set)
+
+    @contextlib.contextmanager
+    def request(self) -> Iterator[None]:
+        """One request, in the task that calls this.
+
+        Raises:
+            CutError: the engine is given something else to do.
+        """
+        task = asyncio.current_task()
+        assert task is not None
+        self.tasks.add(task)
+        try:
+            yield
+        except asyncio.CancelledError:
+            if task not in self.cut:
+                raise
+            if sys.version_info >= (3, 11):
+                task.uncancel()
+            raise CutError(f"the engine of {self.model.name!r} had to go; send the request again", 1) from None
+        finally:
+            self.tasks.discard(task)
+            self.cut.discard(task)
+
+    async def clear(self) -> None:
+        """Have whatever has its requests give up; returns when all have."""
+        while self.tasks:
+            for task in self.tasks - self.cut:
+                self.cut.add(task)
+                task.cancel()
+            await asyncio.wait(set(self.tasks), timeout=1)
 
     def may_park(self) -> bool:
         """Whether parking it is wanted, and has not been refused."""

@@ -12,6 +12,7 @@ import json
 import logging
 import math
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import aiohttp
@@ -67,6 +68,19 @@ class Refused(Exception):
         return found + ([("www-authenticate", "Bearer")] if self.status == 401 else [])
 
 
+@dataclass
+class _Exchange:
+    """How far an answer is.
+
+    Attributes:
+        begun: its head was sent.
+        answered: its last bytes are being sent; the client may leave then.
+    """
+
+    begun: bool = False
+    answered: bool = False
+
+
 class _GoneError(Exception):
     """The client has left."""
 
@@ -99,14 +113,17 @@ class Router:
         self.require_key(headers.get(b"authorization"))
         if scope["method"] != "POST":
             raise Refused(404, "NotFoundError", f"there is no {scope['method']} {scope['path']} here")
+        kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
+        if kind != b"application/json":  # a page of another site may not send that without being asked first
+            raise Refused(415, "UnsupportedMediaType", "send JSON, and say so: Content-Type: application/json")
         body = await _body(headers, receive)
         name = await self._model(headers, body)
-        answered = asyncio.Event()
-        work = asyncio.ensure_future(self._pass_on(scope, headers, body, name, send, answered))
+        exchange = _Exchange()
+        work = asyncio.ensure_future(self._pass_on(scope, headers, body, name, send, exchange))
         left = asyncio.ensure_future(_left(receive))
         try:
             await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)
-            if not work.done() and not answered.is_set():
+            if not work.done() and not exchange.answered:
                 raise _GoneError
             await work
         finally:
@@ -139,27 +156,26 @@ class Router:
         return name
 
     async def _pass_on(
-        self, scope: Scope, headers: dict[bytes, bytes], body: bytes, name: str, send: Send, answered: asyncio.Event
+        self, scope: Scope, headers: dict[bytes, bytes], body: bytes, name: str, send: Send, exchange: _Exchange
     ) -> None:
         try:
             async with self._pool.lease(name, _deadline(headers)) as one:
-                await _forward(cast(ServerEngine, one.engine), scope, body, send, answered)
+                await _forward(cast(ServerEngine, one.engine), scope, body, send, exchange)
         except UnknownModelError:
             raise Refused(404, "NotFoundError", f"The model `{name}` does not exist.") from None
         except UnavailableError as error:
+            if exchange.begun:  # half an answer must not look like a whole one: the connection is cut
+                raise
             raise Refused(503, "ServiceUnavailableError", str(error), error.retry_after) from None
 
 
-async def _forward(engine: ServerEngine, scope: Scope, body: bytes, send: Send, answered: asyncio.Event) -> None:
+async def _forward(engine: ServerEngine, scope: Scope, body: bytes, send: Send, exchange: _Exchange) -> None:
     session = engine.session
     assert session is not None
     path = scope.get("raw_path") or scope["path"].encode()
     query = scope["query_string"]
     target = path.decode("ascii") + (f"?{query.decode('ascii')}" if query else "")
-    given = [
-        (key.decode("latin-1"), value.decode("latin-1")) for key, value in scope["headers"] if key not in _HOP_BY_HOP
-    ]
-    begun = False
+    given = [*_passed(scope["headers"]), ("authorization", f"Bearer {engine.key}")]
     try:
         async with session.request(
             scope["method"],
@@ -170,18 +186,32 @@ async def _forward(engine: ServerEngine, scope: Scope, body: bytes, send: Send, 
             allow_redirects=False,
         ) as answer:
             kept = [(key.lower(), value) for key, value in answer.raw_headers if key.lower() not in _KEPT_BACK]
-            begun = True
+            exchange.begun = True
             await send({"type": "http.response.start", "status": answer.status, "headers": kept})
             async for chunk in answer.content.iter_any():
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
-            answered.set()
+            exchange.answered = True
             await send({"type": "http.response.body", "body": b"", "more_body": False})
     except (aiohttp.ClientError, OSError, asyncio.TimeoutError, RuntimeError) as error:
-        if begun:  # half an answer must not look like a whole one: the connection is cut
+        if exchange.begun:
             raise ThawError(f"the engine of {engine.model.name!r} has gone in the middle of an answer") from error
         raise Refused(
             502, "BadGatewayError", f"the engine of {engine.model.name!r} has gone; send the request again", 1
         ) from None
+
+
+def _passed(headers: list[tuple[bytes, bytes]]) -> list[tuple[str, str]]:
+    """A request's headers for the engine, without those of this connection, and without the caller's API key.
+
+    Raises:
+        Refused: one is not UTF-8.
+    """
+    named = b",".join(value for key, value in headers if key == b"connection").lower().split(b",")
+    own = {*_HOP_BY_HOP, b"authorization", *(name.strip() for name in named)}
+    try:
+        return [(key.decode(), value.decode()) for key, value in headers if key not in own]
+    except UnicodeDecodeError:
+        raise Refused(400, "BadRequestError", "a header is not UTF-8") from None
 
 
 async def _body(headers: dict[bytes, bytes], receive: Receive) -> bytes:

@@ -62,8 +62,7 @@ def run(settings: Settings, where: Listening, options: Sequence[str], gpu: bool)
     bound = _bound(where.host, where.port)
     runtime_directory = os.environ.get("XDG_RUNTIME_DIR") or None
     with tempfile.TemporaryDirectory(prefix="thaw-pool-", dir=runtime_directory, ignore_cleanup_errors=True) as made:
-        keys = {"VLLM_API_KEY": where.api_keys[0]} if where.api_keys else {}
-        runtime = Runtime(Path(made), new_logs(), tuple(options), keys, gpu)
+        runtime = Runtime(Path(made), new_logs(), tuple(options), gpu)
         pool = Pool(settings, lambda model: ServerEngine(model, runtime))
         app = application(pool, where.token, where.api_keys, where.hosts, where.directories)
         config = uvicorn.Config(
@@ -73,7 +72,7 @@ def run(settings: Settings, where: Listening, options: Sequence[str], gpu: bool)
             server_header=False,
             ws="none",
         )
-        server = _Server(config, settings, where)
+        server = _Server(config, pool, where)
         for number in (signal.SIGINT, signal.SIGTERM):  # the web server raises them again once it has ended
             signal.signal(number, lambda number, frame: None)
         with bound:
@@ -92,15 +91,20 @@ def _bound(host: str, port: int) -> socket.socket:
 
 
 class _Server(uvicorn.Server):  # type: ignore[misc]
-    def __init__(self, config: uvicorn.Config, settings: Settings, where: Listening) -> None:
+    def __init__(self, config: uvicorn.Config, pool: Pool, where: Listening) -> None:
         super().__init__(config)
-        self._settings, self._where = settings, where
+        self._pool, self._where = pool, where
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Who waits for a model is told before those are waited for that are being answered."""
+        self._pool.close()
+        await super().shutdown(sockets)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Say where, once it listens."""
         await super().startup(sockets)
         if self.started:
-            names = ", ".join(self._settings.models)
+            names = ", ".join(self._pool.models)
             port = sockets[0].getsockname()[1] if sockets else self._where.port
             said = [f"ready at http://{self._where.host}:{port}", f"models: {names}"]
             if self._where.token_file is not None:

@@ -65,7 +65,14 @@ def _new(kind: str) -> Path:
         path.mkdir(parents=True, mode=0o700, exist_ok=True)
     except OSError as error:
         raise StorageError(f"the directory {str(path)!r} cannot be made: {error}") from None
-    for old in sorted(below.iterdir())[:-KEPT]:
+    others = sorted(old for old in below.iterdir() if old != path and not _in_use(old))
+    for old in others[: max(0, len(others) + 1 - KEPT)]:
         with contextlib.suppress(OSError):
             shutil.rmtree(old)
     return path
+
+
+def _in_use(path: Path) -> bool:
+    """Whether the process lives that it was made for; or another one that has its number by now."""
+    pid = path.name.rpartition("-")[2]
+    return pid.isdecimal() and pid != "0" and os.path.exists(f"/proc/{pid}")

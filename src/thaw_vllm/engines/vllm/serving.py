@@ -17,7 +17,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from ...errors import ThawError
+from ...errors import ThawError, UnsupportedError
 from . import start_report
 from .client import ask
 from .kv.routes import KVRoutes
@@ -44,8 +44,10 @@ class Additions:
         server: FastAPI = scope["app"]
         try:
             restored = await _begin(server)
-        except ThawError as error:
+        except Exception as error:  # any other answer counts as "no lifespan here", and the server would come up
             await receive()
+            if not isinstance(error, ThawError):
+                logger.exception("thaw's part of the start failed")
             print(f"thaw: {error}", file=sys.stderr, flush=True)
             await send({"type": "lifespan.startup.failed", "message": str(error)})
             return
@@ -66,6 +68,8 @@ async def _begin(server: FastAPI) -> str | None:
     """
     client = getattr(server.state, "engine_client", None)
     if client is None or "generate" not in await client.get_supported_tasks():
+        if os.environ.get(KV_VARIABLE):
+            raise UnsupportedError("a model that does not generate has no cached prefixes; leave --kv-snapshot out")
         return None
     if not hasattr(server.state, "thaw_kv"):
         routes = KVRoutes()
