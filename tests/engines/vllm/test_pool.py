@@ -206,19 +206,21 @@ def test_clients(pool: Program, alone: dict[str, dict[str, Any]]):
         parts = [chunk.choices[0].text for chunk in client.completions.create(**asked, stream=True)]
         assert "".join(parts) == expected and len(parts) == 12
 
-    async def work() -> None:
+    async def cancelled() -> None:
         async with openai.AsyncOpenAI(base_url=f"{pool.url}/v1", api_key="none", max_retries=0) as client:
-            long = {
-                "model": "base",
-                "prompt": TEXT,
-                "max_tokens": 400,
-                "temperature": 0,
-                "extra_body": {"ignore_eos": True},
-            }
-            stream = await client.completions.create(**long, stream=True)
+            long = {"model": "base", "prompt": TEXT, "max_tokens": 450, "temperature": 0}
+            stream = await client.completions.create(**long, extra_body={"ignore_eos": True}, stream=True)
             async for _ in stream:
                 break
             await stream.close()
+
+    generated = metric(pool, "generation_tokens_total")
+    asyncio.run(cancelled())
+    until(lambda: metric(pool, "num_requests_running") == 0, "the cancelled one's end")
+    assert metric(pool, "generation_tokens_total") - generated < 200, "it ended when its client left"
+
+    async def many() -> None:
+        async with openai.AsyncOpenAI(base_url=f"{pool.url}/v1", api_key="none", max_retries=0) as client:
 
             async def one(number: int) -> str:
                 prompt = f"{TEXT}{' ' * (number % 2)}"
@@ -228,12 +230,7 @@ def test_clients(pool: Program, alone: dict[str, dict[str, Any]]):
             found = await asyncio.gather(*map(one, range(64)))
             assert set(found[::2]) == {expected} and len(set(found[1::2])) == 1
 
-    asyncio.run(work())
-    running = r'vllm:num_requests_running\{.*thaw_model="base"\} 0\.0'
-    until(
-        lambda: re.search(running, urllib.request.urlopen(f"{pool.url}/metrics").read().decode()),
-        "the cancelled one's end",
-    )
+    asyncio.run(many())
     body = json.dumps({"model": "base", "prompt": TEXT, "max_tokens": 12, "temperature": 0})
     command = [
         "curl",
@@ -247,6 +244,13 @@ def test_clients(pool: Program, alone: dict[str, dict[str, Any]]):
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["choices"][0]["text"] == expected
+
+
+def metric(pool: Program, name: str) -> float:
+    """Of vLLM's, of the model ``base``."""
+    with urllib.request.urlopen(f"{pool.url}/metrics", timeout=60) as answer:
+        text = answer.read().decode()
+    return float(re.search(rf'^vllm:{name}\{{.*thaw_model="base"\}} (\S+)$', text, re.M)[1])  # type: ignore[index]
 
 
 @pytest.mark.soak
