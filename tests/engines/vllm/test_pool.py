@@ -363,11 +363,18 @@ def test_the_end_of_the_router_is_everybodys(number: int, zygote: Zygote, models
 
 def test_weights_are_swapped_in_place(models: dict[str, Path], folder: Path):
     """Packing is left out, as in test_swap.py: by a swap a model gives the answers that it gives freshly started."""
-    variables, snapshots = environment(), {}
-    for name in ("base", "tuned"):
-        snapshots[name] = folder / f"unpacked-{name}.thaw"
-        command = [*COMMAND, "freeze", "--model", models[name], "--output", snapshots[name]]
-        subprocess.run(command, check=True, capture_output=True, env=os.environ | variables)
+    variables = environment()
+    snapshots = {name: folder / f"unpacked-{name}.thaw" for name in ("base", "tuned")}
+    freezing = [
+        subprocess.Popen(
+            [*COMMAND, "freeze", "--model", models[name], "--output", path],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=os.environ | variables,
+        )
+        for name, path in snapshots.items()
+    ]
+    assert [one.wait(300) for one in freezing] == [0, 0]
     (folder / "swaps.toml").write_text(toml({name: models[name] for name in snapshots}, snapshots, ARGS, deadline=300))
     program = Program(folder, "swaps", "--models", str(folder / "swaps.toml"), "--zygote", "none", **variables)
     try:
