@@ -6,12 +6,13 @@ import pytest
 
 
 @pytest.fixture
-def started(monkeypatch):
+def started(monkeypatch, tmp_path):
     """What would be run; vLLM counts as installed."""
     from thaw_vllm.engines.vllm import api
     from thaw_vllm.serve import run
 
     found = []
+    monkeypatch.setenv("THAW_STATE_DIR", str(tmp_path / "state"))  # no token is left for other tests
     for name in ("THAW_ADMIN_TOKEN", "VLLM_API_KEY"):
         monkeypatch.setenv(name, "")
     monkeypatch.setattr(run, "run", lambda *given: found.append(given))
@@ -58,6 +59,9 @@ def test_a_file(thaw, started, tmp_path, monkeypatch):
         (["--register", "a=m", "--ssl-keyfile", "k"], 2, "--ssl-keyfile cannot be given"),
         (["--register", "a=m", "--snapshot-dir", "d"], 2, "leave --snapshot-dir out"),
         (["--models", "none.toml"], 6, "none.toml"),
+        (["--register", "a=./none"], 6, "there is no model directory './none'"),
+        (["--register", "a=m", "--kv-dir", "none"], 6, "there is no directory 'none'"),
+        (["--model", "m", "--models", "f"], 2, "not both"),
     ],
 )
 def test_what_is_refused(thaw, started, words, code, said):
@@ -65,10 +69,20 @@ def test_what_is_refused(thaw, started, words, code, said):
     assert ran.code == code and said in ran.err and started == []
 
 
-def test_what_a_model_may_not_say(thaw, started, tmp_path):
-    (tmp_path / "models.toml").write_text("[models.a]\npath = 'm'\nargs = ['--uds', 'x']")
+@pytest.mark.parametrize(
+    ("line", "code", "said"),
+    [
+        ("args = ['--uds', 'x']", 2, "--uds cannot be given"),
+        ("args = ['--port', '9']", 2, "where to listen is the router's"),
+        ("snapshot = 'none.thaw'", 6, "none.thaw"),
+        ("snapshot = 'broken.thaw'", 3, "broken.thaw"),
+    ],
+)
+def test_what_a_model_may_not_say(thaw, started, tmp_path, line, code, said):
+    (tmp_path / "broken.thaw").write_bytes(b"none")
+    (tmp_path / "models.toml").write_text(f"[models.a]\npath = 'm'\n{line}")
     ran = thaw("serve", "--models", tmp_path / "models.toml")
-    assert ran.code == 2 and "--uds cannot be given" in ran.err and started == []
+    assert ran.code == code and said in ran.err and started == []
 
 
 def test_a_token_that_is_too_short(thaw, started, monkeypatch):

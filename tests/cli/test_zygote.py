@@ -188,12 +188,13 @@ ADDED = ("THAW_SERVE_TOKEN_FILE", "THAW_SERVE_KV_SNAPSHOT", "THAW_KV_DIR", "THAW
 
 class TestServe:
     @pytest.fixture
-    def handed(self, monkeypatch, place):
+    def handed(self, monkeypatch, place, tmp_path_factory):
         """What would be run, where it comes to that; vLLM counts as installed."""
         from thaw_vllm.cli import run
         from thaw_vllm.engines.vllm import api
 
         found = []
+        monkeypatch.setenv("THAW_STATE_DIR", str(tmp_path_factory.mktemp("state")))
         for name in ("THAW_ADMIN_TOKEN", "THAW_START_REPORT", *ADDED):
             monkeypatch.setenv(name, "")  # so that what the command sets does not outlive the test
         monkeypatch.setattr(run, "hand_over", lambda *arguments, **options: found.append((arguments, options)))

@@ -297,6 +297,15 @@ class TestRefused:
 
         play(served, work)
 
+    def test_routes_of_a_single_server(self, folder: Path):
+        served = Served(folder, model())
+
+        async def work(client: aiohttp.ClientSession) -> None:
+            async with client.post("/v1/thaw/kv/freeze", json={"name": "x.thawkv"}, headers=ADMIN) as answer:
+                assert answer.status == 404 and "several models" in await answer.text()
+
+        play(served, work)
+
     @pytest.mark.parametrize("method", ["GET", "PUT", "DELETE", "HEAD"])
     def test_other_methods(self, folder: Path, method: str):
         served = Served(folder, model())
@@ -411,17 +420,17 @@ class TestOwn:
                     return answer.status, await answer.text()
 
             for bad, status, said in (
-                ({"name": "b", "path": "/etc"}, 409, "no path inside"),
-                ({"name": "b", "path": "../models/b"}, 409, "no path inside"),
-                ({"name": "b", "path": "out"}, 409, "leads out"),
-                ({"name": "b", "path": "b", "snapshot": "out/passwd"}, 409, "leads out"),
-                ({"name": "b", "path": "none"}, 503, "there is no 'none'"),
-                ({"name": "b", "path": "b", "args": ["--trust-remote-code"]}, 422, "args"),
+                ({"name": "b", "path": "/etc"}, 400, "must be relative"),
+                ({"name": "b", "path": "../models/b"}, 400, "must be relative"),
+                ({"name": "b", "path": "out"}, 400, "leads out"),
+                ({"name": "b", "path": "b", "snapshot": "out/passwd"}, 400, "leads out"),
+                ({"name": "b", "path": "none"}, 404, "there is no 'none'"),
+                ({"name": "b", "path": "b", "args": ["--trust-remote-code"]}, 400, "args"),
                 ({"name": "b", "path": "b", "like": "c"}, 404, "no model 'c'"),
                 ({"name": "b b", "path": "b", "like": "a"}, 409, "cannot name a model"),
                 ({"name": "a", "path": "b", "like": "a"}, 409, "already"),
                 ({"name": "b", "path": "b"}, 409, "no room"),
-                ({"path": "b"}, 422, "name"),
+                ({"path": "b"}, 400, "name"),
             ):
                 assert (found := await post(**bad))[0] == status and said in found[1], (bad, found)
             assert (await post(name="b", path="b", like="a"))[0] == 200

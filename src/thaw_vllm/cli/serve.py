@@ -108,7 +108,7 @@ def serve(
     it is not there, and others make room for it. Other options are then vllm serve's for each of them.
     """
     from ..engines.vllm.serve_variables import PARENT_VARIABLE
-    from ..errors import UsageError
+    from ..errors import StorageError, UsageError
 
     parent = os.environ.pop(PARENT_VARIABLE, None)
     if parent is not None:
@@ -116,7 +116,8 @@ def serve(
 
         end_with(int(parent))
     if (model is None) == (models is None and not register):
-        raise UsageError("give --model for one model, or --models FILE and --register NAME=PATH for several")
+        both = "; not both" if model is not None else ""
+        raise UsageError(f"give --model for one model, or --models FILE and --register NAME=PATH for several{both}")
     if model is None:
         if snapshot is not None or kv_snapshot is not None:
             raise UsageError('several models have their snapshots in --models FILE, as snapshot = "W.thaw"')
@@ -124,6 +125,8 @@ def serve(
             raise UsageError(
                 "several models name their snapshots themselves; leave --snapshot-dir out (see --model-dir)"
             )
+        if kv_dir is not None and not kv_dir.is_dir():
+            raise StorageError(f"there is no directory {str(kv_dir)!r}; make it first")
         passed = _shared(zygote, require_zygote, fast_start, cache_dir, kv_dir)
         _several(models, register or [], allowed_host or [], model_dir or [], [*passed, *context.args])
         return
@@ -200,7 +203,9 @@ def _additions(kv_snapshot: Path | None, snapshot_dir: Path | None, kv_dir: Path
         found[TOKEN_FILE_VARIABLE] = str(file)
     if kv_snapshot is not None:
         if not kv_snapshot.is_file():
-            raise StorageError(f"there is no file {str(kv_snapshot)!r} of KV blocks")
+            raise StorageError(
+                f"there is no file {str(kv_snapshot.absolute())!r} of KV blocks; --kv-snapshot is a path"
+            )
         found[KV_VARIABLE] = str(kv_snapshot.absolute())
     for variable, directory in ((SNAPSHOTS_VARIABLE, snapshot_dir), (DIRECTORY_VARIABLE, kv_dir)):
         if directory is not None:
@@ -239,7 +244,7 @@ def _several(
     Args:
         options: for each server, but for those that say where to listen, and for whom.
     """
-    from ..engines.vllm.api import require_vllm_installed
+    from ..engines.vllm.api import check_model, check_sizes, require_vllm_installed
     from ..engines.vllm.command_line import given
     from ..engines.vllm.fast_start import has_gpu
     from ..errors import MissingDependencyError, UsageError
@@ -250,6 +255,12 @@ def _several(
     settings = registered(register) if models is None else read(models, register)
     if not settings.models:
         raise UsageError(f"{str(models)!r} names no model; it has tables like [models.llama]")
+    for model in settings.models.values():
+        check_model(model.path)
+        if model.snapshot is not None:
+            check_sizes(model.snapshot, _sizes(given([*options, *model.args])))
+        if {"host", "port"} & given(model.args).keys():
+            raise UsageError(f"model {model.name!r}: where to listen is the router's to say; leave it out of args")
     own, options = _taken(options, ("host", "port", "api-key"), several=("api-key",))
     for words in (options, *(model.args for model in settings.models.values())):
         for name in given(words):

@@ -61,7 +61,10 @@ def ask(server: str, what: str, token: str | None, api_key: str | None, body: di
         raise UsageError(f"--server {server!r} is no address; it is like {LOCAL}")
     token = token or (kept_token() if host in LOOPBACK else None)
     if not token:
-        raise UsageError(f"set {TOKEN_VARIABLE}, or give --token: what the server was started with")
+        raise UsageError(
+            f"set {TOKEN_VARIABLE}, or give --token: what the server was started with (thaw serve keeps what it makes in "
+            "~/.local/state/thaw/admin-token)"
+        )
     headers = {"Content-Type": "application/json", TOKEN_HEADER: token}
     if api_key:
         headers["Authorization"] = f"Bearer {api_key}"
@@ -95,6 +98,7 @@ def ask(server: str, what: str, token: str | None, api_key: str | None, body: di
 def _told(server: str, status: int, answer: Any) -> Exception:
     """The error that an answer tells of."""
     from .. import errors
+    from ..engines.vllm.kv.access import TOKEN_HEADER
 
     found = answer.get("error") if isinstance(answer, dict) else None
     kind, message = (found.get("type"), str(found.get("message"))) if isinstance(found, dict) else (None, "")
@@ -102,12 +106,17 @@ def _told(server: str, status: int, answer: Any) -> Exception:
     if ours is not None:
         return ours(plain(message))
     if kind == "Forbidden":
+        if TOKEN_HEADER in message:
+            message = f"THAW_ADMIN_TOKEN or --token is not its admin token ({message})"
         return errors.UsageError(f"the server at {server} refused: {plain(message)}")
     if status == 401:
         return errors.UsageError(f"the server at {server} wants vLLM's API key; set VLLM_API_KEY, or give --api-key")
     if status in (404, 405):
+        if kind == "NotFoundError" and "/v1/thaw/" in message:
+            return errors.UsageError(f"the server at {server} is no single model's: {plain(message)}")
         return errors.UsageError(
-            f"the server at {server} has no routes of thaw's; start it with the environment that 'thaw doctor' prints"
+            f"the server at {server} has no routes of thaw's; start it with thaw serve, or with the environment that "
+            "'thaw doctor' prints"
         )
     why = plain(message) or "nothing that says why; is it vLLM's, with thaw's routes?"
     return errors.ThawError(f"the server at {server} answered {status}: {why}")

@@ -13,14 +13,15 @@ from dataclasses import replace
 from typing import Any, cast
 from urllib.parse import urlsplit
 
-from fastapi import Depends, FastAPI, HTTPException, Request
+from fastapi import Depends, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict
 
 from ..engines.vllm.kv.access import TOKEN_HEADER
-from ..errors import ThawError, UsageError
+from ..errors import StorageError, ThawError, UsageError
 from .config import Model
-from .directories import Directories
+from .directories import Directories, PathError
 from .engine import ServerEngine
 from .metrics import Counted, exposition
 from .pool import Pool
@@ -61,6 +62,7 @@ def application(
     access = Access(token, {*HOSTS, *hosts})
     app.add_exception_handler(ThawError, _told)
     app.add_exception_handler(Refused, _refused)
+    app.add_exception_handler(RequestValidationError, _invalid)
     app.add_api_route("/health", own.health)
     app.add_api_route("/v1/models", own.models, tags=["OpenAI"])
     app.add_api_route("/metrics", own.metrics)
@@ -109,7 +111,7 @@ class Access:
 
     def require(self, request: Request) -> None:
         """Raises:
-        HTTPException: this caller may not.
+        Refused: this caller may not.
         """
         called = request.headers.get("host", "")
         try:
@@ -117,12 +119,12 @@ class Access:
         except ValueError:
             name = ""
         if name not in self._hosts and not _is_address(name):
-            raise HTTPException(403, f"this server is not called {called!r}; see --allowed-host")
+            raise Refused(403, "Forbidden", f"this server is not called {called!r}; see --allowed-host")
         origin = request.headers.get("origin")
         if origin is not None and origin != f"{request.url.scheme}://{request.headers.get('host')}":
-            raise HTTPException(403, "other sites may not ask this server")
+            raise Refused(403, "Forbidden", "other sites may not ask this server")
         if not hmac.compare_digest(request.headers.get(TOKEN_HEADER, "").encode(), self._token):
-            raise HTTPException(403, f"send the admin token in the header {TOKEN_HEADER}")
+            raise Refused(403, "Forbidden", f"send the admin token in the header {TOKEN_HEADER}")
 
 
 def _is_address(name: str) -> bool:
@@ -254,10 +256,20 @@ def document(pool: Pool) -> dict[str, Any]:
     return {"models": models, "engines": engines, "waiting": sum(waiting.values())}
 
 
+STATUS: dict[type[Exception], int] = {UnknownModelError: 404, StorageError: 404, PathError: 400, UsageError: 409}
+"""The status of an error is that of the first class of its ancestry that is here; 503 otherwise."""
+
+
 async def _told(request: Request, error: Exception) -> JSONResponse:
-    status = 404 if isinstance(error, UnknownModelError) else 409 if isinstance(error, UsageError) else 503
+    status = next((STATUS[kind] for kind in type(error).__mro__ if kind in STATUS), 503)
     headers = {"Retry-After": str(int(error.retry_after) + 1)} if isinstance(error, UnavailableError) else None
     return JSONResponse({"error": {"type": type(error).__name__, "message": str(error)}}, status, headers)
+
+
+async def _invalid(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    said = "; ".join(f"{'.'.join(map(str, one['loc'][1:])) or 'the body'}: {one['msg']}" for one in error.errors())
+    return JSONResponse({"error": {"type": "UsageError", "message": said}}, 400)
 
 
 async def _refused(request: Request, error: Exception) -> JSONResponse:

@@ -147,7 +147,7 @@ def _registered(words: Iterable[str], there: Mapping[str, Model], common: Mappin
     for word in words:
         name, equals, path = word.partition("=")
         if not equals or not name or not path:
-            raise UsageError(f"--register {word!r}: it is NAME=PATH, a model directory or a .thaw file's directory")
+            raise UsageError(f"--register {word!r}: it is NAME=PATH, a model directory or a name on the hub")
         if name in there or name in found:
             raise UsageError(f"the model {name!r} is registered twice")
         found[name] = _model(name, dict(common) | {"path": path}, Path.cwd())

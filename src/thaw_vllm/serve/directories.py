@@ -14,6 +14,10 @@ MOST = 1000
 """Snapshots that are listed."""
 
 
+class PathError(UsageError):
+    """A path that requests may not name."""
+
+
 class Directories:
     """What the operator allows.
 
@@ -34,19 +38,19 @@ class Directories:
         """What a request means by a path: relative to the first directory that has it, never outside.
 
         Raises:
-            UsageError: it is no such path, or leads out of the directories.
+            PathError: it is no such path, or leads out of the directories.
             StorageError: it is not there.
         """
         if not self.roots:
-            raise UsageError("this server lets no request name a path; start it with --model-dir")
+            raise PathError("this server lets no request name a path; start it with --model-dir")
         if not isinstance(given, str) or not given or len(given) > 4096 or "\0" in given:
-            raise UsageError("a path must be a text, not empty")
+            raise PathError("a path must be a text, not empty")
         if os.path.isabs(given) or ".." in Path(given).parts:
-            raise UsageError(f"{given!r} is no path inside a directory of the server")
+            raise PathError(f"{given!r} must be relative to a directory of --model-dir, and stay in it")
         for root in self.roots:
             found = Path(os.path.realpath(root / given))
             if found != root and root not in found.parents:
-                raise UsageError(f"{given!r} leads out of the server's directory")
+                raise PathError(f"{given!r} leads out of the server's directory")
             if found.exists():
                 return found
         raise StorageError(f"there is no {given!r} in the server's directories")

@@ -261,6 +261,7 @@ class ServerEngine:
         except OSError:
             return what
         lines = [_COLOUR.sub("", line).rstrip() for line in text.splitlines() if line.strip()]
-        told = [line for line in lines if _SAYS_WHY.search(line)]
-        shown = told[-2:] or lines[-_TOLD:]
+        lines = [line for line in lines if " WARNING " not in line and "Warning: " not in line]
+        told = [number for number, line in enumerate(lines) if _SAYS_WHY.search(line)]
+        shown = lines[told[-1] :][:4] if told else lines[-_TOLD:]
         return "; ".join([f"{what} (log: {self.log})", *shown])

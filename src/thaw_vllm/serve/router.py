@@ -106,11 +106,15 @@ class Router:
         except Refused as refused:
             await _answer(send, refused)
         except _GoneError:
-            logger.info("a client left before it was answered: %s", scope["path"])
+            logger.debug("a client left before it was answered: %s", scope["path"])
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = dict(scope["headers"])
         self.require_key(headers.get(b"authorization"))
+        if scope["path"].startswith("/v1/thaw/"):
+            raise Refused(
+                404, "NotFoundError", "several models are served here; see /v1/thaw/models/NAME/… (docs/cli.md)"
+            )
         if scope["method"] != "POST":
             raise Refused(404, "NotFoundError", f"there is no {scope['method']} {scope['path']} here")
         kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
@@ -125,7 +129,10 @@ class Router:
             await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)
             if not work.done() and not exchange.answered:
                 raise _GoneError
-            await work
+            try:
+                await work
+            except ThawError as error:
+                logger.warning("an answer was cut: %s", error)  # the web server closes what has no end
         finally:
             for task in (work, left):
                 task.cancel()

@@ -98,6 +98,10 @@ class _Server(uvicorn.Server):  # type: ignore[misc]
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Who waits for a model is told before those are waited for that are being answered."""
         self._pool.close()
+        running = sum(one.inflight for one in self._pool.residents)
+        if running:
+            said = f"thaw: stopping; {running} requests may end within {GRACE} s (once more, and they are cut)"
+            print(said, file=sys.stderr, flush=True)
         await super().shutdown(sockets)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:

@@ -13,6 +13,8 @@ from ....errors import ExistsError, UsageError
 TOKEN_VARIABLE = "THAW_ADMIN_TOKEN"
 DIRECTORY_VARIABLE = "THAW_KV_DIR"
 SNAPSHOTS_VARIABLE = "THAW_SNAPSHOT_DIR"
+OPTIONS = {DIRECTORY_VARIABLE: "--kv-dir", SNAPSHOTS_VARIABLE: "--snapshot-dir"}
+"""Of ``thaw serve``."""
 TOKEN_HEADER = "X-Thaw-Admin-Token"
 """A header of its own: vLLM's API key is in ``Authorization``, and is given to everybody who may ask the model."""
 SHORTEST_TOKEN = 16
@@ -93,7 +95,7 @@ def no_directory(directory: str | None, variable: str) -> str | None:
     if directory is None or not os.path.isabs(directory) or not os.path.isdir(directory):
         return (
             f"this server has no directory for files; start it with {variable} set to the absolute path of one that "
-            "exists"
+            f"exists (thaw serve {OPTIONS[variable]} DIRECTORY)"
         )
     return None
 
