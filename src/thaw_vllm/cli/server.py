@@ -62,7 +62,7 @@ def ask(server: str, what: str, token: str | None, api_key: str | None, body: di
     token = token or (kept_token() if host in LOOPBACK else None)
     if not token:
         raise UsageError(
-            f"set {TOKEN_VARIABLE}, or give --token: what the server was started with (thaw serve keeps what it makes in "
+            f"set {TOKEN_VARIABLE}, or give --token: what the server was started with (thaw serve keeps it in "
             "~/.local/state/thaw/admin-token)"
         )
     headers = {"Content-Type": "application/json", TOKEN_HEADER: token}
