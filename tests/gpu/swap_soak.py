@@ -14,22 +14,22 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
 import math
 import os
 import random
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from tests.gpu.growth import growth, median, sizes, summary, too_much
+
 PROMPTS, LENGTH, ANSWER = 24, 14, 8
 """Prompts, and tokens of each and of its answer: within one block, so that none is answered from a cache."""
 STARTED = time.monotonic()
-GROWTH = {"rss_mib": 64.0, "descriptors": 4, "processes": 0, "gpu_mib": 8.0}
-"""That is allowed from the first quarter's median to the last one's."""
 
 
 def parse() -> argparse.Namespace:
@@ -45,25 +45,6 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--engine-args", type=json.loads, default={}, help="JSON")
     return parser.parse_args()
-
-
-def sizes() -> dict[str, float]:
-    from thaw_vllm.zygote.processes import below
-
-    pids = [os.getpid(), *below(os.getpid())]
-    rss = descriptors = 0
-    for pid in pids:
-        with contextlib.suppress(OSError):
-            lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-            rss += sum(int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
-            descriptors += len(os.listdir(f"/proc/{pid}/fd"))
-    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-    command += ["-i", os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]]
-    try:
-        gpu = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0])
-    except (OSError, subprocess.SubprocessError, IndexError):
-        gpu = 0.0
-    return {"rss_mib": rss / 1024, "descriptors": descriptors, "processes": len(pids), "gpu_mib": gpu}
 
 
 class Soak:
@@ -141,7 +122,7 @@ class Soak:
                 parks.append(await self.park())
             await asyncio.sleep(self.random.random() * 0.04)
             if len(swaps) % max(1, self.given.swaps // 40) == 0:
-                seen.append(sizes())
+                seen.append(sizes(os.getpid()))
             self.check(tasks)
             if len(swaps) % 50 == 0 or self.given.swaps < 50:
                 told = f"{len(swaps)} swaps, {len(parks)} parks, {self.counts}, {time.monotonic() - start:.0f} s"
@@ -153,7 +134,7 @@ class Soak:
         return {
             "seed": self.given.seed,
             "swaps": summary(swaps),
-            "swap_phases": {name: middle([one[name] for one in self.phases]) for name in self.phases[0]},
+            "swap_phases": {name: median([one[name] for one in self.phases]) for name in self.phases[0]},
             "park": summary([one[0] for one in parks]),
             "wake": summary([one[1] for one in parks]),
             "by_driver": sum(one[2] for one in parks),
@@ -161,7 +142,7 @@ class Soak:
             "wrong": self.wrong[:20],
             "grown": grown,
             "sizes": [seen[0], seen[-1]] if seen else [],
-            "failed": bool(self.wrong) or any(value > GROWTH[name] for name, value in grown.items()),
+            "failed": bool(self.wrong) or too_much(grown),
         }
 
     def check(self, tasks: list[asyncio.Task[None]]) -> None:
@@ -170,26 +151,6 @@ class Soak:
                 task.result()
         if len(self.wrong) > 20:
             raise SystemExit(json.dumps({"seed": self.given.seed, "wrong": self.wrong}))
-
-
-def growth(seen: list[dict[str, float]]) -> dict[str, float]:
-    """From the first quarter's median to the last one's."""
-    if len(seen) < 4:
-        return {}
-    quarter = len(seen) // 4
-    ends = seen[:quarter], seen[-quarter:]
-    first, last = ({name: middle([one[name] for one in end]) for name in GROWTH} for end in ends)
-    return {name: round(last[name] - first[name], 1) for name in GROWTH}
-
-
-def middle(values: list[float]) -> float:
-    return sorted(values)[len(values) // 2]
-
-
-def summary(values: list[float]) -> dict[str, float]:
-    if not values:
-        return {}
-    return {"count": len(values), "median": middle(values), "min": min(values), "max": max(values)}
 
 
 async def main() -> int:

@@ -1,0 +1,124 @@
+"""A pool that switches over and over beside requests, on a GPU: no answer of another model's, and nothing grows.
+
+    python tests/gpu/pool_soak.py models.toml [--switches 1000] [--clients 3] [--seed N] [--seconds LIMIT]
+
+The models of the file are asked at random, several requests at a time, the next one always another than the last: those
+that can take one another's weights are swapped, others parked and woken, or started anew. Each answer must be the one
+that its model gave when it was asked alone at first, log-probabilities included: set VLLM_BATCH_INVARIANT=1, since how
+requests meet in a step changes roundings. Prints a JSON document; exit status 1 where something is wrong. Not part of
+the tests: it takes minutes, and snapshots of some size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import math
+import random
+import re
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import aiohttp
+from tests.gpu.growth import growth, sizes, summary, too_much
+
+STARTED = time.monotonic()
+PROMPTS, LENGTH, ANSWER = 12, 60, 8
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models")
+    parser.add_argument("--switches", type=int, default=1000)
+    parser.add_argument("--clients", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=random.randrange(10**6))
+    parser.add_argument("--seconds", type=float, default=math.inf, help="stop after this time, the start included")
+    return parser.parse_args()
+
+
+class Soak:
+    def __init__(self, given: argparse.Namespace, pid: int, client: aiohttp.ClientSession) -> None:
+        self.given, self.pid, self.client = given, pid, client
+        self.random = random.Random(given.seed)
+        self.prompts = [[self.random.randrange(300, 500) for _ in range(LENGTH)] for _ in range(PROMPTS)]
+        self.wrong: list[Any] = []
+
+    async def ask(self, model: str, prompt: list[int]) -> tuple[str, float]:
+        """What was said, and when the first of it was there."""
+        body = {"model": model, "prompt": prompt, "max_tokens": ANSWER, "temperature": 0, "logprobs": 1, "stream": True}
+        start, first, said = time.perf_counter(), 0.0, []
+        async with self.client.post("/v1/completions", json=body | {"ignore_eos": True}) as answer:
+            if answer.status != 200:
+                return f"{answer.status}: {await answer.text()}", 0.0
+            async for line in answer.content:
+                if line.startswith(b"data: {"):
+                    first = first or time.perf_counter() - start
+                    choice = json.loads(line[6:])["choices"][0]
+                    said.append([choice["text"], choice["logprobs"] and choice["logprobs"]["token_logprobs"]])
+        return json.dumps(said), first
+
+    async def run(self) -> dict[str, Any]:
+        async with self.client.get("/v1/models") as answer:
+            names = [one["id"] for one in (await answer.json())["data"]]
+        alone = {name: [(await self.ask(name, prompt))[0] for prompt in self.prompts] for name in names}
+        assert len({json.dumps(said) for said in alone.values()}) == len(names), "models answer alike"
+        seen: list[dict[str, float]] = []
+        firsts: list[float] = []
+        last = names[-1]
+        while len(firsts) < self.given.switches and time.monotonic() < STARTED + self.given.seconds:
+            last = self.random.choice([name for name in names if name != last])
+            which = [self.random.randrange(PROMPTS) for _ in range(self.given.clients)]
+            found = await asyncio.gather(*(self.ask(last, self.prompts[one]) for one in which))
+            for one, (said, _) in zip(which, found, strict=True):
+                if said != alone[last][one]:
+                    self.wrong.append([last, one, said])
+            firsts.append(max(first for _, first in found))
+            if len(firsts) % max(1, self.given.switches // 40) == 0:
+                seen.append(await asyncio.to_thread(sizes, self.pid))
+            if len(firsts) % 25 == 0:
+                print(f"{len(firsts)} switches, {len(self.wrong)} wrong", file=sys.stderr, flush=True)
+            if len(self.wrong) > 20:
+                break
+        grown = growth(seen)
+        return {
+            "seed": self.given.seed,
+            "first_token": summary(firsts),
+            "wrong": self.wrong[:20],
+            "grown": grown,
+            "sizes": [seen[0], seen[-1]] if seen else [],
+            "failed": bool(self.wrong) or too_much(grown),
+        }
+
+
+async def main() -> int:
+    given = parse()
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder, "log")
+        command = [sys.executable, "-m", "thaw_vllm", "serve", "--models", given.models, "--port", "0"]
+        with log.open("ab") as stream:
+            process = await asyncio.create_subprocess_exec(*command, stdout=stream, stderr=stream)
+        try:
+            while (ready := re.search(rb"ready at (\S+);", log.read_bytes())) is None:
+                assert process.returncode is None, log.read_bytes().decode()[-3000:]
+                await asyncio.sleep(0.1)
+            timeout = aiohttp.ClientTimeout(total=600)
+            async with aiohttp.ClientSession(ready[1].decode(), timeout=timeout) as client:
+                found = await Soak(given, process.pid, client).run()
+        finally:
+            process.terminate()
+            await process.wait()
+        events = re.findall(rb"thaw\.serve: (started|swapped|parked|woken|lost|failed|swap refused) ", log.read_bytes())
+        found["changes"] = {one.decode(): events.count(one) for one in sorted(set(events))}
+        lost = [line.decode() for line in log.read_bytes().splitlines() if b" lost " in line or b" failed " in line]
+    print(json.dumps(found | {"told": lost[:5]}))
+    return int(found["failed"])
+
+
+if __name__ == "__main__":
+    sys.exit(asyncio.run(main()))
