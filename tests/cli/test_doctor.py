@@ -190,7 +190,10 @@ def test_optional_package(machine, package):
 def test_optional_packages_are_those_of_the_extras():
     """Those of ``serve`` from the day there is such a command. Read with a pattern: Python 3.10 has no TOML."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    extras = {name: set(re.findall(r'"([a-z]+)', line)) for name, line in re.findall(r"^(\w+) = (\[.+\])$", text, re.M)}
+    extras = {
+        name: set(re.findall(r'"([a-z-]+)[^;"]*"', line))
+        for name, line in re.findall(r"^(\w+) = (\[.+\])$", text, re.M)
+    }
     used = {"vllm", "convert", "demo"} | ({"serve"} & set(COMMANDS))
     assert set().union(*(extras[name] for name in used)) == set(OPTIONAL)
 

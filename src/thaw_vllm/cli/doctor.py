@@ -33,6 +33,8 @@ OPTIONAL = {
     "transformers": "vLLM, thaw demo",
     "fastapi": "vLLM's server, thaw serve",
     "uvicorn": "vLLM's server, thaw serve",
+    "aiohttp": "thaw serve with several models",
+    "prometheus-client": "vLLM's server, thaw serve with several models",
     "accelerate": "making the demo's model",
     "gguf": "making the demo's model",
 }

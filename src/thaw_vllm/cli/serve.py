@@ -96,10 +96,10 @@ def serve(
     ] = False,
     cache_dir: CacheDir = None,
 ) -> None:
-    """Run vLLM's own server, in a fork of the zygote; or several, one for each model, behind one address.
+    """Run vLLM's own server, for one model or for several.
 
-    It is OpenAI-compatible; any other option is vllm serve's. With a zygote (thaw zygote start) it is up in seconds.
-    Without one, a new Python is started for it, and a line says so.
+    It is OpenAI-compatible; any other option is vllm serve's. With a zygote (thaw zygote start) it is a fork of that and
+    up in seconds. Without one, a new Python is started for it, and a line says so.
 
     Where neither --host nor --uds is given it listens on 127.0.0.1. thaw's routes (/v1/thaw/…; thaw kv, swap, park,
     wake) ask for the admin token: THAW_ADMIN_TOKEN, or one that is made once and kept for you alone.
