@@ -508,7 +508,7 @@ class TestIdle:
             bench.engines[0].swappable = False
             for name in "cbcb":
                 await bench.ask(name)
-                assert sum(one.share for one in bench.pool.residents if one.state is not State.PARKED) <= 1 + 1e-9
+                assert sum(one.share for one in bench.pool.residents if not one.away) <= 1 + 1e-9
 
         play(bench, work)
 
@@ -555,7 +555,7 @@ def test_any_load_is_answered_rightly(soak):
                     async with bench.pool.lease(name) as one:
                         held = one.engine.model.name
                         await asyncio.sleep(seconds)
-                        taken = sum(r.share for r in bench.pool.residents if r.state is not State.PARKED)
+                        taken = sum(r.share for r in bench.pool.residents if not r.away)
                         assert taken <= 1 + 1e-6, "more than there is"
                         return one.engine.model.name == held == name
 

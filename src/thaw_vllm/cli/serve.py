@@ -98,8 +98,8 @@ def serve(
 ) -> None:
     """Run vLLM's own server, for one model or for several.
 
-    It is OpenAI-compatible; any other option is vllm serve's. With a zygote (thaw zygote start) it is a fork of that and
-    up in seconds. Without one, a new Python is started for it, and a line says so.
+    It is OpenAI-compatible; any other option is vllm serve's. With a zygote (thaw zygote start) it is forked from it,
+    and up in seconds. Without one, a new Python is started for it, and a line says so.
 
     Where neither --host nor --uds is given it listens on 127.0.0.1. thaw's routes (/v1/thaw/…; thaw kv, swap, park,
     wake) ask for the admin token: THAW_ADMIN_TOKEN, or one that is made once and kept for you alone.

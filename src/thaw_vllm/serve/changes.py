@@ -74,7 +74,7 @@ class Changes:
 
     def wake(self, one: Resident) -> asyncio.Task[None]:
         """A parked engine takes its memory."""
-        one.state = State.WAKING
+        one.state, one.away = State.WAKING, False
         return self._begin(self._wake(one))
 
     def stop(self, one: Resident, why: str) -> asyncio.Task[None]:
@@ -128,7 +128,7 @@ class Changes:
         else:
             if one.state is State.STOPPING:
                 return
-            one.state, one.leave_by, one.unloading = State.PARKED, None, False
+            one.state, one.away, one.leave_by, one.unloading = State.PARKED, True, None, False
             self._took("parked", one, start)
             parked = sorted((other for other in self.residents if other.state is State.PARKED), key=lambda x: x.used)
             for other in parked[: max(0, len(parked) - self._most_parked)]:

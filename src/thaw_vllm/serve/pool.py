@@ -321,7 +321,7 @@ class Pool:
             claimed: takes those.
         """
         now = time.monotonic()
-        taken = sum(one.share for one in self.residents if one.state is not State.PARKED)
+        taken = sum(one.share for one in self.residents if not one.away)
         parked = next((one for one in self.residents if one.model is model and one.state is State.PARKED), None)
         if parked is not None and taken + parked.share <= 1 + _TINY:
             self._changes.wake(parked)
@@ -337,7 +337,9 @@ class Pool:
                     return True
                 claimed.add(one)
                 return False
-        lacking = taken + model.share - 1 - sum(one.share for one in self.residents if one.state in GOING)
+        lacking = (
+            taken + model.share - 1 - sum(one.share for one in self.residents if one.state in GOING and not one.away)
+        )
         for one in leaving:
             if lacking <= _TINY:
                 break

@@ -113,6 +113,7 @@ class Resident:
         model: what it holds, or is about to.
         share: of the memory, as it was started with.
         state: what it is doing.
+        away: its memory is given back.
         inflight: requests that it has.
         used: when the last one came or ended, by ``time.monotonic``.
         admitting: false while it is to make room.
@@ -128,6 +129,7 @@ class Resident:
     model: Model
     share: float
     state: State = State.STARTING
+    away: bool = False
     inflight: int = 0
     used: float = field(default_factory=time.monotonic)
     admitting: bool = True
