@@ -528,7 +528,7 @@ class TestIdle:
 def test_any_load_is_answered_rightly(soak):
     """Random requests for models of random shares, engines that refuse, break and die: each answer is its model's, all
     end, and the engines never take more than there is."""
-    for case in soak(small=60, full=3000):
+    for case in soak(small=40, full=600):
         draw = case.random
         names = "abcde"[: draw.randint(1, 5)]
         shares = {name: draw.choice([0.25, 0.4, 0.5, 1.0]) for name in names}
