@@ -108,7 +108,7 @@ def serve(
     it is not there, and others make room for it. Other options are then vllm serve's for each of them.
     """
     from ..engines.vllm.serve_variables import PARENT_VARIABLE
-    from ..errors import StorageError, UsageError
+    from ..errors import UsageError
 
     parent = os.environ.pop(PARENT_VARIABLE, None)
     if parent is not None:
@@ -125,8 +125,7 @@ def serve(
             raise UsageError(
                 "several models name their snapshots themselves; leave --snapshot-dir out (see --model-dir)"
             )
-        if kv_dir is not None and not kv_dir.is_dir():
-            raise StorageError(f"there is no directory {str(kv_dir)!r}; make it first")
+        _require_directory(kv_dir)
         passed = _shared(zygote, require_zygote, fast_start, cache_dir, kv_dir)
         _several(models, register or [], allowed_host or [], model_dir or [], [*passed, *context.args])
         return
@@ -208,13 +207,22 @@ def _additions(kv_snapshot: Path | None, snapshot_dir: Path | None, kv_dir: Path
             )
         found[KV_VARIABLE] = str(kv_snapshot.absolute())
     for variable, directory in ((SNAPSHOTS_VARIABLE, snapshot_dir), (DIRECTORY_VARIABLE, kv_dir)):
+        _require_directory(directory)
         if directory is not None:
-            if not directory.is_dir():
-                raise StorageError(f"there is no directory {str(directory)!r}; make it first")
             found[variable] = str(directory.absolute())
     if not os.environ.get(START_VARIABLE):
         found[START_VARIABLE] = str(new_start())
     return found
+
+
+def _require_directory(path: Path | None) -> None:
+    """Raises:
+    StorageError: a directory that is given is not there.
+    """
+    from ..errors import StorageError
+
+    if path is not None and not path.is_dir():
+        raise StorageError(f"there is no directory {str(path)!r}; make it first")
 
 
 def _sizes(chosen: Mapping[str, str]) -> dict[str, int]:

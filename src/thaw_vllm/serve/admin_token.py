@@ -8,11 +8,11 @@ import stat
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..engines.vllm.kv.access import SHORTEST_TOKEN
+from ..engines.vllm.kv.access import SHORTEST_TOKEN, usable
+from ..engines.vllm.kv.access import TOKEN_VARIABLE as VARIABLE
 from ..errors import StorageError, UsageError
 from .state import state_directory
 
-VARIABLE = "THAW_ADMIN_TOKEN"
 _BYTES = 32
 
 
@@ -35,7 +35,7 @@ def admin_token(environment: Mapping[str, str] = os.environ) -> tuple[str, Path 
     """
     given = environment.get(VARIABLE)
     if given:
-        if len(given) < SHORTEST_TOKEN or not given.isascii() or not given.isprintable() or given != given.strip():
+        if not usable(given):
             raise UsageError(f"{VARIABLE} must be {SHORTEST_TOKEN} or more printable ASCII characters")
         return given, None
     path = token_path()

@@ -51,7 +51,8 @@ def application(
     Raises:
         StorageError: one of them is not there.
     """
-    own, router = Routes(pool, Router(pool, api_keys), Directories(directories)), Router(pool, api_keys)
+    router = Router(pool, api_keys)
+    own = Routes(pool, router, Directories(directories))
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -274,4 +275,4 @@ async def _invalid(request: Request, error: Exception) -> JSONResponse:
 
 async def _refused(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, Refused)
-    return JSONResponse(error.document(), error.status, dict(error.headers()))
+    return error.response()

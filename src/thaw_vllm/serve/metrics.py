@@ -110,6 +110,7 @@ def _own(pool: Pool) -> Iterator[Any]:
     for model, count in running.items():
         requests.add_metric([model], count)
     waiting = GaugeMetricFamily("thaw_waiting_requests", "Requests that wait for their model", labels=["model"])
+    queued = pool.waiting
     for model in pool.models:
-        waiting.add_metric([model], pool.waiting.get(model, 0))
+        waiting.add_metric([model], queued.get(model, 0))
     yield from (engines, requests, waiting)

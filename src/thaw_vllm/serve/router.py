@@ -6,7 +6,6 @@ Nothing of a request or an answer is changed: parameters, streaming, tool calls 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hmac
 import json
 import logging
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import aiohttp
+from starlette.responses import JSONResponse
 from yarl import URL
 
 from ..errors import ThawError
@@ -58,14 +58,13 @@ class Refused(Exception):
         super().__init__(message)
         self.status, self.kind, self.retry_after = status, kind, retry_after
 
-    def document(self) -> dict[str, Any]:
+    def response(self) -> JSONResponse:
         """As vLLM words an error."""
-        return {"error": {"message": str(self), "type": self.kind, "param": None, "code": self.status}}
-
-    def headers(self) -> list[tuple[str, str]]:
-        """Beside those of any JSON."""
-        found = [("retry-after", str(max(1, math.ceil(self.retry_after))))] if self.retry_after is not None else []
-        return found + ([("www-authenticate", "Bearer")] if self.status == 401 else [])
+        error = {"message": str(self), "type": self.kind, "param": None, "code": self.status}
+        headers = {} if self.retry_after is None else {"retry-after": str(max(1, math.ceil(self.retry_after)))}
+        if self.status == 401:
+            headers["www-authenticate"] = "Bearer"
+        return JSONResponse({"error": error}, self.status, headers)
 
 
 @dataclass
@@ -104,7 +103,7 @@ class Router:
         try:
             await self._serve(scope, receive, send)
         except Refused as refused:
-            await _answer(send, refused)
+            await refused.response()(scope, receive, send)
         except _GoneError:
             logger.debug("a client left before it was answered: %s", scope["path"])
 
@@ -121,7 +120,7 @@ class Router:
         if kind != b"application/json":  # a page of another site may not send that without being asked first
             raise Refused(415, "UnsupportedMediaType", "send JSON, and say so: Content-Type: application/json")
         body = await _body(headers, receive)
-        name = await self._model(headers, body)
+        name = await self._model(body)
         exchange = _Exchange()
         work = asyncio.ensure_future(self._pass_on(scope, headers, body, name, send, exchange))
         left = asyncio.ensure_future(_left(receive))
@@ -147,7 +146,7 @@ class Router:
         if self._keys and not (scheme.lower() == b"bearer" and any(matches)):
             raise Refused(401, "Unauthorized", "send one of the server's API keys as a bearer token")
 
-    async def _model(self, headers: dict[bytes, bytes], body: bytes) -> str:
+    async def _model(self, body: bytes) -> str:
         try:
             if len(body) > _LARGE:
                 found = await asyncio.to_thread(json.loads, body)
@@ -264,12 +263,3 @@ def _deadline(headers: dict[bytes, bytes]) -> float | None:
     if not 0 <= seconds < math.inf:
         raise Refused(400, "BadRequestError", f"{DEADLINE_HEADER.decode()} must be seconds, from 0 on")
     return seconds
-
-
-async def _answer(send: Send, refused: Refused) -> None:
-    body = json.dumps(refused.document()).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    headers += [(key.encode(), value.encode()) for key, value in refused.headers()]
-    with contextlib.suppress(OSError):
-        await send({"type": "http.response.start", "status": refused.status, "headers": headers})
-        await send({"type": "http.response.body", "body": body})

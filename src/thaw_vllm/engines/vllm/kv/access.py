@@ -52,7 +52,7 @@ class Access:
         token = self.token
         if token is None:
             return f"this server lets nobody use thaw's routes; start it with {TOKEN_VARIABLE} set to a secret"
-        if len(token) < SHORTEST_TOKEN or not token.isascii() or not token.isprintable() or token != token.strip():
+        if not usable(token):
             return (
                 f"the server's {TOKEN_VARIABLE} cannot be used; start it with {SHORTEST_TOKEN} or more printable "
                 "ASCII characters"
@@ -88,6 +88,11 @@ class Access:
             UsageError: there is no directory for them.
         """
         return _within(self.snapshots, SNAPSHOTS_VARIABLE, name)
+
+
+def usable(token: str) -> bool:
+    """Whether it can be a server's admin token: long enough, and sent by any client as it is."""
+    return len(token) >= SHORTEST_TOKEN and token.isascii() and token.isprintable() and token == token.strip()
 
 
 def no_directory(directory: str | None, variable: str) -> str | None:
