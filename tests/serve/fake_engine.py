@@ -16,7 +16,7 @@ class FakeEngine:
     Attributes:
         seconds: of everything it does.
         faults: what is raised by each work that is named.
-        swappable, parkable: its answers.
+        swappable, parkable: its answers; ``swappable`` may be the names of models that take one another's weights.
     """
 
     pids = itertools.count(1)
@@ -25,7 +25,8 @@ class FakeEngine:
         self.model, self.log, self.pid = model, log, next(self.pids)
         self.seconds: float = 0.0
         self.faults: dict[str, ThawError] = {}
-        self.swappable = self.parkable = False
+        self.swappable: bool | set[str] = False
+        self.parkable = False
         self.stopped = asyncio.Event()
         vars(self).update(given)
 
@@ -39,7 +40,7 @@ class FakeEngine:
         await self._do("start")
 
     def swaps(self, model: Model) -> bool:
-        return self.swappable
+        return self.swappable if isinstance(self.swappable, bool) else {self.model.name, model.name} <= self.swappable
 
     async def swap(self, model: Model) -> None:
         await self._do("swap", model)

@@ -128,6 +128,32 @@ class TestWays:
         ]
         assert ("wake", "b") in bench.log
 
+    def test_a_parked_engine_takes_the_weights_of_another_model(self):
+        bench = Bench(*models("a", "b", "c"), given={"parkable": True, "swappable": {"a", "b"}})
+
+        async def work() -> None:
+            assert [await bench.ask(name) for name in "acb"] == list("acb")
+            assert bench.states() == {"c": "parked", "b": "ready"} and len(bench.engines) == 2
+
+        play(bench, work)
+        done = [("start", "a"), ("park", "a"), ("start", "c"), ("park", "c"), ("wake", "a"), ("swap", "b")]
+        assert bench.log[:6] == done
+
+    @pytest.mark.parametrize("refuses", [False, True])
+    def test_a_parked_engine_that_does_not_is_replaced(self, refuses: bool):
+        bench = Bench(*models("a", "b", "c"), given={"parkable": True, "swappable": {"a", "b"}})
+        fault = refused("another rope") if refuses else ThawError("closed")
+
+        async def work() -> None:
+            for name in "ac":
+                await bench.ask(name)
+            bench.engines[0].faults["swap"] = fault
+            assert await bench.ask("b") == "b"
+            assert bench.states() == {"c": "parked", "b": "ready"} | ({"a": "parked"} if refuses else {})
+
+        play(bench, work)
+        assert len(bench.engines) == 3
+
     def test_else_they_are_stopped(self):
         bench = Bench(*models("a", "b"))
 

@@ -72,10 +72,11 @@ class Changes:
         one.state, one.admitting = State.PARKING, False
         return self._begin(self._park(one))
 
-    def wake(self, one: Resident) -> asyncio.Task[None]:
-        """A parked engine takes its memory."""
+    def wake(self, one: Resident, model: Model | None = None) -> asyncio.Task[None]:
+        """A parked engine takes its memory; and then another model's weights, where one is given."""
+        before, one.model = one.model, model or one.model
         one.state, one.away = State.WAKING, False
-        return self._begin(self._wake(one))
+        return self._begin(self._wake(one, before))
 
     def stop(self, one: Resident, why: str) -> asyncio.Task[None]:
         """An engine ends."""
@@ -135,14 +136,19 @@ class Changes:
                 self.stop(other, f"more than {self._most_parked} are parked")
             self._changed()
 
-    async def _wake(self, one: Resident) -> None:
+    async def _wake(self, one: Resident, before: Model) -> None:
         start = self._begun(one, "waking")
         try:
             await one.engine.wake()
         except Exception as error:  # a fresh one can take its place
             await self._lost(one, f"waking it failed: {_told(error)}")
-        else:
+            return
+        if before is one.model:
             self._there(one, "woken", start)
+        elif one.state is not State.STOPPING:  # it has died meanwhile
+            self._took("woken", one, start)
+            one.state = State.SWAPPING
+            await self._swap(one, before)
 
     async def _stop(self, one: Resident, why: str) -> None:
         start = self._begun(one, "stopping", why=why)

@@ -192,7 +192,7 @@ class Pool:
         way = "started"
         if any(one.model is model and one.state is State.PARKED for one in self.residents):
             way = "woken"
-        elif any(self._may_take(one, model) for one in self._leaving()):
+        elif self._parked_for(model, 1) is not None or any(self._may_take(one, model) for one in self._leaving()):
             way = "swapped"
         took = self._changes.took.get((model.name, way))
         return sorted(took)[len(took) // 2] if took else None
@@ -314,8 +314,8 @@ class Pool:
                 yield model
 
     def _bring(self, model: Model, claimed: set[Resident]) -> bool:
-        """Begin to have a model there: where there is room woken or fresh, else in place of another's weights; false
-        where others have to go first.
+        """Begin to have a model there, the quickest way first: where there is room woken, in a parked engine of another
+        model, or fresh; else in place of another's weights. False where others have to go first.
 
         Args:
             claimed: takes those.
@@ -325,6 +325,10 @@ class Pool:
         parked = next((one for one in self.residents if one.model is model and one.state is State.PARKED), None)
         if parked is not None and taken + parked.share <= 1 + _TINY:
             self._changes.wake(parked)
+            return True
+        other = self._parked_for(model, 1 - taken) if parked is None else None
+        if other is not None:
+            self._changes.wake(other, model)
             return True
         if taken + model.share <= 1 + _TINY:
             self._changes.start(model)
@@ -348,6 +352,15 @@ class Pool:
             if self._gone(one, now):
                 self._evict(one)
         return False
+
+    def _parked_for(self, model: Model, room: float) -> Resident | None:
+        """The parked engine used longest ago that may take a model's weights when it is awake, and has room there."""
+        found = [
+            one
+            for one in self.residents
+            if one.state is State.PARKED and one.share <= room + _TINY and self._may_take(one, model)
+        ]
+        return min(found, key=lambda one: one.used, default=None)
 
     def _may_take(self, one: Resident, model: Model) -> bool:
         """Whether an engine's weights may be replaced by a model's; a pinned one is not to keep more than its share."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -117,7 +118,13 @@ def test_a_server_without_a_token_lets_nobody_in(folder: Path, monkeypatch: pyte
 def test_a_swap(server: Server, folder: Path):
     status, answer = server.ask("engine/swap", {"name": "b.thaw", "verify": False, "deadline": 2})
     assert (status, answer["aborted"], answer["model"]) == (200, 1, "model")
-    assert server.called == [("swap", (str(folder / "b.thaw"), {"verify": False, "deadline": 2}))]
+    assert server.called == [("swap", (os.path.realpath(folder / "b.thaw"), {"verify": False, "deadline": 2}))]
+
+
+def test_a_link_may_go_when_the_swap_is_over(server: Server, folder: Path):
+    (folder / "link.thaw").symlink_to("b.thaw")
+    assert server.ask("engine/swap", {"name": "link.thaw"})[0] == 200
+    assert server.called[0][1][0] == os.path.realpath(folder / "b.thaw"), "waking a parked engine reads it again"
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,8 @@ _ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes, bytearray
 """Hold nothing."""
 _PLAIN = frozenset({dict, OrderedDict, list, tuple, set, frozenset})
 """Hold nothing where they are empty, as most of a module's are."""
+_SEQUENCES = frozenset({list, tuple, set, frozenset})
+"""These alone, not what is derived from them, have no attributes."""
 _ITEMS = (list, tuple, set, frozenset, deque)
 _LEFT = (
     *(type, types.ModuleType, str, bytes, bytearray, int, float, complex),
@@ -146,16 +148,26 @@ def _span(tensor: torch.Tensor) -> Span | None:
 
 
 def _held(value: Any, slots: dict[int, tuple[str, ...]]) -> Iterator[tuple[str, Any, Any]]:
-    """What one object holds: how the way to it is written, the name in that, and it."""
+    """What one object holds, without atoms: how the way to it is written, the name in that, and it."""
+    kind = type(value)
+    # Most objects are containers of nothing but atoms, which C code tells soonest.
+    if kind in _SEQUENCES:
+        if not _ATOMS.issuperset(map(type, value)):
+            for number, item in enumerate(list(value)):
+                if type(item) not in _ATOMS:
+                    yield "[{}]", number, item
+        return
+    if kind is dict:
+        if not _ATOMS.issuperset(map(type, value.values())) or not _ATOMS.issuperset(map(type, value)):
+            yield from _entries(value)
+        return
     if isinstance(value, torch.fx.Graph):
         for node in value.nodes:
             yield ".{}", node.name, node.target
             yield from (("({})", node.name, item) for item in (*node.args, *node.kwargs.values()))
         return
     if isinstance(value, Mapping):
-        for key, item in list(value.items()):
-            yield "[{}]", key, item
-            yield "[{}]", key, key
+        yield from _entries(value)
     elif isinstance(value, _ITEMS):
         yield from (("[{}]", number, item) for number, item in enumerate(list(value)))
     elif isinstance(value, functools.partial):
@@ -180,18 +192,28 @@ def _held(value: Any, slots: dict[int, tuple[str, ...]]) -> Iterator[tuple[str, 
     yield from _attributes(value, slots)
 
 
+def _entries(value: Mapping[Any, Any]) -> Iterator[tuple[str, Any, Any]]:
+    for key, item in list(value.items()):
+        if type(item) not in _ATOMS:
+            yield "[{}]", key, item
+        if type(key) not in _ATOMS:
+            yield "[{}]", key, key
+
+
 def _attributes(value: Any, slots: dict[int, tuple[str, ...]]) -> Iterator[tuple[str, Any, Any]]:
-    for name, item in list(getattr(value, "__dict__", {}).items()):
-        if isinstance(value, torch.nn.Module) and name in ("_parameters", "_buffers", "_modules"):
-            yield from ((".{}", inner, held) for inner, held in item.items())
-        else:
-            yield ".{}", name, item
+    own = getattr(value, "__dict__", None)
+    if own and not _ATOMS.issuperset(map(type, own.values())):
+        for name, item in list(own.items()):
+            if isinstance(value, torch.nn.Module) and name in ("_parameters", "_buffers", "_modules"):
+                yield from ((".{}", inner, held) for inner, held in item.items())
+            elif type(item) not in _ATOMS:
+                yield ".{}", name, item
     kind = type(value)
     if id(kind) not in slots:
         slots[id(kind)] = _slots(kind)
-    for own in slots[id(kind)]:
-        if hasattr(value, own):
-            yield ".{}", own, getattr(value, own)
+    for slot in slots[id(kind)]:
+        if hasattr(value, slot):
+            yield ".{}", slot, getattr(value, slot)
 
 
 def _slots(kind: type) -> tuple[str, ...]:

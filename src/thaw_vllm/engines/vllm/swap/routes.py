@@ -54,7 +54,7 @@ class Engine:
             UsageError: it is parked, or another change is under way.
             StorageError: it cannot be read.
         """
-        path = access.snapshot(body.name)
+        path = os.path.realpath(access.snapshot(body.name))  # a link may be gone when the engine is to be woken
         if body.served_name is not None and self.name is None:
             raise UnsupportedError("this vLLM does not let its model be called otherwise; leave served_name out")
         async with self._change():
