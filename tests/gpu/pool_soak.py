@@ -29,6 +29,7 @@ import aiohttp
 from tests.gpu.growth import growth, sizes, summary, too_much
 
 STARTED = time.monotonic()
+CHANGE = re.compile(r"thaw\.serve: (started|swapped|parked|woken|lost|failed|swap refused) (.*)")
 PROMPTS, LENGTH, ANSWER = 12, 60, 8
 
 
@@ -43,8 +44,10 @@ def parse() -> argparse.Namespace:
 
 
 class Soak:
-    def __init__(self, given: argparse.Namespace, pid: int, client: aiohttp.ClientSession) -> None:
-        self.given, self.pid, self.client = given, pid, client
+    def __init__(self, given: argparse.Namespace, pid: int, log: Path, client: aiohttp.ClientSession) -> None:
+        self.given, self.pid, self.log, self.client = given, pid, log, client
+        self.read = 0
+        self.seconds: dict[str, list[float]] = {}
         self.random = random.Random(given.seed)
         self.prompts = [[self.random.randrange(300, 500) for _ in range(LENGTH)] for _ in range(PROMPTS)]
         self.wrong: list[Any] = []
@@ -63,6 +66,19 @@ class Soak:
                     said.append([choice["text"], choice["logprobs"] and choice["logprobs"]["token_logprobs"]])
         return json.dumps(said), first
 
+    def changes(self) -> list[str]:
+        """What the pool has told since the last call."""
+        with self.log.open("rb") as stream:
+            stream.seek(self.read)
+            text = stream.read()
+        text = text[: text.rfind(b"\n") + 1]
+        self.read += len(text)
+        found = CHANGE.findall(text.decode())
+        for what, more in found:
+            if (took := re.search(r"seconds=([0-9.]+)", more)) is not None:
+                self.seconds.setdefault(what, []).append(float(took[1]))
+        return [what for what, _ in found]
+
     async def run(self) -> dict[str, Any]:
         async with self.client.get("/v1/models") as answer:
             names = [one["id"] for one in (await answer.json())["data"]]
@@ -70,7 +86,9 @@ class Soak:
         assert len({json.dumps(said) for said in alone.values()}) == len(names), "models answer alike"
         seen: list[dict[str, float]] = []
         firsts: list[float] = []
+        ways: dict[str, list[float]] = {}
         last = names[-1]
+        print(f"asked alone, {time.monotonic() - STARTED:.0f} s", *self.changes(), file=sys.stderr, flush=True)
         while len(firsts) < self.given.switches and time.monotonic() < STARTED + self.given.seconds:
             last = self.random.choice([name for name in names if name != last])
             which = [self.random.randrange(PROMPTS) for _ in range(self.given.clients)]
@@ -79,6 +97,7 @@ class Soak:
                 if said != alone[last][one]:
                     self.wrong.append([last, one, said])
             firsts.append(max(first for _, first in found))
+            ways.setdefault(" ".join(self.changes()), []).append(firsts[-1])
             if len(firsts) % max(1, self.given.switches // 40) == 0:
                 seen.append(await asyncio.to_thread(sizes, self.pid))
             if len(firsts) % 25 == 0:
@@ -89,6 +108,8 @@ class Soak:
         return {
             "seed": self.given.seed,
             "first_token": summary(firsts),
+            "by_way": {way: summary(times) for way, times in sorted(ways.items())},
+            "changes": {what: summary(times) for what, times in sorted(self.seconds.items())},
             "wrong": self.wrong[:20],
             "grown": grown,
             "sizes": [seen[0], seen[-1]] if seen else [],
@@ -109,12 +130,10 @@ async def main() -> int:
                 await asyncio.sleep(0.1)
             timeout = aiohttp.ClientTimeout(total=600)
             async with aiohttp.ClientSession(ready[1].decode(), timeout=timeout) as client:
-                found = await Soak(given, process.pid, client).run()
+                found = await Soak(given, process.pid, log, client).run()
         finally:
             process.terminate()
             await process.wait()
-        events = re.findall(rb"thaw\.serve: (started|swapped|parked|woken|lost|failed|swap refused) ", log.read_bytes())
-        found["changes"] = {one.decode(): events.count(one) for one in sorted(set(events))}
         lost = [line.decode() for line in log.read_bytes().splitlines() if b" lost " in line or b" failed " in line]
     print(json.dumps(found | {"told": lost[:5]}))
     return int(found["failed"])
