@@ -31,6 +31,8 @@ class FakeExecutor:
 
     def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[dict[str, Any]]:
         core = self.core
+        if method == "thaw_swap_check":
+            core.checked_with.append(args)
         if method == "thaw_fill":
             core.filled_with = args[0]
             assert "weights" not in self.sleeping_tags, "filled while its memory is away"
@@ -75,6 +77,7 @@ class FakeCore:
         self.answer: Any = ([1, 2, 3, 4], [-0.5] * 4)
         self.paused, self.ended, self.endless = paused, set(), False
         self.filled_with: dict[str, Any] | None = None
+        self.checked_with: list[tuple[Any, ...]] = []
         self.model_executor = FakeExecutor(self)
         self.scheduler = SimpleNamespace(requests={}, left=set(), has_requests=self._has_requests)
         self.vllm_config = SimpleNamespace(

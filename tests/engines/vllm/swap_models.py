@@ -39,8 +39,8 @@ class Running:
         """By the method of workers, as an engine core does."""
         return raised(getattr(worker, method)(self, *args))
 
-    def check(self, path: Path) -> dict[str, Any]:
-        return self.ask("thaw_swap_check", str(path))
+    def check(self, path: Path, *, quick: bool = False) -> dict[str, Any]:
+        return self.ask("thaw_swap_check", str(path), quick)
 
     def bytes_of(self) -> dict[str, torch.Tensor]:
         """Copies of parameters and buffers."""

@@ -231,6 +231,19 @@ def test_a_fine_tune_may_be_swapped_in(directory: Path, freeze: Callable, fine_t
         assert torch.equal(tensor, before[name]), "nothing is changed"
 
 
+def test_a_quick_check_leaves_the_walk_out(directory: Path, freeze: Callable, fine_tune: Callable, engine: Callable):
+    running = engine(directory, freeze(directory))
+    next(running.model.modules()).kept = torch.ones(3)
+    path = fine_tune()
+    assert running.check(path, quick=True)["tensors"]
+    with pytest.raises(UnsupportedError, match="'kept' is a tensor that is neither"):
+        running.check(path)
+    shutil.rmtree(path.parent / "tuned")
+    path.unlink()
+    with pytest.raises(MismatchError, match="holds config"):
+        running.check(fine_tune(changed_config(rope_theta=123456.0)), quick=True)
+
+
 def test_an_engine_that_was_freezing_while_it_loaded(
     directory: Path, fine_tune: Callable, engine: Callable, tmp_path: Path, thaw_args: Callable
 ):

@@ -118,6 +118,19 @@ def test_a_refused_check_changes_nothing(method: str, paused: bool):
     assert core.log == CHECK and core.paused == paused and len(core.scheduler.requests) == 2 * paused
 
 
+def test_a_first_look_is_quick_where_all_was_looked_at_before():
+    core = FakeCore()
+    first_look = {"path": "new.thaw", "quick": True}
+    core.tells["thaw_swap_check"] = {"error": "MismatchError", "message": "holds config"}
+    with pytest.raises(MismatchError):
+        run(core, "check", **first_look)
+    core.tells.clear()
+    run(core, "check", **first_look)
+    run(core, "check", **first_look)
+    run(core, "swap")
+    assert [quick for _, quick in core.checked_with] == [False, False, True, False]
+
+
 def test_a_check_changes_nothing():
     core = FakeCore(paused=True, requests=2)
     assert run(core, "check") == {"bytes": 10, "tensors": 3, "model": "new-id", "contents": ["c1"]}

@@ -61,11 +61,11 @@ def thaw_kv_fill(worker: Any, options: dict[str, Any]) -> dict[str, Any]:
 
 
 @answering
-def thaw_swap_check(worker: Any, path: str) -> Answer:
+def thaw_swap_check(worker: Any, path: str, quick: bool = False) -> Answer:
     """See swap/check.py."""
     from .swap.check import check
 
-    return check(worker, path)
+    return check(worker, path, quick=quick)
 
 
 @answering

@@ -153,7 +153,7 @@ async def swap_weights_async(
 
 
 async def _swap(engine: AsyncLLM, options: dict[str, Any], deadline: float) -> SwapReport:
-    await ask(engine, "thaw_swap_check", {"path": options["path"]})
+    await ask(engine, "thaw_swap_check", {"path": options["path"], "quick": True})
     await require_running(engine)
     await drain(engine, deadline)
     try:

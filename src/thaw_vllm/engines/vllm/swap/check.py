@@ -10,6 +10,7 @@ import torch
 
 from ....errors import MismatchError, UnsupportedError
 from ....format.identity import require
+from ....transport.collector import collection_paused
 from ....weights.capture import fillable
 from ....weights.open import Opened, open_rank
 from ....weights.restore import match
@@ -23,11 +24,13 @@ from .reach import uncovered
 OTHER_WAYS = "start another engine with the snapshot: thaw_vllm.load(), or thaw serve, in seconds beside a zygote"
 
 
-def check(worker: Any, path: str) -> dict[str, Any]:
+def check(worker: Any, path: str, *, quick: bool = False) -> dict[str, Any]:
     """Hold this worker's engine and a snapshot against everything that a swap relies on; nothing is changed.
 
     Args:
         path: the snapshot.
+        quick: leave out what an earlier check of this engine has found, and a later one will: that nothing of what the
+            model holds, however deep, would outlive the weights.
 
     Returns:
         ``bytes`` and ``tensors`` that would be filled, the snapshot's ``model`` id, its ``content`` id, and the id of
@@ -39,8 +42,8 @@ def check(worker: Any, path: str) -> dict[str, Any]:
         FormatError, CorruptionError, StorageError: it is unsound, or cannot be read.
     """
     model = worker.get_model()
-    with opened_for(worker, path) as opened:
-        found = swappable(worker)
+    with collection_paused(), opened_for(worker, path) as opened:
+        found = swappable(worker, quick=quick)
         header, index = opened.snapshot.header, opened.snapshot.index
         require_known(opened, path, found)
         require(header.identity, found.identity, path)
@@ -74,8 +77,11 @@ def opened_for(worker: Any, path: str) -> Iterator[Opened]:
         yield opened
 
 
-def swappable(worker: Any) -> Filled:
+def swappable(worker: Any, *, quick: bool = False) -> Filled:
     """What the engine was filled with.
+
+    Args:
+        quick: as of ``check``.
 
     Raises:
         UnsupportedError: it may not be filled with anything else.
@@ -84,6 +90,8 @@ def swappable(worker: Any) -> Filled:
     why = why_not(model, config)
     found = noted(model)
     if why is None and found is not None:
+        if quick:
+            return found
         cache = [tensor for layer in versions.kv_tensors(worker).values() for tensor in layer]
         why = changed(model, config, found, cache + versions.call_inputs(model))
         if why is None:
