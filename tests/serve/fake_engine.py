@@ -16,6 +16,7 @@ class FakeEngine:
     Attributes:
         seconds: of everything it does.
         faults: what is raised by each work that is named.
+        taken: bytes, when it is parked.
         swappable, parkable: its answers; ``swappable`` may be the names of models that take one another's weights.
     """
 
@@ -27,6 +28,7 @@ class FakeEngine:
         self.faults: dict[str, ThawError] = {}
         self.swappable: bool | set[str] = False
         self.parkable = False
+        self.taken = 0
         self.stopped = asyncio.Event()
         vars(self).update(given)
 
@@ -49,8 +51,9 @@ class FakeEngine:
     def parks(self) -> bool:
         return self.parkable
 
-    async def park(self) -> None:
+    async def park(self) -> int:
         await self._do("park")
+        return self.taken
 
     async def wake(self) -> None:
         await self._do("wake")

@@ -12,6 +12,7 @@ from tests.serve.fake_engine import FakeEngine, refused
 from tests.serve.loops import event_loops
 
 from thaw_vllm.errors import ThawError, UsageError
+from thaw_vllm.serve import failures
 from thaw_vllm.serve import pool as subject
 from thaw_vllm.serve.config import Model, Settings
 from thaw_vllm.serve.pool import Pool
@@ -214,6 +215,20 @@ class TestWays:
 
         play(bench, work)
 
+    def test_only_so_much_is_parked(self):
+        bench = Bench(*models(*"abcd"), given={"parkable": True, "taken": 2**30}, parked_gib=2.5)
+
+        async def work() -> None:
+            for name in "abcd":
+                await bench.ask(name)
+            while len(bench.pool.residents) > 3:
+                await asyncio.sleep(0.01)
+            assert bench.states() == {"b": "parked", "c": "parked", "d": "ready"}
+
+        play(bench, work)
+        told = [event.more["why"] for event in bench.pool.events.last if event.what == "stopping"]
+        assert told[0] == "what is parked takes 3.0 GiB of host memory, more than 2.5"
+
     def test_only_so_many_are_parked(self):
         bench = Bench(*models(*"abcd"), given={"parkable": True}, parked=2)
 
@@ -355,7 +370,7 @@ class TestWaiting:
 class TestFaults:
     @pytest.mark.parametrize("what", ["start", "swap", "park", "wake"])
     def test_an_error_that_nobody_expected_blocks_nobody(self, what: str, monkeypatch: pytest.MonkeyPatch):
-        monkeypatch.setattr(subject, "BACKOFF", (0.05,))
+        monkeypatch.setattr(failures, "BACKOFF", (0.05,))
         given = {"swappable": what == "swap", "parkable": True, "faults": {what: OSError(24, "too many files")}}
         bench = Bench(*models("a", "b"), given=given)
 
@@ -374,7 +389,7 @@ class TestFaults:
         assert any("too many files" in why for why in told)
 
     def test_a_start_that_fails_is_told_and_not_tried_at_once(self, monkeypatch: pytest.MonkeyPatch):
-        monkeypatch.setattr(subject, "BACKOFF", (0.2,))
+        monkeypatch.setattr(failures, "BACKOFF", (0.2,))
         bench = Bench(*models("a", "b"), given={"faults": {"start": ThawError("no memory")}})
 
         async def work() -> None:
@@ -421,7 +436,7 @@ class TestFaults:
 
 class TestPinned:
     def test_it_does_not_take_more_than_its_share_by_a_swap(self, monkeypatch: pytest.MonkeyPatch):
-        monkeypatch.setattr(subject, "BACKOFF", (0.05,))
+        monkeypatch.setattr(failures, "BACKOFF", (0.05,))
         pinned, large, small = (
             Model("p", "/p", share=0.4, pinned=True),
             Model("a", "/a", share=0.6),
@@ -473,6 +488,83 @@ class TestPinned:
             assert await bench.ask("c") == "c"
 
         play(bench, work)
+
+
+class TestHowMany:
+    def test_a_minimum_is_there_and_idle_times_leave_it(self, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(subject, "TICK", 0.01)
+        several = Model("a", "/a", share=0.3, minimum=2, maximum=2, idle_stop=0.05)
+        bench = Bench(several, Model("b", "/b", share=0.3, idle_stop=0.05))
+
+        async def work() -> None:
+            while [one.state for one in bench.pool.residents] != [State.READY] * 2:
+                await asyncio.sleep(0.005)
+            assert await bench.ask("b") == "b"
+            while len(bench.pool.residents) > 2:
+                await asyncio.sleep(0.005)
+            await asyncio.sleep(0.15)
+            with pytest.raises(UsageError, match="to have 2 engines"):
+                await bench.pool.unload("a")
+
+        play(bench, work)
+        assert [name for what, name in bench.log if what == "start"] == ["a", "a", "b"]
+
+    def test_it_makes_room_and_comes_back(self):
+        bench = Bench(Model("a", "/a", minimum=1), Model("b", "/b"))
+
+        async def work() -> None:
+            assert [await bench.ask(name) for name in "ab"] == ["a", "b"]
+            await bench.pool.unload("b")
+            while bench.states() != {"a": "ready"}:
+                await asyncio.sleep(0.005)
+
+        play(bench, work)
+
+    def test_what_is_busy_gets_another_in_free_room(self):
+        bench = Bench(Model("a", "/a", share=0.3, maximum=2, busy=2), Model("b", "/b", share=0.5))
+
+        async def work() -> None:
+            held = [asyncio.create_task(bench.ask("a", 0.2)) for _ in range(2)]
+            while len(bench.pool.residents) < 2:
+                await asyncio.sleep(0.005)
+            await asyncio.sleep(0.01)
+            held += [asyncio.create_task(bench.ask("a", 0.2)) for _ in range(4)]
+            await asyncio.sleep(0.02)
+            assert sorted(one.inflight for one in bench.pool.residents) == [3, 3]
+            assert await asyncio.gather(*held) == ["a"] * 6
+            assert await bench.ask("b") == "b", "who has two makes room"
+
+        play(bench, work)
+        assert bench.log.count(("start", "a")) == 2
+
+    def test_nobody_makes_room_for_a_second(self):
+        bench = Bench(Model("a", "/a", share=0.6, maximum=3, busy=1), Model("b", "/b", share=0.4))
+
+        async def work() -> None:
+            assert await bench.ask("b") == "b"
+            assert await asyncio.gather(*(bench.ask("a", 0.05) for _ in range(5))) == ["a"] * 5
+            assert bench.states() == {"a": "ready", "b": "ready"}
+
+        play(bench, work)
+        assert bench.log.count(("start", "a")) == 1
+
+    def test_of_pinned_ones_the_surplus_makes_room(self):
+        pinned = Model("a", "/a", share=0.3, pinned=True, maximum=2, busy=1)
+        bench = Bench(pinned, Model("b", "/b", share=0.5))
+
+        async def work() -> None:
+            held = [asyncio.create_task(bench.ask("a", 0.05)) for _ in range(2)]
+            while len(bench.pool.residents) < 2:
+                await asyncio.sleep(0.005)
+            await asyncio.gather(*held)
+            assert await bench.ask("b") == "b"
+            assert bench.states() == {"a": "ready", "b": "ready"} and len(bench.pool.residents) == 2
+
+        play(bench, work)
+
+    def test_pinned_ones_must_have_room(self):
+        with pytest.raises(UsageError, match=r"pinned: the shares of its 3 engines are more than 1"):
+            Bench(Model("a", "/a", share=0.4, pinned=True, minimum=3, maximum=3))
 
 
 class TestIdle:

@@ -177,9 +177,9 @@ class Routes:
         like = None if body.like is None else self._pool.models.get(body.like)
         if body.like is not None and like is None:
             raise UnknownModelError(f"there is no model {body.like!r}")
-        taken = (
-            Model(body.name, str(path)) if like is None else replace(like, name=body.name, path=str(path), pinned=False)
-        )
+        taken = Model(body.name, str(path))
+        if like is not None:
+            taken = replace(like, name=body.name, path=str(path), pinned=False, minimum=0)
         self._pool.register(replace(taken, snapshot=None if snapshot is None else str(snapshot)))
         return {"model": body.name}
 
@@ -238,6 +238,7 @@ def document(pool: Pool) -> dict[str, Any]:
             "pid": one.engine.pid,
             "share": one.share,
             "requests": one.inflight,
+            "host_bytes": one.host_bytes if one.away else None,
             "idle_seconds": 0.0 if one.inflight else round(max(0.0, time.monotonic() - one.used), 1),
         }
         for one in pool.residents
@@ -247,6 +248,8 @@ def document(pool: Pool) -> dict[str, Any]:
             "states": [engine["state"] for engine in engines if engine["model"] == name],
             "waiting": waiting.get(name, 0),
             "pinned": model.pinned,
+            "minimum": model.minimum,
+            "maximum": model.maximum,
             "share": model.share,
             "snapshot": model.snapshot is not None,
             "expected_seconds": pool.expected(model),

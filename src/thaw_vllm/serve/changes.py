@@ -11,7 +11,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from ..errors import ThawError
-from .config import Model
+from .config import Model, Settings
 from .events import Events
 from .resident import Engine, RefusedError, Resident, State
 
@@ -31,20 +31,20 @@ class Changes:
         self,
         make: Callable[[Model], Engine],
         events: Events,
-        most_parked: int,
+        settings: Settings,
         changed: Callable[[], None],
         failed: Callable[[Model, str], None],
     ) -> None:
         """
         Args:
             make: a process that is not started yet.
-            most_parked: engines that may be parked at once.
+            settings: how many engines may be parked at once, and what they may take.
             changed: called when an engine is in another state.
             failed: called with a model that did not start, and why.
         """
         self.residents: list[Resident] = []
         self.took: dict[tuple[str, str], list[float]] = {}
-        self._make, self._events, self._most_parked = make, events, most_parked
+        self._make, self._events, self._settings = make, events, settings
         self._changed, self._failed = changed, failed
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -119,7 +119,7 @@ class Changes:
         start = self._begun(one, "parking")
         try:
             await one.clear()
-            await one.engine.park()
+            one.host_bytes = await one.engine.park()
         except RefusedError as error:
             one.unparkable = str(error)
             self._say("parking refused", one, why=str(error))
@@ -131,10 +131,22 @@ class Changes:
                 return
             one.state, one.away, one.leave_by, one.unloading = State.PARKED, True, None, False
             self._took("parked", one, start)
-            parked = sorted((other for other in self.residents if other.state is State.PARKED), key=lambda x: x.used)
-            for other in parked[: max(0, len(parked) - self._most_parked)]:
-                self.stop(other, f"more than {self._most_parked} are parked")
+            self._stop_surplus()
             self._changed()
+
+    def _stop_surplus(self) -> None:
+        """Of the parked, those used longest ago, until the others are few and small enough."""
+        parked = sorted((one for one in self.residents if one.state is State.PARKED), key=lambda one: one.used)
+        most, gib = self._settings.parked, self._settings.parked_gib
+        while parked:
+            taken = sum(one.host_bytes for one in parked)
+            if len(parked) > most:
+                why = f"more than {most} are parked"
+            elif gib is not None and taken > gib * 2**30:
+                why = f"what is parked takes {taken / 2**30:.1f} GiB of host memory, more than {gib:g}"
+            else:
+                return
+            self.stop(parked.pop(0), why)
 
     async def _wake(self, one: Resident, before: Model) -> None:
         start = self._begun(one, "waking")

@@ -28,7 +28,10 @@ class Model:
         snapshot: its weights, a ``.thaw`` file; None: vLLM loads the checkpoint.
         args: further words of ``vllm serve``'s command line.
         share: of the memory that all engines have together, more than 0, at most 1.
-        pinned: started with the pool, and never parked, stopped or swapped away.
+        minimum: engines that are started with the pool, in free room, and that idle times leave.
+        maximum: engines at most; a further one is started in free room when all that it has are busy.
+        busy: requests at once with which an engine is.
+        pinned: so many as the minimum, at least one, never make room for another model.
         park: park it rather than stop it, where that can be done.
         idle_park, idle_stop: seconds without a request after which it is parked, stopped; None: not for that.
         deadline: seconds that a request may wait until its model is there.
@@ -39,6 +42,9 @@ class Model:
     snapshot: str | None = None
     args: tuple[str, ...] = ()
     share: float = 1.0
+    minimum: int = 0
+    maximum: int = 1
+    busy: int = 64
     pinned: bool = False
     park: bool = True
     idle_park: float | None = None
@@ -58,6 +64,10 @@ class Model:
         if not isinstance(words, tuple) or not all(isinstance(word, str) for word in words):
             raise UsageError(f"{where}: args must be a list of texts, the words of vllm serve's command line")
         _number(where, "share", self.share, 1.0, positive=True)
+        for name, least in (("minimum", 0), ("maximum", 1), ("busy", 1)):
+            _whole(where, name, values[name], least)
+        if self.minimum > self.maximum:
+            raise UsageError(f"{where}: minimum is {self.minimum}, more than maximum, which is {self.maximum}")
         for name in ("pinned", "park"):
             if not isinstance(values[name], bool):
                 raise UsageError(f"{where}: {name} must be true or false")
@@ -65,6 +75,11 @@ class Model:
             if getattr(self, name) is not None:
                 _number(where, name, getattr(self, name), LONGEST)
         _number(where, "deadline", self.deadline, LONGEST, positive=True)
+
+    @property
+    def least(self) -> int:
+        """Engines that idle times leave."""
+        return max(self.minimum, int(self.pinned))
 
 
 @dataclass(frozen=True)
@@ -74,22 +89,29 @@ class Settings:
     Attributes:
         models: by name.
         drain: seconds in which the requests of a model may end that has to make room.
-        parked: engines that may be parked at once, which takes host memory; the one used longest ago is stopped.
+        parked: engines that may be parked at once; the one used longest ago is stopped.
+        parked_gib: host memory that they may take together; None: as much as there is.
     """
 
     models: Mapping[str, Model] = field(default_factory=dict)
     drain: float = 30.0
     parked: int = 8
+    parked_gib: float | None = None
 
     def __post_init__(self) -> None:
         _number("the pool", "drain", self.drain, LONGEST)
-        parked: object = self.parked
-        if isinstance(parked, bool) or not isinstance(parked, int) or parked < 0:
-            raise UsageError("the pool: parked must be a whole number from 0 on")
-        pinned = {name: model.share for name, model in self.models.items() if model.pinned}
+        _whole("the pool", "parked", self.parked, 0)
+        if self.parked_gib is not None:
+            _number("the pool", "parked_gib", self.parked_gib, 1e6)
+        pinned = {name: model.share * model.least for name, model in self.models.items() if model.pinned}
         for name, model in self.models.items():
             beside = {other: share for other, share in pinned.items() if other != name}
-            if beside and sum(beside.values()) + model.share > 1 + 1e-9:
+            own = pinned.get(name, model.share)
+            if own > 1 + 1e-9:
+                raise UsageError(
+                    f"the model {name!r} is pinned: the shares of its {model.least} engines are more than 1"
+                )
+            if beside and sum(beside.values()) + own > 1 + 1e-9:
                 names = ", ".join(map(repr, beside))
                 raise UsageError(
                     f"the model {name!r} has no room beside what is pinned ({names}): their shares are more than 1 "
@@ -97,8 +119,12 @@ class Settings:
                 )
 
 
-DEFAULTS = ("share", "park", "idle_park", "idle_stop", "deadline")
+DEFAULTS = ("share", "park", "idle_park", "idle_stop", "deadline", "minimum", "maximum", "busy")
 """What may stand at the top of the file, too, for all models."""
+
+
+OWN = ("drain", "parked", "parked_gib")
+"""What stands there for the pool."""
 
 
 def read(path: str | os.PathLike[str], registered: Iterable[str] = ()) -> Settings:
@@ -123,10 +149,10 @@ def read(path: str | os.PathLike[str], registered: Iterable[str] = ()) -> Settin
     tables = found.pop("models", {})
     if not isinstance(tables, dict) or not all(isinstance(table, dict) for table in tables.values()):
         raise UsageError(f"{shown}: models must be tables, as in [models.llama]")
-    own = {name: found.pop(name) for name in ("drain", "parked") if name in found}
+    own = {name: found.pop(name) for name in OWN if name in found}
     common = {name: found.pop(name) for name in DEFAULTS if name in found}
     if found:
-        known = ", ".join(["models", "drain", "parked", *DEFAULTS])
+        known = ", ".join(["models", *OWN, *DEFAULTS])
         raise UsageError(f"{shown} says {next(iter(found))!r}, which is nothing known; there are {known}")
     base = Path(path).absolute().parent
     models = {name: _model(name, common | table, base) for name, table in tables.items()}
@@ -171,6 +197,11 @@ def _model(name: str, table: Mapping[str, Any], base: Path) -> Model:
     if "path" not in values:
         raise UsageError(f"model {name!r}: path is missing: a model directory, or a name on the hub")
     return Model(name, **values)
+
+
+def _whole(where: str, name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= 10000:
+        raise UsageError(f"{where}: {name} must be a whole number from {least} on")
 
 
 def _number(where: str, name: str, value: object, most: float, *, positive: bool = False) -> None:

@@ -175,11 +175,11 @@ class ServerEngine:
         """It has sleep mode, and its weights are in a snapshot."""
         return self._runtime.gpu and self.model.snapshot is not None
 
-    async def park(self) -> None:
+    async def park(self) -> int:
         """Raises:
         RefusedError, ThawError: see ``resident.Engine``.
         """
-        await self._change("park", {"deadline": 0})
+        return int((await self._change("park", {"deadline": 0})).get("host_bytes", 0))
 
     async def wake(self) -> None:
         """Raises:
@@ -187,10 +187,10 @@ class ServerEngine:
         """
         await self._change("wake", {})
 
-    async def _change(self, what: str, body: Mapping[str, Any]) -> None:
+    async def _change(self, what: str, body: Mapping[str, Any]) -> dict[str, Any]:
         status, found = await self.ask(f"engine/{what}", json.dumps(body).encode())
         if status == 200:
-            return
+            return found
         told = found.get("error")
         why = str(told.get("message")) if isinstance(told, dict) else f"its server answered {status}"
         if status in _REFUSALS:

@@ -113,4 +113,13 @@ def _own(pool: Pool) -> Iterator[Any]:
     queued = pool.waiting
     for model in pool.models:
         waiting.add_metric([model], queued.get(model, 0))
-    yield from (engines, requests, waiting)
+    parked = GaugeMetricFamily(
+        "thaw_parked_host_bytes", "Memory of the host that parked engines have taken", labels=["model"]
+    )
+    held = dict.fromkeys(pool.models, 0)
+    for one in pool.residents:
+        if one.away:
+            held[one.model.name] = held.get(one.model.name, 0) + one.host_bytes
+    for model, count in held.items():
+        parked.add_metric([model], count)
+    yield from (engines, requests, waiting, parked)

@@ -21,12 +21,11 @@ from ..errors import UsageError
 from .changes import Changes
 from .config import Model, Settings
 from .events import Events
+from .failures import Failures
 from .resident import COMING, GOING, Engine, Resident, State, UnavailableError, UnknownModelError
 
 TICK = 0.5
 """Seconds between looks at what has been idle."""
-BACKOFF = (1.0, 5.0, 30.0, 120.0)
-"""Seconds until a model whose start has failed once, twice, … is tried again."""
 _TINY = 1e-9
 _LATE = 0.002
 """Seconds; timers of some event loops are a millisecond early."""
@@ -36,13 +35,6 @@ _LATE = 0.002
 class _Waiter:
     model: Model
     future: asyncio.Future[Resident]
-
-
-@dataclass(frozen=True)
-class _Failure:
-    count: int
-    until: float
-    why: str
 
 
 class Pool:
@@ -61,9 +53,9 @@ class Pool:
         self.models: dict[str, Model] = dict(settings.models)
         self.events = events or Events()
         self._settings = settings
-        self._changes = Changes(make, self.events, settings.parked, self._kick, self._note_failure)
+        self._changes = Changes(make, self.events, settings, self._kick, self._note_failure)
         self._queue: list[_Waiter] = []
-        self._failures: dict[str, _Failure] = {}
+        self._failures = Failures()
         self._wanted: dict[str, None] = {}
         self._scheduled = self._closed = False
 
@@ -82,7 +74,7 @@ class Pool:
 
     def failure(self, name: str) -> str | None:
         """Why a model did not start the last time; None where it did."""
-        failed = self._failures.get(name)
+        failed = self._failures.last(name)
         return None if failed is None else failed.why
 
     @contextlib.asynccontextmanager
@@ -162,8 +154,9 @@ class Pool:
             UsageError: it is pinned, is not there, or cannot be parked.
         """
         model = self._known(name)
-        if model.pinned:
-            raise UsageError(f"the model {name!r} is pinned; it stays until the server is stopped")
+        if model.least:
+            why = "pinned" if model.pinned else f"to have {model.minimum} engines (minimum)"
+            raise UsageError(f"the model {name!r} is {why}; it stays until the server is stopped")
         states = (State.READY,) if park else (State.READY, State.PARKED)
         found = [one for one in self.residents if one.model is model and one.state in states]
         if not found:
@@ -234,9 +227,9 @@ class Pool:
         """Raises:
         UnavailableError: waiting so long would be in vain.
         """
-        failed = self._failures.get(model.name)
-        if failed is not None and time.monotonic() < failed.until:
-            raise UnavailableError(failed.why, failed.until - time.monotonic())
+        failed = self._failures.resting(model.name)
+        if failed is not None:
+            raise UnavailableError(failed.why, failed.pause)
         if any(one.model is model and one.state in COMING for one in self.residents):
             return
         expected = self.expected(model)
@@ -250,6 +243,8 @@ class Pool:
 
     def _granted(self, one: Resident) -> Resident:
         one.inflight += 1
+        if one.inflight >= one.model.busy:
+            self._kick()
         one.used = time.monotonic()
         return one
 
@@ -259,12 +254,9 @@ class Pool:
         self._kick()
 
     def _note_failure(self, model: Model, why: str) -> None:
-        before = self._failures.get(model.name)
-        count = 1 if before is None else before.count + 1
-        pause = BACKOFF[min(count, len(BACKOFF)) - 1]
-        failed = _Failure(count, time.monotonic() + pause, f"the model {model.name!r} did not start: {why}")
-        self._failures[model.name] = failed
-        self.events.say("failed", model=model.name, why=why, again_in=pause)
+        failed = self._failures.note(model.name, why)
+        pause = failed.pause
+        self.events.say("failed", model=model.name, why=why, again_in=round(pause, 1))
         for waiter in [waiter for waiter in self._queue if waiter.model is model]:
             self._queue.remove(waiter)
             if not waiter.future.done():
@@ -287,7 +279,7 @@ class Pool:
         ready = [one for one in self.residents if one.state is State.READY and not one.unloading]
         for one in ready:
             one.admitting = True  # unless somebody still needs its room
-            self._failures.pop(one.model.name, None)
+            self._failures.forget(one.model.name)
         for model in self._in_turn():
             there = self._holding(model)
             if there is not None:
@@ -298,18 +290,19 @@ class Pool:
                         waiter.future.set_result(self._granted(there))
             elif not blocked and not any(one.model is model and one.state in COMING for one in self.residents):
                 blocked = not self._bring(model, claimed)  # others wait for the room that is being made
+        if not blocked:
+            self._grow()
         for one in ready:
             if one not in claimed:
                 one.leave_by = None
 
     def _in_turn(self) -> Iterator[Model]:
         """Models that are wanted, pinned ones first, then by who has waited longest."""
-        now, seen = time.monotonic(), set()
+        seen = set()
         pinned = (model for model in self.models.values() if model.pinned)
         wanted = (self.models[name] for name in self._wanted)
         for model in [*pinned, *(waiter.model for waiter in self._queue), *wanted]:
-            failed = self._failures.get(model.name)
-            if model.name not in seen and (failed is None or now >= failed.until):
+            if model.name not in seen and self._failures.resting(model.name) is None:
                 seen.add(model.name)
                 yield model
 
@@ -320,19 +313,9 @@ class Pool:
         Args:
             claimed: takes those.
         """
-        now = time.monotonic()
-        taken = sum(one.share for one in self.residents if not one.away)
-        parked = next((one for one in self.residents if one.model is model and one.state is State.PARKED), None)
-        if parked is not None and taken + parked.share <= 1 + _TINY:
-            self._changes.wake(parked)
+        if self._bring_in_free_room(model):
             return True
-        other = self._parked_for(model, 1 - taken) if parked is None else None
-        if other is not None:
-            self._changes.wake(other, model)
-            return True
-        if taken + model.share <= 1 + _TINY:
-            self._changes.start(model)
-            return True
+        now, taken = time.monotonic(), self._taken()
         leaving = self._leaving()
         for one in leaving:
             if self._may_take(one, model):
@@ -353,6 +336,48 @@ class Pool:
                 self._evict(one)
         return False
 
+    def _bring_in_free_room(self, model: Model, *, others: bool = True) -> bool:
+        """Whether that is begun.
+
+        Args:
+            others: an engine that is parked for another model may be taken.
+        """
+        taken = self._taken()
+        parked = next((one for one in self.residents if one.model is model and one.state is State.PARKED), None)
+        if parked is not None and taken + parked.share <= 1 + _TINY:
+            self._changes.wake(parked)
+            return True
+        other = self._parked_for(model, 1 - taken) if others and parked is None else None
+        if other is not None:
+            self._changes.wake(other, model)
+            return True
+        if taken + model.share <= 1 + _TINY:
+            self._changes.start(model)
+            return True
+        return False
+
+    def _taken(self) -> float:
+        return sum(one.share for one in self.residents if not one.away)
+
+    def _grow(self) -> None:
+        """In room that nobody else waits for: models that have fewer engines than their minimum, and those that are
+        busy."""
+        for model in self.models.values():
+            there = self._engines(model)
+            busy = bool(there) and all(one.state is State.READY and one.inflight >= model.busy for one in there)
+            lacks = len(there) < model.least or (busy and len(there) < model.maximum)
+            if lacks and self._failures.resting(model.name) is None:
+                self._bring_in_free_room(model, others=False)
+
+    def _engines(self, model: Model) -> list[Resident]:
+        """Those that hold it, or are about to."""
+        return [one for one in self.residents if one.model is model and one.state in (State.READY, *COMING)]
+
+    def _kept(self, one: Resident) -> bool:
+        """Whether it may not make room: it is one of those that are pinned."""
+        model = one.model
+        return model.pinned and len(self._engines(model)) <= model.least
+
     def _parked_for(self, model: Model, room: float) -> Resident | None:
         """The parked engine used longest ago that may take a model's weights when it is awake, and has room there."""
         found = [
@@ -370,7 +395,7 @@ class Pool:
     def _leaving(self) -> list[Resident]:
         """Engines that may make room: those that are about to, then idle ones, then by their last use."""
         found = [
-            one for one in self.residents if one.state is State.READY and not one.model.pinned and not one.unloading
+            one for one in self.residents if one.state is State.READY and not self._kept(one) and not one.unloading
         ]
         return sorted(found, key=lambda one: (one.leave_by is None, one.inflight > 0, one.used))
 
@@ -400,7 +425,9 @@ class Pool:
             now = time.monotonic()
             for one in list(self.residents):
                 model, idle = one.model, now - one.used
-                if one.inflight or model.pinned or one.unloading or one.state not in (State.READY, State.PARKED):
+                if one.inflight or one.unloading or one.state not in (State.READY, State.PARKED):
+                    continue
+                if one.state is State.READY and len(self._engines(model)) <= model.least:
                     continue
                 stops = model.idle_stop is not None and idle >= model.idle_stop
                 parks = model.idle_park is not None and idle >= model.idle_park and one.state is State.READY

@@ -82,8 +82,11 @@ class Engine(Protocol):
     def parks(self) -> bool:
         """Whether it may be worth asking it to give its memory back."""
 
-    async def park(self) -> None:
+    async def park(self) -> int:
         """Give the memory back, and keep the process; it has no requests.
+
+        Returns:
+            Bytes of the host's memory that its processes have now.
 
         Raises:
             RefusedError: it goes on.
@@ -114,6 +117,7 @@ class Resident:
         share: of the memory, as it was started with.
         state: what it is doing.
         away: its memory is given back.
+        host_bytes: that it took when it was parked last.
         inflight: requests that it has.
         used: when the last one came or ended, by ``time.monotonic``.
         admitting: false while it is to make room.
@@ -130,6 +134,7 @@ class Resident:
     share: float
     state: State = State.STARTING
     away: bool = False
+    host_bytes: int = 0
     inflight: int = 0
     used: float = field(default_factory=time.monotonic)
     admitting: bool = True

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ....errors import UnsupportedError, UsageError
+from ....zygote.memory import resident
+from ....zygote.processes import below
 from ..kv.access import Access
 from ..kv.bodies import Parking, Swapping, Waking
 from .api import swap_weights_async
@@ -65,7 +67,7 @@ class Engine:
             return asdict(report)
 
     async def park(self, body: Parking, access: Access) -> dict[str, Any]:
-        """``park_async``; files are told by their names."""
+        """``park_async``; files are told by their names, and ``host_bytes``: what the server's processes take then."""
         kv = None if body.kv is None else access.target(body.kv, body.force)
         async with self._change():
             self.require_awake()
@@ -78,6 +80,7 @@ class Engine:
                 deadline=body.deadline,
             )
             told = asdict(self.parked) | {"kv": None if self.parked.kv is None else os.path.basename(self.parked.kv)}
+            told["host_bytes"] = (await asyncio.to_thread(resident, [os.getpid(), *below(os.getpid())]))["proportional"]
         return {name: value for name, value in told.items() if name not in ("path", "pids")}
 
     async def wake(self, body: Waking) -> dict[str, Any]:
