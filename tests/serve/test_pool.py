@@ -650,8 +650,22 @@ def test_any_load_is_answered_rightly(soak):
         draw = case.random
         names = "abcde"[: draw.randint(1, 5)]
         shares = {name: draw.choice([0.25, 0.4, 0.5, 1.0]) for name in names}
-        given = {"swappable": draw.random() < 0.5, "parkable": draw.random() < 0.5}
-        bench = Bench(*(Model(n, "/m", share=shares[n], deadline=30) for n in names), given=given, drain=30, parked=2)
+        family = set(draw.sample(names, draw.randint(0, len(names))))
+        given = {"swappable": draw.choice([False, True, family]), "parkable": draw.random() < 0.5, "taken": 2**30}
+        counts = {name: draw.choice([(0, 1), (0, 1), (1, 1), (0, 2), (1, 3)]) for name in names}
+        served = [
+            Model(
+                n,
+                "/m",
+                share=shares[n],
+                deadline=30,
+                minimum=counts[n][0],
+                maximum=counts[n][1],
+                busy=draw.randint(1, 9),
+            )
+            for n in names
+        ]
+        bench = Bench(*served, given=given, drain=30, parked=2, parked_gib=draw.choice([None, 1.5]))
         make = bench.make
 
         def troubled(model: Model, make=make, draw=draw) -> FakeEngine:
@@ -666,7 +680,7 @@ def test_any_load_is_answered_rightly(soak):
         bench.pool._changes._make = troubled
         asked = [(draw.choice(names), draw.choice([0, 0.001, 0.004]), draw.random() * 0.05) for _ in range(60)]
 
-        async def client(name: str, seconds: float, after: float, bench=bench) -> bool:
+        async def client(name: str, seconds: float, after: float, bench=bench, counts=counts) -> bool:
             await asyncio.sleep(after)
             while True:
                 with contextlib.suppress(CutError):  # its engine was killed: sent again, as it is told
@@ -675,6 +689,8 @@ def test_any_load_is_answered_rightly(soak):
                         await asyncio.sleep(seconds)
                         taken = sum(r.share for r in bench.pool.residents if not r.away)
                         assert taken <= 1 + 1e-6, "more than there is"
+                        there = [r for r in bench.pool.residents if r.model.name == name and r.state is State.READY]
+                        assert len(there) <= counts[name][1], "more than its maximum"
                         return one.engine.model.name == held == name
 
         async def killer(bench=bench, draw=draw) -> None:
