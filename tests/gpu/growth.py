@@ -14,9 +14,9 @@ MOST = {"rss_mib": 64.0, "descriptors": 4, "processes": 0, "gpu_mib": 8.0}
 """That is allowed from the first quarter's median to the last one's."""
 
 
-def sizes(pid: int) -> dict[str, float]:
-    """Of a process and all below it, and the GPU's memory in use."""
-    pids = [pid, *below(pid)]
+def sizes(*roots: int) -> dict[str, float]:
+    """Of processes and all below them, and the GPU's memory in use."""
+    pids = [pid for root in roots for pid in (root, *below(root))]
     rss = descriptors = 0
     for one in pids:
         with contextlib.suppress(OSError):

@@ -17,6 +17,7 @@ import json
 import math
 import random
 import re
+import subprocess
 import sys
 import tempfile
 import time
@@ -44,8 +45,8 @@ def parse() -> argparse.Namespace:
 
 
 class Soak:
-    def __init__(self, given: argparse.Namespace, pid: int, log: Path, client: aiohttp.ClientSession) -> None:
-        self.given, self.pid, self.log, self.client = given, pid, log, client
+    def __init__(self, given: argparse.Namespace, pids: list[int], log: Path, client: aiohttp.ClientSession) -> None:
+        self.given, self.pids, self.log, self.client = given, pids, log, client
         self.read = 0
         self.seconds: dict[str, list[float]] = {}
         self.random = random.Random(given.seed)
@@ -99,7 +100,7 @@ class Soak:
             firsts.append(max(first for _, first in found))
             ways.setdefault(" ".join(self.changes()), []).append(firsts[-1])
             if len(firsts) % max(1, self.given.switches // 40) == 0:
-                seen.append(await asyncio.to_thread(sizes, self.pid))
+                seen.append(await asyncio.to_thread(sizes, *self.pids))
             if len(firsts) % 25 == 0:
                 print(f"{len(firsts)} switches, {len(self.wrong)} wrong", file=sys.stderr, flush=True)
             if len(self.wrong) > 20:
@@ -117,6 +118,13 @@ class Soak:
         }
 
 
+def zygote() -> list[int]:
+    """The process that engines are forked from; none where there is no zygote."""
+    command = [sys.executable, "-m", "thaw_vllm", "zygote", "status", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return [] if done.returncode else [json.loads(done.stdout)["pid"]]
+
+
 async def main() -> int:
     given = parse()
     with tempfile.TemporaryDirectory() as folder:
@@ -130,7 +138,7 @@ async def main() -> int:
                 await asyncio.sleep(0.1)
             timeout = aiohttp.ClientTimeout(total=600)
             async with aiohttp.ClientSession(ready[1].decode(), timeout=timeout) as client:
-                found = await Soak(given, process.pid, log, client).run()
+                found = await Soak(given, [process.pid, *zygote()], log, client).run()
         finally:
             process.terminate()
             await process.wait()

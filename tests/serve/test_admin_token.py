@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+from tests.serve.disks import fill, small_disk
 
 from thaw_vllm.errors import StorageError, UsageError
 from thaw_vllm.serve import admin_token as subject
@@ -27,6 +28,18 @@ def test_it_is_made_once_and_kept(directory: Path):
     assert subject.admin_token({}) == (token, path)
     assert subject.kept_token() == token
     assert os.listdir(directory) == ["admin-token"]
+
+
+def test_a_full_disk(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with small_disk(tmp_path / "full") as folder:
+        monkeypatch.setenv(state.VARIABLE, str(folder))
+        made, _ = subject.admin_token({})
+        fill(folder)
+        assert subject.admin_token({})[0] == made, "the kept one is read"
+        (folder / "admin-token").rename(folder / "moved")
+        with pytest.raises(StorageError, match=r"cannot be kept.*No space left.*set THAW_ADMIN_TOKEN"):
+            subject.admin_token({})
+        assert sorted(path.name for path in folder.iterdir()) == ["fill", "moved"], "nothing is left behind"
 
 
 def test_a_given_one_is_not_kept(directory: Path):

@@ -39,13 +39,16 @@ def admin_token(environment: Mapping[str, str] = os.environ) -> tuple[str, Path 
             raise UsageError(f"{VARIABLE} must be {SHORTEST_TOKEN} or more printable ASCII characters")
         return given, None
     path = token_path()
+    if os.path.lexists(path):
+        return _kept(path), path
     made = secrets.token_urlsafe(_BYTES)
     try:
         # Complete before it has its name: another server may be started at the same moment.
         hidden = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
-        with os.fdopen(os.open(hidden, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600), "w") as stream:
-            stream.write(made + "\n")
+        descriptor = os.open(hidden, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
         try:
+            with os.fdopen(descriptor, "w") as stream:
+                stream.write(made + "\n")
             os.link(hidden, path)
         finally:
             os.unlink(hidden)

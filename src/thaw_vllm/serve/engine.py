@@ -7,7 +7,6 @@ import contextlib
 import itertools
 import json
 import os
-import re
 import secrets
 import signal
 import sys
@@ -23,6 +22,7 @@ from ..engines.vllm.kv.access import SNAPSHOTS_VARIABLE, TOKEN_HEADER, TOKEN_VAR
 from ..engines.vllm.serve_variables import PARENT_VARIABLE, START_VARIABLE
 from ..errors import ThawError
 from .config import Model
+from .log import ServerLog
 from .resident import RefusedError
 
 KEY_VARIABLE = "VLLM_API_KEY"
@@ -37,10 +37,6 @@ CHANGE_LIMIT = 600.0
 MEMORY = 0.9
 """Of a GPU's memory, what models of all shares take together where nothing is said; the rest is for CUDA's contexts."""
 _POLL = 0.05
-_TOLD = 12
-"""Lines of a log that an error tells at most."""
-_SAYS_WHY = re.compile(r"^error: |^thaw: (?!ready)|\w(Error|Exception): |: error: ")
-_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _REFUSALS = (400, 403, 404, 409, 422, 501, 507)
 """What a server answers that has changed nothing."""
 
@@ -76,7 +72,7 @@ class ServerEngine:
         self.model, self._runtime = model, runtime
         number = next(runtime.numbers)
         self.socket = runtime.directory / f"{number}.sock"
-        self.log = runtime.logs / f"{number}.log"
+        self.log = ServerLog(runtime.logs / f"{number}.log")
         self._snapshots = runtime.directory / f"{number}.snapshots"
         self._token, self.key = secrets.token_urlsafe(24), secrets.token_urlsafe(24)
         self._process: asyncio.subprocess.Process | None = None
@@ -100,16 +96,18 @@ class ServerEngine:
             PARENT_VARIABLE: str(os.getpid()),
         }
         environment.pop(START_VARIABLE, None)  # each has a report of its own
-        with self.log.open("ab") as log:
-            os.chmod(self.log, 0o600)
+        output = await self.log.open()
+        try:
             self._process = await asyncio.create_subprocess_exec(
                 *self._command(),
                 stdin=asyncio.subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
+                stdout=output,
+                stderr=output,
                 env=environment,
                 start_new_session=True,  # keys of a terminal are the pool's, which lets requests end first
             )
+        finally:
+            os.close(output)
         connector = aiohttp.UnixConnector(str(self.socket), limit=0, keepalive_timeout=KEEP_ALIVE)
         timeout, jar = aiohttp.ClientTimeout(total=None, connect=10), aiohttp.DummyCookieJar()
         self.session = aiohttp.ClientSession(
@@ -122,8 +120,8 @@ class ServerEngine:
             if healthy.done():
                 return healthy.result()
             if ended.done():
-                raise ThawError(self._told(f"its server ended with {ended.result()}"))
-            raise ThawError(self._told(f"its server was not healthy within {START_LIMIT:.0f} s"))
+                raise ThawError(await self.log.why(f"its server ended with {ended.result()}"))
+            raise ThawError(await self.log.why(f"its server was not healthy within {START_LIMIT:.0f} s"))
         finally:
             for task in (healthy, ended):
                 task.cancel()
@@ -218,7 +216,7 @@ class ServerEngine:
             ) as answer:
                 status, raw = answer.status, await answer.read()
         except (aiohttp.ClientError, OSError, asyncio.TimeoutError, RuntimeError) as error:
-            raise ThawError(self._told(f"its server did not answer ({type(error).__name__})")) from None
+            raise ThawError(await self.log.why(f"its server did not answer ({type(error).__name__})")) from None
         try:
             found = json.loads(raw)
         except ValueError:
@@ -239,6 +237,7 @@ class ServerEngine:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)  # what it left behind, too
             await process.wait()
+        await self.log.close()
         with contextlib.suppress(OSError):
             self.socket.unlink()
         with contextlib.suppress(OSError):
@@ -250,18 +249,4 @@ class ServerEngine:
         """Why the process has ended, with the end of its log."""
         assert self._process is not None
         code = await self._process.wait()
-        return self._told(f"its server ended with {code}")
-
-    def _told(self, what: str) -> str:
-        """What happened, with the lines of the log that are likely to say why."""
-        try:
-            with self.log.open("rb") as stream:
-                stream.seek(max(0, self.log.stat().st_size - 65536))
-                text = stream.read().decode(errors="replace")
-        except OSError:
-            return what
-        lines = [_COLOUR.sub("", line).rstrip() for line in text.splitlines() if line.strip()]
-        lines = [line for line in lines if " WARNING " not in line and "Warning: " not in line]
-        told = [number for number, line in enumerate(lines) if _SAYS_WHY.search(line)]
-        shown = lines[told[-1] :][:4] if told else lines[-_TOLD:]
-        return "; ".join([f"{what} (log: {self.log})", *shown])
+        return await self.log.why(f"its server ended with {code}")

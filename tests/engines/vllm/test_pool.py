@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 from tests.engines.vllm.pool_models import prepare, toml
 from tests.engines.vllm.test_swap import environment
+from tests.serve.disks import fill, small_disk
 from tests.zygote.running import COMMAND, Zygote, alive, made, until
 
 from thaw_vllm.engines.vllm import preimport
@@ -84,7 +85,8 @@ class Program:
                 )
             finally:
                 signal.signal(signal.SIGINT, default)
-        self.token_file = folder / "state" / "admin-token"
+        self.token_file = Path(variables["THAW_STATE_DIR"], "admin-token")
+        self.retry_after = 0.0
         until_healthy(self)
 
     def ask(self, path: str, body: Any = None, headers: dict[str, str] | None = None) -> tuple[int, Any]:
@@ -96,6 +98,7 @@ class Program:
             with urllib.request.urlopen(request, timeout=300) as answer:
                 return answer.status, json.load(answer)
         except urllib.error.HTTPError as error:
+            self.retry_after = float(error.headers.get("Retry-After") or 0)
             return error.code, json.load(error)
 
     def admin(self, path: str, body: Any = None) -> tuple[int, Any]:
@@ -169,12 +172,13 @@ def alone(zygote: Zygote, models: dict[str, Path], folder: Path) -> dict[str, di
 
 @pytest.fixture(scope="module")
 def snapshots(models: dict[str, Path], folder: Path) -> dict[str, Path]:
-    path = folder / "tuned.thaw"
-    done = subprocess.run(
-        [*COMMAND, "freeze", "--model", models["tuned"], "--output", path], capture_output=True, text=True
-    )
+    return {"tuned": frozen(models["tuned"], folder / "tuned.thaw")}
+
+
+def frozen(model: Path, path: Path) -> Path:
+    done = subprocess.run([*COMMAND, "freeze", "--model", model, "--output", path], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return {"tuned": path}
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -324,9 +328,15 @@ class TestFaults:
         time.sleep(1.2)  # until it is tried again
         assert pool.said("tuned", "greedy") == alone["tuned"]["greedy"]
 
-    @pytest.mark.parametrize("how", ["truncated", "gone"])
+    @pytest.mark.parametrize("how", ["truncated", "replaced", "gone"])
     def test_a_snapshot_that_is_damaged(
-        self, how: str, pool: Program, snapshots: dict[str, Path], alone: dict, tmp_path: Path
+        self,
+        how: str,
+        pool: Program,
+        models: dict[str, Path],
+        snapshots: dict[str, Path],
+        alone: dict,
+        tmp_path: Path,
     ):
         pool.said("base", "greedy")
         path = snapshots["tuned"]
@@ -334,14 +344,34 @@ class TestFaults:
         path.unlink()
         if how == "truncated":
             path.write_bytes(whole[: len(whole) // 2])
+        elif how == "replaced":
+            frozen(models["other-template"], path)
         try:
             status, answer = pool.said("tuned", "greedy")
             assert status == 503 and "tuned.thaw" in answer["error"]["message"]
+            pause = pool.retry_after
         finally:
             path.write_bytes(whole)
         assert pool.said("base", "greedy") == alone["base"]["greedy"]
-        time.sleep(5.2 if how == "gone" else 1.2)
+        time.sleep(pause)
         assert pool.said("tuned", "greedy") == alone["tuned"]["greedy"]
+
+    def test_a_disk_that_is_full(
+        self, zygote: Zygote, models: dict[str, Path], alone: dict, folder: Path, tmp_path: Path
+    ):
+        """Where logs and reports of starts go; answers are what they are."""
+        with small_disk(tmp_path / "full") as full:
+            name = f"base={models['base']}"
+            program = Program(folder, "full", "--register", name, *ARGS, THAW_STATE_DIR=str(full))
+            try:
+                fill(full)
+                assert program.said("base", "greedy") == alone["base"]["greedy"]
+                (engine,) = program.admin("status")[1]["engines"]
+                os.kill(engine["pid"], signal.SIGKILL)
+                until(lambda: program.admin("status")[1]["engines"] == [], "it to be missed")
+                assert program.said("base", "greedy") == alone["base"]["greedy"]
+            finally:
+                assert program.stop() == 0
 
     def test_parking_on_a_cpu_is_refused(self, pool: Program):
         pool.said("base", "greedy")
