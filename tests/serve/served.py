@@ -22,12 +22,17 @@ TOKEN = "a token of 24 characters"
 
 
 class FakeServer(FakeEngine):
-    """Stands in for vLLM's server: tells what it was sent, and streams as it is told; its HTTP is real."""
+    """Stands in for vLLM's server: tells what it was sent, and streams as it is told; its HTTP is real.
+
+    Attributes:
+        counted: samples of its metrics, without their labels.
+    """
 
     def __init__(self, model: Model, log: list[tuple[str, str]], socket: Path, **given: object) -> None:
         super().__init__(model, log, **given)
         self.socket, self.session = socket, None
         self.requests: list[dict[str, Any]] = []
+        self.counted: dict[str, float] = {}
         self.key = f"key of {socket.name}"
         self.aborted = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -68,8 +73,11 @@ class FakeServer(FakeEngine):
             await _send(send, 401, [], b"not this engine's key")
             return
         if scope["path"] == "/metrics":
-            text = b'# HELP x:n N\n# TYPE x:n gauge\nx:n{model_name="m"} 3.0\n'
-            await _send(send, 200, [(b"content-type", b"text/plain")], text)
+            text = '# HELP x:n N\n# TYPE x:n gauge\nx:n{model_name="m"} 3.0\n'
+            for name, value in self.counted.items():
+                family, kind = name.removesuffix("_total"), "counter" if name.endswith("_total") else "gauge"
+                text += f'# HELP {family} N\n# TYPE {family} {kind}\n{name}{{engine="0",model_name="m"}} {value}\n'
+            await _send(send, 200, [(b"content-type", b"text/plain")], text.encode())
             return
         told = json.loads(body)
         status, chunks = told.get("status", 200), told.get("chunks", ["whole"])
@@ -118,6 +126,7 @@ class Served:
         self.log: list[tuple[str, str]] = []
         self.engines: list[FakeServer] = []
         self.folder, self.given, self.options = folder, given or {}, options
+        self.grace: int | None = None  # seconds in which requests may end when it stops
         self.pool = Pool(Settings({model.name: model for model in models}, drain), self.make)
 
     def make(self, model: Model) -> FakeServer:
@@ -126,13 +135,15 @@ class Served:
         return self.engines[-1]
 
     @contextlib.asynccontextmanager
-    async def running(self) -> AsyncIterator[aiohttp.ClientSession]:
-        """It listens meanwhile; a client of it."""
+    async def running(self, port: int = 0) -> AsyncIterator[aiohttp.ClientSession]:
+        """It listens meanwhile, 0: on any port; a client of it."""
         with socket.socket() as bound:
-            bound.bind(("127.0.0.1", 0))
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(("127.0.0.1", port))
             self.port = bound.getsockname()[1]
             self.url = f"http://127.0.0.1:{self.port}"
-            server = _server(application(self.pool, TOKEN, **self.options), fd=bound.fileno())
+            app = application(self.pool, TOKEN, **self.options)
+            server = _server(app, fd=bound.fileno(), timeout_graceful_shutdown=self.grace)
             task = asyncio.create_task(server.serve())
             while not server.started:
                 await asyncio.sleep(0.005)

@@ -107,6 +107,7 @@ def serve(
     With --models or --register requests are passed on by the model that they name. Whichever is asked is started where
     it is not there, and others make room for it. Other options are then vllm serve's for each of them.
     """
+    from ..engines.vllm.kv.access import DIRECTORY_VARIABLE
     from ..engines.vllm.serve_variables import PARENT_VARIABLE
     from ..errors import UsageError
 
@@ -127,7 +128,8 @@ def serve(
             )
         _require_directory(kv_dir)
         passed = _shared(zygote, require_zygote, fast_start, cache_dir, kv_dir)
-        _several(models, register or [], allowed_host or [], model_dir or [], [*passed, *context.args])
+        kv = os.environ.get(DIRECTORY_VARIABLE) if kv_dir is None else os.path.abspath(kv_dir)
+        _several(models, register or [], allowed_host or [], model_dir or [], kv, [*passed, *context.args])
         return
     options = list(context.args)
     _single(model, options, snapshot, kv_snapshot, snapshot_dir, kv_dir, zygote, require_zygote, fast_start, cache_dir)
@@ -245,11 +247,17 @@ def _shared(
 
 
 def _several(
-    models: Path | None, register: list[str], hosts: list[str], directories: list[str], options: list[str]
+    models: Path | None,
+    register: list[str],
+    hosts: list[str],
+    directories: list[str],
+    kv_directory: str | None,
+    options: list[str],
 ) -> None:
     """A pool of servers behind one address, until a signal says to stop.
 
     Args:
+        kv_directory: where servers have their files of KV blocks.
         options: for each server, but for those that say where to listen, and for whom.
     """
     from ..engines.vllm.api import check_model, check_sizes, require_vllm_installed
@@ -288,7 +296,7 @@ def _several(
             f"several models need {error.name}, which vLLM brings along; pip install {error.name}"
         ) from None
     host = own.get("host", [LOCALHOST])[-1]
-    where = Listening(host, port, token, file, tuple(keys), tuple(hosts), tuple(directories))
+    where = Listening(host, port, token, file, tuple(keys), tuple(hosts), tuple(directories), kv_directory)
     run(settings, where, options, has_gpu(os.environ))
 
 

@@ -4,33 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
-import ipaddress
 import json
 import time
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from typing import Any, cast
-from urllib.parse import urlsplit
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict
 
-from ..engines.vllm.kv.access import TOKEN_HEADER
 from ..errors import StorageError, ThawError, UsageError
+from .access import Access
 from .config import Model
 from .directories import Directories, PathError
 from .engine import ServerEngine
+from .events import Event
 from .metrics import Counted, exposition
+from .overview import Overview
+from .page import Page
 from .pool import Pool
 from .resident import UnavailableError, UnknownModelError
 from .router import Refused, Router
 
-HOSTS = ("localhost",)
-"""What callers may call this server, for the routes behind the admin token, beside its addresses: another name that
-leads here is an attack on a browser (DNS rebinding)."""
+ALIVE = 15.0
+"""Seconds between two signs of life where nothing happens; who has logged out is let go by then."""
 
 
 def application(
@@ -39,6 +38,7 @@ def application(
     api_keys: Sequence[str] = (),
     hosts: Sequence[str] = (),
     directories: Sequence[str] = (),
+    kv_directory: str | None = None,
 ) -> FastAPI:
     """The ASGI application; engines run as long as its lifespan.
 
@@ -47,41 +47,49 @@ def application(
         api_keys: as of ``Router``.
         hosts: further names of this server.
         directories: in which requests may name models and snapshots.
+        kv_directory: in which engines have their files of KV blocks.
 
     Raises:
         StorageError: one of them is not there.
     """
     router = Router(pool, api_keys)
-    own = Routes(pool, router, Directories(directories))
+    access, allowed = Access(token, hosts), Directories(directories)
+    own, overview = Routes(pool, router, access, allowed), Overview(pool, allowed, kv_directory)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with pool.running():
             yield
+            await overview.verification.end()
 
     app = FastAPI(title="thaw", lifespan=lifespan, docs_url=None, redoc_url=None)  # their pages load from elsewhere
-    access = Access(token, {*HOSTS, *hosts})
     app.add_exception_handler(ThawError, _told)
     app.add_exception_handler(Refused, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_api_route("/health", own.health)
     app.add_api_route("/v1/models", own.models, tags=["OpenAI"])
     app.add_api_route("/metrics", own.metrics)
-    for path, work, method in (
-        ("status", own.status, "GET"),
-        ("models", own.states, "GET"),
-        ("models", own.register, "POST"),
-        ("models/{name:path}/kv/freeze", own.freeze_kv, "POST"),
-        ("models/{name:path}/kv/restore", own.restore_kv, "POST"),
-        ("snapshots", own.snapshots, "GET"),
-        ("models/{name:path}/load", own.load, "POST"),
-        ("models/{name:path}/park", own.park, "POST"),
-        ("models/{name:path}/unload", own.unload, "POST"),
-        ("events", own.events, "GET"),
+    token_alone, page_too = [Depends(access.require)], [Depends(access.require_or_session)]
+    for path, work, method, allowed_for in (
+        ("status", own.status, "GET", page_too),
+        ("models", own.states, "GET", page_too),
+        ("models", own.register, "POST", token_alone),
+        ("models/{name:path}/kv/freeze", own.freeze_kv, "POST", token_alone),
+        ("models/{name:path}/kv/restore", own.restore_kv, "POST", token_alone),
+        ("models/{name:path}/load", own.load, "POST", page_too),
+        ("models/{name:path}/park", own.park, "POST", page_too),
+        ("models/{name:path}/unload", own.unload, "POST", page_too),
+        ("events", own.events, "GET", page_too),
+        ("usage", overview.usage, "GET", page_too),
+        ("starts", overview.starts, "GET", page_too),
+        ("snapshots", overview.snapshots, "GET", page_too),
+        ("kv", overview.kv_files, "GET", page_too),
+        ("verify", overview.verified, "GET", page_too),
+        ("verify", overview.verify, "POST", page_too),
+        ("verify/cancel", overview.cancel, "POST", page_too),
     ):
-        app.add_api_route(
-            f"/v1/thaw/{path}", work, methods=[method], tags=["thaw"], dependencies=[Depends(access.require)]
-        )
+        app.add_api_route(f"/v1/thaw/{path}", work, methods=[method], tags=["thaw"], dependencies=allowed_for)
+    Page(access).add_to(app)
     app.mount("/", router)
     return app
 
@@ -104,44 +112,11 @@ class Registration(BaseModel):
     like: str | None = None
 
 
-class Access:
-    """Who may use the routes of the pool's own."""
-
-    def __init__(self, token: str, hosts: Collection[str]) -> None:
-        self._token, self._hosts = token.encode(), {host.lower() for host in hosts}
-
-    def require(self, request: Request) -> None:
-        """Raises:
-        Refused: this caller may not.
-        """
-        called = request.headers.get("host", "")
-        try:
-            name = urlsplit(f"//{called}").hostname or ""
-        except ValueError:
-            name = ""
-        if name not in self._hosts and not _is_address(name):
-            raise Refused(403, "Forbidden", f"this server is not called {called!r}; see --allowed-host")
-        origin = request.headers.get("origin")
-        if origin is not None and origin != f"{request.url.scheme}://{request.headers.get('host')}":
-            raise Refused(403, "Forbidden", "other sites may not ask this server")
-        if not hmac.compare_digest(request.headers.get(TOKEN_HEADER, "").encode(), self._token):
-            raise Refused(403, "Forbidden", f"send the admin token in the header {TOKEN_HEADER}")
-
-
-def _is_address(name: str) -> bool:
-    """An address is no name that somebody else could have lead here."""
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    return True
-
-
 class Routes:
     """What the pool answers itself."""
 
-    def __init__(self, pool: Pool, router: Router, directories: Directories) -> None:
-        self._pool, self._router, self._directories = pool, router, directories
+    def __init__(self, pool: Pool, router: Router, access: Access, directories: Directories) -> None:
+        self._pool, self._router, self._access, self._directories = pool, router, access, directories
         self._started, self._counted = int(time.time()), Counted()
         pool.events.listeners.append(self._counted.note)
 
@@ -183,10 +158,6 @@ class Routes:
         self._pool.register(replace(taken, snapshot=None if snapshot is None else str(snapshot)))
         return {"model": body.name}
 
-    async def snapshots(self) -> dict[str, Any]:
-        """Snapshots in the server's directories, and what their headers say."""
-        return {"snapshots": await asyncio.to_thread(lambda: list(self._directories.snapshots()))}
-
     async def freeze_kv(self, name: str, request: Request) -> JSONResponse:
         """/v1/thaw/kv/freeze of a model's server."""
         return await self._asked(name, "kv/freeze", await request.body())
@@ -221,9 +192,25 @@ class Routes:
         last = request.headers.get("last-event-id", "")
         since = int(last) if last.isascii() and last.isdecimal() else after
 
+        session = self._access.session(request)
+
         async def stream() -> AsyncIterator[str]:
-            async for event in self._pool.events.follow(since):
-                yield f"id: {event.number}\ndata: {json.dumps(event.document())}\n\n"
+            events = self._pool.events.follow(since)
+            coming: asyncio.Future[Event] | None = None
+            try:
+                while session is None or self._access.sessions.left(session):
+                    coming = coming or asyncio.ensure_future(anext(events))
+                    await asyncio.wait({coming}, timeout=ALIVE)
+                    if not coming.done():
+                        yield ": \n\n"
+                        continue
+                    event, coming = coming.result(), None
+                    yield f"id: {event.number}\ndata: {json.dumps(event.document())}\n\n"
+            except StopAsyncIteration:
+                return
+            finally:
+                if coming is not None:
+                    coming.cancel()
 
         return StreamingResponse(stream(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
@@ -239,6 +226,7 @@ def document(pool: Pool) -> dict[str, Any]:
             "share": one.share,
             "requests": one.inflight,
             "host_bytes": one.host_bytes if one.away else None,
+            "parkable": not one.model.least and one.may_park(),
             "idle_seconds": 0.0 if one.inflight else round(max(0.0, time.monotonic() - one.used), 1),
         }
         for one in pool.residents
@@ -257,7 +245,7 @@ def document(pool: Pool) -> dict[str, Any]:
         }
         for name, model in pool.models.items()
     }
-    return {"models": models, "engines": engines, "waiting": sum(waiting.values())}
+    return {"time": round(time.time(), 3), "models": models, "engines": engines, "waiting": sum(waiting.values())}
 
 
 STATUS: dict[type[Exception], int] = {UnknownModelError: 404, StorageError: 404, PathError: 400, UsageError: 409}

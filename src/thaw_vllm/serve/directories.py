@@ -55,8 +55,8 @@ class Directories:
                 return found
         raise StorageError(f"there is no {given!r} in the server's directories")
 
-    def snapshots(self) -> Iterator[dict[str, Any]]:
-        """All snapshots below, with what their headers say; those that cannot be read with why."""
+    def snapshots(self) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """All snapshots below, where they are, links resolved, and what their headers say."""
         count = 0
         for root in self.roots:
             for folder, below, names in os.walk(root):
@@ -68,10 +68,11 @@ class Directories:
                     if count > MOST:
                         return
                     path = Path(folder, name)
-                    yield {"path": str(path.relative_to(root)), **_described(path)}
+                    yield Path(os.path.realpath(path)), {"path": str(path.relative_to(root)), **described(path)}
 
 
-def _described(path: Path) -> dict[str, Any]:
+def described(path: Path) -> dict[str, Any]:
+    """What a snapshot's header says; of one that cannot be read, why."""
     try:
         with open_snapshot(path, with_chunks=False) as opened:
             header, size = opened.snapshot.header, opened.snapshot.bytes
@@ -83,4 +84,5 @@ def _described(path: Path) -> dict[str, Any]:
         "content": header.content,
         "engine": header.identity.engine,
         "engine_version": header.identity.engine_version,
+        "rank": header.identity.parallel.rank,
     }

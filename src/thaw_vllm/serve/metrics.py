@@ -55,7 +55,7 @@ class Counted:
 async def exposition(pool: Pool, counted: Counted) -> tuple[bytes, str]:
     """All metrics, and their media type."""
     ready = [one for one in pool.residents if one.state is State.READY]
-    texts = await asyncio.gather(*map(_asked, ready))
+    texts = await asyncio.gather(*map(engine_metrics, ready))
     families = [*_own(pool), *_merged(zip(ready, texts, strict=True))]
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Given(families))
@@ -70,7 +70,8 @@ class _Given:
         return self._families
 
 
-async def _asked(one: Resident) -> str:
+async def engine_metrics(one: Resident) -> str:
+    """An engine's own exposition; empty where it gives none."""
     session = cast(ServerEngine, one.engine).session
     if session is None:
         return ""

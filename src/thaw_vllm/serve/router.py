@@ -207,13 +207,14 @@ async def _forward(engine: ServerEngine, scope: Scope, body: bytes, send: Send, 
 
 
 def _passed(headers: list[tuple[bytes, bytes]]) -> list[tuple[str, str]]:
-    """A request's headers for the engine, without those of this connection, and without the caller's API key.
+    """A request's headers for the engine, without those of this connection, the caller's API key, and cookies: those
+    are the page's.
 
     Raises:
         Refused: one is not UTF-8.
     """
     named = b",".join(value for key, value in headers if key == b"connection").lower().split(b",")
-    own = {*_HOP_BY_HOP, b"authorization", *(name.strip() for name in named)}
+    own = {*_HOP_BY_HOP, b"authorization", b"cookie", *(name.strip() for name in named)}
     try:
         return [(key.decode(), value.decode()) for key, value in headers if key not in own]
     except UnicodeDecodeError:

@@ -37,6 +37,7 @@ class Listening:
         token_file: where it can be read; None where it was given.
         hosts: further names of this server.
         directories: in which admin requests may name models and snapshots.
+        kv_directory: in which engines have their files of KV blocks.
     """
 
     host: str
@@ -46,6 +47,7 @@ class Listening:
     api_keys: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
     directories: tuple[str, ...] = ()
+    kv_directory: str | None = None
 
 
 def run(settings: Settings, where: Listening, options: Sequence[str], gpu: bool) -> None:
@@ -64,7 +66,7 @@ def run(settings: Settings, where: Listening, options: Sequence[str], gpu: bool)
     with tempfile.TemporaryDirectory(prefix="thaw-pool-", dir=runtime_directory, ignore_cleanup_errors=True) as made:
         runtime = Runtime(Path(made), new_logs(), tuple(options), gpu)
         pool = Pool(settings, lambda model: ServerEngine(model, runtime))
-        app = application(pool, where.token, where.api_keys, where.hosts, where.directories)
+        app = application(pool, where.token, where.api_keys, where.hosts, where.directories, where.kv_directory)
         config = uvicorn.Config(
             app,
             log_level="warning",
@@ -110,7 +112,8 @@ class _Server(uvicorn.Server):  # type: ignore[misc]
         if self.started:
             names = ", ".join(self._pool.models)
             port = sockets[0].getsockname()[1] if sockets else self._where.port
-            said = [f"ready at http://{self._where.host}:{port}", f"models: {names}"]
+            url = f"http://{self._where.host}:{port}"
+            said = [f"ready at {url}", f"models: {names}", f"a page about them: {url}/thaw"]
             if self._where.token_file is not None:
                 said.append(f"the admin token is in {self._where.token_file}")
             print(f"thaw: {'; '.join(said)}", file=sys.stderr, flush=True)

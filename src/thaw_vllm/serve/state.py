@@ -49,6 +49,15 @@ def new_start() -> Path:
     return _new("starts")
 
 
+def start_of(pid: int | None) -> Path | None:
+    """The directory with the report of the start of ``thaw serve`` as this process; None where there is none."""
+    try:
+        found = sorted((state_directory() / "starts").glob(f"*-{pid}"))
+    except (StorageError, OSError):
+        return None
+    return found[-1] if found else None
+
+
 def new_logs() -> Path:
     """A directory for the logs of a pool's engines; the oldest ones are removed.
 
