@@ -63,9 +63,10 @@ def test_wheel_is_pure_python_and_typed(wheel):
 
 def test_wheel_carries_every_source_file(wheel):
     with zipfile.ZipFile(wheel) as archive:
-        packed = {name for name in archive.namelist() if name.endswith(".py")}
-    written = {path.relative_to(ROOT / "src").as_posix() for path in (ROOT / "src").rglob("*.py")}
-    assert packed == written
+        packed = {name for name in archive.namelist() if re.search(r"\.(py|html|js|css|svg)$", name)}
+    sources = [path for path in (ROOT / "src").rglob("*") if re.search(r"\.(py|html|js|css|svg)$", path.name)]
+    assert packed == {path.relative_to(ROOT / "src").as_posix() for path in sources}
+    assert "thaw_vllm/serve/page/index.html" in packed
 
 
 def test_installed_wheel_offers_its_entry_points(distribution):

@@ -251,9 +251,9 @@ class TestLogin:
             (b'{"token": 1}', "application/json", 400),
             (b"[" * 4000, "application/json", 400),
             (b"\xff", "application/json", 400),
-            (b'{"token": "' + b"x" * 5000 + b'"}', "application/json", 413),
-            (f"token={TOKEN}".encode(), "application/x-www-form-urlencoded", 400),
-            (json.dumps({"token": TOKEN}).encode(), "text/plain", 400),
+            (b'{"token": "' + b"x" * 70_000 + b'"}', "application/json", 413),
+            (f"token={TOKEN}".encode(), "application/x-www-form-urlencoded", 415),
+            (json.dumps({"token": TOKEN}).encode(), "text/plain", 415),
         ],
     )
     def test_bodies(self, folder: Path, body: bytes, kind: str, status: int):
@@ -505,6 +505,7 @@ class TestSnapshots:
                 ({"kv": "../x.thawkv"}, 409),
                 ({"kv": "none.thawkv"}, 404),
                 ({}, 409),
+                ({"file": "other.thaw"}, 400),
                 ({"model": "a", "path": "other.thaw"}, 409),
             ):
                 assert (await verify(**what))[0] == status, what

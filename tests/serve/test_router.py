@@ -444,6 +444,24 @@ class TestOwn:
 
         play(served, work)
 
+    def test_bodies_of_strangers_are_not_read(self, folder: Path):
+        served = Served(folder, model())
+
+        async def work(client: aiohttp.ClientSession) -> None:
+            for path in ("models", "verify"):
+                reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
+                head = f"POST /v1/thaw/{path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                writer.write(f"{head}Content-Length: 1000000000\r\n\r\n".encode())
+                assert b" 403 " in await asyncio.wait_for(reader.readline(), 10)
+                writer.close()
+                async with client.post(f"/v1/thaw/{path}", data=b"[" * 70_000, headers=ADMIN | JSON) as answer:
+                    assert answer.status == 413
+            async with client.get("/openapi.json") as answer:
+                described = (await answer.json())["paths"]["/v1/thaw/models"]["post"]["requestBody"]
+            assert "snapshot" in described["content"]["application/json"]["schema"]["properties"]
+
+        play(served, work)
+
     def test_events(self, folder: Path):
         served = Served(folder, model())
 

@@ -17,12 +17,13 @@ from pydantic import BaseModel, ConfigDict
 
 from ..errors import StorageError, ThawError, UsageError
 from .access import Access
+from .bodies import described, parsed
 from .config import Model
 from .directories import Directories, PathError
 from .engine import ServerEngine
 from .events import Event
 from .metrics import Counted, exposition
-from .overview import Overview
+from .overview import Overview, What
 from .page import Page
 from .pool import Pool
 from .resident import UnavailableError, UnknownModelError
@@ -59,8 +60,10 @@ def application(
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with pool.running():
-            yield
-            await overview.verification.end()
+            try:
+                yield
+            finally:
+                await overview.verification.end()
 
     app = FastAPI(title="thaw", lifespan=lifespan, docs_url=None, redoc_url=None)  # their pages load from elsewhere
     app.add_exception_handler(ThawError, _told)
@@ -69,6 +72,7 @@ def application(
     app.add_api_route("/health", own.health)
     app.add_api_route("/v1/models", own.models, tags=["OpenAI"])
     app.add_api_route("/metrics", own.metrics)
+    bodies: dict[Any, type[BaseModel]] = {own.register: Registration, overview.verify: What}
     token_alone, page_too = [Depends(access.require)], [Depends(access.require_or_session)]
     for path, work, method, allowed_for in (
         ("status", own.status, "GET", page_too),
@@ -88,7 +92,15 @@ def application(
         ("verify", overview.verify, "POST", page_too),
         ("verify/cancel", overview.cancel, "POST", page_too),
     ):
-        app.add_api_route(f"/v1/thaw/{path}", work, methods=[method], tags=["thaw"], dependencies=allowed_for)
+        taken = bodies.get(work)
+        app.add_api_route(
+            f"/v1/thaw/{path}",
+            work,
+            methods=[method],
+            tags=["thaw"],
+            dependencies=allowed_for,
+            openapi_extra=None if taken is None else described(taken),
+        )
     Page(access).add_to(app)
     app.mount("/", router)
     return app
@@ -145,8 +157,9 @@ class Routes:
         """Models by name."""
         return {"models": document(self._pool)["models"]}
 
-    async def register(self, body: Registration) -> dict[str, Any]:
+    async def register(self, request: Request) -> dict[str, Any]:
         """Serve one more model, out of the server's directories; options are those of a model that is served."""
+        body = await parsed(request, Registration)
         path = await asyncio.to_thread(self._directories.path, body.path)
         snapshot = None if body.snapshot is None else await asyncio.to_thread(self._directories.path, body.snapshot)
         like = None if body.like is None else self._pool.models.get(body.like)

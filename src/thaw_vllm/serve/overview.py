@@ -8,11 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fastapi import Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict
 
 from ..engines.vllm.kv.access import ENDING, checked_name
 from ..errors import StorageError, UsageError
+from .bodies import parsed
 from .directories import MOST, Directories, described
 from .pool import Pool
 from .resident import UnknownModelError
@@ -76,8 +78,9 @@ class Overview:
         """What is being verified, and what was found the last time."""
         return self.verification.document()
 
-    async def verify(self, body: What) -> JSONResponse:
+    async def verify(self, request: Request) -> JSONResponse:
         """Begin to verify a snapshot."""
+        body = await parsed(request, What)
         self.verification.begin(body.model_dump(exclude_none=True), await asyncio.to_thread(self._path, body))
         return JSONResponse(self.verification.document(), 202)
 

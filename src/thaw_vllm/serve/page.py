@@ -6,7 +6,6 @@ Everything is served from the package; the headers forbid a browser to load, sen
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import secrets
 from dataclasses import dataclass
@@ -15,9 +14,11 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, RedirectResponse, Response
+from pydantic import BaseModel, ConfigDict
 
 from .. import __version__
 from .access import Access, cookie_name
+from .bodies import parsed
 from .router import Refused
 from .sessions import LIFETIME
 
@@ -32,8 +33,14 @@ HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
 }
 TYPES = {"html": "text/html", "js": "text/javascript", "css": "text/css", "svg": "image/svg+xml"}
-LARGEST_LOGIN = 4096
-"""Bytes of a body."""
+
+
+class Login(BaseModel):
+    """What the form sends."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    token: str
 
 
 @dataclass(frozen=True)
@@ -94,9 +101,9 @@ class Page:
         return self._told(self._access.session(request))
 
     async def log_in(self, request: Request) -> Response:
-        """``{"token": …}`` against a cookie."""
+        """The admin token against a cookie."""
         self._access.require_own(request, writing=True)
-        token = await _token(request)
+        token = (await parsed(request, Login)).token
         try:
             made = self._access.log_in(request, token)
         except Refused as refused:
@@ -129,28 +136,6 @@ class Page:
         if left:
             told["seconds"] = int(left)
         return JSONResponse(told, headers=HEADERS | {"Cache-Control": "no-store"})
-
-
-async def _token(request: Request) -> str:
-    """Raises:
-    Refused: the body is too large, or holds none.
-    """
-    wrong = Refused(400, "BadRequestError", 'send {"token": "…"}, and Content-Type: application/json')
-    if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
-        raise wrong
-    raw = bytearray()
-    async for part in request.stream():
-        raw += part
-        if len(raw) > LARGEST_LOGIN:
-            raise Refused(413, "BadRequestError", f"the body is larger than {LARGEST_LOGIN} bytes")
-    try:
-        found = json.loads(raw)
-    except (ValueError, RecursionError):
-        raise wrong from None
-    token = found.get("token") if isinstance(found, dict) else None
-    if not isinstance(token, str):
-        raise wrong
-    return token
 
 
 def _packaged() -> Any:

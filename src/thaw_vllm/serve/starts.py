@@ -27,7 +27,7 @@ class Starts:
     def documents(self) -> list[dict[str, Any]]:
         """The last starts, the latest first, each with its phases where there is a report. Reads files."""
         found, whole = [], {}
-        for event in reversed(self._noted):
+        for event in reversed(list(self._noted)):  # the loop may note another one meanwhile
             more = event.more
             told = {"model": more["model"], "engine": more.get("engine"), "time": round(event.time, 3)}
             told["ready_seconds"] = more["seconds"]

@@ -12,6 +12,7 @@ import re
 import signal
 import socket
 import subprocess
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -22,6 +23,7 @@ from typing import Any
 import pytest
 from tests.engines.vllm.pool_models import prepare, toml
 from tests.engines.vllm.test_swap import environment
+from tests.serve.chromium import Heard, browser
 from tests.serve.disks import fill, small_disk
 from tests.zygote.running import COMMAND, Zygote, alive, made, until
 
@@ -248,6 +250,40 @@ def test_clients(pool: Program, alone: dict[str, dict[str, Any]]):
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["choices"][0]["text"] == expected
+
+
+def test_the_page(pool: Program):
+    """A model becomes ready before one's eyes, with its waterfall, its tokens and its prefix cache."""
+    heard = Heard()
+    if pool.admin("status")[1]["models"]["tuned"]["states"]:
+        pool.admin("models/tuned/unload", {})
+    with browser() as chromium:
+        page = heard.listen(chromium.new_page())
+        page.set_default_timeout(120_000)
+        page.goto(f"{pool.url}/thaw")
+        page.get_by_label("Admin token").fill(pool.token_file.read_text().strip())
+        page.keyboard.press("Enter")
+        row = page.locator("#models tbody tr").filter(has=page.get_by_text("tuned", exact=True))
+        row.locator(".badge").filter(has_text="not there").wait_for()
+        asking = threading.Thread(target=pool.said, args=("tuned", "greedy"))
+        asking.start()
+        row.locator(".badge").filter(has_text="starting").wait_for()
+        row.locator(".badge").filter(has_text="ready").wait_for()
+        asking.join()
+        start = page.locator("#starts details").filter(has_text="tuned").first
+        start.filter(has_text="to the first token").wait_for()
+        if start.get_attribute("open") is None:
+            start.locator("summary").click()
+        start.locator(".phase").filter(has_text="weights").wait_for()
+        page.locator("#caches .cache").filter(has_text="tuned").wait_for()
+        page.get_by_role("button", name="Verify tuned.thaw").click()
+        page.locator("#snapshots .result").filter(has_text="sound, ").wait_for()
+        for _ in range(20):
+            pool.said("tuned", "greedy")
+            if page.locator("#throughput polyline").count():
+                break
+        assert page.locator("#throughput polyline").count()
+    assert heard.errors == [] and heard.hosts == {"127.0.0.1"}
 
 
 def metric(pool: Program, name: str) -> float:

@@ -34,30 +34,31 @@ function subject(event) {
 export class Activity {
   constructor() {
     this.list = find("#activity ol");
-    this.note("Nothing has happened yet.");
-  }
-
-  note(text) {
-    this.list.replaceChildren(el("li", { class: "empty" }, text));
+    this.list.append(el("li", { class: "empty" }, "Nothing has happened yet."));
   }
 
   // `fresh`: it happens now, and is not remembered only.
   add(event, fresh) {
     const [kind, text] = (WORDS[event.event] ?? ((e) => ["", `${e.event} ${e.model ?? ""}`]))(event);
-    const item = el(
-      "li",
-      { "data-kind": kind },
-      el("time", { datetime: new Date(event.time * 1000).toISOString() }, clock(event.time)),
-      el("span", {}, text),
-      event.why ? el("span", { class: "why" }, event.why) : null,
-    );
-    find(".empty", this.list)?.remove();
-    this.list.prepend(item);
-    while (this.list.children.length > SHOWN) this.list.lastChild.remove();
+    this.put(event.time, kind, text, event.why);
     if (fresh) announce(text);
   }
 
   anew() {
-    this.note("The server has been started anew.");
+    this.put(Date.now() / 1000, "going", "The server has been started anew.");
+  }
+
+  put(time, kind, text, why) {
+    find(".empty", this.list)?.remove();
+    this.list.prepend(
+      el(
+        "li",
+        { "data-kind": kind },
+        el("time", { datetime: new Date(time * 1000).toISOString() }, clock(time)),
+        el("span", {}, text),
+        why ? el("span", { class: "why" }, why) : null,
+      ),
+    );
+    while (this.list.children.length > SHOWN) this.list.lastChild.remove();
   }
 }

@@ -50,6 +50,7 @@ const connection = new Connection({
   },
   anew() {
     activity.anew();
+    models.anew();
     throughput.anew();
     say(find("#ask-login .why"), "The server has been started anew, and asks who you are.");
   },

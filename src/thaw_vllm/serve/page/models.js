@@ -35,6 +35,11 @@ export class Models {
     if (CHANGING.includes(event.event)) this.began.set(event.model, event);
   }
 
+  // Another server's events are no longer true.
+  anew() {
+    this.began.clear();
+  }
+
   now() {
     return Date.now() / 1000 + this.offset;
   }
