@@ -125,7 +125,7 @@ def main(target: str) -> None:
             running.post_soon("/v1/completions", body)
         time.sleep(float(os.environ.get("SECONDS_OF_LINES", "90")))
         for engine in served.engines:
-            engine.seconds = 2.5
+            engine.seconds = 6.0
         running.post_soon("/v1/completions", {"model": "qwen3-14b"})
         time.sleep(1.6)
         Path(target).mkdir(parents=True, exist_ok=True)

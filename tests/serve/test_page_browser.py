@@ -351,8 +351,9 @@ def test_phones_schemes_and_contrast(chromium: Any, folder: Path):
         small = "[...document.querySelectorAll('button, summary')].filter(b => b.checkVisibility())"
         assert page.evaluate(f"{small}.filter(b => b.getBoundingClientRect().height < 40).length") == 0
         assert page.evaluate("document.getAnimations().length") == 0
-        page.set_viewport_size({"width": 1280, "height": 900})
-        assert page.evaluate("document.documentElement.scrollWidth") <= 1280
+        for width in (320, 899, 900, 1099, 1100, 1280, 1920):
+            page.set_viewport_size({"width": width, "height": 900})
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
         page.get_by_role("button", name="Log out").click()
         page.get_by_label("Admin token").wait_for()
         page.set_viewport_size({"width": 375, "height": 667})
