@@ -109,7 +109,7 @@ def ask(running: InThread, name: str, **more: Any) -> threading.Thread:
 
 def test_a_keyboard_is_enough(chromium: Any, folder: Path):
     """Logging in, loading, parking, waking, unloading, logging out; the token stays nowhere."""
-    served = Served(folder, Model("org/a", "/m"), given={"seconds": 0.5, "parkable": True})
+    served = Served(folder, Model("org/a", "/m"), given={"seconds": 1.0, "parkable": True})
     with opened(chromium, served, log_in=False) as (page, _, _heard):
         assert page.get_by_role("heading", name="Models").count() == 0
         page.keyboard.type(TOKEN)  # the field has the focus
@@ -165,7 +165,7 @@ def test_a_wrong_token(chromium: Any, folder: Path):
 
 def test_requests_make_models_come_and_go(chromium: Any, folder: Path):
     """From starting to ready, another's weights swapped in, who waits and what is in flight."""
-    served = Served(folder, Model("a", "/m"), Model("b", "/m"), given={"seconds": 0.8, "swappable": True})
+    served = Served(folder, Model("a", "/m"), Model("b", "/m"), given={"seconds": 1.2, "swappable": True})
     with opened(chromium, served) as (page, running, _):
         page.get_by_text("0 of 2 models ready, 0 engines").wait_for()
         ask(running, "a")
@@ -253,6 +253,17 @@ def test_a_session_that_ends_elsewhere(chromium: Any, folder: Path):
         other.get_by_label("Admin token").wait_for()
         page.get_by_role("dialog").filter(has_text="Log in again").wait_for()
         _heard.errors[:] = [error for error in _heard.errors if "403" not in error]
+
+
+def test_a_link_of_another_site_leads_to_the_page(chromium: Any, folder: Path):
+    """The cookie does not come with it; whoever is logged in is not asked again all the same."""
+    served = Served(folder, Model("a", "/m"))
+    with opened(chromium, served) as (page, _, heard):
+        page.goto("about:blank")
+        page.set_content(f'<a href="{served.url}/thaw">there</a>')
+        page.get_by_text("there").click()
+        live(page)
+        heard.hosts.discard("about:blank")
 
 
 def test_a_session_that_has_had_its_time(chromium: Any, folder: Path, monkeypatch: pytest.MonkeyPatch):

@@ -105,7 +105,8 @@ def serve(
     wake) ask for the admin token: THAW_ADMIN_TOKEN, or one that is made once and kept for you alone.
 
     With --models or --register requests are passed on by the model that they name. Whichever is asked is started where
-    it is not there, and others make room for it. Other options are then vllm serve's for each of them.
+    it is not there, and others make room for it; the page at /thaw shows them. Other options are then vllm serve's for
+    each of them.
     """
     from ..engines.vllm.kv.access import DIRECTORY_VARIABLE
     from ..engines.vllm.serve_variables import PARENT_VARIABLE
