@@ -141,7 +141,7 @@ class Row {
       node.dataset.state = state;
     });
     this.shown = states;
-    const tags = [model.pinned && "pinned", !model.snapshot && "no snapshot"].filter(Boolean);
+    const tags = [model.pinned && "pinned", model.minimum > 1 && `at least ${model.minimum}`, !model.snapshot && "no snapshot"].filter(Boolean);
     say(this.tags, tags.join(" · "));
     const why = (model.failure ?? "").replace(`the model '${this.name}' did not start: `, "");
     say(this.why, engines.length ? "" : why);
@@ -157,7 +157,7 @@ class Row {
     const has = (...wanted) => engines.some((engine) => wanted.includes(engine.state));
     this.enable("load", !has("ready", "starting", "swapping", "waking"));
     this.enable("park", engines.some((engine) => engine.state === "ready" && engine.parkable));
-    this.enable("unload", !model.pinned && has("ready", "parked"));
+    this.enable("unload", !model.pinned && !model.minimum && has("ready", "parked"));
   }
 
   // A button that has the focus keeps it: disabling would throw a keyboard's user back to the top.
