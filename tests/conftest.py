@@ -20,20 +20,21 @@ hypothesis.settings.register_profile("full", max_examples=cases.EXAMPLES["full"]
 hypothesis.settings.load_profile("full" if cases.FULL else "small")
 
 RUN = pytest.StashKey[cases.Run]()
-STATE = pytest.StashKey[tempfile.TemporaryDirectory]()
+MADE = pytest.StashKey[dict[str, tempfile.TemporaryDirectory]]()
+DIRECTORIES = ("THAW_STATE_DIR", "THAW_CACHE_DIR")
 
 
 def pytest_configure(config):
-    config.stash[RUN] = cases.Run()
-    if "THAW_STATE_DIR" not in os.environ:  # no test makes an admin token for whoever runs it
-        config.stash[STATE] = tempfile.TemporaryDirectory(prefix="thaw-state-")
-        os.environ["THAW_STATE_DIR"] = config.stash[STATE].name
+    config.stash[RUN], config.stash[MADE] = cases.Run(), {}
+    for name in DIRECTORIES:  # no test makes an admin token, or keeps a snapshot, for whoever runs it
+        if name not in os.environ:
+            made = config.stash[MADE].setdefault(name, tempfile.TemporaryDirectory(prefix="thaw-tests-"))
+            os.environ[name] = made.name
 
 
 def pytest_unconfigure(config):
-    made = config.stash.get(STATE, None)
-    if made is not None:
-        os.environ.pop("THAW_STATE_DIR", None)
+    for name, made in config.stash.get(MADE, {}).items():
+        os.environ.pop(name, None)
         made.cleanup()
 
 

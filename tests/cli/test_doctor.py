@@ -213,6 +213,7 @@ def test_plugin_that_is_kept_out(machine, monkeypatch, allowed, state):
 
 def test_cache_that_cannot_be_written(machine, monkeypatch, tmp_path):
     (tmp_path / "file").touch()
+    monkeypatch.delenv("THAW_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     check = found()["cache"]
     assert check.state == NOTE and "XDG_CACHE_HOME" in check.cure

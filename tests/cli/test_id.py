@@ -8,6 +8,7 @@ from thaw_vllm.weights.provenance import checkpoint_id
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
+    monkeypatch.delenv("THAW_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "thaw" / "ids"
 

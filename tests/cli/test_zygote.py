@@ -13,6 +13,7 @@ from tests.zygote.running import made, until
 from thaw_vllm.cli import serve as serving
 from thaw_vllm.engines.vllm import fast_start, serve_variables
 from thaw_vllm.errors import MissingDependencyError
+from thaw_vllm.weights import cache
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +187,12 @@ ADDITIONS = ["--middleware", serve_variables.MIDDLEWARE]
 ADDED = ("THAW_SERVE_TOKEN_FILE", "THAW_SERVE_KV_SNAPSHOT", "THAW_KV_DIR", "THAW_SNAPSHOT_DIR")
 
 
+def auto(**more):
+    """Options for snapshots that starts keep; where is known only in a test."""
+    extra = json.dumps({"mode": "auto", "cache": str(cache.snapshots_directory())} | more)
+    return ["--load-format", "thaw", "--model-loader-extra-config", extra]
+
+
 class TestServe:
     @pytest.fixture
     def handed(self, monkeypatch, place, tmp_path_factory):
@@ -203,13 +210,14 @@ class TestServe:
 
     @pytest.mark.parametrize("taken", ["--load-format", "--load_format", "--model-loader-extra-config"])
     @pytest.mark.parametrize("form", ["{} x", "{}=x"])
-    def test_snapshot_and_loader(self, thaw, handed, snapshot, taken, form):
-        ran = thaw("serve", "--model", "m", "--snapshot", snapshot, *form.format(taken).split())
+    @pytest.mark.parametrize("named", [True, False])
+    def test_snapshot_and_loader(self, thaw, handed, snapshot, taken, form, named):
+        ran = thaw("serve", "--model", "m", "--snapshot", snapshot if named else "auto", *form.format(taken).split())
         assert ran.code == 2 and f"leave {taken.replace('_', '-')} out" in ran.err and handed == []
 
     def test_without_a_snapshot_the_loader_is_free(self, thaw, handed):
         ran = thaw("serve", "--model", "m", "--load-format", "dummy", "--port", "8001")
-        assert ran.code == 0, ran.err
+        assert ran.code == 0 and ran.err == "thaw: no snapshot is thawed or kept: --load-format is given\n"
         ((arguments, options),) = handed
         assert arguments == (
             [serving.MODULE, "--model", "m", *LOCAL, "--load-format", "dummy", "--port", "8001", *ADDITIONS],
@@ -218,15 +226,39 @@ class TestServe:
         )
         assert options == {"fallback": True}
 
+    def test_no_snapshot_is_wanted(self, thaw, handed):
+        ran = thaw("serve", "--model", "m", "--snapshot", "none")
+        assert ran.code == 0 and ran.err == ""
+        assert handed[0][0][0] == [serving.MODULE, "--model", "m", *LOCAL, *ADDITIONS]
+
+    def test_the_cache_of_snapshots(self, thaw, handed, tmp_path, monkeypatch):
+        for variable in fast_start.CACHES:
+            monkeypatch.setenv(variable, "")
+        options = ["--snapshot", "auto", "--cache-dir", tmp_path / "new", "--cache-gb", "2.5"]
+        assert thaw("serve", "--model", "m", *options).code == 0
+        extra = json.loads(handed[0][0][0][6])
+        assert extra == {"mode": "auto", "cache": str(tmp_path / "new" / "snapshots"), "cache_bytes": 2_500_000_000}
+        assert not (tmp_path / "new" / "snapshots").exists()  # the loader makes it, if it comes to that
+
+    def test_the_size_of_the_cache(self, thaw, handed, monkeypatch):
+        monkeypatch.setenv("THAW_CACHE_GB", "3")
+        assert thaw("serve", "--model", "m").code == 0
+        assert handed[0][0][0] == [serving.MODULE, "--model", "m", *auto(cache_bytes=3 * 10**9), *LOCAL, *ADDITIONS]
+        monkeypatch.setenv("THAW_CACHE_GB", "much")
+        ran = thaw("serve", "--model", "m")
+        assert ran.code == 2 and "THAW_CACHE_GB" in ran.err
+
     def test_require_zygote(self, thaw, handed):
         assert thaw("serve", "--model", "m", "--zygote", "b", "--require-zygote").code == 0
-        assert handed == [(([serving.MODULE, "--model", "m", *LOCAL, *ADDITIONS], "module", "b"), {"fallback": False})]
+        assert handed == [
+            (([serving.MODULE, "--model", "m", *auto(), *LOCAL, *ADDITIONS], "module", "b"), {"fallback": False})
+        ]
 
     @pytest.mark.parametrize("where", [["--host", "0.0.0.0"], ["--host=::1"], ["--uds", "x.sock"]])
     def test_where_it_listens_is_the_users(self, thaw, handed, where):
         assert thaw("serve", "--model", "m", *where).code == 0
         ((arguments, _),) = handed
-        assert arguments[0] == [serving.MODULE, "--model", "m", *where, *ADDITIONS]
+        assert arguments[0] == [serving.MODULE, "--model", "m", *auto(), *where, *ADDITIONS]
 
     def test_the_token_is_made_and_told_where(self, thaw, handed, monkeypatch, tmp_path):
         monkeypatch.setenv("THAW_STATE_DIR", str(tmp_path / "state"))
@@ -290,7 +322,7 @@ class TestServe:
         assert memory.startswith("thaw: fast start: memory for the KV cache")
         ((arguments, _),) = handed
         sizes = ["--cudagraph-capture-sizes", "1", "2", "4", "8"]
-        assert arguments[0] == [serving.MODULE, "--model", "m", *sizes, *LOCAL, "--port", "8001", *ADDITIONS]
+        assert arguments[0] == [serving.MODULE, "--model", "m", *sizes, *auto(), *LOCAL, "--port", "8001", *ADDITIONS]
 
     def test_fast_start_beside_what_was_chosen(self, thaw, handed, monkeypatch):
         monkeypatch.setenv("VLLM_ENABLE_STARTUP_PLAN", "0")
@@ -299,13 +331,21 @@ class TestServe:
         ran = thaw("serve", "--model", "m", "--fast-start", "--compilation-config={}")
         assert ran.code == 0 and ran.err.count("as you chose") == 2
         assert os.environ["VLLM_ENABLE_STARTUP_PLAN"] == "0"
-        assert handed[0][0][0] == [serving.MODULE, "--model", "m", *LOCAL, "--compilation-config={}", *ADDITIONS]
+        assert handed[0][0][0] == [
+            serving.MODULE,
+            "--model",
+            "m",
+            *auto(),
+            *LOCAL,
+            "--compilation-config={}",
+            *ADDITIONS,
+        ]
 
     def test_fast_start_without_a_gpu(self, thaw, handed, monkeypatch):
         monkeypatch.setattr(fast_start, "has_gpu", lambda environment: False)
         ran = thaw("serve", "--model", "m", "--fast-start")
         assert ran.code == 0 and "there is no GPU" in ran.err and ran.err.count("\n") == 1
-        assert handed[0][0][0] == [serving.MODULE, "--model", "m", *LOCAL, *ADDITIONS]
+        assert handed[0][0][0] == [serving.MODULE, "--model", "m", *auto(), *LOCAL, *ADDITIONS]
 
     def test_caches(self, thaw, handed, tmp_path, monkeypatch):
         for variable in fast_start.CACHES:
@@ -325,7 +365,7 @@ class TestServe:
         ran = thaw("serve", "--model", "m", "-cc.cudagraph_mode=NONE", "-sc.method=x", "-O1")
         assert ran.code == 0 and ran.out == "", ran.err
         given = ["-cc.cudagraph_mode=NONE", "-sc.method=x", "-O1"]
-        assert handed[0][0][0] == [serving.MODULE, "--model", "m", *LOCAL, *given, *ADDITIONS]
+        assert handed[0][0][0] == [serving.MODULE, "--model", "m", *auto(), *LOCAL, *given, *ADDITIONS]
 
     def test_short_help(self, thaw, handed):
         assert "Usage: thaw serve" in thaw("serve", "-h").out and handed == []

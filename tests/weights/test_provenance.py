@@ -27,6 +27,7 @@ pytestmark = pytest.mark.usefixtures("no_leaks")
 def cache(tmp_path_factory, monkeypatch):
     """The user's cache directory, for this test alone."""
     found = tmp_path_factory.mktemp("cache")
+    monkeypatch.delenv("THAW_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(found))
     return found / "thaw"
 

@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 COMMANDS = (
-    *("freeze", "serve", "run", "zygote", "info", "verify", "convert", "id", "kv"),
+    *("freeze", "serve", "run", "zygote", "info", "verify", "convert", "id", "cache", "kv"),
     *("swap", "park", "wake"),
     *("doctor", "start-report", "demo", "bench"),
 )

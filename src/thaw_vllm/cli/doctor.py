@@ -290,7 +290,7 @@ def _cache() -> Check:
         place = place.parent
     if place.is_dir() and os.access(place, os.W_OK | os.X_OK):
         return Check("cache", OK, str(wanted))
-    cure = "model ids are computed again at every start; set XDG_CACHE_HOME to a directory that can be written"
+    cure = "model ids are computed again at every start; set THAW_CACHE_DIR or XDG_CACHE_HOME to one that can"
     return Check("cache", NOTE, f"{wanted} cannot be written", cure)
 
 

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand
@@ -15,9 +15,13 @@ from typer.core import TyperCommand
 from ..engines.vllm.versions import SERVER as MODULE
 from .zygote import CacheDir
 
+if TYPE_CHECKING:
+    from ..engines.vllm.snapshot_choice import Choice
+
 LOCALHOST = "127.0.0.1"
 NOT_FOR_SEVERAL = ("uds", "served-model-name", "load-format", "model-loader-extra-config", "api-server-count")
 EXAMPLES = """
+thaw serve --model Llama-3-8B/
 thaw serve --model Llama-3-8B/ --snapshot W.thaw
 thaw serve --model Llama-3-8B/ --snapshot W.thaw --port 8001 --max-model-len 8192
 thaw serve --model Llama-3-8B/ --snapshot W.thaw --kv-snapshot prompts.thawkv
@@ -64,8 +68,13 @@ def serve(
         typer.Option("--allowed-host", metavar="NAME", help="With several models: a further name of this server."),
     ] = None,
     snapshot: Annotated[
-        Path | None,
-        typer.Option("--snapshot", metavar="FILE", help="Thaw the weights from this file."),
+        str | None,
+        typer.Option(
+            "--snapshot",
+            metavar="FILE",
+            help="Thaw the weights from this file. auto: from thaw's cache, and freeze into it what is not there. "
+            "none: neither. [default: auto]",
+        ),
     ] = None,
     kv_snapshot: Annotated[
         Path | None,
@@ -95,11 +104,23 @@ def serve(
         ),
     ] = False,
     cache_dir: CacheDir = None,
+    cache_gb: Annotated[
+        float | None,
+        typer.Option(
+            "--cache-gb",
+            metavar="GB",
+            min=0,
+            help="How large the cache of snapshots may become. [default: $THAW_CACHE_GB, else a fifth of its disk]",
+        ),
+    ] = None,
 ) -> None:
     """Run vLLM's own server, for one model or for several.
 
     It is OpenAI-compatible; any other option is vllm serve's. With a zygote (thaw zygote start) it is forked from it,
     and up in seconds. Without one, a new Python is started for it, and a line says so.
+
+    The first start of a model freezes its weights into a cache while it loads them, and later ones thaw them from
+    there, as long as nothing has changed (thaw cache).
 
     Where neither --host nor --uds is given it listens on 127.0.0.1. thaw's routes (/v1/thaw/…; thaw kv, swap, park,
     wake) ask for the admin token: THAW_ADMIN_TOKEN, or one that is made once and kept for you alone.
@@ -110,6 +131,7 @@ def serve(
     """
     from ..engines.vllm.kv.access import DIRECTORY_VARIABLE
     from ..engines.vllm.serve_variables import PARENT_VARIABLE
+    from ..engines.vllm.snapshot_choice import AUTO, NONE, choose
     from ..errors import UsageError
 
     parent = os.environ.pop(PARENT_VARIABLE, None)
@@ -121,7 +143,7 @@ def serve(
         both = "; not both" if model is not None else ""
         raise UsageError(f"give --model for one model, or --models FILE and --register NAME=PATH for several{both}")
     if model is None:
-        if snapshot is not None or kv_snapshot is not None:
+        if snapshot not in (None, AUTO, NONE) or kv_snapshot is not None:
             raise UsageError('several models have their snapshots in --models FILE, as snapshot = "W.thaw"')
         if snapshot_dir is not None:
             raise UsageError(
@@ -129,17 +151,20 @@ def serve(
             )
         _require_directory(kv_dir)
         passed = _shared(zygote, require_zygote, fast_start, cache_dir, kv_dir)
+        passed += [] if snapshot is None else ["--snapshot", snapshot]
+        passed += [] if cache_gb is None else ["--cache-gb", f"{cache_gb:g}"]
         kv = os.environ.get(DIRECTORY_VARIABLE) if kv_dir is None else os.path.abspath(kv_dir)
         _several(models, register or [], allowed_host or [], model_dir or [], kv, [*passed, *context.args])
         return
     options = list(context.args)
-    _single(model, options, snapshot, kv_snapshot, snapshot_dir, kv_dir, zygote, require_zygote, fast_start, cache_dir)
+    choice = choose(snapshot, model, options, cache_dir, cache_gb)
+    _single(model, options, choice, kv_snapshot, snapshot_dir, kv_dir, zygote, require_zygote, fast_start, cache_dir)
 
 
 def _single(
     model: str,
     options: list[str],
-    snapshot: Path | None,
+    choice: Choice,
     kv_snapshot: Path | None,
     snapshot_dir: Path | None,
     kv_dir: Path | None,
@@ -159,7 +184,6 @@ def _single(
     from ..engines.vllm.fast_start import cache_variables
     from ..engines.vllm.fast_start import fast_start as choose
     from ..engines.vllm.serve_variables import MIDDLEWARE
-    from ..errors import UsageError
     from .run import hand_over
 
     require_vllm_installed()
@@ -167,14 +191,12 @@ def _single(
     chosen = given(options)
     if not {"host", "uds"} & chosen.keys():
         options = ["--host", LOCALHOST, *options]
-    if snapshot is not None:
-        for taken in ("load_format", "model_loader_extra_config"):
-            if taken in chosen:
-                option = "--" + taken.replace("_", "-")
-                raise UsageError(f"--snapshot sets {option} itself; leave {option} out")
-        check_sizes(str(snapshot.absolute()), _sizes(chosen))
-        extra = json.dumps({"snapshot": str(snapshot.absolute())})
-        options = ["--load-format", "thaw", "--model-loader-extra-config", extra, *options]
+    if choice.file is not None:
+        check_sizes(choice.file, _sizes(chosen))
+    if choice.extra is not None:
+        options = ["--load-format", "thaw", "--model-loader-extra-config", json.dumps(choice.extra), *options]
+    if choice.said is not None:
+        print(f"thaw: {choice.said}", file=sys.stderr, flush=True)
     os.environ.update(cache_variables(cache_dir))
     os.environ.update(_additions(kv_snapshot, snapshot_dir, kv_dir))
     options = [*options, "--middleware", MIDDLEWARE]

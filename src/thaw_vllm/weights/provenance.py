@@ -26,6 +26,8 @@ SAMPLE = 4096
 """Bytes read of each tensor to tell a changed checkpoint from the recorded one."""
 SAMPLES_WITHOUT_HEADER = 256
 
+CACHE_VARIABLE = "THAW_CACHE_DIR"
+
 Progress = Callable[[int, int], None]
 
 
@@ -123,8 +125,9 @@ def cached_id(checkpoint: Checkpoint, stamp: list[list[Any]] | None = None) -> s
 
 
 def cache_directory() -> Path:
-    """``$XDG_CACHE_HOME/thaw``, by default ``~/.cache/thaw``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "thaw"
+    """``$THAW_CACHE_DIR``, else ``$XDG_CACHE_HOME/thaw``, by default ``~/.cache/thaw``."""
+    chosen = os.environ.get(CACHE_VARIABLE)
+    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "thaw"
 
 
 def _span_digests(

@@ -99,6 +99,7 @@ class TestWithoutTheCheckpoint:
     """The snapshot carries config and tokenizer; nothing else of the model directory is needed."""
 
     def test_load_from_the_snapshot_alone(self, checkpoints: Callable, room: Path, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.delenv("THAW_CACHE_DIR", raising=False)
         monkeypatch.setenv("XDG_CACHE_HOME", str(room / "cache"))
         directory = room / "gone"
         shutil.copytree(checkpoints("moe"), directory)

@@ -17,6 +17,7 @@ from .answers import all_raised
 from .failures import reported
 from .fast_start import FastStart, set_meanwhile
 from .fast_start import fast_start as choose_fast_start
+from .snapshot_choice import AUTO, cached
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -34,7 +35,8 @@ def load(
 
     Args:
         model: model directory or hub name, for its config and tokenizer only; None uses the ones the snapshot carries.
-        snapshot: the ``.thaw`` file (the manifest of a set).
+        snapshot: the ``.thaw`` file (the manifest of a set); or ``auto``: what thaw's cache has for this model, as
+            ``thaw serve`` finds it, else the checkpoint, which is then frozen into the cache.
         kv_snapshot: a ``.thawkv`` file made with the same weights and configuration; restored into the new engine.
         fast_start: few CUDA graphs, compiled code as one file, and memory as it was measured before
             (``fast_start.fast_start``); what that costs is logged.
@@ -53,15 +55,19 @@ def load(
     path = os.path.abspath(os.fspath(snapshot))
     if model is not None:
         check_model(model)
-    check_sizes(path, llm_kwargs)
-    if kv_snapshot is not None:
+    elif snapshot == AUTO:
+        raise UsageError("load() needs a model where the snapshot is 'auto'; a file of that name is './auto'")
+    if snapshot != AUTO:
+        check_sizes(path, llm_kwargs)
+    if kv_snapshot is not None and snapshot != AUTO:
         check_kv(os.fspath(kv_snapshot), path)
     if model is None:
         from .files import carried_directory
 
         model = str(carried_directory(path))
     vllm = require_vllm()
-    extra = {"snapshot": path, **llm_kwargs.pop("model_loader_extra_config", {})}
+    named = cached() if snapshot == AUTO else {"snapshot": path}
+    extra = {**named, **llm_kwargs.pop("model_loader_extra_config", {})}
     if kv_snapshot is not None:
         extra["expects_kv"] = True
     _check_options(extra)

@@ -79,10 +79,10 @@ def fast_start(given: Mapping[str, Any], environment: Mapping[str, str], *, gpu:
     variables: dict[str, str] = {}
     if not (has_gpu(environment) if gpu is None else gpu):
         return FastStart(args, variables, ["nothing to choose: there is no GPU, so no graphs and no memory to measure"])
-    eager = _among(names, {"enforce_eager"})
+    eager = among(names, {"enforce_eager"})
     if eager:
         said = ["no CUDA graphs, as you chose"]
-    elif _among(names, _GRAPHS):
+    elif among(names, _GRAPHS):
         said = ["CUDA graphs as you chose"]
     else:
         args["cudagraph_capture_sizes"] = list(SIZES)
@@ -97,7 +97,7 @@ def fast_start(given: Mapping[str, Any], environment: Mapping[str, str], *, gpu:
             "what is compiled is kept as one file, which is loaded sooner; what earlier starts kept in pieces may be "
             f"compiled once more ({BUNDLE}=0 leaves it so)"
         )
-    if _among(names, _MEMORY) or environment.get(PLAN) == "0":
+    if among(names, _MEMORY) or environment.get(PLAN) == "0":
         said.append("memory for the KV cache as you chose")
     else:
         variables[PLAN] = "1"
@@ -108,7 +108,7 @@ def fast_start(given: Mapping[str, Any], environment: Mapping[str, str], *, gpu:
     return FastStart(args, variables, said)
 
 
-def _among(names: Iterable[str], known: set[str]) -> bool:
+def among(names: Iterable[str], known: set[str]) -> bool:
     """Whether one of these is meant, perhaps shortened, as argparse allows."""
     return any(name in known or (len(name) > 2 and any(full.startswith(name) for full in known)) for name in names)
 

@@ -94,11 +94,20 @@ def this_rank() -> Parallel:
     return found
 
 
+def require_ranks(vllm_config: VllmConfig) -> Parallel:
+    """``this_rank``, of an engine whose ranks a set of files can stand for; all of its ranks are told the same.
+
+    Raises:
+        UnsupportedError: it is not such an engine.
+    """
+    if vllm_config.parallel_config.enable_expert_parallel:
+        raise UnsupportedError("expert parallelism is not supported in this version; set enable_expert_parallel=False")
+    return this_rank()
+
+
 def engine_identity(vllm_config: VllmConfig, model_config: ModelConfig) -> Identity:
     """The identity of this worker's share of the model, the model id left open."""
-    parallel = vllm_config.parallel_config
-    if parallel.enable_expert_parallel:
-        raise UnsupportedError("expert parallelism is not supported in this version; set enable_expert_parallel=False")
+    parallel = require_ranks(vllm_config)
     architectures = getattr(model_config.hf_config, "architectures", None) or [None]
     return Identity(
         stage="raw",
@@ -108,5 +117,5 @@ def engine_identity(vllm_config: VllmConfig, model_config: ModelConfig) -> Ident
         config=canonical_config(model_config),
         dtype=str(model_config.dtype).removeprefix("torch."),
         quantization=str(model_config.quantization) if model_config.quantization else None,
-        parallel=this_rank(),
+        parallel=parallel,
     )

@@ -7,9 +7,8 @@ weights are always vLLM's own work on the same bytes as after an ordinary start.
 from __future__ import annotations
 
 import dataclasses
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,26 +19,24 @@ from vllm.logger import init_logger
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
-from ... import __version__
 from ...errors import UnsupportedError, UsageError
-from ...format.header import Header
 from ...format.identity import Identity, require
 from ...transport.collector import collection_paused
-from ...weights.capture import capture, fillable, module_tensors
-from ...weights.checkpoint import Checkpoint, carried_files, has_weights, open_checkpoint
-from ...weights.freeze import FreezeOptions, FreezeReport
+from ...weights.capture import fillable
+from ...weights.freeze import FreezeReport
 from ...weights.open import open_rank
-from ...weights.provenance import check_source, checkpoint_id, source_record
-from ...weights.ranks import freeze_rank
+from ...weights.provenance import check_source
 from ...weights.reading import RestoreOptions, reading
-from ...weights.restore import RestoreReport, restore
+from ...weights.restore import RestoreReport, match, restore
 from ...weights.stream import StreamReport
-from . import audit, streaming
-from .exchange import world_exchange
+from . import audit, automatic, streaming
+from .automatic import Outcome
 from .failures import noted
-from .identity import config_directory, engine_identity, model_directory
+from .freezing import UNTIED, Freezing, source_checkpoint
+from .identity import engine_identity, model_directory
 from .kv import ahead
-from .swap.filled import note, remember
+from .progress import progress_bar
+from .swap.filled import forget, note, remember
 from .versions import parallel_groups, untie, untied_by_checkpoint
 
 if TYPE_CHECKING:
@@ -50,13 +47,10 @@ logger = init_logger(f"vllm.{__name__}")
 last_report: FreezeReport | RestoreReport | StreamReport | None = None
 """Of this worker process; ``thaw_report`` hands it to the engine's caller."""
 
-MODES = ("thaw", "freeze", "stream")
+last_outcome: Outcome | None = None
+"""The same of how the model got its weights."""
 
-OTHER_FILES = ("pt", "npcache", "mistral")
-"""Load formats that pass over ``*.safetensors`` files beside their own."""
-
-UNTIED = "untied_by_checkpoint"
-"""Key in the header's source: the checkpoint had an lm_head that its config does not announce."""
+MODES = ("thaw", "freeze", "stream", "auto")
 
 
 @dataclass(frozen=True)
@@ -66,7 +60,10 @@ class LoaderConfig:
     Attributes:
         snapshot: path of the snapshot, or of its set's manifest; left out to stream the model directory's own weights.
         mode: ``thaw`` to fill the model from it, ``freeze`` to load the checkpoint and write it, ``stream`` to load the
-            checkpoint through thaw's transport. Without a snapshot it is ``stream``.
+            checkpoint through thaw's transport, ``auto`` to thaw what ``cache`` has for this model and
+            configuration, or load the checkpoint and write it there. Without a snapshot it is ``stream``.
+        cache: auto: the directory in which starts keep snapshots.
+        cache_bytes: auto: how large it may become; None for a share of its file system.
         verify: thaw: hold every chunk against its checksum.
         check_source: thaw: refuse a model directory whose weight files are not the snapshot's.
         force: freeze: replace an existing snapshot.
@@ -81,6 +78,8 @@ class LoaderConfig:
 
     snapshot: str = ""
     mode: str = ""
+    cache: str = ""
+    cache_bytes: int | None = None
     verify: bool = True
     check_source: bool = True
     force: bool = False
@@ -97,14 +96,15 @@ class LoaderConfig:
         """Checked; an unknown key, a wrong type or a missing snapshot raises UsageError."""
         example = """--model-loader-extra-config '{"snapshot": "weights.thaw"}'"""
         given = {} if given is None else given
-        if not isinstance(given, dict) or not isinstance(given.get("snapshot", ""), str):
+        if not isinstance(given, dict) or not _texts(given, "snapshot", "cache"):
             raise UsageError(f"load_format='thaw' takes the snapshot's path: {example}")
         unknown = sorted(set(given) - {f.name for f in dataclasses.fields(cls)})
         if unknown:
             raise UsageError(f"load_format='thaw' knows no option {unknown[0]!r}; example: {example}")
         if given.get("mode", MODES[0]) not in MODES:
             raise UsageError(f"load_format='thaw': mode must be one of {', '.join(MODES)}, not {given['mode']!r}")
-        if not given.get("snapshot") and (given.get("mode", "stream") != "stream" or "snapshot" in given):
+        without = given.get("mode", "stream") in ("stream", "auto")
+        if not given.get("snapshot") and (not without or "snapshot" in given):
             raise UsageError(f"load_format='thaw' needs the snapshot's path: {example}")
         options: dict[str, Any] = {"mode": "thaw" if given.get("snapshot") else "stream"}
         found = cls(**options | given)
@@ -117,6 +117,12 @@ class LoaderConfig:
             raise UsageError("load_format='thaw': asked must be a time in seconds")
         if found.mode == "stream" and found.snapshot:
             raise UsageError("load_format='thaw': mode 'stream' reads the model directory; leave snapshot out")
+        if bool(found.cache) != (found.mode == "auto"):
+            raise UsageError("load_format='thaw': mode 'auto' takes a directory as cache, and nothing else does")
+        if found.mode == "auto" and found.snapshot:
+            raise UsageError("load_format='thaw': mode 'auto' finds the snapshot itself; leave snapshot out")
+        if found.cache_bytes is not None and (type(found.cache_bytes) is not int or found.cache_bytes < 0):
+            raise UsageError("load_format='thaw': cache_bytes must be a whole number from 0")
         if found.source_format == "thaw" or not isinstance(found.source_config, dict):
             raise UsageError("load_format='thaw': source_format must be one of vLLM's own, source_config an object")
         return found
@@ -132,7 +138,7 @@ class ThawModelLoader(BaseModelLoader):
     def download_model(self, model_config: ModelConfig) -> None:
         """Fetch the checkpoint when it is read; thawing needs its config and tokenizer only."""
         if self.config.mode != "thaw":
-            self._source().download_model(model_config)
+            self.source().download_model(model_config)
 
     def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> torch.nn.Module:
         """vLLM's own sequence (initialise on the device, load, post-process), with our ``load_weights`` in the middle.
@@ -140,16 +146,27 @@ class ThawModelLoader(BaseModelLoader):
         vLLM allocates parameters uninitialised, so nothing is written twice.
         """
         with noted(self.config.failures):
+            if self.config.mode == "auto" and (why := automatic.left_to_vllm(vllm_config, model_config)) is not None:
+                return self._as_vllm(vllm_config, model_config, prefix, why)
             self._prepare(vllm_config, model_config)
             model: torch.nn.Module = super().load_model(vllm_config, model_config, prefix)
             note(model, vllm_config, self.config.asked)
             return model
 
+    def _as_vllm(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str, why: str) -> torch.nn.Module:
+        global last_outcome
+        if all(rank == 0 for rank, _ in parallel_groups().values()):
+            logger.warning("vLLM loads %s itself: %s", model_config.model, why)
+        if model_config is vllm_config.model_config:
+            last_outcome = Outcome(automatic.LOADED, None, why)
+        model: torch.nn.Module = self.source().load_model(vllm_config, model_config, prefix)
+        return model
+
     def _prepare(self, vllm_config: VllmConfig, model_config: ModelConfig) -> None:
         speculative = vllm_config.speculative_config
         draft = getattr(speculative, "draft_model_config", None)
         # Methods without a draft model, such as ngram, name the target there.
-        if self.config.mode != "stream" and draft is model_config and draft is not vllm_config.model_config:
+        if self.config.mode in ("thaw", "freeze") and draft is model_config and draft is not vllm_config.model_config:
             raise UnsupportedError(
                 "draft models are not in a snapshot in this version; give the draft a loader of its own "
                 """(--speculative-config '{"draft_load_config": {"load_format": "auto"}, ...}')"""
@@ -161,21 +178,44 @@ class ThawModelLoader(BaseModelLoader):
 
     def load_weights(self, model: torch.nn.Module, model_config: ModelConfig) -> None:
         """Fill ``model``'s raw parameters from the snapshot, or from the checkpoint and maybe freeze them."""
-        global last_report
-        if self.config.mode == "stream":
-            last_report = self._stream(model, model_config)
+        global last_report, last_outcome
+        config, found = self.config, None
+        if config.mode == "stream":
+            last_report, last_outcome = self._stream(model, model_config), Outcome(automatic.LOADED)
             return
-        audit.refuse_unsound(model)
-        identity = engine_identity(get_current_vllm_config(), model_config)
-        work = self._freeze if self.config.mode == "freeze" else self._thaw
-        last_report, found = work(model, model_config, identity)
+        if config.mode == "auto":
+            last_report, found, last_outcome = automatic.load(self, model, get_current_vllm_config(), model_config)
+        else:
+            audit.refuse_unsound(model)
+            identity = engine_identity(get_current_vllm_config(), model_config)
+            if config.mode == "freeze":
+                last_report, found = self._freeze(model, model_config, identity)
+                last_outcome = Outcome(automatic.FROZEN, config.snapshot)
+            else:
+                last_report, found = self.thaw(model, model_config, identity, config.snapshot)
+                last_outcome = Outcome(automatic.THAWED, config.snapshot)
         model._thaw_model_id = found  # type: ignore[assignment]  # of this model, not of this process
-        if self.config.expects_kv:
+        if config.expects_kv:
             ahead.expect(next(model.parameters()).device)
 
-    def _thaw(
-        self, model: torch.nn.Module, model_config: ModelConfig, identity: Identity
+    def get_all_weights(self, model_config: ModelConfig, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+        """The checkpoint's tensors for vLLM's ``reload_weights``, as vLLM's own loader has them."""
+        forget(model)  # a snapshot that the weights were thawed from is not what they are now
+        yield from self.source().get_all_weights(model_config, model)
+
+    def thaw(
+        self,
+        model: torch.nn.Module,
+        model_config: ModelConfig,
+        identity: Identity,
+        snapshot: str,
+        begin: Callable[[], None] = lambda: None,
     ) -> tuple[RestoreReport, str | None]:
+        """Fill it from this rank's file of a snapshot; also gives the model id.
+
+        Args:
+            begin: called when the file has been found to be the right one, before anything is written.
+        """
         config = self.config
         start = time.perf_counter()
         targets, required = fillable(model)
@@ -187,22 +227,24 @@ class ThawModelLoader(BaseModelLoader):
 
         with (
             collection_paused(),
-            _progress("thaw", first=identity.parallel.rank == 0) as progress,
-            open_rank(config.snapshot, identity.parallel.rank) as opened,
+            progress_bar("thaw", first=identity.parallel.rank == 0) as progress,
+            open_rank(snapshot, identity.parallel.rank) as opened,
             reading(opened.source, targets.values(), options(progress)) as way,
         ):
             header = opened.snapshot.header
-            require(header.identity, identity, config.snapshot)
+            require(header.identity, identity, snapshot)
             _warn_version(header.identity, identity)
-            directory = model_directory(model_config, self.load_config.download_dir)
+            directory = self.directory(model_config)
             if config.check_source and directory is not None:
-                check_source(header.source, header.identity.model, directory, config.snapshot)
+                check_source(header.source, header.identity.model, directory, snapshot)
             checked = time.perf_counter()
             owners = audit.attribute_owners(model, header.attributes)
+            match(opened.snapshot, targets, required, opened.source.name)
+            begin()
             report = restore(opened.source, opened.snapshot, targets, required, options(progress), way)
             audit.apply_attributes(owners, header.attributes)
             names = frozenset(tensor.name for tensor in opened.snapshot.index.tensors)
-            remember(model, config.snapshot, header, names, identity)
+            remember(model, snapshot, header, names, identity)
         seconds = {"open": checked - start} | report.seconds | {"total": time.perf_counter() - start}
         report = dataclasses.replace(report, seconds=seconds)
         logger.info(
@@ -212,7 +254,7 @@ class ThawModelLoader(BaseModelLoader):
             seconds["total"],
             report.gb_per_s,
             "every chunk verified" if config.verify else "not verified",
-            config.snapshot,
+            snapshot,
         )
         logger.info("%s (%s)\n%s", report.route, report.why, report.waterfall())
         return report, header.identity.model
@@ -220,69 +262,29 @@ class ThawModelLoader(BaseModelLoader):
     def _freeze(
         self, model: torch.nn.Module, model_config: ModelConfig, identity: Identity
     ) -> tuple[FreezeReport, str | None]:
-        directory = model_directory(model_config, self.load_config.download_dir)
-        checkpoint = self._checkpoint(directory)
-        ident = _BackgroundId(checkpoint) if identity.parallel.rank == 0 else None
-        before = audit.take(model)
-        self._source().load_weights(model, model_config)
-        audit.refuse_unsound(model)
-        after = audit.take(model)
-        source: dict[str, Any] = {UNTIED: True} if untied_by_checkpoint(model_config) else {}
-        files: list[tuple[str, bytes]] = []
-        if checkpoint is not None:
-            source |= source_record(checkpoint)
-            checkpoint.check_unchanged()
-        if directory is not None and identity.parallel.rank == 0:
-            files = carried_files(directory, config_directory(model_config))
-        header = Header(
-            identity=identity,
-            writer=f"thaw {__version__}",
-            source=source,
-            attributes=audit.changed_attributes(before, after),
-            metadata={"model": Path(model_config.model).name if directory is not None else str(model_config.model)},
-        )
-        captured = capture(module_tensors(model, also=audit.changed_buffers(before, after)), files)
-        with _progress("freeze", first=identity.parallel.rank == 0) as progress:
-            report = freeze_rank(
-                self.config.snapshot,
-                header,
-                captured,
-                FreezeOptions(force=self.config.force, workers=self.config.workers, progress=progress),
-                world_exchange(),
-                ident.result if ident is not None else lambda: None,
-            )
-        names = frozenset(tensor.name for tensor in captured.index.tensors)
-        remember(model, self.config.snapshot, dataclasses.replace(header, content=report.content), names, identity)
-        logger.info("froze %d tensors, %.2f GB to %s", report.tensors, report.bytes / 1e9, report.path)
+        config, directory = self.config, self.directory(model_config)
+        checkpoint = source_checkpoint(directory, config.source_format)
+        freezing = Freezing(model, model_config, identity, directory, checkpoint)
+        self.source().load_weights(model, model_config)
+        freezing.prepare()
+        report = freezing.write(config.snapshot, force=config.force, workers=config.workers)
         return report, report.model
 
     def _stream(self, model: torch.nn.Module, model_config: ModelConfig) -> StreamReport | None:
-        directory = model_directory(model_config, self.load_config.download_dir)
+        directory = self.directory(model_config)
         found = streaming.suited(model, model_config, directory)
         if isinstance(found, str):
             logger.warning("vLLM's own loader reads the checkpoint: %s", found)
-            self._source().load_weights(model, model_config)
+            self.source().load_weights(model, model_config)
             return None
-        with _progress("stream", first=all(rank == 0 for rank, _ in parallel_groups().values())) as progress:
+        with progress_bar("stream", first=all(rank == 0 for rank, _ in parallel_groups().values())) as progress:
             return streaming.load(model, model_config, found, self.config.workers, progress)
 
-    def _checkpoint(self, directory: Path | None) -> Checkpoint | None:
-        """What vLLM's loader is about to read, as it is now; None where that has no files of its own here."""
-        kind = self.config.source_format
-        if kind == "dummy" or directory is None or not has_weights(directory):
-            return None  # random weights are nobody's checkpoint
-        checkpoint = open_checkpoint(directory)
-        consolidated = kind == "auto" and any(directory.glob("consolidated*.safetensors"))
-        others = consolidated and not checkpoint.files[0].startswith("consolidated")
-        if checkpoint.headers and (others or kind in OTHER_FILES):
-            raise UnsupportedError(
-                f"with the load format {kind!r} vLLM reads other files of {str(directory)!r} than "
-                f"{checkpoint.files[0]!r}, of which the model id would be made; freeze with "
-                "source_format='safetensors', or move the files that are not meant elsewhere"
-            )
-        return checkpoint
+    def directory(self, model_config: ModelConfig) -> Path | None:
+        """Where the model's files are; None where they are not here."""
+        return model_directory(model_config, self.load_config.download_dir)
 
-    def _source(self) -> Any:
+    def source(self) -> Any:
         """vLLM's own loader for the checkpoint."""
         return get_model_loader(
             dataclasses.replace(
@@ -293,29 +295,8 @@ class ThawModelLoader(BaseModelLoader):
         )
 
 
-class _BackgroundId:
-    """The checkpoint's model id, computed while vLLM loads it."""
-
-    def __init__(self, checkpoint: Checkpoint | None) -> None:
-        self._checkpoint = checkpoint
-        self._found: str | None = None
-        self._failure: Exception | None = None
-        self._thread = threading.Thread(target=self._run, name="thaw-model-id", daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            if self._checkpoint is not None:
-                self._found = checkpoint_id(self._checkpoint)
-        except Exception as error:  # raised by result(): a snapshot must not lose its id in silence
-            self._failure = error
-
-    def result(self) -> str | None:
-        """Waits for it; None when there is no local checkpoint to hash."""
-        self._thread.join()
-        if self._failure is not None:
-            raise self._failure
-        return self._found
+def _texts(given: dict[str, Any], *names: str) -> bool:
+    return all(isinstance(given.get(name, ""), str) for name in names)
 
 
 def _warn_version(found: Identity, wanted: Identity) -> None:
@@ -327,30 +308,3 @@ def _warn_version(found: Identity, wanted: Identity) -> None:
             found.engine_version,
             wanted.engine_version,
         )
-
-
-class _progress:
-    """A tqdm bar like vLLM's own on the first rank, or nothing; a context manager that gives the callback."""
-
-    def __init__(self, verb: str, *, first: bool) -> None:
-        self._verb, self._show = verb, first
-        self._bar: Any = None
-        self._lock = threading.Lock()
-
-    def __enter__(self) -> Callable[[int, int], None] | None:
-        return self._advance if self._show else None
-
-    def _advance(self, done: int, total: int) -> None:
-        with self._lock:
-            if self._bar is None:
-                from tqdm.auto import tqdm
-
-                # disable=None: shown on a terminal only.
-                self._bar = tqdm(
-                    total=total, unit="B", unit_scale=True, desc=self._verb, leave=False, delay=1, disable=None
-                )
-            self._bar.update(done - self._bar.n)
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()

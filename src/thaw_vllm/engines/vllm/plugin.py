@@ -8,6 +8,7 @@ import os
 _WORKER_METHODS = (
     "thaw_freeze",
     "thaw_report",
+    "thaw_outcome",
     "thaw_model_id",
     "thaw_swap_check",
     "thaw_fill",

@@ -44,6 +44,7 @@ class Additions:
         server: FastAPI = scope["app"]
         try:
             restored = await _begin(server)
+            weights = await _weights(server)
         except Exception as error:  # any other answer counts as "no lifespan here", and the server would come up
             await receive()
             if not isinstance(error, ThawError):
@@ -55,7 +56,7 @@ class Additions:
         async def told(message: Message) -> None:
             await send(message)
             if message["type"] == "lifespan.startup.complete":
-                await asyncio.to_thread(_say_ready, server, restored)
+                await asyncio.to_thread(_say_ready, server, weights, restored)
 
         await self.app(scope, receive, told)
 
@@ -82,12 +83,23 @@ async def _begin(server: FastAPI) -> str | None:
     return f"{told['blocks'] + told['present']} blocks of KV cache restored"
 
 
-def _say_ready(server: FastAPI, restored: str | None) -> None:
+async def _weights(server: FastAPI) -> str | None:
+    """How the model got them, where thaw's loader was asked."""
+    client: Any = getattr(server.state, "engine_client", None)
+    try:
+        found = (await client.collective_rpc("thaw_outcome"))[0]
+        said = {"thawed": f"weights thawed from {found['path']}", "frozen": f"weights frozen to {found['path']}"}
+        return said.get(found["how"], f"weights loaded by vLLM{': ' if found['why'] else ''}{found['why']}")
+    except Exception as error:  # of no importance to those who ask the server
+        logger.debug("how the weights were loaded cannot be told: %s", error)
+        return None
+
+
+def _say_ready(server: FastAPI, weights: str | None, restored: str | None) -> None:
     args = server.state.args
     where = f"unix:{args.uds}" if getattr(args, "uds", None) else f"http://{args.host or '127.0.0.1'}:{args.port}"
     said = [f"ready at {where}{_after()}"]
-    if restored is not None:
-        said.append(restored)
+    said += [told for told in (weights, restored) if told is not None]
     file = os.environ.get(TOKEN_FILE_VARIABLE)
     if file:
         said.append(f"the admin token is in {file}")

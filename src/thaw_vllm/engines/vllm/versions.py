@@ -120,6 +120,11 @@ def untie(model_config: Any) -> None:
         model_config.word_embeddings_untied_by_checkpoint = True
 
 
+def loads_in_part(model_config: Any) -> bool:
+    """Whether vLLM passes over the language model's weights (``--mm-encoder-only``)."""
+    return bool(getattr(getattr(model_config, "multimodal_config", None), "mm_encoder_only", False))
+
+
 def online_quantised(model: torch.nn.Module) -> str | None:
     """The first module whose weights are quantised while loading (on the meta device), or None."""
     for name, module in model.named_modules():

@@ -19,6 +19,13 @@ def thaw_report(worker: Any) -> dict[str, Any] | None:
     return None if loader.last_report is None else dataclasses.asdict(loader.last_report)
 
 
+def thaw_outcome(worker: Any) -> dict[str, Any] | None:
+    """How this worker's model got its weights, where its loader was thaw's."""
+    from . import loader
+
+    return None if loader.last_outcome is None else dataclasses.asdict(loader.last_outcome)
+
+
 def thaw_model_id(worker: Any) -> str | None:
     """Which weights this worker's loader filled the model with; None where nobody told."""
     found: str | None = getattr(worker.get_model(), "_thaw_model_id", None)

@@ -66,6 +66,11 @@ def remember(model: torch.nn.Module, path: str, header: Header, names: frozenset
     setattr(model, _ATTRIBUTE, Loading(path, header, names, identity))
 
 
+def forget(model: torch.nn.Module) -> None:
+    """Neither half counts: the weights are to come from elsewhere."""
+    setattr(model, _ATTRIBUTE, None)
+
+
 def note(model: torch.nn.Module, config: VllmConfig, asked: float | None = None) -> None:
     """Second half, once the model is ready. What cannot be noted leaves an engine that cannot be swapped, and starts.
 
