@@ -30,7 +30,7 @@ PHASES = (
     *("process", "imports", "plugin", "helper process", "helper imports", "config", FRONT),
     *("engine process", "engine imports", "engine init"),
     *("worker process", "worker imports", "worker init", "device", "model loading", "model init", "weights"),
-    *("post-processing", "profile", "compile", "KV cache", "warm-up", "kernel warm-up", "graphs"),
+    *("freezing", "post-processing", "profile", "compile", "KV cache", "warm-up", "kernel warm-up", "graphs"),
     *(UNTIL_REQUEST, FIRST_TOKEN, OTHER),
 )
 """In the order in which a start goes through them."""

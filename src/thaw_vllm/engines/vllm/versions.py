@@ -194,6 +194,7 @@ _START = (
     (LOADING, "model loading", "vllm.v1.worker.worker_base", "WorkerBase", "load_model"),
     (SPAN, "model init", "vllm.model_executor.model_loader.base_loader", "", "initialize_model"),
     (SPAN, "weights", "vllm.model_executor.model_loader.base_loader", "BaseModelLoader", "load_weights"),
+    (SPAN, "freezing", "thaw_vllm.engines.vllm.freezing", "Freezing", "write"),
     (SPAN, "post-processing", "vllm.model_executor.model_loader.base_loader", "", "process_weights_after_loading"),
     (SPAN, "profile", "vllm.v1.worker.worker_base", "WorkerBase", "determine_available_memory"),
     (CONTEXT, "compile", "vllm.compilation.decorators", "", "monitor_torch_compile"),
