@@ -21,6 +21,8 @@ from ..engines.vllm.command_line import given
 from ..engines.vllm.kv.access import SNAPSHOTS_VARIABLE, TOKEN_HEADER, TOKEN_VARIABLE
 from ..engines.vllm.serve_variables import PARENT_VARIABLE, START_VARIABLE
 from ..errors import ThawError
+from ..weights.cache import stale
+from ..weights.open import open_snapshot
 from .config import Model
 from .log import ServerLog
 from .resident import RefusedError
@@ -50,12 +52,14 @@ class Runtime:
         logs: for what engines print.
         options: further words for each ``thaw serve``.
         gpu: whether engines are on one, so that they can sleep.
+        known: of models that name no snapshot, the one in the cache that an engine was filled from, or froze.
     """
 
     directory: Path
     logs: Path
     options: tuple[str, ...] = ()
     gpu: bool = False
+    known: dict[str, str] = field(default_factory=dict)
     numbers: itertools.count[int] = field(default_factory=itertools.count)
 
 
@@ -118,7 +122,9 @@ class ServerEngine:
         try:
             await asyncio.wait({healthy, ended}, timeout=START_LIMIT, return_when=asyncio.FIRST_COMPLETED)
             if healthy.done():
-                return healthy.result()
+                healthy.result()
+                await self._learn()
+                return None
             if ended.done():
                 raise ThawError(await self.log.why(f"its server ended with {ended.result()}"))
             raise ThawError(await self.log.why(f"its server was not healthy within {START_LIMIT:.0f} s"))
@@ -149,9 +155,26 @@ class ServerEngine:
                             return
             await asyncio.sleep(_POLL)
 
+    async def _learn(self) -> None:
+        """Which snapshot it was filled from, where it has found one itself."""
+        if self.model.snapshot is not None:
+            return
+        path = None
+        with contextlib.suppress(ThawError):  # what is the matter then, the next request will tell
+            _, found = await self.ask("engine/state")
+            path = found.get("snapshot")
+        if isinstance(path, str):
+            self._runtime.known[self.model.name] = path
+        else:
+            self._runtime.known.pop(self.model.name, None)
+
+    def _snapshot(self, model: Model) -> str | None:
+        """Its file, as far as that is known: a model that names none has to be started first."""
+        return model.snapshot or self._runtime.known.get(model.name)
+
     def swaps(self, model: Model) -> bool:
         """Both are snapshots, and nothing else is asked for; the engine itself proves the rest."""
-        if self._unswappable or self.model.snapshot is None or model.snapshot is None:
+        if self._unswappable or self._snapshot(self.model) is None or self._snapshot(model) is None:
             return False
         return model.args == self.model.args
 
@@ -159,10 +182,14 @@ class ServerEngine:
         """Raises:
         RefusedError, ThawError: see ``resident.Engine``.
         """
-        assert model.snapshot is not None
+        snapshot = self._snapshot(model)
+        assert snapshot is not None
+        if model.snapshot is None and (why := await asyncio.to_thread(_outdated, snapshot)) is not None:
+            self._runtime.known.pop(model.name, None)
+            raise RefusedError(f"the snapshot of {model.name!r} in the cache is of no use: {why}")
         name = f"{next(self._runtime.numbers)}.thaw"
         link = self._snapshots / name
-        link.symlink_to(os.path.realpath(model.snapshot))
+        link.symlink_to(os.path.realpath(snapshot))
         try:
             await self._change("swap", {"name": name, "deadline": 0, "served_name": model.name})
         finally:
@@ -171,7 +198,7 @@ class ServerEngine:
 
     def parks(self) -> bool:
         """It has sleep mode, and its weights are in a snapshot."""
-        return self._runtime.gpu and self.model.snapshot is not None
+        return self._runtime.gpu and self._snapshot(self.model) is not None
 
     async def park(self) -> int:
         """Raises:
@@ -196,15 +223,16 @@ class ServerEngine:
             raise RefusedError(why)
         raise ThawError(why)
 
-    async def ask(self, what: str, body: bytes) -> tuple[int, dict[str, Any]]:
-        """Status and document of a route of thaw's.
+    async def ask(self, what: str, body: bytes | None = None) -> tuple[int, dict[str, Any]]:
+        """Status and document of a route of thaw's: one that takes a body, or one that is only asked.
 
         Raises:
             ThawError: there is no answer.
         """
         assert self.session is not None
         try:
-            async with self.session.post(
+            async with self.session.request(
+                "GET" if body is None else "POST",
                 f"http://engine/v1/thaw/{what}",
                 data=body,
                 headers={
@@ -250,3 +278,12 @@ class ServerEngine:
         assert self._process is not None
         code = await self._process.wait()
         return await self.log.why(f"its server ended with {code}")
+
+
+def _outdated(snapshot: str) -> str | None:
+    """Why a snapshot of the cache does not hold the weights any more that its model has; None while it does."""
+    try:
+        with open_snapshot(snapshot, with_chunks=False) as opened:
+            return stale(opened.snapshot.header)
+    except ThawError as error:
+        return str(error)

@@ -150,6 +150,15 @@ class Lock:
         self.release()
 
 
+def lock_of(path: str | os.PathLike[str]) -> Lock | None:
+    """The lock of a snapshot in the cache; None of any other file."""
+    place = Path(path)
+    named = _NAME.fullmatch(place.name)
+    if named is None or named[2] != ".thaw" or not place.with_suffix(".lock").is_file():
+        return None
+    return Lock(place.parent, named[1])
+
+
 @dataclass(frozen=True)
 class Entry:
     """The files of one key.

@@ -170,7 +170,7 @@ def test_a_server_without_directories(folder: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_parked_and_awake(server: Server, folder: Path):
-    assert server.ask("engine/state") == (200, {"parked": False})
+    assert server.ask("engine/state") == (200, {"parked": False, "snapshot": None})
     assert server.ask("engine/wake", {})[1]["error"]["message"] == "the engine is not parked"
     status, answer = server.ask("engine/park", {"kv": "x.thawkv", "deadline": 0})
     assert status == 200 and answer["kv"] == "x.thawkv" and answer["aborted"] == 2
@@ -182,8 +182,33 @@ def test_parked_and_awake(server: Server, folder: Path):
         status, answer = server.ask(what, body)
         assert (status, "is parked" in answer["error"]["message"]) == (400, True), what
     assert server.ask("engine/wake", {"verify": False})[1]["blocks"] == 4
-    assert server.ask("engine/state") == (200, {"parked": False})
+    assert server.ask("engine/state") == (200, {"parked": False, "snapshot": None})
     assert [name for name, _ in server.called] == ["park", "wake"] and server.called[1][1] == (["c0"], False)
+
+
+def test_whose_weights_it_has(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    server, asked = Server(folder, monkeypatch), []
+
+    async def outcomes(method: str) -> list[Any]:
+        asked.append(method)
+        return [{"how": "thawed", "path": "/cache/a.thaw", "why": ""}, None]
+
+    server.app.state.thaw_kv.engine.client.collective_rpc = outcomes
+    for _ in range(2):
+        assert server.ask("engine/state")[1]["snapshot"] == "/cache/a.thaw"
+    assert asked == ["thaw_outcome"]
+    server.ask("engine/park", {})
+    assert server.ask("engine/state")[1]["snapshot"] == "/cache/a.thaw"
+    server.ask("engine/wake", {})
+    assert server.ask("engine/swap", {"name": "b.thaw"})[0] == 200
+    assert server.ask("engine/state")[1]["snapshot"] == os.path.realpath(folder / "b.thaw")
+
+
+def test_a_parked_engine_is_not_asked(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    server = Server(folder, monkeypatch)
+    server.ask("engine/park", {})
+    server.app.state.thaw_kv.engine.client.collective_rpc = lambda _: pytest.fail("it would not answer")
+    assert server.ask("engine/state")[1]["snapshot"] is None
 
 
 def test_an_engine_that_could_not_be_woken_stays_parked(server: Server):

@@ -27,7 +27,7 @@ from .exchange import world_exchange
 from .freezing import Freezing
 from .identity import require_ranks
 from .streaming import OWN_LOADERS
-from .swap.filled import forget
+from .swap.filled import forget, hold
 from .versions import loads_in_part
 
 if TYPE_CHECKING:
@@ -41,7 +41,6 @@ THAWED, FROZEN, LOADED = "thawed", "frozen", "loaded"
 _SMALL = 256 << 10
 """Bytes of a tensor that is put back as it was where a thaw fails half-way: scales and the like, which have a value
 from the start and which not every checkpoint has. vLLM's loader writes all others."""
-_LOCK = "_thaw_cache_lock"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,13 +108,14 @@ class _Start:
         self._rank = require_ranks(vllm_config).rank
         self._place = Path(loader.config.cache)
         self._lock: Lock | None = None  # rank 0's, for the engine
+        self._kept = False
 
     def run(self) -> tuple[FreezeReport | RestoreReport | None, str | None, Outcome]:
         """See ``load``."""
         try:
             return self._run()
         finally:
-            if self._lock is not None and getattr(self._model, _LOCK, None) is not self._lock:
+            if self._lock is not None and not self._kept:
                 self._lock.release()
 
     def _run(self) -> tuple[FreezeReport | RestoreReport | None, str | None, Outcome]:
@@ -276,8 +276,8 @@ class _Start:
         return None, None, Outcome(LOADED, None, why)
 
     def _keep(self) -> None:
-        """Hold the lock for as long as the model is there: it may want its snapshot again, when it is woken."""
-        setattr(self._model, _LOCK, self._lock)
+        self._kept = True
+        hold(self._model, self._lock)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -79,7 +79,7 @@ class KVRoutes:
             ("kv/info", _info, None, "What is cached"),
             ("kv/freeze", _freeze, Freezing, "Write cached prefixes to a file"),
             ("kv/restore", _restore, Restoring, "Bring the prefixes of a file back"),
-            ("engine/state", _state, None, "Whether the engine is parked"),
+            ("engine/state", _state, None, "Whether the engine is parked, and whose weights it has"),
             ("engine/swap", _swap, Swapping, "Fill the engine with another snapshot's weights"),
             ("engine/park", _park, Parking, "Give the GPU's memory back"),
             ("engine/wake", _wake, Waking, "Take it again"),
@@ -189,7 +189,7 @@ async def _body(request: Request) -> bytes:
 
 
 async def _state(request: Request, served: _Served) -> dict[str, Any]:
-    return served.engine.state()
+    return served.engine.state() | {"snapshot": await served.engine.source()}
 
 
 async def _swap(request: Request, served: _Served) -> dict[str, Any]:

@@ -7,11 +7,12 @@ from typing import Any
 
 from ....errors import MismatchError
 from ....transport.collector import collection_paused
+from ....weights.cache import lock_of
 from ....weights.capture import fillable
 from ....weights.reading import RestoreOptions, reading
 from ....weights.restore import restore
 from .check import opened_for, set_of, swappable
-from .filled import renote
+from .filled import hold, renote
 
 _UNDER_WAY = "it was interrupted"
 
@@ -54,6 +55,8 @@ def fill(worker: Any, options: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(error, Exception):
             raise
         return {"broken": why}
+    lock = lock_of(path) if worker.rank == 0 else None
+    hold(model, lock if lock is not None and lock.share() else None)
     renote(model, broken=None, path=path, content=header.content)
     model._thaw_model_id = header.identity.model
     return {"bytes": report.bytes, "seconds": time.perf_counter() - start, "route": report.route}

@@ -19,7 +19,10 @@ from .reach import uncovered
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+    from ....weights.cache import Lock
+
 _ATTRIBUTE = "_thaw_filled"
+_LOCK = "_thaw_cache_lock"
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,15 @@ class Loading:
 def remember(model: torch.nn.Module, path: str, header: Header, names: frozenset[str], identity: Identity) -> None:
     """First half of the note: what was filled, in which engine."""
     setattr(model, _ATTRIBUTE, Loading(path, header, names, identity))
+
+
+def hold(model: torch.nn.Module, lock: Lock | None) -> None:
+    """Keep the lock of the snapshot in the cache that it was filled from for as long as the model is there: an engine
+    that is parked wants its snapshot again. One that was held before is let go of."""
+    before = getattr(model, _LOCK, None)
+    setattr(model, _LOCK, lock)
+    if before is not None and before is not lock:
+        before.release()
 
 
 def forget(model: torch.nn.Module) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict, dataclass, field
@@ -17,6 +18,8 @@ from ..kv.bodies import Parking, Swapping, Waking
 from .api import swap_weights_async
 from .parked import Parked, park_async, wake_async
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass
 class Engine:
@@ -27,12 +30,15 @@ class Engine:
         fronts: processes that take requests.
         name: have the server call its model so; None where it cannot.
         parked: what waking needs; None while it is awake.
+        snapshot: whose weights it has, of those that it may be asked to take again; None where it has others.
     """
 
     client: Any
     fronts: int = 1
     name: Callable[[str], None] | None = None
     parked: Parked | None = None
+    snapshot: str | None = None
+    _asked: bool = False
     _changing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def require_awake(self) -> None:
@@ -49,6 +55,18 @@ class Engine:
             return {"parked": False}
         return {"parked": True, "driver": parked.driver, "why": parked.why, "seconds": parked.seconds}
 
+    async def source(self) -> str | None:
+        """``snapshot``; asked of a worker the first time, once the model is loaded."""
+        if not self._asked and self.parked is None and not self._changing.locked():
+            try:
+                outcome = (await self.client.collective_rpc("thaw_outcome"))[0]
+            except Exception as error:  # a loader that is not thaw's, or an engine that has died, which others tell
+                logger.debug("where the weights are from cannot be told: %s", error)
+                return None
+            if not self._asked:  # or it was swapped meanwhile
+                self.snapshot, self._asked = outcome and outcome["path"], True
+        return self.snapshot
+
     async def swap(self, body: Swapping, access: Access) -> dict[str, Any]:
         """``swap_weights_async``, by the snapshot's name.
 
@@ -62,6 +80,7 @@ class Engine:
         async with self._change():
             self.require_awake()
             report = await swap_weights_async(self.client, path, verify=body.verify, deadline=body.deadline)
+            self.snapshot, self._asked = path, True
             if body.served_name is not None and self.name is not None:
                 self.name(body.served_name)
             return asdict(report)
