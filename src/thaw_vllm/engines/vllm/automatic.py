@@ -217,7 +217,8 @@ class _Start:
             if (why := _first(answers)) is not None:
                 raise _ElsewhereError(why, _any_file(answers))
             begun = True
-            kept.update((n, t.detach().clone()) for n, t in targets.items() if t.nbytes <= _SMALL)
+            # In host memory: on a GPU they might lie in the pool of the weights, which would keep the room.
+            kept.update((n, t.detach().to("cpu", copy=True)) for n, t in targets.items() if t.nbytes <= _SMALL)
 
         failure: Exception | None = None
         try:
