@@ -24,12 +24,12 @@ MARK = "THAW_TEST_MARK"
 COMMAND = [sys.executable, "-m", "thaw_vllm"]
 
 
-def until(condition: Callable[[], Any], what: str = "") -> Any:
+def until(condition: Callable[[], Any], what: str = "", seconds: float = 60) -> Any:
     """What ``condition`` returns when it is true at last."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + seconds
     while not (found := condition()):
         if time.monotonic() > deadline:
-            pytest.fail(f"waited a minute for {what or condition}")
+            pytest.fail(f"waited {seconds:.0f} s for {what or condition}")
         time.sleep(0.02)
     return found
 
