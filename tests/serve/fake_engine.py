@@ -7,7 +7,7 @@ import itertools
 
 from thaw_vllm.errors import ThawError
 from thaw_vllm.serve.config import Model
-from thaw_vllm.serve.resident import RefusedError
+from thaw_vllm.serve.resident import Done, RefusedError
 
 
 class FakeEngine:
@@ -44,19 +44,21 @@ class FakeEngine:
     def swaps(self, model: Model) -> bool:
         return self.swappable if isinstance(self.swappable, bool) else {self.model.name, model.name} <= self.swappable
 
-    async def swap(self, model: Model) -> None:
+    async def swap(self, model: Model) -> Done:
         await self._do("swap", model)
         self.model = model
+        return Done({"fill": 0.1})
 
     def parks(self) -> bool:
         return self.parkable
 
-    async def park(self) -> int:
+    async def park(self) -> Done:
         await self._do("park")
-        return self.taken
+        return Done(host_bytes=self.taken)
 
-    async def wake(self) -> None:
+    async def wake(self) -> Done:
         await self._do("wake")
+        return Done()
 
     async def stop(self) -> None:
         if not self.stopped.is_set():

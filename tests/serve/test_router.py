@@ -338,6 +338,26 @@ class TestRefused:
 
 
 class TestOwn:
+    def test_what_changes_take_by_phase(self, folder: Path):
+        served = Served(folder, model("a"), model("b"), given={"swappable": True})
+
+        async def work(client: aiohttp.ClientSession) -> None:
+            for name in "ab":
+                async with client.post("/v1/x", json={"model": name}) as answer:
+                    assert answer.status == 200
+            async with client.get("/metrics") as answer:
+                text = await answer.text()
+            assert 'thaw_change_phase_seconds_sum{change="swapped",model="b",phase="fill"} 0.1' in text
+            assert "# TYPE thaw_start_phase_seconds gauge" in text
+            async with client.get("/v1/thaw/events?after=0", headers=ADMIN) as answer:
+                while "swapped" not in (line := (await answer.content.readline()).decode()):
+                    pass
+                while not line.startswith("data: "):
+                    line = (await answer.content.readline()).decode()
+                assert json.loads(line[6:])["phases"] == {"fill": 0.1}
+
+        play(served, work)
+
     def test_models_health_and_metrics(self, folder: Path):
         served = Served(folder, model("a"), model("b"))
 

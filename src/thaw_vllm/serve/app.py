@@ -55,7 +55,8 @@ def application(
     """
     router = Router(pool, api_keys)
     access, allowed = Access(token, hosts), Directories(directories)
-    own, overview = Routes(pool, router, access, allowed), Overview(pool, allowed, kv_directory)
+    overview = Overview(pool, allowed, kv_directory)
+    own = Routes(pool, router, access, allowed, overview)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -127,7 +128,10 @@ class Registration(BaseModel):
 class Routes:
     """What the pool answers itself."""
 
-    def __init__(self, pool: Pool, router: Router, access: Access, directories: Directories) -> None:
+    def __init__(
+        self, pool: Pool, router: Router, access: Access, directories: Directories, overview: Overview
+    ) -> None:
+        self._overview = overview
         self._pool, self._router, self._access, self._directories = pool, router, access, directories
         self._started, self._counted = int(time.time()), Counted()
         pool.events.listeners.append(self._counted.note)
@@ -146,7 +150,7 @@ class Routes:
 
     async def metrics(self) -> PlainTextResponse:
         """Prometheus: every engine's own, and the pool's."""
-        body, kind = await exposition(self._pool, self._counted)
+        body, kind = await exposition(self._pool, self._counted, (await self._overview.starts())["starts"])
         return PlainTextResponse(body, media_type=kind)
 
     async def status(self) -> dict[str, Any]:

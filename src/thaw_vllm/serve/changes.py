@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import ThawError
 from .config import Model, Settings
 from .events import Events
-from .resident import Engine, RefusedError, Resident, State
+from .resident import Done, Engine, RefusedError, Resident, State
 
 REMEMBERED = 9
 """Times of a model's last starts, swaps and wakes."""
@@ -104,7 +104,7 @@ class Changes:
         start = self._begun(one, "swapping", before=before.name)
         try:
             await one.clear()
-            await one.engine.swap(one.model)
+            done = await one.engine.swap(one.model)
         except RefusedError as error:
             one.refused.add(one.model.name)
             self._say("swap refused", one, why=str(error))
@@ -113,13 +113,13 @@ class Changes:
         except Exception as error:
             await self._lost(one, f"swapping it to {one.model.name!r} failed: {_told(error)}")
         else:
-            self._there(one, "swapped", start)
+            self._there(one, "swapped", start, done)
 
     async def _park(self, one: Resident) -> None:
         start = self._begun(one, "parking")
         try:
             await one.clear()
-            one.host_bytes = await one.engine.park()
+            done = await one.engine.park()
         except RefusedError as error:
             one.unparkable = str(error)
             self._say("parking refused", one, why=str(error))
@@ -130,7 +130,8 @@ class Changes:
             if one.state is State.STOPPING:
                 return
             one.state, one.away, one.leave_by, one.unloading = State.PARKED, True, None, False
-            self._took("parked", one, start)
+            one.host_bytes = done.host_bytes
+            self._took("parked", one, start, done)
             self._stop_surplus()
             self._changed()
 
@@ -151,14 +152,14 @@ class Changes:
     async def _wake(self, one: Resident, before: Model) -> None:
         start = self._begun(one, "waking")
         try:
-            await one.engine.wake()
+            done = await one.engine.wake()
         except Exception as error:  # a fresh one can take its place
             await self._lost(one, f"waking it failed: {_told(error)}")
             return
         if before is one.model:
-            self._there(one, "woken", start)
+            self._there(one, "woken", start, done)
         elif one.state is not State.STOPPING:  # it has died meanwhile
-            self._took("woken", one, start)
+            self._took("woken", one, start, done)
             one.state = State.SWAPPING
             await self._swap(one, before)
 
@@ -184,8 +185,8 @@ class Changes:
             self.residents.remove(one)
         self._changed()
 
-    def _there(self, one: Resident, what: str, start: float) -> None:
-        seconds = self._took(what, one, start)
+    def _there(self, one: Resident, what: str, start: float, done: Done | None = None) -> None:
+        seconds = self._took(what, one, start, done)
         took = self.took.setdefault((one.model.name, what), [])
         took.append(seconds)
         del took[:-REMEMBERED]
@@ -200,9 +201,10 @@ class Changes:
         self._say(what, one, **more)
         return time.monotonic()
 
-    def _took(self, what: str, one: Resident, start: float) -> float:
+    def _took(self, what: str, one: Resident, start: float, done: Done | None = None) -> float:
         seconds = time.monotonic() - start
-        self._say(what, one, seconds=round(seconds, 3))
+        phases = None if done is None else {phase: round(took, 3) for phase, took in done.seconds.items()}
+        self._say(what, one, seconds=round(seconds, 3), phases=phases or None)
         return seconds
 
     def _say(self, what: str, one: Resident, **more: Any) -> None:

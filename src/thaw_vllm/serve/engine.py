@@ -25,7 +25,7 @@ from ..weights.cache import stale
 from ..weights.open import open_snapshot
 from .config import Model
 from .log import ServerLog
-from .resident import RefusedError
+from .resident import Done, RefusedError
 
 KEY_VARIABLE = "VLLM_API_KEY"
 KEEP_ALIVE = 2.0
@@ -178,7 +178,7 @@ class ServerEngine:
             return False
         return model.args == self.model.args
 
-    async def swap(self, model: Model) -> None:
+    async def swap(self, model: Model) -> Done:
         """Raises:
         RefusedError, ThawError: see ``resident.Engine``.
         """
@@ -191,31 +191,33 @@ class ServerEngine:
         link = self._snapshots / name
         link.symlink_to(os.path.realpath(snapshot))
         try:
-            await self._change("swap", {"name": name, "deadline": 0, "served_name": model.name})
+            done = await self._change("swap", {"name": name, "deadline": 0, "served_name": model.name})
         finally:
             link.unlink(missing_ok=True)
         self.model = model
+        return done
 
     def parks(self) -> bool:
         """It has sleep mode, and its weights are in a snapshot."""
         return self._runtime.gpu and self._snapshot(self.model) is not None
 
-    async def park(self) -> int:
+    async def park(self) -> Done:
         """Raises:
         RefusedError, ThawError: see ``resident.Engine``.
         """
-        return int((await self._change("park", {"deadline": 0})).get("host_bytes", 0))
+        return await self._change("park", {"deadline": 0})
 
-    async def wake(self) -> None:
+    async def wake(self) -> Done:
         """Raises:
         ThawError: it did not.
         """
-        await self._change("wake", {})
+        return await self._change("wake", {})
 
-    async def _change(self, what: str, body: Mapping[str, Any]) -> dict[str, Any]:
+    async def _change(self, what: str, body: Mapping[str, Any]) -> Done:
         status, found = await self.ask(f"engine/{what}", json.dumps(body).encode())
         if status == 200:
-            return found
+            seconds = {phase: took for phase, took in found.get("seconds", {}).items() if phase != "total"}
+            return Done(seconds, int(found.get("host_bytes", 0)))
         told = found.get("error")
         why = str(told.get("message")) if isinstance(told, dict) else f"its server answered {status}"
         if status in _REFUSALS:

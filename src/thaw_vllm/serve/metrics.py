@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import aiohttp
@@ -18,6 +18,7 @@ from .resident import Resident, State
 
 LABELS = ("thaw_model", "thaw_engine")
 """The model that an engine holds now, and its process; vLLM's own ``model_name`` stays what it was started with."""
+PHASE_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 30)
 BUCKETS = (0.1, 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 5, 8, 15, 30, 60, 120, 300)
 """Seconds."""
 CHANGES = ("started", "swapped", "woken", "parked", "stopped")
@@ -37,6 +38,12 @@ class Counted:
             buckets=BUCKETS,
             registry=self.registry,
         )
+        self._phases = Histogram(
+            *("thaw_change_phase_seconds", "The same, by phase, as far as engines tell"),
+            labelnames=["model", "change", "phase"],
+            buckets=PHASE_BUCKETS,
+            registry=self.registry,
+        )
         self._failures = Counter(
             *("thaw_failures", "Starts that failed, engines that were lost, refusals"),
             labelnames=["model", "kind"],
@@ -48,15 +55,21 @@ class Counted:
         model = str(event.more.get("model"))
         if event.what in CHANGES and "seconds" in event.more:
             self._seconds.labels(model, event.what).observe(event.more["seconds"])
+            for phase, seconds in event.more.get("phases", {}).items():
+                self._phases.labels(model, event.what, phase).observe(seconds)
         if event.what in FAILURES:
             self._failures.labels(model, event.what).inc()
 
 
-async def exposition(pool: Pool, counted: Counted) -> tuple[bytes, str]:
-    """All metrics, and their media type."""
+async def exposition(pool: Pool, counted: Counted, starts: Iterable[Mapping[str, Any]]) -> tuple[bytes, str]:
+    """All metrics, and their media type.
+
+    Args:
+        starts: the last ones, as ``Starts`` has them, the latest first.
+    """
     ready = [one for one in pool.residents if one.state is State.READY]
     texts = await asyncio.gather(*map(engine_metrics, ready))
-    families = [*_own(pool), *_merged(zip(ready, texts, strict=True))]
+    families = [*_own(pool), _last_starts(starts), *_merged(zip(ready, texts, strict=True))]
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Given(families))
     return generate_latest(registry) + generate_latest(counted.registry), CONTENT_TYPE_LATEST
@@ -95,6 +108,22 @@ def _merged(found: Iterable[tuple[Resident, str]]) -> Iterator[Metric]:
             for sample in family.samples:
                 kept.add_sample(sample.name, sample.labels | labels, sample.value, sample.timestamp)
     yield from families.values()
+
+
+def _last_starts(starts: Iterable[Mapping[str, Any]]) -> Metric:
+    found = GaugeMetricFamily(
+        "thaw_start_phase_seconds", "Of a model's last start, by phase; phases overlap", labels=["model", "phase"]
+    )
+    last: dict[str, Mapping[str, Any]] = {}
+    for start in starts:
+        last.setdefault(start["model"], start)
+    for model, start in last.items():
+        sums: dict[str, float] = {}
+        for one in start.get("phases", ()):
+            sums[one["phase"]] = sums.get(one["phase"], 0) + one["seconds"]
+        for phase, seconds in sums.items():
+            found.add_metric([model, phase], seconds)
+    return found
 
 
 def _own(pool: Pool) -> Iterator[Any]:

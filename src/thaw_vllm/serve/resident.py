@@ -7,7 +7,7 @@ import contextlib
 import enum
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -51,6 +51,19 @@ class RefusedError(ThawError):
     """An engine would not do this, and is as it was."""
 
 
+@dataclass(frozen=True)
+class Done:
+    """What an engine tells of a change.
+
+    Attributes:
+        seconds: by phase.
+        host_bytes: memory of the host that its processes have then, where it was parked.
+    """
+
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    host_bytes: int = 0
+
+
 class Engine(Protocol):
     """One server process of vLLM's; ``engine.py`` has the real one.
 
@@ -71,7 +84,7 @@ class Engine(Protocol):
     def swaps(self, model: Model) -> bool:
         """Whether it may be worth asking it to take this model's weights."""
 
-    async def swap(self, model: Model) -> None:
+    async def swap(self, model: Model) -> Done:
         """Take another model's weights in place; it has no requests.
 
         Raises:
@@ -82,18 +95,15 @@ class Engine(Protocol):
     def parks(self) -> bool:
         """Whether it may be worth asking it to give its memory back."""
 
-    async def park(self) -> int:
+    async def park(self) -> Done:
         """Give the memory back, and keep the process; it has no requests.
-
-        Returns:
-            Bytes of the host's memory that its processes have now.
 
         Raises:
             RefusedError: it goes on.
             ThawError: it failed.
         """
 
-    async def wake(self) -> None:
+    async def wake(self) -> Done:
         """Take the memory again.
 
         Raises:
