@@ -132,7 +132,7 @@ def test_another_configuration_is_another_snapshot(model: Path, load: Callable, 
     start(model)
     assert start(model, dtype="float32").raw == load(model, dtype="float32").raw
     assert outcome() == "frozen" and "is stale" not in log.said
-    start(model)
+    start(model, max_model_len=128)  # which is nothing to the weights
     assert outcome() == "thawed" and len(kept(place)) == 2
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"rope_theta": 5.0, "rope_parameters": None}))

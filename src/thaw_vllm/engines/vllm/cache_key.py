@@ -14,7 +14,7 @@ from ...errors import FormatError, StorageError, UnsupportedError
 from ...format.document import canonical
 from ...format.identity import Identity
 from ...weights import cache
-from ...weights.capture import capture, fillable, module_tensors
+from ...weights.capture import capture, module_tensors
 from ...weights.checkpoint import Checkpoint
 from . import audit
 from .freezing import source_checkpoint
@@ -116,9 +116,11 @@ def _digest(value: Any) -> str:
 
 
 def _layout(model: torch.nn.Module) -> str:
-    """Digest of the model's class, and every parameter and buffer: name, shape and dtype."""
-    tensors, _ = fillable(model)
-    forms = sorted([name, list(t.shape), str(t.dtype)] for name, t in tensors.items())
+    """Digest of the model's class, and what a snapshot of it would hold: name, shape and dtype.
+
+    Not of other buffers, which differ with lengths and sizes that the weights know nothing of.
+    """
+    forms = sorted([name, list(t.shape), str(t.dtype)] for name, _, t in module_tensors(model))
     return _digest([type(model).__module__, type(model).__qualname__, forms])
 
 
