@@ -35,6 +35,7 @@ TOGETHER = {
     "ranks": ["tests/gpu/test_swap.py", "-k", "two_ranks"],
     "killed": ["tests/gpu/test_swap.py", "-k", "killed"],
     "zygote": ["tests/gpu/test_zygote.py"],
+    "automatic": ["tests/gpu/test_automatic.py"],
     "pool": ["tests/gpu/test_pool.py"],
 }
 

@@ -1,7 +1,7 @@
 """An engine in a fresh process whose weights are swapped, and which is parked: swap_engine.py ASKED.json ANSWER.json.
 
 Asked for are ``model``, the snapshots ``first``, ``second``, ``others`` (by name, to be refused) and ``corrupt``,
-``engine_args``, how many ``cycles``, whether to ``park``, and whether the engine is ``asynchronous``. The answer has
+``engine_args``, perhaps what to ``start`` from in place of the first, how many ``cycles``, whether to ``park``, and whether the engine is ``asynchronous``. The answer has
 what came of each step, for the test to judge.
 """
 
@@ -66,7 +66,7 @@ def swapping(asked):
     import thaw_vllm
     from thaw_vllm.engines.vllm.kv.api import kv_cache_info
 
-    llm = thaw_vllm.load(asked["model"], asked["first"], **asked["engine_args"])
+    llm = thaw_vllm.load(asked["model"], asked.get("start", asked["first"]), **asked["engine_args"])
     found = {"first": ask(llm), "again": ask(llm), "digests": digests(llm), "cycles": [], "parks": []}
     pids = llm.collective_rpc("thaw_test_pid")
     found["refused"] = {
