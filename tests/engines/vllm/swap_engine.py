@@ -1,7 +1,7 @@
 """An engine in a fresh process whose weights are swapped, and which is parked: swap_engine.py ASKED.json ANSWER.json.
 
-Asked for are ``model``, the snapshots ``first``, ``second``, ``others`` (by name, to be refused) and ``corrupt``, what to
-``start`` from where it is not the first, ``engine_args``, how many ``cycles``, whether to ``park``, and whether the
+Asked for are ``model``, the snapshots ``first``, ``second``, ``others`` (by name, to be refused) and ``corrupt``, what
+to ``start`` from where it is not the first, ``engine_args``, how many ``cycles``, whether to ``park``, and whether the
 engine is ``asynchronous``. The answer has what came of each step, for the test to judge.
 """
 
