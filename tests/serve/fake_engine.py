@@ -29,6 +29,7 @@ class FakeEngine:
         self.swappable: bool | set[str] = False
         self.parkable = False
         self.taken = 0
+        self.snapshot: str | None = model.snapshot
         self.stopped = asyncio.Event()
         vars(self).update(given)
 

@@ -19,7 +19,7 @@ import thaw_vllm
 from thaw_vllm.engines.vllm.start_report import Event, report
 from thaw_vllm.serve import app as app_module
 from thaw_vllm.serve import page as subject
-from thaw_vllm.serve import starts, state, usage
+from thaw_vllm.serve import starts, state, usage, verification
 from thaw_vllm.serve.config import Model
 from thaw_vllm.serve.sessions import EACH, LIFETIME
 
@@ -464,6 +464,22 @@ class TestSnapshots:
                 ({"model": "a", "path": "other.thaw"}, 409),
             ):
                 assert (await verify(**what))[0] == status, what
+
+        play(served, work)
+
+    def test_a_process_that_nobody_understands(self, folder: Path, snapshot: Path, monkeypatch: pytest.MonkeyPatch):
+        program = folder / "noise.py"
+        program.write_text("import time; print('no JSON', flush=True); time.sleep(60)")
+        monkeypatch.setattr(verification, "__name__", "noise")
+        monkeypatch.setenv("PYTHONPATH", str(folder))
+        served = Served(folder, Model("a", "/m", snapshot=str(snapshot)))
+
+        async def work(client: aiohttp.ClientSession) -> None:
+            async with client.post("/v1/thaw/verify", json={"model": "a"}, headers=ADMIN) as answer:
+                assert answer.status == 202
+            while (last := served.pool.events.last[-1]).what != "verification failed":
+                await asyncio.sleep(0.01)
+            assert "is not understood" in last.more["why"]
 
         play(served, work)
 

@@ -229,6 +229,27 @@ class TestWays:
         told = [event.more["why"] for event in bench.pool.events.last if event.what == "stopping"]
         assert told[0] == "what is parked takes 3.0 GiB of host memory, more than 2.5"
 
+    def test_what_is_too_large_is_not_parked_again(self):
+        bench = Bench(*models("a", "b"), given={"parkable": True, "taken": 2**32}, parked_gib=2.5)
+
+        async def work() -> None:
+            for name in "abab":
+                assert await bench.ask(name) == name
+
+        play(bench, work)
+        assert bench.log.count(("park", "a")) == bench.log.count(("park", "b")) == 1
+
+    def test_where_none_is_parked_none_can_be_asked_to(self):
+        bench = Bench(*models("a"), given={"parkable": True}, parked=0)
+
+        async def work() -> None:
+            await bench.ask("a")
+            with pytest.raises(UsageError, match=r"parks none \(parked = 0\)"):
+                await bench.pool.unload("a", park=True)
+            assert bench.states() == {"a": "ready"}
+
+        play(bench, work)
+
     def test_only_so_many_are_parked(self):
         bench = Bench(*models(*"abcd"), given={"parkable": True}, parked=2)
 
@@ -559,6 +580,110 @@ class TestHowMany:
             await asyncio.gather(*held)
             assert await bench.ask("b") == "b"
             assert bench.states() == {"a": "ready", "b": "ready"} and len(bench.pool.residents) == 2
+
+        play(bench, work)
+
+    def test_one_that_does_not_start_is_left_alone_beside_one_that_runs(self):
+        bench = Bench(Model("a", "/a", share=0.4, minimum=2, maximum=2))
+        make = bench.make
+
+        def second_fails(model: Model) -> FakeEngine:
+            engine = make(model)
+            if len(bench.engines) > 1:
+                engine.faults["start"] = ThawError("no memory")
+            return engine
+
+        bench.pool._changes._make = second_fails
+
+        async def work() -> None:
+            assert await bench.ask("a") == "a"
+            await asyncio.sleep(0.3)
+            assert await bench.ask("a") == "a" and "no memory" in str(bench.pool.failure("a"))
+
+        play(bench, work)
+        assert bench.log.count(("start", "a")) == 2, "the next in a second"
+
+    def test_the_one_that_comes_answers_where_another_does_not_start(self):
+        bench = Bench(Model("a", "/a", share=0.4, minimum=2, maximum=2))
+        make = bench.make
+
+        def second_fails(model: Model) -> FakeEngine:
+            engine = make(model)
+            engine.seconds = 0.1
+            if len(bench.engines) > 1:
+                engine.faults["start"], engine.seconds = ThawError("no memory"), 0.01
+            return engine
+
+        bench.pool._changes._make = second_fails
+
+        async def work() -> None:
+            early = asyncio.create_task(bench.ask("a"))
+            await asyncio.sleep(0.05)
+            assert bench.pool.failure("a") is not None
+            assert await bench.ask("a") == await early == "a"
+
+        play(bench, work)
+
+    def test_an_idle_one_stays_while_the_others_are_busy(self, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(subject, "TICK", 0.01)
+        bench = Bench(Model("a", "/a", share=0.4, maximum=2, busy=2, idle_stop=0.05))
+
+        async def work() -> None:
+            await asyncio.gather(*(bench.ask("a", 0.5) for _ in range(2)))
+            while len(bench.pool.residents) > 1:
+                await asyncio.sleep(0.005)
+
+        play(bench, work)
+        assert bench.log.count(("start", "a")) == 2
+
+    def test_who_waits_goes_where_fewest_are(self):
+        bench = Bench(Model("a", "/a", share=0.4, minimum=2, maximum=2), given={"seconds": 0.02})
+
+        async def work() -> None:
+            asked = [asyncio.create_task(bench.ask("a", 0.2)) for _ in range(6)]
+            while len([one for one in bench.pool.residents if one.state is State.READY]) < 2:
+                await asyncio.sleep(0.001)
+            await asyncio.sleep(0.01)
+            assert sorted(one.inflight for one in bench.pool.residents) in ([3, 3], [0, 6])
+            asked += [asyncio.create_task(bench.ask("a", 0.05)) for _ in range(6)]
+            await asyncio.sleep(0.02)
+            assert [one.inflight for one in bench.pool.residents] == [6, 6]
+            await asyncio.gather(*asked)
+
+        play(bench, work)
+
+    def test_the_last_of_the_pinned_ones_never_goes(self):
+        pinned = Model("p", "/p", share=0.3, pinned=True, maximum=2, busy=1)
+        bench = Bench(pinned, Model("r", "/r", share=0.4), Model("q", "/q", share=0.6))
+
+        async def work() -> None:
+            held = [asyncio.create_task(bench.ask("p", 0.05)) for _ in range(2)]
+            while len(bench.pool.residents) < 2:
+                await asyncio.sleep(0.005)
+            await asyncio.gather(*held)
+            assert await bench.ask("r") == "r" and len(bench.pool.residents) == 3
+            asking = asyncio.create_task(bench.ask("q"))
+            while not asking.done():
+                assert [one for one in bench.pool.residents if one.model is pinned and one.state is State.READY]
+                await asyncio.sleep(0)
+            assert await asking == "q"
+
+        play(bench, work)
+
+    def test_one_that_starts_does_not_stand_for_the_pinned_one(self):
+        pinned = Model("p", "/p", share=0.3, pinned=True, maximum=2, busy=1)
+        bench = Bench(pinned, Model("q", "/q", share=0.6), drain=0.05)
+
+        async def work() -> None:
+            while bench.states() != {"p": "ready"}:
+                await asyncio.sleep(0.001)
+            bench.given = {"seconds": 0.3}
+            held = asyncio.create_task(bench.ask("p", 0.2))
+            while len(bench.pool.residents) < 2:
+                await asyncio.sleep(0.001)
+            asking = asyncio.create_task(bench.ask("q"))
+            assert await held == "p", "it was not cut"
+            assert await asking == "q"
 
         play(bench, work)
 

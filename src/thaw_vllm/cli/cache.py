@@ -40,9 +40,10 @@ def cache() -> None:
 
 @app.command(epilog=examples(EXAMPLES, "ls"))
 def ls(cache_dir: Directory = None, as_json: Json = False) -> None:
-    """List them, the one used last first: of which model, how large, and whether a start would still use it.
+    """List them, the one used last first: of which model, how large, and whether they are still its weights.
 
-    One is stale when its model directory is gone, or the weight files in it have changed.
+    One is stale when its model directory is gone, or the weight files in it have changed. Starts have another one, too,
+    where the model's configuration, the options or vLLM's minor version are others.
     """
     from ..weights.cache import entries
 
@@ -66,7 +67,7 @@ def ls(cache_dir: Directory = None, as_json: Json = False) -> None:
 @app.command(epilog=examples(EXAMPLES, "rm"))
 def rm(
     key: Annotated[list[str] | None, typer.Argument(metavar="KEY", help="Of thaw cache ls, or its beginning.")] = None,
-    stale: Annotated[bool, typer.Option("--stale", help="All that no start would use any more.")] = False,
+    stale: Annotated[bool, typer.Option("--stale", help="All whose model is gone or has other weights.")] = False,
     everything: Annotated[bool, typer.Option("--all", help="All of them.")] = False,
     cache_dir: Directory = None,
     as_json: Json = False,

@@ -256,7 +256,7 @@ def document(pool: Pool) -> dict[str, Any]:
             "minimum": model.minimum,
             "maximum": model.maximum,
             "share": model.share,
-            "snapshot": model.snapshot is not None,
+            "snapshot": pool.snapshot(name) is not None,
             "expected_seconds": pool.expected(model),
             "failure": pool.failure(name),
         }

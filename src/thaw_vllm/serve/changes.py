@@ -24,6 +24,7 @@ class Changes:
 
     Attributes:
         residents: all of them.
+        too_large: models whose engines take more host memory, parked, than they may.
         took: by a model's name and the way (started, swapped, woken), seconds until it was there, the last few times.
     """
 
@@ -33,6 +34,7 @@ class Changes:
         events: Events,
         settings: Settings,
         changed: Callable[[], None],
+        there: Callable[[Model], None],
         failed: Callable[[Model, str], None],
     ) -> None:
         """
@@ -40,12 +42,14 @@ class Changes:
             make: a process that is not started yet.
             settings: how many engines may be parked at once, and what they may take.
             changed: called when an engine is in another state.
+            there: called with a model that an engine has now.
             failed: called with a model that did not start, and why.
         """
         self.residents: list[Resident] = []
+        self.too_large: set[str] = set()
         self.took: dict[tuple[str, str], list[float]] = {}
         self._make, self._events, self._settings = make, events, settings
-        self._changed, self._failed = changed, failed
+        self._changed, self._came, self._failed = changed, there, failed
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def end(self) -> None:
@@ -139,6 +143,10 @@ class Changes:
         """Of the parked, those used longest ago, until the others are few and small enough."""
         parked = sorted((one for one in self.residents if one.state is State.PARKED), key=lambda one: one.used)
         most, gib = self._settings.parked, self._settings.parked_gib
+        for one in [one for one in parked if gib is not None and one.host_bytes > gib * 2**30]:
+            parked.remove(one)
+            self.too_large.add(one.model.name)
+            self.stop(one, f"parked it takes {one.host_bytes / 2**30:.1f} GiB of host memory, more than {gib:g}")
         while parked:
             taken = sum(one.host_bytes for one in parked)
             if len(parked) > most:
@@ -150,7 +158,7 @@ class Changes:
             self.stop(parked.pop(0), why)
 
     async def _wake(self, one: Resident, before: Model) -> None:
-        start = self._begun(one, "waking")
+        start = self._begun(one, "waking", model=before.name)
         try:
             done = await one.engine.wake()
         except Exception as error:  # a fresh one can take its place
@@ -159,7 +167,7 @@ class Changes:
         if before is one.model:
             self._there(one, "woken", start, done)
         elif one.state is not State.STOPPING:  # it has died meanwhile
-            self._took("woken", one, start, done)
+            self._took("woken", one, start, done, model=before.name)
             one.state = State.SWAPPING
             await self._swap(one, before)
 
@@ -187,6 +195,7 @@ class Changes:
 
     def _there(self, one: Resident, what: str, start: float, done: Done | None = None) -> None:
         seconds = self._took(what, one, start, done)
+        self._came(one.model)
         took = self.took.setdefault((one.model.name, what), [])
         took.append(seconds)
         del took[:-REMEMBERED]
@@ -201,14 +210,14 @@ class Changes:
         self._say(what, one, **more)
         return time.monotonic()
 
-    def _took(self, what: str, one: Resident, start: float, done: Done | None = None) -> float:
+    def _took(self, what: str, one: Resident, start: float, done: Done | None = None, **more: Any) -> float:
         seconds = time.monotonic() - start
         phases = None if done is None else {phase: round(took, 3) for phase, took in done.seconds.items()}
-        self._say(what, one, seconds=round(seconds, 3), phases=phases or None)
+        self._say(what, one, seconds=round(seconds, 3), phases=phases or None, **more)
         return seconds
 
     def _say(self, what: str, one: Resident, **more: Any) -> None:
-        self._events.say(what, model=one.model.name, engine=one.engine.pid, **more)
+        self._events.say(what, **{"model": one.model.name, "engine": one.engine.pid} | more)
 
 
 def _told(error: Exception) -> str:

@@ -21,9 +21,8 @@ from ..engines.vllm.command_line import given
 from ..engines.vllm.kv.access import SNAPSHOTS_VARIABLE, TOKEN_HEADER, TOKEN_VARIABLE
 from ..engines.vllm.serve_variables import PARENT_VARIABLE, START_VARIABLE
 from ..errors import ThawError
-from ..weights.cache import stale
-from ..weights.open import open_snapshot
 from .config import Model
+from .kept_snapshots import outdated
 from .log import ServerLog
 from .resident import Done, RefusedError
 
@@ -69,6 +68,7 @@ class ServerEngine:
     Attributes:
         session: of HTTP requests to it, paths only matter: ``http://engine/…``. None until it is started.
         log: what it prints.
+        snapshot: that its weights are from; None while that is not known, or where there is none.
         key: its API key; whoever may ask models the router knows.
     """
 
@@ -82,6 +82,7 @@ class ServerEngine:
         self._process: asyncio.subprocess.Process | None = None
         self.session: aiohttp.ClientSession | None = None
         self._unswappable = False
+        self.snapshot: str | None = None
 
     @property
     def pid(self) -> int | None:
@@ -157,24 +158,22 @@ class ServerEngine:
 
     async def _learn(self) -> None:
         """Which snapshot it was filled from, where it has found one itself."""
-        if self.model.snapshot is not None:
+        self.snapshot = self.model.snapshot
+        if self.snapshot is not None:
             return
-        path = None
         with contextlib.suppress(ThawError):  # what is the matter then, the next request will tell
             _, found = await self.ask("engine/state")
             path = found.get("snapshot")
-        if isinstance(path, str):
-            self._runtime.known[self.model.name] = path
-        else:
-            self._runtime.known.pop(self.model.name, None)
+            if isinstance(path, str):
+                self.snapshot = self._runtime.known[self.model.name] = path
 
-    def _snapshot(self, model: Model) -> str | None:
-        """Its file, as far as that is known: a model that names none has to be started first."""
+    def _of(self, model: Model) -> str | None:
+        """A model's snapshot, as far as that is known: one that names none has to be started first."""
         return model.snapshot or self._runtime.known.get(model.name)
 
     def swaps(self, model: Model) -> bool:
         """Both are snapshots, and nothing else is asked for; the engine itself proves the rest."""
-        if self._unswappable or self._snapshot(self.model) is None or self._snapshot(model) is None:
+        if self._unswappable or self.snapshot is None or self._of(model) is None:
             return False
         return model.args == self.model.args
 
@@ -182,11 +181,13 @@ class ServerEngine:
         """Raises:
         RefusedError, ThawError: see ``resident.Engine``.
         """
-        snapshot = self._snapshot(model)
+        snapshot = self._of(model)
         assert snapshot is not None
-        if model.snapshot is None and (why := await asyncio.to_thread(_outdated, snapshot)) is not None:
-            self._runtime.known.pop(model.name, None)
-            raise RefusedError(f"the snapshot of {model.name!r} in the cache is of no use: {why}")
+        if model.snapshot is None:
+            why = await asyncio.to_thread(outdated, model, self._runtime.options, snapshot)
+            if why is not None:
+                self._runtime.known.pop(model.name, None)
+                raise RefusedError(f"the snapshot of {model.name!r} in the cache is of no use: {why}")
         name = f"{next(self._runtime.numbers)}.thaw"
         link = self._snapshots / name
         link.symlink_to(os.path.realpath(snapshot))
@@ -194,12 +195,12 @@ class ServerEngine:
             done = await self._change("swap", {"name": name, "deadline": 0, "served_name": model.name})
         finally:
             link.unlink(missing_ok=True)
-        self.model = model
+        self.model, self.snapshot = model, snapshot
         return done
 
     def parks(self) -> bool:
         """It has sleep mode, and its weights are in a snapshot."""
-        return self._runtime.gpu and self._snapshot(self.model) is not None
+        return self._runtime.gpu and self.snapshot is not None
 
     async def park(self) -> Done:
         """Raises:
@@ -280,12 +281,3 @@ class ServerEngine:
         assert self._process is not None
         code = await self._process.wait()
         return await self.log.why(f"its server ended with {code}")
-
-
-def _outdated(snapshot: str) -> str | None:
-    """Why a snapshot of the cache does not hold the weights any more that its model has; None while it does."""
-    try:
-        with open_snapshot(snapshot, with_chunks=False) as opened:
-            return stale(opened.snapshot.header)
-    except ThawError as error:
-        return str(error)

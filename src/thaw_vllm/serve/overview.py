@@ -91,9 +91,9 @@ class Overview:
 
     def _listed(self) -> Iterator[dict[str, Any]]:
         owners: dict[Path, list[str]] = {}
-        for name, model in self._pool.models.items():
-            if model.snapshot is not None:
-                owners.setdefault(Path(os.path.realpath(model.snapshot)), []).append(name)
+        for name in self._pool.models:
+            if (snapshot := self._pool.snapshot(name)) is not None:
+                owners.setdefault(Path(os.path.realpath(snapshot)), []).append(name)
         for path, found in self._directories.snapshots():
             yield found | {"what": {"path": found["path"]}, "models": owners.pop(path, [])}
         for path, names in owners.items():
@@ -110,12 +110,12 @@ class Overview:
         if body.path is not None and body.model is body.kv is None:
             return self._directories.path(body.path)
         if body.model is not None and body.path is body.kv is None:
-            model = self._pool.models.get(body.model)
-            if model is None:
+            if body.model not in self._pool.models:
                 raise UnknownModelError(f"there is no model {body.model!r}")
-            if model.snapshot is None:
-                raise UsageError(f"the model {body.model!r} has no snapshot; vLLM loads its checkpoint")
-            return Path(model.snapshot)
+            snapshot = self._pool.snapshot(body.model)
+            if snapshot is None:
+                raise UsageError(f"of the model {body.model!r} no snapshot is known; start it, and ask again")
+            return Path(snapshot)
         if body.kv is not None and body.path is body.model is None:
             return self._kv_path(checked_name(body.kv))
         raise UsageError("name one of path, model and kv")

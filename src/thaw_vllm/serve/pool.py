@@ -23,10 +23,10 @@ from .config import Model, Settings
 from .events import Events
 from .failures import Failures
 from .resident import COMING, GOING, Engine, Resident, State, UnavailableError, UnknownModelError
+from .room import TINY, Room
 
 TICK = 0.5
 """Seconds between looks at what has been idle."""
-_TINY = 1e-9
 _LATE = 0.002
 """Seconds; timers of some event loops are a millisecond early."""
 
@@ -53,7 +53,8 @@ class Pool:
         self.models: dict[str, Model] = dict(settings.models)
         self.events = events or Events()
         self._settings = settings
-        self._changes = Changes(make, self.events, settings, self._kick, self._note_failure)
+        self._changes = Changes(make, self.events, settings, self._kick, self._note_there, self._note_failure)
+        self._room = Room(self._changes, settings)
         self._queue: list[_Waiter] = []
         self._failures = Failures()
         self._wanted: dict[str, None] = {}
@@ -71,6 +72,11 @@ class Pool:
         for waiter in self._queue:
             found[waiter.model.name] = found.get(waiter.model.name, 0) + 1
         return found
+
+    def snapshot(self, name: str) -> str | None:
+        """Of a model: the one that is configured, or that its engine has found or made."""
+        found = (one.engine.snapshot for one in self.residents if one.model.name == name)
+        return self.models[name].snapshot or next(filter(None, found), None)
 
     def failure(self, name: str) -> str | None:
         """Why a model did not start the last time; None where it did."""
@@ -157,6 +163,8 @@ class Pool:
         if model.least:
             why = "pinned" if model.pinned else f"to have {model.minimum} engines (minimum)"
             raise UsageError(f"the model {name!r} is {why}; it stays until the server is stopped")
+        if park and not self._settings.parked:
+            raise UsageError(f"the model {name!r} cannot be parked: this server parks none (parked = 0)")
         states = (State.READY,) if park else (State.READY, State.PARKED)
         found = [one for one in self.residents if one.model is model and one.state in states]
         if not found:
@@ -171,7 +179,7 @@ class Pool:
             for one in found:
                 if one.state in states and one.model is model and one in self.residents:
                     await (self._changes.park(one) if park else self._changes.stop(one, "it was asked for"))
-                    refused = one.unparkable if park else None
+                    refused = refused or (one.unparkable if park else None)
         finally:
             for one in found:
                 one.unloading = False
@@ -182,11 +190,17 @@ class Pool:
     def expected(self, model: Model) -> float | None:
         """Seconds that this model took to be there the last few times by the way that it will likely take, in the
         median; None: it never took that."""
-        way = "started"
+        other = self._room.parked_for(model, 1)
         if any(one.model is model and one.state is State.PARKED for one in self.residents):
-            way = "woken"
-        elif self._parked_for(model, 1) is not None or any(self._may_take(one, model) for one in self._leaving()):
-            way = "swapped"
+            return self._median(model, "woken")
+        if other is not None:
+            swapped, woken = self._median(model, "swapped"), self._median(other.model, "woken")
+            return None if swapped is None else swapped + (woken or 0)
+        if any(self._room.may_take(one, model) for one in self._room.leaving()):
+            return self._median(model, "swapped")
+        return self._median(model, "started")
+
+    def _median(self, model: Model, way: str) -> float | None:
         took = self._changes.took.get((model.name, way))
         return sorted(took)[len(took) // 2] if took else None
 
@@ -227,11 +241,11 @@ class Pool:
         """Raises:
         UnavailableError: waiting so long would be in vain.
         """
-        failed = self._failures.resting(model.name)
-        if failed is not None:
-            raise UnavailableError(failed.why, failed.pause)
         if any(one.model is model and one.state in COMING for one in self.residents):
             return
+        failed = self._failures.resting(model.name)
+        if failed is not None and not self._room.engines(model):
+            raise UnavailableError(failed.why, failed.pause)
         expected = self.expected(model)
         if expected is not None and expected > limit:
             self._wanted[model.name] = None  # it is there for those who come later
@@ -253,14 +267,18 @@ class Pool:
         one.used = time.monotonic()
         self._kick()
 
+    def _note_there(self, model: Model) -> None:
+        self._failures.forget(model.name)
+
     def _note_failure(self, model: Model, why: str) -> None:
         failed = self._failures.note(model.name, why)
         pause = failed.pause
         self.events.say("failed", model=model.name, why=why, again_in=round(pause, 1))
-        for waiter in [waiter for waiter in self._queue if waiter.model is model]:
-            self._queue.remove(waiter)
-            if not waiter.future.done():
-                waiter.future.set_exception(UnavailableError(failed.why, pause))
+        if not self._room.engines(model):  # else another of its engines answers
+            for waiter in [waiter for waiter in self._queue if waiter.model is model]:
+                self._queue.remove(waiter)
+                if not waiter.future.done():
+                    waiter.future.set_exception(UnavailableError(failed.why, pause))
         asyncio.get_running_loop().call_later(pause + _LATE, self._kick)
 
     # Deciding
@@ -279,7 +297,6 @@ class Pool:
         ready = [one for one in self.residents if one.state is State.READY and not one.unloading]
         for one in ready:
             one.admitting = True  # unless somebody still needs its room
-            self._failures.forget(one.model.name)
         for model in self._in_turn():
             there = self._holding(model)
             if there is not None:
@@ -287,8 +304,8 @@ class Pool:
                 for waiter in [waiter for waiter in self._queue if waiter.model is model]:
                     self._queue.remove(waiter)
                     if not waiter.future.done():
-                        waiter.future.set_result(self._granted(there))
-            elif not blocked and not any(one.model is model and one.state in COMING for one in self.residents):
+                        waiter.future.set_result(self._granted(self._holding(model) or there))
+            elif not blocked and self._may_bring(model):
                 blocked = not self._bring(model, claimed)  # others wait for the room that is being made
         if not blocked:
             self._grow()
@@ -302,9 +319,14 @@ class Pool:
         pinned = (model for model in self.models.values() if model.pinned)
         wanted = (self.models[name] for name in self._wanted)
         for model in [*pinned, *(waiter.model for waiter in self._queue), *wanted]:
-            if model.name not in seen and self._failures.resting(model.name) is None:
+            if model.name not in seen:
                 seen.add(model.name)
                 yield model
+
+    def _may_bring(self, model: Model) -> bool:
+        """Nothing of it is coming, and its last start did not fail just now."""
+        coming = any(one.model is model and one.state in COMING for one in self.residents)
+        return not coming and self._failures.resting(model.name) is None
 
     def _bring(self, model: Model, claimed: set[Resident]) -> bool:
         """Begin to have a model there, the quickest way first: where there is room woken, in a parked engine of another
@@ -315,10 +337,10 @@ class Pool:
         """
         if self._bring_in_free_room(model):
             return True
-        now, taken = time.monotonic(), self._taken()
-        leaving = self._leaving()
+        now, taken = time.monotonic(), self._room.taken()
+        leaving = self._room.leaving()
         for one in leaving:
-            if self._may_take(one, model):
+            if self._room.may_take(one, model):
                 if self._gone(one, now):
                     self._changes.swap(one, model)
                     return True
@@ -328,8 +350,10 @@ class Pool:
             taken + model.share - 1 - sum(one.share for one in self.residents if one.state in GOING and not one.away)
         )
         for one in leaving:
-            if lacking <= _TINY:
+            if lacking <= TINY:
                 break
+            if self._room.kept(one, claimed):  # of several pinned ones others go already
+                continue
             lacking -= one.share
             claimed.add(one)
             if self._gone(one, now):
@@ -342,62 +366,29 @@ class Pool:
         Args:
             others: an engine that is parked for another model may be taken.
         """
-        taken = self._taken()
+        taken = self._room.taken()
         parked = next((one for one in self.residents if one.model is model and one.state is State.PARKED), None)
-        if parked is not None and taken + parked.share <= 1 + _TINY:
+        if parked is not None and taken + parked.share <= 1 + TINY:
             self._changes.wake(parked)
             return True
-        other = self._parked_for(model, 1 - taken) if others and parked is None else None
+        other = self._room.parked_for(model, 1 - taken) if others and parked is None else None
         if other is not None:
             self._changes.wake(other, model)
             return True
-        if taken + model.share <= 1 + _TINY:
+        if taken + model.share <= 1 + TINY:
             self._changes.start(model)
             return True
         return False
-
-    def _taken(self) -> float:
-        return sum(one.share for one in self.residents if not one.away)
 
     def _grow(self) -> None:
         """In room that nobody else waits for: models that have fewer engines than their minimum, and those that are
         busy."""
         for model in self.models.values():
-            there = self._engines(model)
+            there = self._room.engines(model)
             busy = bool(there) and all(one.state is State.READY and one.inflight >= model.busy for one in there)
             lacks = len(there) < model.least or (busy and len(there) < model.maximum)
             if lacks and self._failures.resting(model.name) is None:
                 self._bring_in_free_room(model, others=False)
-
-    def _engines(self, model: Model) -> list[Resident]:
-        """Those that hold it, or are about to."""
-        return [one for one in self.residents if one.model is model and one.state in (State.READY, *COMING)]
-
-    def _kept(self, one: Resident) -> bool:
-        """Whether it may not make room: it is one of those that are pinned."""
-        model = one.model
-        return model.pinned and len(self._engines(model)) <= model.least
-
-    def _parked_for(self, model: Model, room: float) -> Resident | None:
-        """The parked engine used longest ago that may take a model's weights when it is awake, and has room there."""
-        found = [
-            one
-            for one in self.residents
-            if one.state is State.PARKED and one.share <= room + _TINY and self._may_take(one, model)
-        ]
-        return min(found, key=lambda one: one.used, default=None)
-
-    def _may_take(self, one: Resident, model: Model) -> bool:
-        """Whether an engine's weights may be replaced by a model's; a pinned one is not to keep more than its share."""
-        fits = one.share >= model.share - _TINY and (not model.pinned or one.share <= model.share + _TINY)
-        return fits and model.name not in one.refused and one.engine.swaps(model)
-
-    def _leaving(self) -> list[Resident]:
-        """Engines that may make room: those that are about to, then idle ones, then by their last use."""
-        found = [
-            one for one in self.residents if one.state is State.READY and not self._kept(one) and not one.unloading
-        ]
-        return sorted(found, key=lambda one: (one.leave_by is None, one.inflight > 0, one.used))
 
     def _gone(self, one: Resident, now: float) -> bool:
         """Let nobody in any more; whether its requests have ended, or have had their time."""
@@ -406,10 +397,10 @@ class Pool:
             one.leave_by = now + self._settings.drain
             if one.inflight:
                 asyncio.get_running_loop().call_later(self._settings.drain + _LATE, self._kick)
-        return not one.inflight or now >= one.leave_by - _TINY
+        return not one.inflight or now >= one.leave_by - TINY
 
     def _evict(self, one: Resident) -> None:
-        if self._settings.parked and one.may_park():
+        if self._room.parks(one):
             self._changes.park(one)
         else:
             self._changes.stop(one, "another model needs the room")
@@ -427,11 +418,12 @@ class Pool:
                 model, idle = one.model, now - one.used
                 if one.inflight or one.unloading or one.state not in (State.READY, State.PARKED):
                     continue
-                if one.state is State.READY and len(self._engines(model)) <= model.least:
+                ready = self._room.ready(model)
+                if one.state is State.READY and (len(ready) <= model.least or self._room.relieves(one, ready)):
                     continue
                 stops = model.idle_stop is not None and idle >= model.idle_stop
                 parks = model.idle_park is not None and idle >= model.idle_park and one.state is State.READY
                 if stops:
                     self._changes.stop(one, f"nothing was asked for {idle:.0f} s")
-                elif parks and self._settings.parked and one.may_park():
+                elif parks and self._room.parks(one):
                     self._changes.park(one)

@@ -74,6 +74,10 @@ class Engine(Protocol):
     def pid(self) -> int | None:
         """Of its process, while there is one."""
 
+    @property
+    def snapshot(self) -> str | None:
+        """That its weights are from; None where there is none."""
+
     async def start(self) -> None:
         """Come up with its model.
 

@@ -67,9 +67,12 @@ class Verification:
         self._events.say("verifying", **what)
         try:
             found = await self._followed(path)
-        except OSError as error:
-            found = {"error": f"the process that verifies could not be started: {error}"}
+        except (OSError, ValueError) as error:
+            found = {"error": f"the process that verifies could not be started, or is not understood: {error}"}
         finally:
+            if self._process is not None and self._process.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    self._process.kill()
             self._running = self._process = None
         if self._cancelled:
             self._events.say("verification cancelled", **what)

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -260,6 +261,21 @@ def test_a_mistake_of_ours_is_no_failure(
     monkeypatch.setattr(cache, "entries", lambda _: 1 / 0)
     assert start(model).raw == load(model).raw
     assert outcome() == "loaded" and "ZeroDivisionError" in log.said
+
+
+def test_which_model_is_a_draft():
+    """While a draft is loaded, its configuration may be the one of its vLLM configuration."""
+    target, draft = object(), object()
+
+    def asked(drafts: object, loaded: object, whole: object) -> bool:
+        speculative = SimpleNamespace(draft_model_config=drafts, target_model_config=target)
+        config = SimpleNamespace(speculative_config=speculative, model_config=whole)
+        return automatic.is_draft(config, loaded)  # type: ignore[arg-type]
+
+    assert asked(draft, draft, target) and asked(draft, draft, draft)
+    assert not asked(draft, target, target)
+    assert not asked(target, target, target), "ngram"
+    assert not automatic.is_draft(SimpleNamespace(speculative_config=None), target)  # type: ignore[arg-type]
 
 
 def test_a_model_that_is_left_to_vllm(model: Path, load: Callable, start: Callable, monkeypatch: pytest.MonkeyPatch):

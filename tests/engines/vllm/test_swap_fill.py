@@ -62,6 +62,20 @@ def flip(path: Path, number: int = 1) -> None:
         file.write(data)
 
 
+def test_a_lock_that_cannot_be_had_does_not_undo_what_is_done(
+    base: Path, directory: Path, fine_tune: Callable, engine: Callable, tmp_path: Path
+):
+    """The snapshot lies where a cache would keep it, and its lock is nobody's to take."""
+    kept = fine_tune().rename(tmp_path / f"{'0' * 24}.thaw")
+    kept.with_suffix(".lock").symlink_to("loop")
+    (tmp_path / "loop").touch()
+    running = engine(directory, base)
+    answer = swap(running, kept)
+    assert "broken" not in answer
+    known = filled.noted(running.model)
+    assert known is not None and (known.path, known.broken) == (str(kept), None)
+
+
 @pytest.mark.parametrize("verify", [True, False])
 def test_all_of_it_at_the_same_addresses(
     verify: bool, directory: Path, base: Path, fine_tune: Callable, engine: Callable

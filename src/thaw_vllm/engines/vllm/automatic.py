@@ -39,8 +39,8 @@ logger = init_logger(f"vllm.{__name__}")
 
 THAWED, FROZEN, LOADED = "thawed", "frozen", "loaded"
 _SMALL = 256 << 10
-"""Bytes of a tensor that is put back as it was where a thaw fails half-way: scales and the like, which have a value
-from the start and which not every checkpoint has. vLLM's loader writes all others."""
+"""Bytes of a parameter that is put back as it was where a thaw fails half-way, as all buffers are: scales and the like,
+which have a value from the start and which not every checkpoint has. vLLM's loader writes all others."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +63,7 @@ def left_to_vllm(vllm_config: VllmConfig, model_config: ModelConfig) -> str | No
 
     Such a model is left to vLLM's own loader from its beginning.
     """
-    draft = getattr(vllm_config.speculative_config, "draft_model_config", None)
-    if draft is model_config and draft is not vllm_config.model_config:
+    if is_draft(vllm_config, model_config):
         return "draft models are not in a snapshot in this version"
     if model_config.quantization in OWN_LOADERS:
         return f"vLLM loads {model_config.quantization} models in a way of its own"
@@ -75,6 +74,14 @@ def left_to_vllm(vllm_config: VllmConfig, model_config: ModelConfig) -> str | No
     except UnsupportedError as error:
         return str(error)
     return None
+
+
+def is_draft(vllm_config: VllmConfig, model_config: ModelConfig) -> bool:
+    """Whether it is the model of speculative decoding that drafts. Methods without one, such as ngram, name the target
+    there; and while a draft is loaded it may be its own configuration's ``model_config``."""
+    speculative = vllm_config.speculative_config
+    draft = getattr(speculative, "draft_model_config", None)
+    return draft is model_config and draft is not getattr(speculative, "target_model_config", None)
 
 
 def load(
@@ -217,8 +224,13 @@ class _Start:
             if (why := _first(answers)) is not None:
                 raise _ElsewhereError(why, _any_file(answers))
             begun = True
+            buffers = {name for name, _ in self._model.named_buffers(remove_duplicate=False)}
             # In host memory: on a GPU they might lie in the pool of the weights, which would keep the room.
-            kept.update((n, t.detach().to("cpu", copy=True)) for n, t in targets.items() if t.nbytes <= _SMALL)
+            kept.update(
+                (name, tensor.detach().to("cpu", copy=True))
+                for name, tensor in targets.items()
+                if tensor.nbytes <= _SMALL or name in buffers
+            )
 
         failure: Exception | None = None
         try:

@@ -20,10 +20,15 @@ def model_directory(model_config: ModelConfig, download_dir: str | None = None) 
     Args:
         download_dir: vLLM's option; weights of a hub model lie there, its config in the hub's own cache.
     """
-    cached = _cached(str(model_config.model), model_config.revision, download_dir) if download_dir else None
+    return local_directory(str(model_config.model), model_config.revision, download_dir)
+
+
+def local_directory(name: str, revision: str | None = None, download_dir: str | None = None) -> Path | None:
+    """The same, by a model's name or path."""
+    cached = _cached(name, revision, download_dir) if download_dir else None
     if cached is not None and has_weights(cached):
         return cached
-    return _cached(str(model_config.model), model_config.revision)
+    return _cached(name, revision)
 
 
 def config_directory(model_config: ModelConfig) -> Path | None:

@@ -157,16 +157,13 @@ class ThawModelLoader(BaseModelLoader):
         global last_outcome
         if all(rank == 0 for rank, _ in parallel_groups().values()):
             logger.warning("vLLM loads %s itself: %s", model_config.model, why)
-        if model_config is vllm_config.model_config:
+        if not automatic.is_draft(vllm_config, model_config):
             last_outcome = Outcome(automatic.LOADED, None, why)
         model: torch.nn.Module = self.source().load_model(vllm_config, model_config, prefix)
         return model
 
     def _prepare(self, vllm_config: VllmConfig, model_config: ModelConfig) -> None:
-        speculative = vllm_config.speculative_config
-        draft = getattr(speculative, "draft_model_config", None)
-        # Methods without a draft model, such as ngram, name the target there.
-        if self.config.mode in ("thaw", "freeze") and draft is model_config and draft is not vllm_config.model_config:
+        if self.config.mode in ("thaw", "freeze") and automatic.is_draft(vllm_config, model_config):
             raise UnsupportedError(
                 "draft models are not in a snapshot in this version; give the draft a loader of its own "
                 """(--speculative-config '{"draft_load_config": {"load_format": "auto"}, ...}')"""

@@ -98,6 +98,8 @@ def _not_for_snapshots(model: str, chosen: Mapping[str, str], environment: Mappi
     several = chosen.get("nnodes", chosen.get("n", "1"))
     if chosen.get("distributed_executor_backend") == "ray" or several not in ("", "1"):
         return "the ranks may be on several machines, each with a cache of its own"
+    if among(chosen, {"enable_elastic_ep"}) or chosen.get("data_parallel_backend") == "ray":
+        return "engines may be added later, by loaders that take no configuration"
     if "config" in chosen:
         try:
             text = Path(chosen["config"]).read_text(encoding="utf-8")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import Any
 
-from ....errors import MismatchError
+from ....errors import MismatchError, ThawError
 from ....transport.collector import collection_paused
-from ....weights.cache import lock_of
+from ....weights.cache import Lock, lock_of
 from ....weights.capture import fillable
 from ....weights.reading import RestoreOptions, reading
 from ....weights.restore import restore
@@ -44,6 +45,7 @@ def fill(worker: Any, options: dict[str, Any]) -> dict[str, Any]:
             header = opened.snapshot.header
             if header.content != options["contents"][worker.rank]:
                 raise MismatchError(f"{path!r} has become another snapshot meanwhile; try again")
+            lock = _lock(path) if worker.rank == 0 else None
             renote(model, broken=_UNDER_WAY)
             begun = True
             report = restore(opened.source, opened.snapshot, targets, required, chosen, way)
@@ -55,11 +57,19 @@ def fill(worker: Any, options: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(error, Exception):
             raise
         return {"broken": why}
-    lock = lock_of(path) if worker.rank == 0 else None
-    hold(model, lock if lock is not None and lock.share() else None)
+    hold(model, lock)
     renote(model, broken=None, path=path, content=header.content)
     model._thaw_model_id = header.identity.model
     return {"bytes": report.bytes, "seconds": time.perf_counter() - start, "route": report.route}
+
+
+def _lock(path: str) -> Lock | None:
+    """Keeps a snapshot of the cache there for as long as it is held; without one the swap is as good."""
+    with contextlib.suppress(ThawError, OSError):
+        lock = lock_of(path)
+        if lock is not None and lock.share():
+            return lock
+    return None
 
 
 def source_of(worker: Any) -> dict[str, Any]:
