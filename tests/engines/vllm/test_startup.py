@@ -256,6 +256,8 @@ def test_every_name_is_there_in_this_vllm_and_documented():
         kin = [one for _, _, one, hooked in hooks if hooked == name]
         assert any(one is holder or (owner and issubclass(one, holder)) for one in kin), (module, owner, name)
         assert phase in PHASES
+        if module.startswith("thaw_vllm."):
+            continue  # no name of vLLM's
         assert re.search(rf"`[\w.]*\b{name}`", documented), name
         assert not owner or re.search(rf"`[\w.]*\b{owner}\b[\w.]*`", documented), owner
 
