@@ -164,6 +164,23 @@ class TestWays:
         play(bench, work)
         assert bench.log == [(what, name) for name in "aba" for what in ("start", "stop")]
 
+    def test_the_snapshot_of_a_model_is_its_engines(self):
+        """While that is being swapped it is still the one before."""
+        bench = Bench(*models("a", "b"), given={"swappable": True, "snapshot": "/of-a.thaw"})
+
+        async def work() -> None:
+            assert bench.pool.snapshot("a") is None
+            await bench.ask("a")
+            assert (bench.pool.snapshot("a"), bench.pool.snapshot("b")) == ("/of-a.thaw", None)
+            bench.engines[0].seconds = 0.05
+            asking = asyncio.create_task(bench.ask("b"))
+            while bench.states() != {"b": "swapping"}:
+                await asyncio.sleep(0)
+            assert bench.pool.snapshot("b") is None
+            await asking
+
+        play(bench, work)
+
     def test_what_refuses_a_swap_is_not_asked_again(self):
         bench = Bench(*models("a", "b"), given={"swappable": True, "faults": {"swap": refused("another rope")}})
 

@@ -75,7 +75,8 @@ class Pool:
 
     def snapshot(self, name: str) -> str | None:
         """Of a model: the one that is configured, or that its engine has found or made."""
-        found = (one.engine.snapshot for one in self.residents if one.model.name == name)
+        held = (one for one in self.residents if one.model.name == name and one.state not in COMING)
+        found = (one.engine.snapshot for one in held)
         return self.models[name].snapshot or next(filter(None, found), None)
 
     def failure(self, name: str) -> str | None:
