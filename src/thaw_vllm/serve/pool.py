@@ -310,6 +310,7 @@ class Pool:
                 blocked = not self._bring(model, claimed)  # others wait for the room that is being made
         if not blocked:
             self._grow()
+        self._shrink()
         for one in ready:
             if one not in claimed:
                 one.leave_by = None
@@ -390,6 +391,13 @@ class Pool:
             lacks = len(there) < model.least or (busy and len(there) < model.maximum)
             if lacks and self._failures.resting(model.name) is None:
                 self._bring_in_free_room(model, others=False)
+
+    def _shrink(self) -> None:
+        """An engine that was to take another model, and refused, may be one too many of the one that it kept."""
+        for model in self.models.values():
+            ready = self._room.ready(model)
+            for one in [one for one in ready if not one.inflight][: max(0, len(ready) - model.maximum)]:
+                self._evict(one)
 
     def _gone(self, one: Resident, now: float) -> bool:
         """Let nobody in any more; whether its requests have ended, or have had their time."""
