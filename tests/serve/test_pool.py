@@ -51,6 +51,23 @@ class Bench:
             assert one.state is State.READY, "nothing is done to an engine that has requests"
             return one.engine.model.name
 
+    def whys(self, *what: str) -> list[str]:
+        """The reasons that were given for these events."""
+        return [event.more["why"] for event in self.pool.events.last if event.what in what]
+
+    def further_ones_fail(self, seconds: float = 0.0) -> None:
+        """All engines but the first do not start, after so many seconds."""
+        make = self.pool._changes._make
+
+        def troubled(model: Model) -> FakeEngine:
+            engine = make(model)
+            assert isinstance(engine, FakeEngine)
+            if len(self.engines) > 1:
+                engine.faults["start"], engine.seconds = ThawError("no memory"), seconds
+            return engine
+
+        self.pool._changes._make = troubled
+
     def states(self) -> dict[str, str]:
         return {one.model.name: one.state.value for one in self.pool.residents}
 
@@ -189,7 +206,7 @@ class TestWays:
 
         play(bench, work)
         assert bench.log == [("start", "a"), ("swap", "b"), ("stop", "a"), ("start", "b"), ("stop", "b")]
-        told = [event.more["why"] for event in bench.pool.events.last if event.what == "swap refused"]
+        told = bench.whys("swap refused")
         assert told == ["another rope"]
 
     def test_what_refuses_to_be_parked_is_stopped(self):
@@ -243,7 +260,7 @@ class TestWays:
             assert bench.states() == {"b": "parked", "c": "parked", "d": "ready"}
 
         play(bench, work)
-        told = [event.more["why"] for event in bench.pool.events.last if event.what == "stopping"]
+        told = bench.whys("stopping")
         assert told[0] == "what is parked takes 3.0 GiB of host memory, more than 2.5"
 
     def test_what_is_too_large_is_not_parked_again(self):
@@ -423,7 +440,7 @@ class TestFaults:
             assert [await bench.ask(name) for name in "ab"] == ["a", "b"]
 
         play(bench, work)
-        told = [event.more["why"] for event in bench.pool.events.last if event.what in ("lost", "failed")]
+        told = bench.whys("lost", "failed")
         assert any("too many files" in why for why in told)
 
     def test_a_start_that_fails_is_told_and_not_tried_at_once(self, monkeypatch: pytest.MonkeyPatch):
@@ -624,15 +641,7 @@ class TestHowMany:
 
     def test_one_that_does_not_start_is_left_alone_beside_one_that_runs(self):
         bench = Bench(Model("a", "/a", share=0.4, minimum=2, maximum=2))
-        make = bench.make
-
-        def second_fails(model: Model) -> FakeEngine:
-            engine = make(model)
-            if len(bench.engines) > 1:
-                engine.faults["start"] = ThawError("no memory")
-            return engine
-
-        bench.pool._changes._make = second_fails
+        bench.further_ones_fail()
 
         async def work() -> None:
             assert await bench.ask("a") == "a"
@@ -643,17 +652,8 @@ class TestHowMany:
         assert bench.log.count(("start", "a")) == 2, "the next in a second"
 
     def test_the_one_that_comes_answers_where_another_does_not_start(self):
-        bench = Bench(Model("a", "/a", share=0.4, minimum=2, maximum=2))
-        make = bench.make
-
-        def second_fails(model: Model) -> FakeEngine:
-            engine = make(model)
-            engine.seconds = 0.1
-            if len(bench.engines) > 1:
-                engine.faults["start"], engine.seconds = ThawError("no memory"), 0.01
-            return engine
-
-        bench.pool._changes._make = second_fails
+        bench = Bench(Model("a", "/a", share=0.4, minimum=2, maximum=2), given={"seconds": 0.1})
+        bench.further_ones_fail(0.01)
 
         async def work() -> None:
             early = asyncio.create_task(bench.ask("a"))

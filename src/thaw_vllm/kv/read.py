@@ -32,10 +32,7 @@ def read_table(opened: Opened) -> Table:
     try:
         # Before a byte is read.
         check_shapes(layout.block_size, len(layout.groups), {name: t.shape for name, t in found.items()})
-        tensors = {
-            name: (t.shape, b"" if t.storage is None else filled(snapshot, opened.source, t.storage))
-            for name, t in found.items()
-        }
+        tensors = {name: (t.shape, filled(snapshot, opened.source, t.storage)) for name, t in found.items()}
         return Table.decode(layout, tensors, slots)
     except FormatError as error:
         if repr(name) in str(error):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from ..engines.vllm.command_line import given
 from ..engines.vllm.identity import local_directory
 from ..errors import ThawError
@@ -38,15 +36,13 @@ def outdated(model: Model, options: tuple[str, ...], snapshot: str) -> str | Non
             if stamp(open_checkpoint(directory)) != origin_of(opened.snapshot.header).get("files"):
                 return "the model's weight files are others by now"
             carried = {file.name: file.storage for file in opened.snapshot.index.files}
-            now = dict(carried_files(Path(directory)))
+            now = dict(carried_files(directory))
             for name in CARRIED_FILES:
                 if (name in now) != (name in carried):
                     return f"{name!r} came or went after it was frozen"
                 if name not in now:
                     continue
-                storage = carried[name]
-                then = b"" if storage is None else filled(opened.snapshot, opened.source, storage)
-                if then != now[name]:
+                if filled(opened.snapshot, opened.source, carried[name]) != now[name]:
                     return f"{name!r} is another by now"
     except (ThawError, OSError) as error:
         return str(error)

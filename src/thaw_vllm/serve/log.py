@@ -89,7 +89,6 @@ class ServerLog(asyncio.Protocol):
     async def why(self, what: str) -> str:
         """What happened, with the lines that are likely to say why."""
         await self._end_or_so()
-        await asyncio.sleep(0)
         lines = [_COLOUR.sub("", line).rstrip() for line in self._end.decode(errors="replace").splitlines()]
         lines = [line for line in lines if line and " WARNING " not in line and "Warning: " not in line]
         told = [number for number, line in enumerate(lines) if _SAYS_WHY.search(line) and _ABOVE not in line]

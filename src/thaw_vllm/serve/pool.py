@@ -189,21 +189,8 @@ class Pool:
             raise UsageError(f"the model {name!r} cannot be parked: {refused}")
 
     def expected(self, model: Model) -> float | None:
-        """Seconds that this model took to be there the last few times by the way that it will likely take, in the
-        median; None: it never took that."""
-        other = self._room.parked_for(model, 1)
-        if any(one.model is model and one.state is State.PARKED for one in self.residents):
-            return self._median(model, "woken")
-        if other is not None:
-            swapped, woken = self._median(model, "swapped"), self._median(other.model, "woken")
-            return None if swapped is None else swapped + (woken or 0)
-        if any(self._room.may_take(one, model) for one in self._room.leaving()):
-            return self._median(model, "swapped")
-        return self._median(model, "started")
-
-    def _median(self, model: Model, way: str) -> float | None:
-        took = self._changes.took.get((model.name, way))
-        return sorted(took)[len(took) // 2] if took else None
+        """As of ``Room``."""
+        return self._room.expected(model)
 
     # Waiting
 
@@ -242,7 +229,7 @@ class Pool:
         """Raises:
         UnavailableError: waiting so long would be in vain.
         """
-        if any(one.model is model and one.state in COMING for one in self.residents):
+        if self._room.coming(model):
             return
         failed = self._failures.resting(model.name)
         if failed is not None and not self._room.engines(model):
@@ -327,8 +314,7 @@ class Pool:
 
     def _may_bring(self, model: Model) -> bool:
         """Nothing of it is coming, and its last start did not fail just now."""
-        coming = any(one.model is model and one.state in COMING for one in self.residents)
-        return not coming and self._failures.resting(model.name) is None
+        return not self._room.coming(model) and self._failures.resting(model.name) is None
 
     def _bring(self, model: Model, claimed: set[Resident]) -> bool:
         """Begin to have a model there, the quickest way first: where there is room woken, in a parked engine of another

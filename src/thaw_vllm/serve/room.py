@@ -26,6 +26,10 @@ class Room:
         """Those that hold it, or are about to."""
         return [one for one in self._changes.residents if one.model is model and one.state in (State.READY, *COMING)]
 
+    def coming(self, model: Model) -> bool:
+        """Whether one is about to hold it."""
+        return any(one.state in COMING for one in self.engines(model))
+
     def ready(self, model: Model) -> list[Resident]:
         """Those that hold it, and that nobody has asked to go."""
         return [one for one in self.engines(model) if one.state is State.READY and not one.unloading]
@@ -63,3 +67,20 @@ class Room:
     def parks(self, one: Resident) -> bool:
         """Rather than stop it."""
         return bool(self._settings.parked) and one.may_park() and one.model.name not in self._changes.too_large
+
+    def expected(self, model: Model) -> float | None:
+        """Seconds that this model took to be there the last few times by the way that it will likely take, in the
+        median; None: it never took that."""
+        other = self.parked_for(model, 1)
+        if any(one.model is model and one.state is State.PARKED for one in self._changes.residents):
+            return self._median(model, "woken")
+        if other is not None:
+            swapped, woken = self._median(model, "swapped"), self._median(other.model, "woken")
+            return None if swapped is None else swapped + (woken or 0)
+        if any(self.may_take(one, model) for one in self.leaving()):
+            return self._median(model, "swapped")
+        return self._median(model, "started")
+
+    def _median(self, model: Model, way: str) -> float | None:
+        took = self._changes.took.get((model.name, way))
+        return sorted(took)[len(took) // 2] if took else None

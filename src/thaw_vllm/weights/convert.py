@@ -193,9 +193,7 @@ def to_checkpoint(
         index = opened.snapshot.index
         files = shards(index.tensors, shard_size)
         total = sum(tensor.bytes for tensor in index.tensors)
-        small = {
-            f.name: b"" if f.storage is None else filled(opened.snapshot, opened.source, f.storage) for f in index.files
-        }
+        small = {f.name: filled(opened.snapshot, opened.source, f.storage) for f in index.files}
         if len(files) > 1:
             small[INDEX] = index_document(files, total)
         metadata = {"format": "pt"} | {

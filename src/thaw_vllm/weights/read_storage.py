@@ -7,12 +7,14 @@ from ..transport.read import Piece, read
 from ..transport.source import Source
 
 
-def filled(snapshot: Snapshot, source: Source, storage: int) -> bytes:
-    """The verified original bytes of one storage: a carried file, a small tensor.
+def filled(snapshot: Snapshot, source: Source, storage: int | None) -> bytes:
+    """The verified original bytes of one storage: a carried file, a small tensor; nothing where there is none.
 
     Raises:
         CorruptionError: a checksum does not agree.
     """
+    if storage is None:
+        return b""
     data = bytearray(snapshot.index.storages[storage])
     view = memoryview(data)
     base = snapshot.preamble.payload_at

@@ -28,7 +28,7 @@ def carried_directory(path: str | os.PathLike[str]) -> Path:
     """
     with open_snapshot(path) as opened:
         files = {
-            f.name: b"" if f.storage is None else filled(opened.snapshot, opened.source, f.storage)
+            f.name: filled(opened.snapshot, opened.source, f.storage)
             for f in opened.snapshot.index.files
             if f.name in CARRIED_FILES
         }

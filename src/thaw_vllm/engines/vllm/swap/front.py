@@ -99,7 +99,7 @@ def require_files(opened: Opened, path: str, files: Files | None, cure: str) -> 
         if ours is None:
             continue
         storage = carried[name]
-        theirs = b"" if storage is None else stored(opened.snapshot, opened.source, storage)
+        theirs = stored(opened.snapshot, opened.source, storage)
         if blake3(theirs).digest() != ours:
             raise MismatchError(f"{path!r} holds another {name} than the engine's; {cure}")
 
