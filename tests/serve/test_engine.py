@@ -80,6 +80,7 @@ def test_one_that_was_found_is_known_from_then_on(engine, runtime):
     one, other = engine(A, (200, {"snapshot": "/cache/a.thaw"})), engine(NAMED)
     assert not one.parks() and not one.swaps(NAMED) and not other.swaps(A)
     learn(one)
+    learn(other)
     assert one.asked == [("engine/state", None)] and runtime.known == {"a": "/cache/a.thaw"}
     assert one.parks() and one.swaps(NAMED) and other.swaps(A) and not other.swaps(B)
     assert not other.swaps(Model("a", "m/a", args=("--x",)))
@@ -90,21 +91,22 @@ def test_there_may_be_none(engine, runtime, answer):
     runtime.known["a"] = "/cache/old.thaw"
     one = engine(A, answer)
     learn(one)
-    assert runtime.known == {} and not one.parks()
+    assert one.snapshot is None and not one.parks() and not one.swaps(NAMED)
 
 
 def test_it_is_swapped_to_the_file_that_is_known(engine, runtime, tmp_path):
     path, directory = kept(tmp_path, "b")
-    runtime.known["b"] = str(path)
+    runtime.known["b"], model = str(path), Model("b", str(directory))
     one = engine(NAMED)
-    asyncio.run(one.swap(B))
-    assert one.asked[0][0] == "engine/swap" and one.target == str(path) and one.model is B
+    asyncio.run(one.swap(model))
+    assert one.asked[0][0] == "engine/swap" and one.target == str(path)
+    assert one.model is model and one.snapshot == str(path)
     assert list(one._snapshots.iterdir()) == []
     one = engine(NAMED)
     os.utime(directory / "model.safetensors", (1, 1))
-    with pytest.raises(RefusedError, match="have changed"):
-        asyncio.run(one.swap(B))
-    assert one.asked == [] and one.model is NAMED and not one.swaps(B)
+    with pytest.raises(RefusedError, match="are others"):
+        asyncio.run(one.swap(model))
+    assert one.asked == [] and one.model is NAMED and not one.swaps(model)
     runtime.known["b"] = str(tmp_path / "evicted.thaw")
     with pytest.raises(RefusedError, match="no use"):
-        asyncio.run(one.swap(B))
+        asyncio.run(one.swap(model))
