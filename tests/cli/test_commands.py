@@ -11,7 +11,7 @@ import pytest
 import typer
 
 from thaw_vllm import __version__, errors
-from thaw_vllm.cli.commands import COMMANDS, app
+from thaw_vllm.cli.commands import COMMANDS, app, module_name
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "cli.md"
 HEAVY = ("torch", "numpy", "vllm", "transformers", "safetensors")
@@ -94,7 +94,7 @@ def test_help_has_every_option_in_full_and_an_example(thaw, name):
 def test_examples_in_the_help_parse():
     """Each example's arguments are accepted by its own command, which is not run."""
     for name in COMMANDS:
-        module = importlib.import_module(f"thaw_vllm.cli.{name.replace('-', '_')}")
+        module = importlib.import_module(f"thaw_vllm.cli.{module_name(name)}")
         for line in getattr(module, "EXAMPLES", "").strip().splitlines():
             words = shlex.split(line.partition(" | ")[0].replace('"$(', "").replace(')"', ""))
             if words[0] != "thaw":

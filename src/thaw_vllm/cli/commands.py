@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from keyword import iskeyword
 from typing import Annotated, Any
 
 import typer
@@ -11,9 +12,11 @@ from typer.core import TyperGroup
 COMMANDS = (
     *("freeze", "serve", "run", "zygote", "info", "verify", "convert", "id", "cache", "kv"),
     *("swap", "park", "wake"),
+    *("log", "show", "diff", "branch", "export", "import", "pin", "rm", "gc", "fsck"),
     *("doctor", "start-report", "demo", "bench"),
 )
-"""Each is a file here with a function of its name (``-`` is ``_``), or with a typer ``app`` of several."""
+"""Each is a file here with a function of its name (``-`` is ``_``; one that is a word of Python's ends with ``_``), or
+with a typer ``app`` of several."""
 
 
 class Commands(TyperGroup):
@@ -27,7 +30,7 @@ class Commands(TyperGroup):
         """The command, or None when there is none of that name."""
         if cmd_name not in COMMANDS:
             return None
-        name = cmd_name.replace("-", "_")
+        name = module_name(cmd_name)
         module = import_module(f"{__package__}.{name}")
         single = getattr(module, "app", None)
         if single is None:
@@ -40,6 +43,11 @@ class Commands(TyperGroup):
         command = typer.main.get_command(single)
         command.name = cmd_name
         return command
+
+
+def module_name(command: str) -> str:
+    """The file of a command, and its function."""
+    return command.replace("-", "_") + "_" * iskeyword(command)
 
 
 def plain_app(**options: Any) -> typer.Typer:

@@ -124,6 +124,17 @@ class StagedFile:
         except OSError as error:
             raise _storage_error(error, self.target) from None
 
+    def cut(self, size: int) -> None:
+        """Make it so long, where less was written than was reserved.
+
+        Raises:
+            StorageError.
+        """
+        try:
+            os.ftruncate(self._fd, size)
+        except OSError as error:
+            raise _storage_error(error, self.target) from None
+
     def publish(self) -> None:
         """Sync the bytes, give the file its name, sync the directory."""
         try:

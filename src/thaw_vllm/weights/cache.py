@@ -21,6 +21,7 @@ from typing import Any
 
 from ..errors import StorageError, ThawError, UsageError
 from ..format.header import Header
+from ..transport.private import private as made_private
 from ..transport.writer import remove_stale
 from .checkpoint import Checkpoint, open_checkpoint
 from .open import open_snapshot
@@ -45,21 +46,12 @@ def snapshots_directory(chosen: str | os.PathLike[str] | None = None) -> Path:
 
 
 def private(directory: Path) -> None:
-    """Make it, for its owner alone.
+    """``transport.private.private`` for this cache.
 
     Raises:
-        StorageError: it cannot be made or written to, belongs to somebody else, or others may write to it: whoever may
-            could give engines any weights.
+        StorageError: as that.
     """
-    try:
-        directory.mkdir(parents=True, mode=0o700, exist_ok=True)
-        found = directory.stat()
-    except OSError as error:
-        raise StorageError(f"the directory {str(directory)!r} cannot be made: {error.strerror or error}") from None
-    if found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o022:
-        raise StorageError(f"others may write to {str(directory)!r}; chmod 700 it, or choose another with --cache-dir")
-    if not os.access(directory, os.W_OK | os.X_OK):
-        raise StorageError(f"the directory {str(directory)!r} is not writable; choose another with --cache-dir")
+    made_private(directory, "choose another with --cache-dir")
 
 
 def limit(gigabytes: object) -> int | None:

@@ -1,0 +1,41 @@
+"""``thaw branch``: a session from the first tokens of another."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .output import Json, document, pairs
+from .sessions import Labels, SessionArgument, StoreOption, described, opened
+
+EXAMPLES = """
+thaw branch trunk --label plan-a
+thaw branch 3f2a91c0 --at 1024 --label "before the mistake"
+thaw branch 3f2a91c0 --at -20
+"""
+
+
+def branch(
+    session: SessionArgument,
+    at: Annotated[
+        int | None, typer.Option(metavar="N", help="Tokens that it has; below 0 from the end. [default: all]")
+    ] = None,
+    label: Labels = None,
+    store: StoreOption = None,
+    as_json: Json = False,
+) -> None:
+    """Make a session from the first tokens of another.
+
+    No engine is needed. It shares the blocks of that one. Rewinding is the same with an earlier token.
+    """
+    from ..sessions.branch import branch as make
+
+    place = opened(store)
+    id_ = make(place, session, at, labels=label or ())
+    head = place.read(id_).head
+    if as_json:
+        document(described(id_, head))
+        return
+    kept = head.blocks * head.block_size
+    pairs([("session", id_), ("tokens", str(head.count)), ("kept", f"{kept} tokens, no further room")])

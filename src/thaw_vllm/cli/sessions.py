@@ -1,0 +1,84 @@
+"""What the commands about sessions have in common: which store, how a session is described, and its text."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .output import plain
+
+if TYPE_CHECKING:
+    from ..sessions.record import Head
+    from ..sessions.store import Store
+
+SHOWN = 12
+"""Digits of an id that a table shows."""
+
+StoreOption = Annotated[
+    str | None,
+    typer.Option(
+        "--store",
+        metavar="DIR",
+        help="The store. [default: $THAW_SESSIONS_DIR, else ~/.local/share/thaw/sessions]",
+    ),
+]
+SessionArgument = Annotated[
+    str, typer.Argument(metavar="SESSION", help="An id of thaw log, its beginning, or a label.")
+]
+Labels = Annotated[
+    list[str] | None, typer.Option("--label", metavar="TEXT", help="A name of yours for it; may be repeated.")
+]
+ShowText = Annotated[bool, typer.Option("--show-text", help="With the text, which a store does not show unasked.")]
+Tokenizer = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Model directory for --show-text. [default: that of the session]"),
+]
+
+
+def opened(store: str | None) -> Store:
+    """The store that an option names.
+
+    Raises:
+        StorageError, FormatError: there is none.
+    """
+    from ..sessions.store import Store
+
+    return Store(store)
+
+
+def described(id_: str, head: Head, **more: Any) -> dict[str, Any]:
+    """A session as plain values: all but its tokens and its salt."""
+    known = head.to_json()
+    known = {name: known[name] for name in known if name not in ("nonce", "salt", "random")}
+    return {"id": id_} | known | {"tokens": known.pop("count"), "salted": head.salt is not None} | more
+
+
+def when(seconds: float) -> str:
+    """A moment, in this machine's time."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+
+
+def state(head: Head) -> str:
+    """What became of generating."""
+    return "open" if head.finished is None else f"finished: {plain(head.finished)}"
+
+
+def decoder(chosen: Path | None, *heads: Head) -> Callable[[list[int]], str]:
+    """Token ids to text, by the tokenizer that was chosen, else the sessions' own.
+
+    Raises:
+        UsageError: there is none.
+    """
+    from ..errors import UsageError
+    from .prefixes import decoder
+
+    if chosen is None:
+        sources = [head.source for head in heads if head.source is not None]
+        if not sources:
+            raise UsageError("it is not known where this session's tokenizer is; --tokenizer DIR names it")
+        chosen = Path(sources[0])
+    return decoder(chosen)

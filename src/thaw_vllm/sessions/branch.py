@@ -1,0 +1,71 @@
+"""A branch: another session with the first tokens of one, and the same blocks. No engine is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from .. import __version__
+from ..errors import UsageError
+from .record import Head, Session, new_nonce, now
+from .store import Store
+
+WRITER = f"thaw {__version__}"
+
+
+def branch(store: Store, session: str, at: int | None = None, *, labels: Sequence[str] = ()) -> str:
+    """A new session that begins like another one.
+
+    Rewinding is branching at an earlier token. It shares the blocks of which it has all tokens, and so takes no room
+    but its record's.
+
+    Args:
+        session: an id, how one begins, or a label.
+        at: tokens that it has, at least 1; from the end where that is below 0; None: all.
+
+    Returns:
+        Its id.
+
+    Raises:
+        UsageError: there is no such session, or no such token.
+        SpaceError, StorageError: nothing was published.
+    """
+    with store.use():
+        id_ = store.find(session)
+        whole = store.read(id_)
+        made = store.publish(cut(whole, id_, at, labels))
+        store.touch(id_)
+    return made
+
+
+def cut(whole: Session, id_: str, at: int | None, labels: Sequence[str] = ()) -> Session:
+    """The record of a branch, not published.
+
+    Raises:
+        UsageError: there is no such token.
+    """
+    head = whole.head
+    count = head.count if at is None else at if at >= 0 else head.count + at
+    if not 0 < count <= head.count:
+        raise UsageError(f"the session {id_[:12]} has {head.count} tokens; a branch may have 1 to as many, not {at}")
+    return Session(_branched(head, id_, count, labels), whole.tokens[:count])
+
+
+def _branched(head: Head, id_: str, count: int, labels: Sequence[str]) -> Head:
+    blocks = min(head.blocks, count // head.block_size)
+    same = count == head.count
+    return replace(
+        head,
+        count=count,
+        prompt=min(head.prompt, count),
+        created=now(),
+        parent=id_,
+        fork=count,
+        labels=tuple(labels),
+        finished=head.finished if same else None,
+        random=head.random if same else None,  # it is that of the last token
+        blocks=blocks,
+        kept=tuple(min(first, blocks) for first in head.kept),
+        writer=WRITER,
+        nonce=new_nonce(),
+    )

@@ -1,0 +1,117 @@
+"""Room made in a store: blocks that no session names, and the sessions that were used longest ago."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import StorageError, ThawError, UsageError
+from ..transport.writer import remove_stale
+from .blocks import name_of
+from .store import Store
+
+GB_VARIABLE = "THAW_SESSIONS_GB"
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What was removed, or would be.
+
+    Attributes:
+        sessions: their ids, the one used longest ago first.
+        blocks: files.
+        freed: bytes of blocks and records.
+        left: bytes of blocks that stay.
+        over: bytes by which what stays is more than it may be: pinned sessions hold it.
+    """
+
+    sessions: tuple[str, ...]
+    blocks: int
+    freed: int
+    left: int
+    over: int
+
+
+def limit(gigabytes: float | None) -> int | None:
+    """Bytes that a store may take: of ``--budget-gb``, else ``$THAW_SESSIONS_GB``; None: nobody said.
+
+    Raises:
+        UsageError: it is no number from 0.
+    """
+    given = os.environ.get(GB_VARIABLE) or None if gigabytes is None else gigabytes
+    if given is None:
+        return None
+    try:
+        found = float(given)
+    except ValueError:
+        found = math.nan
+    if not 0 <= found < math.inf:
+        raise UsageError(f"--budget-gb (or {GB_VARIABLE}) must be a number of gigabytes from 0, not {given!r}")
+    return int(found * 1e9)
+
+
+def collect(store: Store, budget: int | None = None, *, dry_run: bool = False) -> Collected:
+    """Remove what no session needs; with a budget also sessions, those used longest ago first, until blocks fit in it.
+
+    Which blocks are needed follows from the records alone, counted anew each time: a process that was killed in the
+    middle of anything leaves at most files that nobody needs.
+
+    Args:
+        budget: bytes of blocks; None: no session is removed. Pinned sessions stay.
+        dry_run: remove nothing.
+
+    Raises:
+        StorageError: a record cannot be read, so that it is not known what it needs; nothing was removed.
+    """
+    with store.alone():
+        listed, bad = store.listed()
+        if bad:
+            raise _unknown(store, bad)
+        needed = {}
+        for one in listed:
+            try:
+                needed[one.id] = {name.path(store.blocks) for _, name in store.names(store.read(one.id))}
+            except ThawError as error:
+                raise _unknown(store, {one.id: error}) from None
+        sizes = {path: path.stat().st_size for path in store.block_files() if name_of(path)}
+        counts = Counter(path for paths in needed.values() for path in paths)
+        there = sum(size for path, size in sizes.items() if path in counts)
+        gone = []
+        for one in sorted(listed, key=lambda one: (one.used, one.head.created)):
+            if budget is None or there <= budget:
+                break
+            if one.pinned:
+                continue
+            gone.append(one.id)
+            counts.subtract(needed[one.id])
+            there -= sum(sizes.get(path, 0) for path in needed[one.id] if not counts[path])
+        unneeded = [path for path in sizes if not counts[path]]
+        if not dry_run:
+            _remove(store, gone, unneeded, {id_ for one in listed if one.id not in gone for id_ in one.head.contexts})
+        over = 0 if budget is None else max(0, there - budget)
+        return Collected(tuple(gone), len(unneeded), sum(sizes[path] for path in unneeded), there, over)
+
+
+def _remove(store: Store, sessions: list[str], files: list[Path], contexts: Collection[str]) -> None:
+    for id_ in sessions:  # first: a record without its blocks would be worse than blocks without a record
+        store.remove(id_)
+    for path in files:
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()
+    for id_ in store.context_ids() - set(contexts):
+        store.remove_context(id_)
+    for below in store.directories():
+        remove_stale(below, "*")
+
+
+def _unknown(store: Store, bad: dict[str, ThawError]) -> StorageError:
+    id_, error = next(iter(bad.items()))
+    return StorageError(
+        f"the session {id_} in {str(store.directory)!r} cannot be read, so what it needs is not known, and nothing was "
+        f"removed: {error}; thaw fsck --repair takes it out"
+    )

@@ -1,0 +1,135 @@
+"""A store held against itself: every record, context and block; and what is damaged taken out of the way."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..errors import FormatError, StorageError, ThawError
+from ..transport.writer import ANY_TOKEN, hidden_name, remove_stale
+from . import blocks
+from .blocks import Name, name_of
+from .store import RECORD, Store
+
+Progress = Callable[[int, int], None]
+"""Called with blocks checked, and how many there are."""
+
+
+@dataclass
+class Checked:
+    """What was found.
+
+    Attributes:
+        sessions, blocks, bytes: that were looked at.
+        broken: sessions whose record or context is damaged, and why.
+        damaged: files of blocks that are not what was written, and why.
+        missing: sessions of which blocks are not there: how many.
+        hurt: sessions that name a damaged block.
+        unneeded: blocks that no session names; no fault, ``collect`` removes them.
+        unfinished: files of writers that were killed, or are writing; no fault either.
+        strange: files that are nothing of a store's.
+        repaired: what was taken out.
+    """
+
+    sessions: int = 0
+    blocks: int = 0
+    bytes: int = 0
+    broken: dict[str, str] = field(default_factory=dict)
+    damaged: dict[str, str] = field(default_factory=dict)
+    missing: dict[str, int] = field(default_factory=dict)
+    hurt: list[str] = field(default_factory=list)
+    unneeded: int = 0
+    unfinished: int = 0
+    strange: list[str] = field(default_factory=list)
+    repaired: list[str] = field(default_factory=list)
+
+    @property
+    def sound(self) -> bool:
+        """Every session that is there can be resumed whole."""
+        return not (self.broken or self.damaged or self.missing)
+
+
+def fsck(store: Store, *, quick: bool = False, repair: bool = False, progress: Progress | None = None) -> Checked:
+    """Hold everything in a store against its checksums and names.
+
+    Args:
+        quick: leave out the bytes of blocks; their heads and sizes are looked at.
+        repair: remove damaged blocks, and move records that cannot be read to ``lost``. A session that lacks a block
+            goes on from the one before it; the next checkpoint of the same tokens brings it back.
+
+    Raises:
+        StorageError: it cannot be read or repaired.
+    """
+    with store.alone() if repair else store.use():
+        found = Checked()
+        needed: dict[Name, int] = {}
+        owners: dict[str, list[Name]] = {}
+        listed, bad = store.listed()
+        found.broken = {id_: str(error) for id_, error in bad.items()}
+        for one in listed:
+            found.sessions += 1
+            try:
+                names = [*store.names(store.read(one.id))]
+            except ThawError as error:
+                found.broken[one.id] = str(error)
+                continue
+            owners[one.id] = [name for _, name in names]
+            needed |= {name: context.page for context, name in names}
+        there = _sort(store, found)
+        for done, (name, path) in enumerate(sorted(there.items(), key=lambda item: item[1])):
+            if progress is not None:
+                progress(done, len(there))
+            with contextlib.suppress(FileNotFoundError):
+                size = path.stat().st_size
+                found.blocks, found.bytes = found.blocks + 1, found.bytes + size
+                found.unneeded += name not in needed
+                try:
+                    length = needed.get(name, max(0, size - blocks.PAYLOAD_AT))
+                    if quick:
+                        blocks.check(store.blocks, name, length)
+                    else:
+                        blocks.read(store.blocks, name, memoryview(bytearray(length)))
+                except (FormatError, StorageError) as error:
+                    found.damaged[str(path)] = str(error)
+        if progress is not None:
+            progress(len(there), len(there))
+        for id_, own in owners.items():
+            if lacking := sum(name not in there for name in own):
+                found.missing[id_] = lacking
+            if any(str(there[name]) in found.damaged for name in own if name in there):
+                found.hurt.append(id_)
+        if repair:
+            _repair(store, found)
+        return found
+
+
+def _sort(store: Store, found: Checked) -> dict[Name, Path]:
+    """Blocks by their names; other files are noted."""
+    there = {}
+    for path in [*store.block_files(), *store.records()]:
+        name = name_of(path)
+        if path.match(hidden_name("*", ANY_TOKEN)):
+            found.unfinished += 1
+        elif path.parent.parent == store.blocks and name is not None:
+            there[name] = path
+        elif not store.knows(path):
+            found.strange.append(str(path))
+    return there
+
+
+def _repair(store: Store, found: Checked) -> None:
+    lost = store.directory / "lost"
+    try:
+        for shown in found.damaged:
+            Path(shown).unlink(missing_ok=True)
+            found.repaired.append(shown)
+        for id_ in found.broken:
+            lost.mkdir(mode=0o700, exist_ok=True)
+            store.record(id_).rename(lost / f"{id_}{RECORD}")
+            found.repaired.append(str(store.record(id_)))
+    except OSError as error:
+        raise StorageError(f"{str(store.directory)!r} cannot be repaired: {error.strerror or error}") from None
+    for below in store.directories():
+        found.repaired += map(str, remove_stale(below, "*"))

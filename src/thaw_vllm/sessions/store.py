@@ -1,0 +1,381 @@
+"""A directory of sessions: records, the contexts they name, and blocks that they share.
+
+Several processes may use it at once, and any of them may be killed at any moment: files appear whole or not at all, and
+records after what they name. ``use`` is held by whoever adds or reads blocks, ``alone`` by whoever removes some.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import CorruptionError, ExistsError, FormatError, StorageError, ThawError, UsageError, VersionError
+from ..format.document import canonical, parse
+from ..transport.private import private
+from ..transport.writer import StagedFile
+from . import blocks
+from .blocks import Name
+from .context import ID_DIGITS, MAX_CONTEXT, Context
+from .record import MAGIC, MAX_HEAD, MAX_TOKENS, Head, Session, decode, decode_head, record_id
+
+VARIABLE = "THAW_SESSIONS_DIR"
+ABOUT = "store.json"
+VERSION = 1
+RECORD, CONTEXT = ".session", ".json"
+SHORTEST = 4
+"""Digits by which a session may be named at least."""
+_AHEAD = 4096
+"""Bytes in which the head of most records ends."""
+
+
+def default_directory() -> Path:
+    """``$THAW_SESSIONS_DIR``, else ``$XDG_DATA_HOME/thaw/sessions``, by default below ``~/.local/share``."""
+    chosen = os.environ.get(VARIABLE)
+    base = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    return Path(os.path.abspath(Path(chosen).expanduser() if chosen else Path(base) / "thaw" / "sessions"))
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A record as a list has it.
+
+    Attributes:
+        id: of the session.
+        head: what it says; not held against the id, for which all of it would have to be read.
+        used: when it was made, or last resumed or branched off; seconds since 1970.
+        pinned: it is kept, whatever room it takes.
+    """
+
+    id: str
+    head: Head
+    used: float
+    pinned: bool
+
+
+class Store:
+    """Attributes:
+    directory: of all.
+    blocks: of the blocks' files.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str] | None = None, *, create: bool = False) -> None:
+        """
+        Args:
+            directory: None for ``default_directory``.
+            create: make it where it is not there.
+
+        Raises:
+            StorageError: there is none, it cannot be made, or others may write to it.
+            FormatError: it is something else, or of a later version.
+        """
+        self.directory = default_directory() if directory is None else Path(os.path.abspath(directory))
+        self.blocks = self.directory / "blocks"
+        self._sessions, self._contexts = self.directory / "sessions", self.directory / "contexts"
+        self._pins = self.directory / "pins"
+        self._known: dict[str, Context] = {}
+        shown = repr(str(self.directory))
+        about = self.directory / ABOUT
+        if not about.exists():
+            if not create:
+                raise StorageError(
+                    f"{shown} holds no sessions; thaw checkpoint makes them, --store or {VARIABLE} says where they are"
+                )
+            self._make(about, shown)
+        private(self.directory, f"choose another directory with --store or {VARIABLE}")
+        try:
+            found = parse(about.read_bytes()[:MAX_HEAD], ABOUT)
+        except OSError as error:
+            raise StorageError(f"{str(about)!r} cannot be read: {error.strerror or error}") from None
+        if found.get("holds") != "sessions":
+            raise FormatError(f"{shown} is no store of sessions")
+        if found.get("version") != VERSION:
+            raise VersionError(f"{shown} is of version {found.get('version')!r}; this thaw knows version {VERSION}")
+
+    def _make(self, about: Path, shown: str) -> None:
+        private(self.directory, f"choose another directory with --store or {VARIABLE}")
+        if any(not name.startswith(".") and name not in _PARTS for name in os.listdir(self.directory)):
+            raise StorageError(f"{shown} has other files in it; give an empty directory, or one that is not there yet")
+        try:
+            for part in (self.blocks, self._sessions, self._contexts, self._pins):
+                part.mkdir(mode=0o700, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"{shown} cannot be made: {error.strerror or error}") from None
+        with contextlib.suppress(ExistsError):  # another process was quicker
+            _publish(about, canonical({"holds": "sessions", "version": VERSION}))
+
+    # Locks
+
+    @contextlib.contextmanager
+    def use(self) -> Iterator[None]:
+        """Nobody removes blocks meanwhile. Waits for whoever does."""
+        with self._locked("gate", fcntl.LOCK_SH):
+            lock = self._lock("lock", fcntl.LOCK_SH)
+        try:
+            yield
+        finally:
+            os.close(lock)
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Nobody else uses it meanwhile. Waits for those that do; whoever comes after that waits for this."""
+        with self._locked("gate", fcntl.LOCK_EX), self._locked("lock", fcntl.LOCK_EX):
+            yield
+
+    @contextlib.contextmanager
+    def _locked(self, name: str, how: int) -> Iterator[None]:
+        lock = self._lock(name, how)
+        try:
+            yield
+        finally:
+            os.close(lock)
+
+    def _lock(self, name: str, how: int) -> int:
+        path = self.directory / f"{name}.lock"
+        try:
+            found = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise StorageError(f"{str(path)!r} cannot be opened: {error.strerror or error}") from None
+        try:
+            fcntl.flock(found, how)
+        except BaseException:
+            os.close(found)
+            raise
+        return found
+
+    # Records
+
+    def publish(self, session: Session, contexts: Sequence[Context] = ()) -> str:
+        """Make a session known; its blocks are there already. ``use`` is held.
+
+        Args:
+            contexts: those that it names, where they may not be there.
+
+        Returns:
+            Its id.
+
+        Raises:
+            UsageError: what a record cannot hold.
+            SpaceError, StorageError: nothing was published.
+        """
+        data = session.encode()
+        for context in contexts:
+            path = self._contexts / f"{context.id}{CONTEXT}"
+            if not path.exists():
+                with contextlib.suppress(ExistsError):
+                    _publish(path, canonical(context.to_json()))
+        id_ = record_id(data)
+        with contextlib.suppress(ExistsError):
+            _publish(self.record(id_), data)
+        return id_
+
+    def listed(self) -> tuple[list[Listed], dict[str, ThawError]]:
+        """All sessions, oldest first; and of those that cannot be read what is the matter, by id."""
+        found: list[Listed] = []
+        bad: dict[str, ThawError] = {}
+        pinned = self._named(self._pins, "")
+        for id_ in sorted(self._named(self._sessions, RECORD)):
+            path = self.record(id_)
+            try:
+                with path.open("rb", buffering=0) as file:
+                    status = os.fstat(file.fileno())
+                    data = file.read(_AHEAD)
+                    if b"\n" not in data[len(MAGIC) :]:
+                        data += file.read(MAX_HEAD)
+                head, _ = decode_head(data, repr(str(path)), status.st_size)
+                found.append(Listed(id_, head, status.st_mtime, id_ in pinned))
+            except FileNotFoundError:  # removed meanwhile
+                continue
+            except OSError as error:
+                bad[id_] = StorageError(f"{str(path)!r} cannot be read: {error.strerror or error}")
+            except ThawError as error:
+                bad[id_] = error
+        return sorted(found, key=lambda one: (one.head.created, one.id)), bad
+
+    def read(self, id_: str) -> Session:
+        """A session, held against its id.
+
+        Raises:
+            UsageError: there is none; FormatError, CorruptionError, StorageError: it cannot be used.
+        """
+        path = self.record(id_)
+        try:
+            if path.stat().st_size > len(MAGIC) + MAX_HEAD + 4 * MAX_TOKENS:
+                raise FormatError(f"{str(path)!r} is longer than any session")
+            data = path.read_bytes()
+        except FileNotFoundError:
+            raise UsageError(f"there is no session {id_!r} in {str(self.directory)!r}") from None
+        except OSError as error:
+            raise StorageError(f"{str(path)!r} cannot be read: {error.strerror or error}") from None
+        return decode(data, id_, repr(str(path)))
+
+    def find(self, word: str) -> str:
+        """The id of the session that a word means: an id, how one begins, or a label.
+
+        Raises:
+            UsageError: none, or several.
+        """
+        if word in (known := self._named(self._sessions, RECORD)):
+            return word
+        found = {id_ for id_ in known if len(word) >= SHORTEST and id_.startswith(word)}
+        found = found or {one.id for one in self.listed()[0] if word in one.head.labels}
+        if len(found) == 1:
+            return found.pop()
+        if found:
+            some = ", ".join(one[:12] for one in sorted(found)[:4])
+            raise UsageError(
+                f"{word!r} means {len(found)} sessions: {some}{' …' * (len(found) > 4)}; give more of an id"
+            )
+        raise UsageError(f"there is no session {word!r} in {str(self.directory)!r}; thaw log shows which there are")
+
+    def touch(self, id_: str) -> None:
+        """Note that it is used now."""
+        with contextlib.suppress(OSError):
+            os.utime(self.record(id_))
+
+    def pin(self, id_: str, pinned: bool = True) -> None:
+        """Keep it, whatever room it takes; or not any more.
+
+        Raises:
+            StorageError: that cannot be noted.
+        """
+        path = self._pins / id_
+        try:
+            if pinned:
+                path.touch(0o600)
+            else:
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            raise StorageError(f"{str(path)!r} cannot be written: {error.strerror or error}") from None
+
+    def pinned(self, id_: str) -> bool:
+        """Whether it is kept."""
+        return (self._pins / id_).exists()
+
+    def remove(self, id_: str) -> None:
+        """Forget a session; its blocks go with the next ``collect``.
+
+        Raises:
+            StorageError: it cannot be removed.
+        """
+        try:
+            self.record(id_).unlink(missing_ok=True)
+            (self._pins / id_).unlink(missing_ok=True)
+        except OSError as error:
+            raise StorageError(f"the session {id_!r} cannot be removed: {error.strerror or error}") from None
+
+    # What they name
+
+    def context(self, id_: str) -> Context:
+        """A context, held against its id.
+
+        Raises:
+            StorageError, FormatError, CorruptionError: it cannot be used.
+        """
+        if id_ not in self._known:
+            path = self._contexts / f"{id_}{CONTEXT}"
+            try:
+                if path.stat().st_size > MAX_CONTEXT:
+                    raise FormatError(f"{str(path)!r} is longer than any context")
+                data = path.read_bytes()
+            except OSError as error:
+                raise StorageError(f"{str(path)!r} cannot be read: {error.strerror or error}") from None
+            found = Context.from_json(parse(data, repr(str(path))))
+            if found.id != id_:
+                raise CorruptionError(f"{str(path)!r} is damaged: it is not the context that its name says")
+            self._known[id_] = found
+        return self._known[id_]
+
+    def contexts(self, head: Head) -> list[Context]:
+        """Of every rank.
+
+        Raises:
+            As ``context``; FormatError: they are not those of its ranks.
+        """
+        return _fitting(head, [self.context(id_) for id_ in head.contexts])
+
+    def names(self, session: Session) -> Iterator[tuple[Context, Name]]:
+        """Every block that is kept of a session, rank by rank, in the order of its tokens.
+
+        Raises:
+            As ``contexts``.
+        """
+        return self.named(session, self.contexts(session.head))
+
+    def named(self, session: Session, contexts: Sequence[Context]) -> Iterator[tuple[Context, Name]]:
+        """``names`` where the contexts are at hand.
+
+        Raises:
+            FormatError: they are not those of its ranks.
+        """
+        head = session.head
+        for context in _fitting(head, contexts):
+            for number, address in enumerate(context.addresses(session.tokens, head.salt, head.blocks)):
+                for group, first in enumerate(head.kept):
+                    if number >= first:
+                        yield context, Name(address, group)
+
+    def block_files(self) -> Iterator[Path]:
+        """Every file among the blocks."""
+        return blocks.everything(self.blocks)
+
+    def records(self) -> list[Path]:
+        """Every file among the records and the contexts."""
+        return [*sorted(self._sessions.iterdir()), *sorted(self._contexts.iterdir())]
+
+    def context_ids(self) -> set[str]:
+        """Of all contexts that are there."""
+        return self._named(self._contexts, CONTEXT)
+
+    def remove_context(self, id_: str) -> None:
+        """Forget one that no session names."""
+        with contextlib.suppress(OSError):
+            (self._contexts / f"{id_}{CONTEXT}").unlink()
+
+    def directories(self) -> list[Path]:
+        """In which writers write."""
+        own = [self.directory, self._sessions, self._contexts, self._pins]
+        return own + [below for below in sorted(self.blocks.iterdir()) if below.is_dir()]
+
+    def knows(self, path: Path) -> bool:
+        """Whether a file is a record or a context by its name."""
+        suffix = {self._sessions: RECORD, self._contexts: CONTEXT}.get(path.parent)
+        return suffix is not None and path.name.removesuffix(suffix) in self._named(path.parent, suffix)
+
+    def record(self, id_: str) -> Path:
+        """Its file."""
+        return self._sessions / f"{id_}{RECORD}"
+
+    def _named(self, directory: Path, suffix: str) -> set[str]:
+        try:
+            found = os.listdir(directory)
+        except FileNotFoundError:
+            return set()
+        except OSError as error:
+            raise StorageError(f"{str(directory)!r} cannot be read: {error.strerror or error}") from None
+        stems = {name.removesuffix(suffix) for name in found if name.endswith(suffix)}
+        return {stem for stem in stems if len(stem) == ID_DIGITS and set(stem) <= set("0123456789abcdef")}
+
+
+def _fitting(head: Head, contexts: Sequence[Context]) -> list[Context]:
+    for rank, one in enumerate(contexts):
+        layout, parallel = one.layout, one.identity.parallel
+        if (parallel.rank, parallel.world) != (rank, len(contexts)):
+            raise FormatError("a session's contexts are not those of its ranks")
+        if len(layout.groups) != len(head.kept) or layout.block_size != head.block_size:
+            raise FormatError("a session has other groups or blocks than its contexts")
+        if one.identity.model != head.model:
+            raise FormatError("a session names another model than its contexts")
+    return [*contexts]
+
+
+_PARTS = {ABOUT, "blocks", "sessions", "contexts", "pins", "gate.lock", "lock.lock"}
+
+
+def _publish(path: Path, data: bytes) -> None:
+    with StagedFile(path, len(data)) as staged:
+        staged.write(0, data)
+        staged.publish()

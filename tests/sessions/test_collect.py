@@ -1,0 +1,151 @@
+"""Room is made of what nobody needs, and of sessions when a budget says so; nothing that is needed ever goes."""
+
+import os
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.sessions.made import SIZE, context, resumes, save, session
+
+from thaw_vllm.errors import StorageError, UsageError
+from thaw_vllm.sessions.branch import branch
+from thaw_vllm.sessions.collect import collect, limit
+from thaw_vllm.sessions.fsck import fsck
+from thaw_vllm.sessions.store import Store
+
+BLOCK = 4096 + context().page
+
+
+def tokens(number, blocks):
+    return [1, 2, 3, 4, *[number] * (SIZE * (blocks - 1))]
+
+
+def used(store, id_, when):
+    os.utime(store.record(id_), (when, when))
+
+
+def test_only_what_nobody_names_goes(store):
+    kept, _ = save(store, session(tokens(5, 3)))
+    gone, _ = save(store, session(tokens(6, 4)))
+    assert collect(store).blocks == 0
+    store.remove(gone)
+    assert fsck(store).unneeded == 3
+    dry = collect(store, dry_run=True)
+    assert dry.blocks == 3 and len([*store.block_files()]) == 6
+    found = collect(store)
+    assert found == dry and (found.freed, found.left, found.sessions) == (3 * BLOCK, 3 * BLOCK, ())
+    assert resumes(store, kept) and fsck(store).sound and collect(store).blocks == 0
+
+
+def test_a_budget_takes_the_sessions_used_longest_ago(store):
+    ids = [save(store, session(tokens(number, 3)))[0] for number in range(5, 9)]
+    for when, id_ in zip((30, 10, 20, 40), ids, strict=True):
+        used(store, id_, when)
+    found = collect(store, 6 * BLOCK)  # each has two blocks of its own, and one is everybody's
+    assert found.sessions == (ids[1], ids[2]) and found.left == 5 * BLOCK and found.over == 0
+    assert [one.id for one in store.listed()[0]] == [ids[0], ids[3]]
+    assert resumes(store, ids[0]) and resumes(store, ids[3]) and fsck(store).sound
+
+
+def test_branching_off_is_a_use(store):
+    first, _ = save(store, session(tokens(5, 3)))
+    second, _ = save(store, session(tokens(6, 3)))
+    used(store, first, 10)
+    used(store, second, 20)
+    branch(store, first, 4)
+    assert collect(store, 4 * BLOCK).sessions == (second,)
+
+
+def test_pinned_ones_stay(store):
+    pinned, _ = save(store, session(tokens(5, 3)))
+    other, _ = save(store, session(tokens(6, 3)))
+    store.pin(pinned)
+    found = collect(store, 0)
+    assert found.sessions == (other,) and found.left == found.over == 3 * BLOCK
+    assert resumes(store, pinned)
+
+
+def test_branches_keep_what_they_share(store):
+    trunk, _ = save(store, session(tokens(5, 4)))
+    early = branch(store, trunk, 9)
+    store.remove(trunk)
+    assert collect(store).blocks == 2 and resumes(store, early)
+
+
+def test_contexts_go_with_the_last_session(store):
+    other = context(page=64)
+    id_, _ = save(store, session(range(8), contexts=[other]), [other])
+    save(store, session(range(8)))
+    store.remove(id_)
+    collect(store)
+    assert store.context_ids() == {context().id}
+
+
+def test_nothing_goes_while_a_record_cannot_be_read(store):
+    good, _ = save(store, session(tokens(5, 3)))
+    bad, _ = save(store, session(tokens(6, 3)))
+    path = store.record(bad)
+    for damage in (b"", path.read_bytes()[:-1] + b"\1"):
+        path.write_bytes(damage)
+        with pytest.raises(StorageError, match="nothing was removed"):
+            collect(store, 0)
+    assert len([*store.block_files()]) == 5 and len(store.listed()[0]) == 2
+    assert fsck(store, repair=True).broken.keys() == {bad}
+    assert (store.directory / "lost" / path.name).exists()
+    assert collect(store).blocks == 2 and resumes(store, good)
+
+
+def test_files_of_killed_writers_go(store):
+    save(store, session(tokens(5, 2)))
+    below = next(store.block_files()).parent
+    for directory in (below, store.directory / "sessions"):
+        (directory / ".x.block.0123abcd.thaw-part").touch()
+    assert fsck(store).unfinished == 2 and fsck(store).sound
+    collect(store)
+    assert fsck(store).unfinished == 0
+
+
+@pytest.mark.parametrize(("given_", "variable", "found"), [(None, "", None), (None, "1.5", 1.5e9), (0, "7", 0)])
+def test_the_limit(monkeypatch, given_, variable, found):
+    monkeypatch.setenv("THAW_SESSIONS_GB", variable)
+    assert limit(given_) == found
+
+
+@pytest.mark.parametrize("variable", ["x", "-1", "nan", "inf"])
+def test_a_limit_that_is_none(monkeypatch, variable):
+    monkeypatch.setenv("THAW_SESSIONS_GB", variable)
+    with pytest.raises(UsageError, match="THAW_SESSIONS_GB"):
+        limit(None)
+
+
+ACTS = st.lists(
+    st.one_of(
+        st.tuples(st.just("save"), st.lists(st.integers(0, 1), min_size=1, max_size=5)),
+        st.tuples(st.just("branch"), st.integers(0, 9), st.integers(1, 20)),
+        st.tuples(st.just("remove"), st.integers(0, 9)),
+        st.tuples(st.just("collect"), st.none() | st.integers(0, 8)),
+    ),
+    max_size=14,
+)
+
+
+@given(acts=ACTS)
+def test_whatever_happens_every_session_resumes(tmp_path_factory, acts):
+    store = Store(tmp_path_factory.mktemp("s") / "store", create=True)
+    known = []
+    for what, *arguments in acts:
+        if what == "save":
+            known.append(save(store, session([one for one in arguments[0] for _ in range(SIZE)]))[0])
+        elif known and what == "branch":
+            one = known[arguments[0] % len(known)]
+            known.append(branch(store, one, min(arguments[1], store.read(one).head.count)))
+        elif known and what == "remove":
+            store.remove(known.pop(arguments[0] % len(known)))
+        elif what == "collect":
+            budget = None if arguments[0] is None else arguments[0] * BLOCK
+            found = collect(store, budget)
+            known = [one for one in known if one not in found.sessions]
+            assert budget is None or found.left <= budget
+            assert found.left == sum(path.stat().st_size for path in store.block_files())
+    assert {one.id for one in store.listed()[0]} == {*known}
+    assert fsck(store).sound and all(resumes(store, one) for one in known)

@@ -1,0 +1,80 @@
+"""Damage is found, said of whom, taken out; and what is whole stays."""
+
+import pytest
+from tests.sessions.made import SIZE, resumes, save, session
+
+from thaw_vllm.sessions.fsck import fsck
+
+
+@pytest.fixture
+def two(store):
+    """Two sessions with two blocks in common and one of each one's own."""
+    return [save(store, session([*range(8), *[number] * SIZE]))[0] for number in (50, 60)]
+
+
+def own(store, id_):
+    names = [name for _, name in store.names(store.read(id_))]
+    return names[-1].path(store.blocks)
+
+
+def flip(path, at=-1):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 4
+    path.write_bytes(data)
+
+
+def test_a_sound_store(store, two):
+    seen = []
+    found = fsck(store, progress=lambda done, total: seen.append((done, total)))
+    assert found.sound and (found.sessions, found.blocks, found.unneeded) == (2, 4, 0)
+    assert seen[-1] == (4, 4)
+
+
+@pytest.mark.parametrize("at", [-1, 20])
+def test_a_flipped_bit_hurts_whose_block_it_is(store, two, at):
+    path = own(store, two[0])
+    flip(path, at)
+    found = fsck(store)
+    assert not found.sound and [*found.damaged] == [str(path)] and found.hurt == [two[0]]
+    assert resumes(store, two[1])
+    quick = fsck(store, quick=True)
+    assert quick.sound == (at == -1)
+
+
+def test_a_shared_block_hurts_both(store, two):
+    flip(next(name.path(store.blocks) for _, name in store.names(store.read(two[0]))))
+    assert fsck(store).hurt == sorted(two, key=lambda id_: store.read(id_).head.created)
+
+
+def test_a_repair_lets_a_checkpoint_bring_it_back(store, two):
+    path = own(store, two[0])
+    flip(path)
+    found = fsck(store, repair=True)
+    assert found.repaired == [str(path)] and not path.exists()
+    again = fsck(store)
+    assert again.missing == {two[0]: 1} and not again.damaged and not again.sound
+    assert save(store, store.read(two[0]))[1] == 1
+    assert fsck(store).sound and resumes(store, two[0])
+
+
+def test_a_missing_block(store, two):
+    own(store, two[1]).unlink()
+    found = fsck(store, quick=True)
+    assert not found.sound and found.missing == {two[1]: 1}
+
+
+def test_a_missing_context(store, two):
+    (path,) = (store.directory / "contexts").iterdir()
+    path.unlink()
+    store._known.clear()
+    assert fsck(store).broken.keys() == {*two}
+
+
+def test_strange_files_are_named_and_left(store, two):
+    strange = [store.blocks / "x", store.blocks / "aa" / "b.block", store.directory / "sessions" / "notes.txt"]
+    (store.blocks / "aa").mkdir(exist_ok=True)
+    for path in strange:
+        path.touch()
+    found = fsck(store, repair=True)
+    assert sorted(found.strange) == sorted(map(str, strange)) and found.sound
+    assert all(path.exists() for path in strange)
