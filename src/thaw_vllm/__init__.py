@@ -13,6 +13,10 @@ __version__ = "0.1.0"
 _HOMES = {
     "ThawModelLoader": "engines.vllm.loader",
     "check_swap": "engines.vllm.swap.api",
+    "checkpoint": "engines.vllm.sessions.api",
+    "checkpoint_async": "engines.vllm.sessions.api",
+    "checkout": "engines.vllm.sessions.api",
+    "checkout_async": "engines.vllm.sessions.api",
     "expect_kv_restore": "engines.vllm.kv.api",
     "expect_kv_restore_async": "engines.vllm.kv.api",
     "freeze_cache": "engines.transformers.cache",
@@ -34,6 +38,7 @@ _HOMES = {
     "restore_model": "weights.module",
     "restore_model_from_ram": "weights.module",
     "restore_model_pipelined": "weights.module",
+    "resume": "engines.vllm.sessions.api",
     "swap_weights": "engines.vllm.swap.api",
     "swap_weights_async": "engines.vllm.swap.api",
     "unpin_snapshot": "engines.vllm.swap.api",
@@ -45,6 +50,10 @@ __all__ = [
     "ThawModelLoader",
     "__version__",
     "check_swap",
+    "checkout",
+    "checkout_async",
+    "checkpoint",
+    "checkpoint_async",
     "expect_kv_restore",
     "expect_kv_restore_async",
     "freeze_cache",
@@ -66,6 +75,7 @@ __all__ = [
     "restore_model",
     "restore_model_from_ram",
     "restore_model_pipelined",
+    "resume",
     "swap_weights",
     "swap_weights_async",
     "unpin_snapshot",
@@ -87,6 +97,7 @@ if TYPE_CHECKING:
         restore_kv_cache_tp,
     )
     from .engines.vllm.loader import ThawModelLoader
+    from .engines.vllm.sessions.api import checkout, checkout_async, checkpoint, checkpoint_async, resume
     from .engines.vllm.swap.api import (
         check_swap,
         pin_snapshot,

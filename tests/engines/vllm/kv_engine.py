@@ -30,14 +30,50 @@ def ask(llm, step):
     found = []
     for prompt in prompts:  # one by one: how requests share steps depends on time, and roundings on that
         (output,) = llm.generate([prompt], sampling, use_tqdm=False)
-        found.append(
-            {
-                "cached": output.num_cached_tokens,
-                "tokens": list(output.outputs[0].token_ids),
-                "logprobs": [sorted([t, e.logprob] for t, e in at.items()) for at in output.outputs[0].logprobs],
-            }
-        )
+        found.append(answered(output))
     return found
+
+
+def answered(output):
+    """Cached tokens, tokens and log-probabilities of an answer."""
+    own = output.outputs[0]
+    return {
+        "cached": output.num_cached_tokens,
+        "tokens": list(own.token_ids),
+        "logprobs": [sorted([t, e.logprob] for t, e in at.items()) for at in own.logprobs or []],
+    }
+
+
+def checkpoint(llm, options):
+    """Generate with these sampling parameters, and keep that; without, keep the token ids alone."""
+    from vllm import SamplingParams
+
+    from thaw_vllm import checkpoint
+
+    tokens, sampling, found = options.pop("tokens"), options.pop("sampling", None), None
+    if sampling is not None:
+        salt = {"cache_salt": options["cache_salt"]} if "cache_salt" in options else {}
+        params = SamplingParams(**sampling)
+        (output,) = llm.generate([{"prompt_token_ids": tokens} | salt], params, use_tqdm=False)
+        found, tokens, options = answered(output), output, options | {"sampling_params": params}
+    return {"answer": found} | dataclasses.asdict(checkpoint(llm, tokens, **options))
+
+
+def resume(llm, options):
+    """Go on with a session, or only bring it back where nothing is to be generated."""
+    from vllm import SamplingParams
+
+    from thaw_vllm import checkout, resume
+
+    sampling = options.pop("sampling", None)
+    if sampling is not None:
+        options["sampling_params"] = SamplingParams(**sampling)
+    if options.pop("only", False):
+        output, there = None, checkout(llm, **options)
+    else:
+        output, there = resume(llm, **options)
+    there = {name: value for name, value in vars(there).items() if name not in ("prompt", "sampling_params")}
+    return {"answer": None if output is None else answered(output)} | there
 
 
 def interleave(llm, folder, prompts, seeds, length, model_id):
@@ -116,6 +152,15 @@ def do(llm, step):
         return dataclasses.asdict(freeze_kv_cache(llm, options.pop("path"), **options))
     if what == "restore":
         return dataclasses.asdict(restore_kv_cache(llm, options.pop("path"), **options))
+    if what == "checkpoint":
+        return checkpoint(llm, options)
+    if what == "branch":
+        from thaw_vllm.sessions.branch import branch
+        from thaw_vllm.sessions.store import Store
+
+        return branch(Store(options.pop("store")), **options)
+    if what == "resume":
+        return resume(llm, options)
     if what == "info":
         return kv_cache_info(llm, **options)
     if what == "reset":

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.engines.vllm import forks
 
 from thaw_vllm.engines.vllm import fresh
 from thaw_vllm.errors import CorruptionError, MismatchError, StorageError, UsageError
@@ -31,20 +32,24 @@ PARALLEL = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 
 
 def ask(model: Path | None, snapshot: Path | None, **changes: Any) -> dict[str, Any]:
-    return fresh.run(
+    return forked(
         "ask",
         model=None if model is None else str(model),
         snapshot=snapshot,
         engine_args=ARGS | changes,
         questions=PROMPTS,
         max_tokens=16,
-        environment=PARALLEL if "tensor_parallel_size" in changes else None,
     )
 
 
 def freeze(model: Path, snapshot: Path, **changes: Any) -> dict[str, Any]:
-    environment = PARALLEL if "tensor_parallel_size" in changes else None
-    return fresh.run("freeze", model=str(model), snapshot=snapshot, engine_args=ARGS | changes, environment=environment)
+    return forked("freeze", model=str(model), snapshot=snapshot, engine_args=ARGS | changes)
+
+
+def forked(action: str, *, engine_args: dict[str, Any], **options: Any) -> dict[str, Any]:
+    """``fresh.run`` in a fork of the tests' zygote."""
+    environment = forks.environment(PARALLEL if "tensor_parallel_size" in engine_args else None)
+    return fresh.run(action, engine_args=engine_args, environment=environment, zygote=forks.NAME, **options)
 
 
 @pytest.fixture(scope="module")

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tests.engines.vllm import forks
 from tests.engines.vllm.kv_files import altered, flipped, with_identity, with_layout
 from tests.engines.vllm.test_engine import PARALLEL, freeze
 
@@ -35,15 +34,14 @@ ARGS: dict[str, Any] = {"enforce_eager": True, "max_model_len": 512, "block_size
 
 
 def run_script(name: str, folder: Path, asked: Any, environment: dict[str, str] | None = None, **options: Any) -> Any:
-    """What a script of this directory answers, in a fresh process; ``options`` are of ``subprocess.run``."""
+    """What a script of this directory answers, in a process of its own; ``options`` are of ``subprocess.run``."""
     question, answer, log = (folder / file for file in ("asked.json", "answer.json", "log.txt"))
     answer.unlink(missing_ok=True)
     question.write_text(json.dumps(asked, default=str))
-    paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
     with log.open("wb") as stream:
-        command = [sys.executable, str(Path(__file__).with_name(name)), str(question), str(answer)]
-        environment = os.environ | paths | (environment or {})
-        subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, env=environment, check=False, **options)
+        command = [*forks.command(), str(Path(__file__).with_name(name)), str(question), str(answer)]
+        variables = forks.environment(environment)
+        subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, env=variables, check=False, **options)
     assert answer.exists(), log.read_text(errors="replace")[-3000:]
     return json.loads(answer.read_text())
 

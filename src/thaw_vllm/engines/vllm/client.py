@@ -12,6 +12,7 @@ from . import versions
 from .answers import raised
 from .kv import core as kv_core
 from .kv.jobs import PAUSE
+from .sessions import core as sessions_core
 from .swap import core as swap_core
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ WAKE = "thaw_wake"
 def install() -> None:
     """Give the engine core thaw's methods, where this process has it; again does nothing."""
     kv_core.install()
+    sessions_core.install()
     swap_core.install()
 
 

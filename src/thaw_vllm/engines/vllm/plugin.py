@@ -23,6 +23,8 @@ _WORKER_METHODS = (
     "thaw_kv_job",
     "thaw_kv_expect",
     "thaw_kv_fill",
+    "thaw_session_write",
+    "thaw_session_fill",
 )
 
 

@@ -67,6 +67,20 @@ def thaw_kv_fill(worker: Any, options: dict[str, Any]) -> dict[str, Any]:
     return pages.fill(worker, options)
 
 
+def thaw_session_write(worker: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """See sessions/pages.py."""
+    from .sessions import pages
+
+    return pages.write(worker, options)
+
+
+def thaw_session_fill(worker: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """See sessions/pages.py."""
+    from .sessions import pages
+
+    return pages.fill(worker, options)
+
+
 @answering
 def thaw_swap_check(worker: Any, path: str, quick: bool = False) -> Answer:
     """See swap/check.py."""

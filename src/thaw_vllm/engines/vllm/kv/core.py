@@ -54,7 +54,7 @@ def info(core: Any, options: dict[str, Any]) -> dict[str, Any]:
         "cached": len(cached),
         "known": with_tokens,
         "block_size": pool.hash_block_size,
-        "model": _model(core, options.get("model"), required=False),
+        "model": model_of(core, options.get("model"), required=False),
     }
 
 
@@ -76,15 +76,16 @@ def freeze(core: Any, options: dict[str, Any]) -> dict[str, Any]:
     """
     phases = Phases()
     pool = versions.block_pool(core)
-    _awake(core)
-    _describe(core, pool)  # what a rank refuses, it refuses before the others wait for it
+    require_awake(core)
+    describe(core, pool)  # what a rank refuses, it refuses before the others wait for it
     reap(core)
-    layout = _layout(core, pool)
-    model = _model(core, options.get("model"), required=True)
+    layout = core_layout(core, pool)
+    model = model_of(core, options.get("model"), required=True)
     phases.end("identify")
     prefixes = options.get("prefixes")
     if options.get("request") is not None:
-        prefixes = [_of_request(core, options["request"])]
+        live = live_request(core, options["request"])
+        prefixes = [{"tokens": list(live.all_token_ids), "salt": live.cache_salt}]
     selection = Selection(core, pool, layout)
     if prefixes is None:
         selection.everything()
@@ -166,11 +167,11 @@ def restore(core: Any, options: dict[str, Any]) -> dict[str, Any]:
         longest that is whole in the cache now; ``bytes``, ``seconds``, ``phases``.
     """
     phases = Phases()
-    _awake(core)
+    require_awake(core)
     pool, path = versions.block_pool(core), options["path"]
-    layout = _layout(core, pool)
-    described = _describe(core, pool, path)
-    model = _model(core, options.get("model"), required=True)
+    layout = core_layout(core, pool)
+    described = describe(core, pool, path)
+    model = model_of(core, options.get("model"), required=True)
     phases.end("identify")
     wanted = Identity.from_json(described["identity"] | {"model": model})
     with open_rank(path, 0) as opened, ahead.lending(opened) as lent:
@@ -184,11 +185,22 @@ def restore(core: Any, options: dict[str, Any]) -> dict[str, Any]:
             "layout": layout.to_json(),
         }
         phases.end("table")
-        return {"path": path} | _bring_in(core, pool, table, asked, bool(options.get("evict")), phases)
+        return {"path": path} | bring_in(core, pool, table, asked, bool(options.get("evict")), phases)
 
 
-def _bring_in(core: Any, pool: Any, table: Table, asked: dict[str, Any], evict: bool, phases: Phases) -> dict[str, Any]:
-    """The blocks of a table that are not cached, by the workers, who are asked with ``slots`` and ``ids`` added."""
+def bring_in(
+    core: Any, pool: Any, table: Table, asked: dict[str, Any], evict: bool, phases: Phases, fill: str = "thaw_kv_fill"
+) -> dict[str, Any]:
+    """Have the workers fill blocks with what a table lists and is not cached, and make it known.
+
+    Args:
+        asked: of the workers, with ``slots`` of the table and ``ids`` of blocks added.
+        evict: let cached blocks that nobody uses make room.
+        fill: the workers' method.
+
+    Returns:
+        As ``restore``, but for the path.
+    """
     names, key = _names(core, table), versions.block_keys()
     missing: list[_Page] = []
     present = []
@@ -212,7 +224,7 @@ def _bring_in(core: Any, pool: Any, table: Table, asked: dict[str, Any], evict: 
         if chosen:
             blocks = pool.get_new_blocks(len(chosen))
             pages = {"slots": [slot for _, _, slot, _ in chosen], "ids": [block.block_id for block in blocks]}
-            filled = all_raised(core.model_executor.collective_rpc("thaw_kv_fill", args=(asked | pages,)))
+            filled = all_raised(core.model_executor.collective_rpc(fill, args=(asked | pages,)))
             moved = sum(answer["bytes"] for answer in filled)
             phases.add(slowest(filled), "workers")
             for (number, _, _, known_as), block in zip(chosen, blocks, strict=True):
@@ -300,7 +312,7 @@ def _table(opened: Opened, path: str, wanted: Identity, layout: Layout) -> Table
     return read_table(opened)
 
 
-def _layout(core: Any, pool: Any) -> Layout:
+def core_layout(core: Any, pool: Any) -> Layout:
     """The core's share of the layout; the workers know the regions."""
     config = core.vllm_config
     groups = []
@@ -332,19 +344,22 @@ def _layout(core: Any, pool: Any) -> Layout:
     )
 
 
-def _awake(core: Any) -> None:
+def require_awake(core: Any) -> None:
+    """Raises:
+    UsageError: its cache may be gone.
+    """
     if versions.is_sleeping(core):
         raise UsageError("the engine is asleep or paused, and its cache may be gone; wake it up first")
 
 
-def _describe(core: Any, pool: Any, path: str | None = None) -> dict[str, Any]:
+def describe(core: Any, pool: Any, path: str | None = None) -> dict[str, Any]:
     """Rank 0's identity, once every rank has said that it understands its memory; ``path``: of what is restored."""
     options = {"blocks": pool.num_gpu_blocks, "path": path}
     answers = core.model_executor.collective_rpc("thaw_kv_describe", args=(options,))
     return all_raised(answers)[0]
 
 
-def _model(core: Any, given: str | None, *, required: bool) -> str | None:
+def model_of(core: Any, given: str | None, *, required: bool) -> str | None:
     """The model id: what the workers' loader knew, or what the caller says.
 
     Raises:
@@ -366,14 +381,18 @@ def _model(core: Any, given: str | None, *, required: bool) -> str | None:
     return found
 
 
-def _of_request(core: Any, request: str) -> dict[str, Any]:
-    """Tokens of a live request, by its id or by how that begins (vLLM adds to the ids that it is given)."""
+def live_request(core: Any, request: str) -> Any:
+    """A live request of the scheduler's, by its id or by how that begins (vLLM adds to the ids that it is given).
+
+    Raises:
+        UsageError: there is none of that id, or there are several.
+    """
     live = core.scheduler.requests
     found = [live[request]] if request in live else [r for name, r in live.items() if name.startswith(f"{request}-")]
     if len(found) != 1:
         names = ", ".join([*live][:5]) + (f" and {len(live) - 5} more" if len(live) > 5 else "") or "none"
         raise UsageError(f"{len(found)} running requests are called {request!r}; running are: {names}")
-    return {"tokens": list(found[0].all_token_ids), "salt": found[0].cache_salt}
+    return found[0]
 
 
 def path_of(path: str | os.PathLike[str]) -> str:

@@ -94,7 +94,7 @@ def freeze(worker: Any, options: dict[str, Any]) -> dict[str, Any]:
         The FreezeReport as a dict, or ``{"running": True}``, and then ``job`` has it.
     """
     own, found = identity(worker), regions(worker, options["blocks"])
-    header = Header(identity=own, writer=options["writer"], kv=_layout(options["layout"], found))
+    header = Header(identity=own, writer=options["writer"], kv=whole_layout(options["layout"], found))
     exchange = world_exchange()
     if options["job"] is None or exchange is not alone:  # ranks in threads would mix their messages with the engine's
         return _write(options, header, found, exchange, None)
@@ -287,7 +287,7 @@ def fill(worker: Any, options: dict[str, Any]) -> dict[str, Any]:
     phases = Phases()
     own = dataclasses.replace(identity(worker), model=options["model"])
     found = regions(worker, options["blocks"])
-    wanted = _layout(options["layout"], found)
+    wanted = whole_layout(options["layout"], found)
     with collection_paused(), _opened(options, own.parallel.rank) as opened:
         header = opened.snapshot.header
         require(header.identity, own, options["path"])
@@ -350,7 +350,8 @@ def _pass(
     phases.end("close")
 
 
-def _layout(shared: dict[str, Any], found: list[tuple[Region, torch.Tensor]]) -> Layout:
+def whole_layout(shared: dict[str, Any], found: list[tuple[Region, torch.Tensor]]) -> Layout:
+    """A rank's layout: what the engine core knows of it, as a document, and this rank's regions."""
     held = tuple(region for region, _ in found)
     # One stands for all: they are this process's own, and checking hundreds would hold up a step.
     return dataclasses.replace(Layout.from_json(shared | {"regions": [held[0].to_json()]}), regions=held)

@@ -1,0 +1,372 @@
+"""Python calls: keep what a request has come to, and take a session up again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from ....errors import UnsupportedError, UsageError
+from ....format.identity import model_id as checked_model_id
+from ....sessions.context import Context
+from ....sessions.diff import common_tokens
+from ....sessions.record import Head, Session, ids, new_nonce, now
+from ....sessions.store import Store
+from ..client import ask, call
+from . import sampling
+
+if TYPE_CHECKING:
+    from vllm import LLM, RequestOutput, SamplingParams
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+StorePath = Store | str | os.PathLike[str] | None
+"""A store, its directory, or None for the default one."""
+
+
+@dataclass(frozen=True)
+class CheckpointReport:
+    """What was kept.
+
+    Attributes:
+        session: its id.
+        store: the directory.
+        tokens: of the session.
+        blocks: that are kept of it, of tokens.
+        added: files of blocks that the store did not have.
+        bytes: of those.
+        seconds: in the engine.
+        phases: seconds of each, in order; of several ranks the slowest one's.
+    """
+
+    session: str
+    store: str
+    tokens: int
+    blocks: int
+    added: int
+    bytes: int
+    seconds: float
+    phases: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Checkout:
+    """A session in an engine: its blocks are cached, and this is the request that goes on.
+
+    Attributes:
+        session: its id.
+        prompt: for ``generate``: all tokens, and the salt.
+        sampling_params: for ``generate``: the session's own, less what was generated, or those that were given.
+        inexact: names of parameters by which the continuation may differ from what the session would have gone on
+            with; empty: by none.
+        tokens: of the session, and what was appended.
+        blocks, present, left_out: as of ``KVRestoreReport``.
+        lost: blocks that the store lacks.
+        cached: tokens whose keys and values need not be computed again.
+        bytes: moved, all ranks.
+        seconds, phases: in the engine.
+    """
+
+    session: str
+    prompt: dict[str, Any] = field(repr=False)
+    sampling_params: SamplingParams
+    inexact: tuple[str, ...]
+    tokens: int
+    blocks: int
+    present: int
+    left_out: int
+    lost: int
+    cached: int
+    bytes: int
+    seconds: float
+    phases: dict[str, float] = field(default_factory=dict)
+
+
+def checkpoint(
+    llm: LLM,
+    what: RequestOutput | Sequence[int] | str,
+    *,
+    sampling_params: SamplingParams | None = None,
+    index: int = 0,
+    parent: str | None = None,
+    labels: Sequence[str] = (),
+    cache_salt: str | None = None,
+    store: StorePath = None,
+    model_id: str | None = None,
+) -> CheckpointReport:
+    """Keep a session: its tokens, how it was sampled, and the blocks of keys and values that the engine has of it.
+
+    Args:
+        llm: a ``vllm.LLM`` with prefix caching.
+        what: an answer of ``generate``; token ids, all of which count as given; or the id of a running request.
+        sampling_params: that an answer was generated with; a running request has its own.
+        index: which of several continuations of an answer.
+        parent: the session that it went on from, as ``Store.find`` takes it.
+        labels: names of yours for it.
+        cache_salt: of the request, where it had one; a running request has its own.
+        store: where to keep it; made where there is none.
+        model_id: which weights the engine holds (``thaw id``), where it was not started from a snapshot.
+
+    Raises:
+        UsageError: there is no such request or session, or the model id is not known.
+        UnsupportedError: a cache, or a request, that this version cannot keep exactly.
+        SpaceError, StorageError: nothing was published.
+
+    Notes:
+        Only whole blocks that are cached are kept; a session without any is its tokens alone.
+    """
+    made = _Checkpoint(what, sampling_params, index, parent, labels, cache_salt, store, model_id)
+    with made.store.use():
+        return made.publish(call(llm, "thaw_session_keep", made.options))
+
+
+async def checkpoint_async(
+    engine: AsyncLLM,
+    what: RequestOutput | Sequence[int] | str,
+    *,
+    sampling_params: SamplingParams | None = None,
+    index: int = 0,
+    parent: str | None = None,
+    labels: Sequence[str] = (),
+    cache_salt: str | None = None,
+    store: StorePath = None,
+    model_id: str | None = None,
+) -> CheckpointReport:
+    """``checkpoint`` for an ``AsyncLLM``; its steps wait meanwhile."""
+    made = _Checkpoint(what, sampling_params, index, parent, labels, cache_salt, store, model_id)
+    with made.store.use():
+        return made.publish(await ask(engine, "thaw_session_keep", made.options))
+
+
+def checkout(
+    llm: LLM,
+    session: str,
+    *,
+    append: Sequence[int] = (),
+    sampling_params: SamplingParams | None = None,
+    store: StorePath = None,
+    model_id: str | None = None,
+    evict: bool = False,
+) -> Checkout:
+    """Bring a session's blocks into an engine, ready to go on.
+
+    Args:
+        llm: a ``vllm.LLM`` with the same weights, configuration and parallel sizes.
+        session: an id, how one begins, or a label.
+        append: token ids that follow, as of the next question; then nothing of the answer before binds the next one.
+        sampling_params: in place of the session's own.
+        store: where it is kept.
+        model_id: which weights the engine holds (``thaw id``), where it was not started from a snapshot.
+        evict: let cached blocks that nobody uses make room, the least recently used first.
+
+    Raises:
+        UsageError: there is no such session; it is finished, and neither tokens nor parameters say how to go on.
+        MismatchError: blocks of other weights, of another configuration or layout; nothing was changed.
+        FormatError, CorruptionError, StorageError: a file is unsound; the cache is as it was.
+    """
+    found = _Checkout(session, append, sampling_params, store, model_id, evict)
+    with found.store.use():
+        return found.done(call(llm, "thaw_session_restore", found.options))
+
+
+async def checkout_async(
+    engine: AsyncLLM,
+    session: str,
+    *,
+    append: Sequence[int] = (),
+    sampling_params: SamplingParams | None = None,
+    store: StorePath = None,
+    model_id: str | None = None,
+    evict: bool = False,
+) -> Checkout:
+    """``checkout`` for an ``AsyncLLM``; its steps wait meanwhile."""
+    found = _Checkout(session, append, sampling_params, store, model_id, evict)
+    with found.store.use():
+        return found.done(await ask(engine, "thaw_session_restore", found.options))
+
+
+def resume(
+    llm: LLM,
+    session: str,
+    *,
+    append: Sequence[int] = (),
+    sampling_params: SamplingParams | None = None,
+    exact: bool = False,
+    store: StorePath = None,
+    model_id: str | None = None,
+    evict: bool = False,
+) -> tuple[RequestOutput, Checkout]:
+    """``checkout``, and generating goes on.
+
+    Args:
+        exact: refuse where a parameter of the session would not be as if it had gone on (``Checkout.inexact``).
+
+    Returns:
+        vLLM's answer, whose outputs are the new tokens, and what it was made of.
+
+    Raises:
+        As ``checkout``; UnsupportedError: ``exact``, and it would not be.
+    """
+    found = _Checkout(session, append, sampling_params, store, model_id, evict)
+    if exact and found.inexact:
+        raise UnsupportedError(
+            f"going on would not be exact by {', '.join(found.inexact)}: a new request begins those anew; leave out "
+            "exact, or pass sampling_params"
+        )
+    with found.store.use():
+        there = found.done(call(llm, "thaw_session_restore", found.options))
+    prompt: Any = there.prompt
+    (output,) = llm.generate([prompt], there.sampling_params, use_tqdm=False)
+    return output, there
+
+
+class _Checkpoint:
+    """The front end's share: what the engine is asked, and the record that comes of it."""
+
+    def __init__(
+        self,
+        what: RequestOutput | Sequence[int] | str,
+        sampling_params: SamplingParams | None,
+        index: int,
+        parent: str | None,
+        labels: Sequence[str],
+        salt: str | None,
+        store: StorePath,
+        model_id: str | None,
+    ) -> None:
+        self.store = _opened(store, create=True)
+        self._labels, self._sampling, self._finished = labels, sampling.to_json(sampling_params), None
+        self._parent = None if parent is None else self.store.find(parent)
+        self.options: dict[str, Any] = {
+            "store": os.fspath(self.store.directory),
+            "model": None if model_id is None else checked_model_id(model_id, "model_id"),
+        }
+        if isinstance(what, str):
+            if sampling_params is not None or salt is not None:
+                raise UsageError("a running request has its own sampling parameters and salt")
+            self.options["request"], self._prompt = what, None
+            return
+        tokens, self._prompt = _tokens(what), None
+        if (outputs := getattr(what, "outputs", None)) is not None:
+            if not 0 <= index < len(outputs):
+                raise UsageError(f"the answer has {len(outputs)} continuations; there is none of index {index}")
+            self._prompt, self._finished = len(tokens), outputs[index].finish_reason
+            tokens += outputs[index].token_ids
+            if self._sampling is not None:
+                self._sampling = sampling.of_continuation(self._sampling, index)
+        self._prompt = len(tokens) if self._prompt is None else self._prompt
+        self.options |= {"tokens": ids(tokens).tolist(), "salt": salt}
+
+    def publish(self, found: dict[str, Any]) -> CheckpointReport:
+        """The session, of what the engine has answered."""
+        tokens = ids(found["tokens"])
+        parent = None if self._parent is None else self.store.read(self._parent)
+        head = Head(
+            count=len(tokens),
+            prompt=found["prompt"] if self._prompt is None else self._prompt,
+            model=found["model"],
+            block_size=found["block_size"],
+            blocks=found["blocks"],
+            kept=tuple(found["kept"]),
+            contexts=tuple(Context.from_json(one).id for one in found["contexts"]),
+            created=now(),
+            parent=self._parent,
+            labels=tuple(self._labels),
+            finished=self._finished,
+            sampling=found["sampling"] if self._sampling is None else self._sampling,
+            salt=found["salt"],
+            source=found["source"],
+            writer=found["writer"],
+            nonce=new_nonce(),
+        )
+        made = Session(head if parent is None else replace(head, fork=0), tokens)
+        if parent is not None:
+            made = Session(replace(head, fork=common_tokens(parent, made)), tokens)
+        id_ = self.store.publish(made, [Context.from_json(one) for one in found["contexts"]])
+        return CheckpointReport(
+            id_,
+            os.fspath(self.store.directory),
+            len(tokens),
+            found["blocks"],
+            found["added"],
+            found["bytes"],
+            found["seconds"],
+            found["phases"],
+        )
+
+
+class _Checkout:
+    """Likewise."""
+
+    def __init__(
+        self,
+        session: str,
+        append: Sequence[int],
+        sampling_params: SamplingParams | None,
+        store: StorePath,
+        model_id: str | None,
+        evict: bool,
+    ) -> None:
+        self.store = _opened(store)
+        self._id = self.store.find(session)
+        whole = self.store.read(self._id)
+        self.inexact: tuple[str, ...] = ()
+        self._sampling, self.inexact = _sampling(whole.head, bool(append), sampling_params)
+        self._tokens = [*whole.tokens.tolist(), *ids(append).tolist()]
+        self._salt, self._size = whole.head.salt, whole.head.block_size
+        self.options: dict[str, Any] = {
+            "store": os.fspath(self.store.directory),
+            "session": self._id,
+            "model": None if model_id is None else checked_model_id(model_id, "model_id"),
+            "evict": evict,
+        }
+
+    def done(self, found: dict[str, Any]) -> Checkout:
+        """What the engine has answered, and the request."""
+        self.store.touch(self._id)
+        prompt: dict[str, Any] = {"prompt_token_ids": self._tokens}
+        if self._salt is not None:
+            prompt["cache_salt"] = self._salt
+        return Checkout(
+            self._id,
+            prompt,
+            self._sampling,
+            self.inexact,
+            len(self._tokens),
+            found["blocks"],
+            found["present"],
+            found["left_out"],
+            found["lost"],
+            found["tokens"],
+            found["bytes"],
+            found["seconds"],
+            found["phases"],
+        )
+
+
+def _sampling(head: Head, appended: bool, given: SamplingParams | None) -> tuple[SamplingParams, tuple[str, ...]]:
+    from vllm import SamplingParams
+
+    if given is not None:
+        return given, ()
+    if appended or head.sampling is None:
+        if not appended:
+            raise UsageError("it is not known how this session was sampled; pass sampling_params")
+        return sampling.from_json(head.sampling or {}) if head.sampling else SamplingParams(), ()
+    if head.finished is not None and head.finished != "abort":
+        raise UsageError(
+            f"the session is finished ({head.finished}); append tokens, pass sampling_params, or branch at an earlier "
+            "token"
+        )
+    return sampling.going_on(head.sampling, head.count - head.prompt)
+
+
+def _tokens(what: Any) -> list[int]:
+    given = getattr(what, "prompt_token_ids", what)
+    if given is None:
+        raise UsageError("the answer does not say the tokens of its prompt; pass token ids")
+    return list(given)
+
+
+def _opened(store: StorePath, *, create: bool = False) -> Store:
+    return store if isinstance(store, Store) else Store(store, create=create)

@@ -1,0 +1,198 @@
+"""The engine core's part: which blocks a session has, and making kept ones known again; between two steps."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from .... import __version__
+from ....errors import MismatchError, UnsupportedError
+from ....format.identity import Identity, require
+from ....format.kv import Layout, require_layout
+from ....kv.table import NONE, Block, Table
+from ....sessions.context import Context
+from ....sessions.record import Session
+from ....sessions.store import Store
+from ....transport.collector import collection_paused
+from ....weights.waterfall import Phases
+from .. import versions
+from ..answers import all_raised, answering
+from ..kv.core import bring_in, core_layout, describe, live_request, model_of, require_awake
+from ..kv.jobs import reap, slowest
+from ..kv.selection import Selection
+from . import sampling
+
+METHODS = ("thaw_session_keep", "thaw_session_restore")
+
+
+def install() -> None:
+    """Give the engine core its methods, where this process has it; again does nothing."""
+    core = versions.engine_core()
+    if core is None:
+        return
+    for name, work in zip(METHODS, (keep, restore_session), strict=True):
+        if not hasattr(core, name):
+            setattr(core, name, answering(work))
+
+
+def keep(core: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Have the workers write the blocks of a session that a store lacks. The caller holds the store's ``use``.
+
+    Args:
+        options: ``store``; ``tokens`` and ``salt``, or ``request``: the id of a running one; ``model``.
+
+    Returns:
+        What the record needs: ``tokens``, ``salt``, ``prompt`` (of a running request; else None), ``sampling``
+        (likewise), ``model``, ``block_size``, ``blocks``, ``kept``, ``contexts``; and ``added`` blocks, ``bytes``
+        written, ``seconds``, ``phases``.
+    """
+    phases = Phases()
+    pool = versions.block_pool(core)
+    require_awake(core)
+    describe(core, pool)
+    reap(core)
+    layout = core_layout(core, pool)
+    model = model_of(core, options.get("model"), required=True)
+    found = _asked(core, options)
+    phases.end("identify")
+    selection = Selection(core, pool, layout)
+    selection.prefix(found["tokens"], found["salt"])
+    blocks = selection.builder.table().blocks
+    kept = [_first(blocks, group) for group in range(len(layout.groups))]
+    pages = [(number, group) for group, first in enumerate(kept) for number in range(first, len(blocks))]
+    ids = [selection.ids[blocks[number].slots[group]] for number, group in pages]
+    held = versions.blocks_of(pool, [*dict.fromkeys(ids)])
+    phases.end("select")
+    pool.touch(held)  # nobody else is given them while they are read
+    try:
+        asked = {
+            "store": options["store"],
+            "blocks": pool.num_gpu_blocks,
+            "layout": layout.to_json(),
+            "model": model,
+            "tokens": found["tokens"][: len(blocks) * layout.block_size],
+            "salt": found["salt"],
+            "pages": pages,
+            "ids": ids,
+        }
+        answers = all_raised(core.model_executor.collective_rpc("thaw_session_write", args=(asked,)))
+    finally:
+        pool.free_blocks(reversed(held))
+    phases.add(slowest(answers), "workers")
+    return found | {
+        "model": model,
+        "block_size": layout.block_size,
+        "blocks": len(blocks),
+        "kept": kept,
+        "contexts": [answer["context"] for answer in answers],
+        "source": str(core.vllm_config.model_config.tokenizer),
+        "writer": f"thaw {__version__}",
+        "added": sum(answer["added"] for answer in answers),
+        "bytes": sum(answer["bytes"] for answer in answers),
+        "seconds": phases.total,
+        "phases": phases.seconds,
+    }
+
+
+@collection_paused()
+def restore_session(core: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Bring the blocks of a session into the pool. The caller holds the store's ``use``.
+
+    Args:
+        options: ``store``, ``session``: the id; ``model``, ``evict``.
+
+    Returns:
+        As ``kv.core.restore``, and ``lost``: blocks that the record names and the store lacks.
+    """
+    phases = Phases()
+    require_awake(core)
+    pool = versions.block_pool(core)
+    layout = core_layout(core, pool)
+    described = describe(core, pool)
+    model = model_of(core, options.get("model"), required=True)
+    phases.end("identify")
+    store = Store(options["store"])
+    session = store.read(options["session"])
+    contexts = store.contexts(session.head)
+    what = f"the session {options['session'][:12]}"
+    require_context(contexts, Identity.from_json(described["identity"] | {"model": model}), layout, what)
+    table, pages, lost = _table(store, session, contexts)
+    phases.end("table")
+    asked = {
+        "store": os.fspath(store.directory),
+        "contexts": list(session.head.contexts),
+        "what": what,
+        "blocks": pool.num_gpu_blocks,
+        "layout": layout.to_json(),
+        "model": model,
+        "tokens": session.tokens[: len(table.blocks) * table.block_size].tolist(),
+        "salt": session.head.salt,
+        "pages": pages,
+    }
+    evict = bool(options.get("evict"))
+    return bring_in(core, pool, table, asked, evict, phases, "thaw_session_fill") | {"lost": lost}
+
+
+def require_context(contexts: list[Context], identity: Identity, layout: Layout, what: str) -> None:
+    """Hold what a session's blocks were made with against an engine; regions are each rank's own business.
+
+    Raises:
+        MismatchError: blocks of other weights, of another configuration or layout.
+    """
+    if len(contexts) != identity.parallel.world:
+        raise MismatchError(f"{what} was kept by {len(contexts)} ranks, this engine has {identity.parallel.world}")
+    require(contexts[0].identity, identity, what)
+    require_layout(contexts[0].layout, layout, what, regions=False)
+
+
+def _asked(core: Any, options: dict[str, Any]) -> dict[str, Any]:
+    if options.get("request") is None:
+        return {"tokens": options["tokens"], "salt": options.get("salt"), "prompt": None, "sampling": None}
+    live = live_request(core, options["request"])
+    if getattr(live, "lora_request", None) is not None or getattr(live, "mm_features", None):
+        raise UnsupportedError(
+            "a request with an adapter, or with images or sound, is more than its tokens; not in this version"
+        )
+    return {
+        "tokens": list(live.all_token_ids),
+        "salt": live.cache_salt,
+        "prompt": live.num_prompt_tokens,
+        "sampling": sampling.to_json(live.sampling_params),
+    }
+
+
+def _first(blocks: tuple[Block, ...], group: int) -> int:
+    """The first block from which on a group has all pages to the end."""
+    at = len(blocks)
+    while at and blocks[at - 1].slots[group] != NONE:
+        at -= 1
+    return at
+
+
+def _table(store: Store, session: Session, contexts: list[Context]) -> tuple[Table, list[tuple[int, int]], int]:
+    """Blocks as a table, of which number and group each slot is, and how many of the record's are not there.
+
+    What follows a block that is missing is of no use.
+    """
+    head = session.head
+    there = {(name.address, name.group): name.path(store.blocks).exists() for _, name in store.named(session, contexts)}
+    count, lost = head.blocks, sum(not found for found in there.values())
+    if lost:
+        for context in contexts:
+            chain = [*context.addresses(session.tokens, head.salt, head.blocks)]
+            for number, address in enumerate(chain):
+                groups = [group for group, first in enumerate(head.kept) if number >= first]
+                if not all(there[address, group] for group in groups):
+                    count = min(count, number)
+    pages = [(number, group) for number in range(count) for group, first in enumerate(head.kept) if number >= first]
+    slots = {page: slot for slot, page in enumerate(pages)}
+    blocks = tuple(
+        Block(
+            number - 1 if number else NONE,
+            tuple(session.tokens[number * head.block_size : (number + 1) * head.block_size]),
+            tuple(slots.get((number, group), NONE) for group in range(len(head.kept))),
+            salt=head.salt if number == 0 else None,
+        )
+        for number in range(count)
+    )
+    return Table(head.block_size, len(head.kept), blocks), pages, lost

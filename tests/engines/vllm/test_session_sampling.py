@@ -1,0 +1,97 @@
+"""Sampling parameters on their way into a record and out of it, and what is left of them."""
+
+import json
+
+import pytest
+
+from thaw_vllm.errors import UnsupportedError, UsageError
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+
+from vllm import SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
+
+from thaw_vllm.engines.vllm.sessions.sampling import from_json, going_on, of_continuation, to_json
+
+
+def params(**values):
+    return SamplingParams(max_tokens=20, **values)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"temperature": 0.7, "seed": 3, "top_k": 5, "top_p": 0.9, "min_p": 0.1},
+        {"stop": ["\n\n", "END"], "stop_token_ids": [2], "include_stop_str_in_output": True},
+        {"logit_bias": {7: -1.5}, "bad_words": ["no"], "allowed_token_ids": [1, 2]},
+        {"presence_penalty": 0.1, "frequency_penalty": 0.2, "repetition_penalty": 1.1, "logprobs": 3},
+        {"structured_outputs": StructuredOutputsParams(json={"type": "object"})},
+        {"n": 3, "ignore_eos": True, "min_tokens": 4},
+    ],
+)
+def test_they_come_back(values):
+    made = params(**values)
+    document = json.loads(json.dumps(to_json(made)))
+    assert repr(from_json(document)) == repr(made)
+    assert not any(name.startswith("_") for name in document) and "output_kind" not in document
+
+
+def test_of_several_continuations_each_has_a_seed_of_its_own():
+    """As vLLM has it."""
+    from vllm.v1.engine.parallel_sampling import ParentRequest
+
+    made = params(n=3, seed=5)
+    parent = ParentRequest.__new__(ParentRequest)
+    parent.sampling_params, parent.cached_child_sampling_params = made, None
+    document = to_json(made)
+    for index in range(3):
+        child = parent._get_child_sampling_params(index)
+        assert of_continuation(document, index) == to_json(child)
+    assert of_continuation(to_json(params(n=2)), 1) == {"max_tokens": 20}
+
+
+def test_defaults_take_no_room():
+    assert to_json(SamplingParams()) == {} and to_json(None) is None
+
+
+def test_what_is_no_plain_value():
+    with pytest.raises(UnsupportedError, match="hold a object"):
+        to_json(params(extra_args={"hook": object()}))
+
+
+@pytest.mark.parametrize("document", [{"warp": 9}, {"temperature": "hot"}, {"temperature": -1}])
+def test_what_this_engine_does_not_take(document):
+    with pytest.raises(UnsupportedError, match="sampling parameter"):
+        from_json(document)
+
+
+def test_lengths_are_made_up_for():
+    found, inexact = going_on(to_json(params(min_tokens=10, n=2)), 8)
+    assert (found.max_tokens, found.min_tokens, found.n, inexact) == (12, 2, 1, ())
+    assert going_on(to_json(params(min_tokens=3)), 8)[0].min_tokens == 0
+    with pytest.raises(UsageError, match="all of its max_tokens"):
+        going_on(to_json(params()), 20)
+
+
+INEXACT = [
+    ({"seed": 1}, ("seed",)),
+    ({"seed": 1, "temperature": 0.0}, ()),
+    ({"presence_penalty": 0.1, "frequency_penalty": -0.2}, ("frequency_penalty", "presence_penalty")),
+    ({"repetition_penalty": 1.2, "logit_bias": {3: 1.0}, "stop_token_ids": [4], "top_k": 3}, ()),
+    ({"stop": ["x"], "bad_words": ["y"]}, ("bad_words", "stop")),
+]
+
+
+@pytest.mark.parametrize(("values", "names"), INEXACT)
+def test_what_would_not_be_the_same_is_named(values, names):
+    document = to_json(params(**values))
+    assert going_on(document, 1)[1] == names
+    assert going_on(document, 0)[1] == ()
+
+
+def test_a_grammar_is_not_begun_again():
+    document = to_json(params(structured_outputs=StructuredOutputsParams(regex="a+")))
+    with pytest.raises(UnsupportedError, match="begin its grammar again"):
+        going_on(document, 1)
+    assert going_on(document, 0)[1] == ()
