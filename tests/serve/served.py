@@ -139,6 +139,7 @@ class Served:
         """It listens meanwhile, 0: on any port; a client of it."""
         with socket.socket() as bound:
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             bound.bind(("127.0.0.1", port))
             self.port = bound.getsockname()[1]
             self.url = f"http://127.0.0.1:{self.port}"

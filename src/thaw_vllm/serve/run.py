@@ -86,7 +86,9 @@ def _bound(host: str, port: int) -> socket.socket:
         raise UsageError(f"there is no port {port}; choose another --port")
     try:
         (family, *_, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        return socket.create_server(address[:2], family=family, backlog=2048)
+        made = socket.create_server(address[:2], family=family, backlog=2048)
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # connections inherit it; asyncio leaves it off
+        return made
     except OSError as error:
         why = error.strerror or error
         raise UsageError(f"{host}:{port} cannot be listened on: {why}; choose another --host or --port") from None
