@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
+import os
 import re
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -345,6 +347,9 @@ class TestShown:
             engine.counted = {"vllm:prompt_tokens_total": 7, "vllm:prefix_cache_hits_total": 3, "vllm:other_total": 1}
             (found,) = await asked()
             assert (found["prompt_tokens"], found["prefix_hits"]) == (7, 3) and "other" not in found
+            engine.counted = {"vllm:kv_cache_usage_perc": math.nan, "vllm:prompt_tokens_total": 7}
+            (found,) = await asked()
+            assert found["prompt_tokens"] == 7 and "kv_cache_usage" not in found
 
         play(served, work)
 
@@ -406,6 +411,19 @@ def snapshot(folder: Path) -> Path:
 
 
 class TestSnapshots:
+    def test_names_that_are_not_utf8(self, folder: Path):
+        for ending in ("thaw", "thawkv"):
+            (folder / os.fsdecode(f"\xff.{ending}".encode("latin-1"))).write_bytes(b"none")
+        served = Served(folder, Model("a", "/m"), directories=[str(folder)], kv_directory=str(folder))
+
+        async def work(client: aiohttp.ClientSession) -> None:
+            async with client.get("/v1/thaw/snapshots", headers=ADMIN) as answer:
+                assert [one["path"] for one in (await answer.json())["snapshots"]] == ["\\xff.thaw"]
+            async with client.get("/v1/thaw/kv", headers=ADMIN) as answer:
+                assert [one["name"] for one in (await answer.json())["files"]] == ["\\xff.thawkv"]
+
+        play(served, work)
+
     def test_listed_and_verified(self, folder: Path, snapshot: Path):
         other = folder / "dir" / "other.thaw"
         other.parent.mkdir()

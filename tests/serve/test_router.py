@@ -14,6 +14,7 @@ from tests.serve.loops import event_loops
 from tests.serve.served import TOKEN, Served
 
 from thaw_vllm.errors import ThawError
+from thaw_vllm.serve import app as app_module
 from thaw_vllm.serve import router as subject
 from thaw_vllm.serve.config import Model
 
@@ -233,6 +234,7 @@ class TestRefused:
             (b'{"model": 3}', 400, "names no model"),
             (b"{}", 400, "names no model"),
             (b'{"model": "c"}', 404, "The model `c` does not exist."),
+            (b'{"model": "\\ud800"}', 404, "The model `\\ud800` does not exist."),
             (b"\xff", 400, "not JSON"),
         ],
     )
@@ -284,6 +286,13 @@ class TestRefused:
                 assert "no memory" in (await answer.json())["error"]["message"]
 
         play(served, work)
+
+    @pytest.mark.parametrize("value", [b"a\x01b", b"\x7f", b"a\rb"])
+    def test_headers_with_control_characters(self, value: bytes):
+        """Not every web server refuses them, and the HTTP client does."""
+        with pytest.raises(subject.Refused, match="control characters") as raised:
+            subject._passed([(b"x-mine", value)])
+        assert raised.value.status == 400 and subject._passed([(b"x-mine", b"a\tb")]) == [("x-mine", "a\tb")]
 
     def test_a_deadline_of_the_request(self, folder: Path):
         served = Served(folder, model(), given={"seconds": 5})
@@ -445,6 +454,7 @@ class TestOwn:
                 ({"name": "b", "path": "out"}, 400, "leads out"),
                 ({"name": "b", "path": "b", "snapshot": "out/passwd"}, 400, "leads out"),
                 ({"name": "b", "path": "none"}, 404, "there is no 'none'"),
+                ({"name": "b", "path": "n" * 300}, 404, "there is no"),
                 ({"name": "b", "path": "b", "args": ["--trust-remote-code"]}, 400, "args"),
                 ({"name": "b", "path": "b", "like": "c"}, 404, "no model 'c'"),
                 ({"name": "b b", "path": "b", "like": "a"}, 409, "cannot name a model"),
@@ -497,5 +507,40 @@ class TestOwn:
                     if len(found) == 2:
                         break
             assert [one["event"] for one in found] == ["starting", "started"] and found[1]["model"] == "a"
+            headers = ADMIN | {"Last-Event-ID": "9" * 5000}
+            async with client.get("/v1/thaw/events?after=1", headers=headers) as answer:
+                assert answer.status == 200 and await answer.content.readline() == b"id: 2\n"
+
+        play(served, work)
+
+    def test_a_method_that_a_route_does_not_have(self, folder: Path):
+        served = Served(folder, model())
+
+        async def work(client: aiohttp.ClientSession) -> None:
+            for method, path, allowed in (
+                ("POST", "/health", "GET"),
+                ("DELETE", "/v1/thaw/models", "GET, POST"),
+                ("GET", "/v1/thaw/models/org/b/load", "POST"),
+                ("PUT", "/thaw/login", "POST"),
+            ):
+                async with client.request(method, path, json={"model": "a"}, headers=ADMIN) as answer:
+                    assert (answer.status, answer.headers["Allow"]) == (405, allowed)
+                    assert (await answer.json())["error"]["message"] == f"there is no {method} {path} here"
+
+        play(served, work)
+        assert served.engines == []
+
+    def test_a_fault_of_the_server(self, folder: Path, monkeypatch: pytest.MonkeyPatch):
+        def broken(pool: Any) -> Any:
+            raise RuntimeError("a secret")
+
+        monkeypatch.setattr(app_module, "document", broken)
+        served = Served(folder, model())
+
+        async def work(client: aiohttp.ClientSession) -> None:
+            async with client.get("/v1/thaw/status", headers=ADMIN) as answer:
+                error = (await answer.json())["error"]
+                assert answer.status == error["code"] == 500 and "its log" in error["message"]
+                assert "secret" not in await answer.text()
 
         play(served, work)

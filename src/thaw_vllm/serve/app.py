@@ -10,14 +10,20 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
-from fastapi import Depends, FastAPI, Request
+from fastapi import Depends, FastAPI, Request, Response, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from fastapi.security import APIKeyHeader, HTTPBearer
 from pydantic import BaseModel, ConfigDict
+from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
+from ..engines.vllm.kv.access import TOKEN_HEADER
+from ..engines.vllm.kv.bodies import Freezing, Restoring
+from ..engines.vllm.kv.description import Refusal, refusals, taken
 from ..errors import StorageError, ThawError, UsageError
 from .access import Access
-from .bodies import described, parsed
+from .bodies import REFUSED, parsed
 from .config import Model
 from .directories import Directories, PathError
 from .engine import ServerEngine
@@ -31,6 +37,19 @@ from .router import Refused, Router
 
 ALIVE = 15.0
 """Seconds between two signs of life where nothing happens; who has logged out is let go by then."""
+LONGEST_NUMBER = 18
+"""Digits of an event's."""
+EVENT_STREAM = "text/event-stream"
+
+# What follows is for the description of the routes alone.
+TOKEN = APIKeyHeader(name=TOKEN_HEADER, scheme_name="admin token", auto_error=False)
+API_KEY = HTTPBearer(scheme_name="API key", auto_error=False)
+"""``Access`` and ``Router`` ask for them."""
+OF_SERVERS = (400, 404, 409, 413, 422, 500, 501, 503, 507)
+"""Statuses with which a model's server may refuse what it is asked."""
+FAULT = {"default": {"model": Refusal, "description": "A fault of the server"}}
+"""Without it FastAPI tells of a 422 where a route has parameters; what is wrong with those is answered 400."""
+STREAM = {200: {"content": {EVENT_STREAM: {"schema": {"type": "string"}}}}}
 
 
 def application(
@@ -66,44 +85,54 @@ def application(
             finally:
                 await overview.verification.end()
 
-    app = FastAPI(title="thaw", lifespan=lifespan, docs_url=None, redoc_url=None)  # their pages load from elsewhere
+    # The pages of its documentation load from elsewhere.
+    app = FastAPI(title="thaw", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.add_exception_handler(HTTPException, _no_method)
     app.add_exception_handler(ThawError, _told)
     app.add_exception_handler(Refused, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
-    app.add_api_route("/health", own.health)
-    app.add_api_route("/v1/models", own.models, tags=["OpenAI"])
-    app.add_api_route("/metrics", own.metrics)
-    bodies: dict[Any, type[BaseModel]] = {own.register: Registration, overview.verify: What}
-    token_alone, page_too = [Depends(access.require)], [Depends(access.require_or_session)]
-    for path, work, method, allowed_for in (
+    app.add_exception_handler(Exception, _unexpected)
+    app.add_api_route("/health", own.health, response_class=PlainTextResponse)
+    key = {"dependencies": [Security(API_KEY)], "responses": refusals(401)} if api_keys else {}
+    app.add_api_route("/v1/models", own.models, tags=["OpenAI"], **key)
+    app.add_api_route("/metrics", own.metrics, response_class=PlainTextResponse)
+    more: dict[Any, dict[str, Any]] = {
+        own.register: {"openapi_extra": taken(Registration)},
+        own.freeze_kv: {"openapi_extra": taken(Freezing)},
+        own.restore_kv: {"openapi_extra": taken(Restoring)},
+        overview.verify: {"openapi_extra": taken(What), "status_code": 202},
+        own.events: {"response_class": Response},
+    }
+    token_alone, page_too = Depends(access.require), Depends(access.require_or_session)
+    for path, work, method, allowed_for, *statuses in (
         ("status", own.status, "GET", page_too),
         ("models", own.states, "GET", page_too),
-        ("models", own.register, "POST", token_alone),
-        ("models/{name:path}/kv/freeze", own.freeze_kv, "POST", token_alone),
-        ("models/{name:path}/kv/restore", own.restore_kv, "POST", token_alone),
-        ("models/{name:path}/load", own.load, "POST", page_too),
-        ("models/{name:path}/park", own.park, "POST", page_too),
-        ("models/{name:path}/unload", own.unload, "POST", page_too),
-        ("events", own.events, "GET", page_too),
+        ("models", own.register, "POST", token_alone, *REFUSED, 404, 409),
+        ("models/{name:path}/kv/freeze", own.freeze_kv, "POST", token_alone, *OF_SERVERS),
+        ("models/{name:path}/kv/restore", own.restore_kv, "POST", token_alone, *OF_SERVERS),
+        ("models/{name:path}/load", own.load, "POST", page_too, 404, 503),
+        ("models/{name:path}/park", own.park, "POST", page_too, 404, 409),
+        ("models/{name:path}/unload", own.unload, "POST", page_too, 404, 409),
+        ("events", own.events, "GET", page_too, 400),
         ("usage", overview.usage, "GET", page_too),
         ("starts", overview.starts, "GET", page_too),
         ("snapshots", overview.snapshots, "GET", page_too),
         ("kv", overview.kv_files, "GET", page_too),
         ("verify", overview.verified, "GET", page_too),
-        ("verify", overview.verify, "POST", page_too),
+        ("verify", overview.verify, "POST", page_too, *REFUSED, 404, 409),
         ("verify/cancel", overview.cancel, "POST", page_too),
     ):
-        taken = bodies.get(work)
         app.add_api_route(
             f"/v1/thaw/{path}",
             work,
             methods=[method],
             tags=["thaw"],
-            dependencies=allowed_for,
-            openapi_extra=None if taken is None else described(taken),
+            dependencies=[allowed_for, Security(TOKEN)],
+            responses=refusals(403, *statuses) | FAULT | (STREAM if work == own.events else {}),
+            **more.get(work, {}),
         )
     Page(access).add_to(app)
-    app.mount("/", router)
+    app.router.default = router
     return app
 
 
@@ -186,6 +215,8 @@ class Routes:
     async def _asked(self, name: str, what: str, body: bytes) -> JSONResponse:
         async with self._pool.lease(name) as one:
             status, answer = await cast(ServerEngine, one.engine).ask(what, body)
+        if status >= 400 and not isinstance(answer.get("error"), dict):
+            raise ThawError(f"the server of {name!r} answered {status}")
         return JSONResponse(answer, status)
 
     async def load(self, name: str) -> dict[str, Any]:
@@ -207,7 +238,8 @@ class Routes:
     async def events(self, request: Request, after: int | None = None) -> StreamingResponse:
         """What happens, as server-sent events; ``after`` and Last-Event-ID say which are known."""
         last = request.headers.get("last-event-id", "")
-        since = int(last) if last.isascii() and last.isdecimal() else after
+        known = last.isascii() and last.isdecimal() and len(last) <= LONGEST_NUMBER
+        since = int(last) if known else after
 
         session = self._access.session(request)
 
@@ -229,7 +261,7 @@ class Routes:
                 if coming is not None:
                     coming.cancel()
 
-        return StreamingResponse(stream(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        return StreamingResponse(stream(), media_type=EVENT_STREAM, headers={"Cache-Control": "no-store"})
 
 
 def document(pool: Pool) -> dict[str, Any]:
@@ -273,6 +305,21 @@ async def _told(request: Request, error: Exception) -> JSONResponse:
     status = next((STATUS[kind] for kind in type(error).__mro__ if kind in STATUS), 503)
     headers = {"Retry-After": str(int(error.retry_after) + 1)} if isinstance(error, UnavailableError) else None
     return JSONResponse({"error": {"type": type(error).__name__, "message": str(error)}}, status, headers)
+
+
+async def _no_method(request: Request, error: Exception) -> JSONResponse:
+    """Of a route that has others."""
+    assert isinstance(error, HTTPException)
+    found = (route for route in request.app.routes if route.matches(request.scope)[0] is Match.PARTIAL)
+    message = f"there is no {request.method} {request.scope['path']} here"
+    answer = Refused(error.status_code, "MethodNotAllowedError", message).response()
+    answer.headers["Allow"] = ", ".join(sorted({method for route in found for method in route.methods}))
+    return answer
+
+
+async def _unexpected(request: Request, error: Exception) -> JSONResponse:
+    """The web server logs it."""
+    return Refused(500, "InternalServerError", "this is a fault of the server; its log has more").response()
 
 
 async def _invalid(request: Request, error: Exception) -> JSONResponse:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
@@ -12,6 +12,8 @@ from .router import BODY_LIMIT, Refused
 
 LARGEST = 64 * 1024
 """Bytes."""
+REFUSED = (400, 408, 413, 415)
+"""Statuses of a body that is."""
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -33,12 +35,6 @@ async def parsed(request: Request, kind: type[T]) -> T:
         found = error.errors(include_url=False, include_input=False, include_context=False)
         told = "; ".join(f"{'.'.join(map(str, one['loc'])) or 'the body'}: {one['msg']}" for one in found)
         raise Refused(400, "UsageError", told) from None
-
-
-def described(kind: type[BaseModel]) -> dict[str, Any]:
-    """For the description of a route."""
-    schema = kind.model_json_schema()
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
 async def _read(request: Request) -> bytes:

@@ -51,7 +51,7 @@ class Directories:
             found = Path(os.path.realpath(root / given))
             if found != root and root not in found.parents:
                 raise PathError(f"{given!r} leads out of the server's directory")
-            if found.exists():
+            if os.path.exists(found):  # Path.exists raises where a name is too long
                 return found
         raise StorageError(f"there is no {given!r} in the server's directories")
 
@@ -68,7 +68,12 @@ class Directories:
                     if count > MOST:
                         return
                     path = Path(folder, name)
-                    yield Path(os.path.realpath(path)), {"path": str(path.relative_to(root)), **described(path)}
+                    yield Path(os.path.realpath(path)), {"path": shown(path.relative_to(root)), **described(path)}
+
+
+def shown(path: str | os.PathLike[str]) -> str:
+    """For people, and for JSON, which has no place for bytes that are not UTF-8."""
+    return os.fsencode(path).decode(errors="backslashreplace")
 
 
 def described(path: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from ..engines.vllm.kv.access import ENDING, checked_name
 from ..errors import StorageError, UsageError
 from .bodies import parsed
-from .directories import MOST, Directories, described
+from .directories import MOST, Directories, described, shown
 from .pool import Pool
 from .resident import UnknownModelError
 from .starts import Starts
@@ -97,14 +97,15 @@ class Overview:
         for path, found in self._directories.snapshots():
             yield found | {"what": {"path": found["path"]}, "models": owners.pop(path, [])}
         for path, names in owners.items():
-            yield {"path": path.name, **described(path), "what": {"model": names[0]}, "models": names}
+            yield {"path": shown(path.name), **described(path), "what": {"model": names[0]}, "models": names}
 
     def _kv_listed(self) -> Iterator[dict[str, Any]]:
         if self._kv is None or not self._kv.is_dir():
             return
         names = sorted(name for name in os.listdir(self._kv) if name.endswith(ENDING) and not name.startswith("."))
         for name in names[:MOST]:
-            yield {"name": name, **described(self._kv / name), "what": {"kv": name}}
+            told = shown(name)
+            yield {"name": told, **described(self._kv / name), "what": {"kv": told}}
 
     def _path(self, body: What) -> Path:
         if body.path is not None and body.model is body.kv is None:

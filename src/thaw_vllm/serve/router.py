@@ -10,6 +10,7 @@ import hmac
 import json
 import logging
 import math
+import re
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -42,6 +43,8 @@ _HOP_BY_HOP = frozenset(
 """Headers of one connection; RFC 9110, 7.6.1."""
 _KEPT_BACK = _HOP_BY_HOP - {b"content-length"}
 
+_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
+"""What no header may hold; RFC 9110, 5.5."""
 _ADDED = ("Accept", "Accept-Encoding", "Content-Type", "User-Agent")
 """Headers that the HTTP client would add where there are none."""
 
@@ -60,7 +63,8 @@ class Refused(Exception):
 
     def response(self) -> JSONResponse:
         """As vLLM words an error."""
-        error = {"message": str(self), "type": self.kind, "param": None, "code": self.status}
+        message = str(self).encode(errors="backslashreplace").decode()  # it may repeat half a surrogate pair
+        error = {"message": message, "type": self.kind, "param": None, "code": self.status}
         headers = {} if self.retry_after is None else {"retry-after": str(max(1, math.ceil(self.retry_after)))}
         if self.status == 401:
             headers["www-authenticate"] = "Bearer"
@@ -211,14 +215,17 @@ def _passed(headers: list[tuple[bytes, bytes]]) -> list[tuple[str, str]]:
     are the page's.
 
     Raises:
-        Refused: one is not UTF-8.
+        Refused: one is not UTF-8, or holds control characters.
     """
     named = b",".join(value for key, value in headers if key == b"connection").lower().split(b",")
     own = {*_HOP_BY_HOP, b"authorization", b"cookie", *(name.strip() for name in named)}
     try:
-        return [(key.decode(), value.decode()) for key, value in headers if key not in own]
+        passed = [(key.decode(), value.decode()) for key, value in headers if key not in own]
     except UnicodeDecodeError:
         raise Refused(400, "BadRequestError", "a header is not UTF-8") from None
+    if any(_CONTROL.search(value) for _, value in passed):  # not every web server refuses them
+        raise Refused(400, "BadRequestError", "a header holds control characters")
+    return passed
 
 
 async def _body(headers: dict[bytes, bytes], receive: Receive) -> bytes:

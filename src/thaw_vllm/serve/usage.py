@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from typing import Any
 
@@ -58,7 +59,7 @@ def read(text: str) -> dict[str, float]:
     try:
         for family in text_string_to_metric_families(lines + "\n"):
             for sample in family.samples:
-                if sample.name in COUNTED:
+                if sample.name in COUNTED and math.isfinite(sample.value):  # JSON has no other numbers
                     name = COUNTED[sample.name]
                     found[name] = found.get(name, 0.0) + sample.value
     except ValueError:

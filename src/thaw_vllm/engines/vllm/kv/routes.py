@@ -17,7 +17,6 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
-from pydantic import TypeAdapter
 from starlette.datastructures import State
 from starlette.requests import Request
 
@@ -36,6 +35,7 @@ from ..client import ask
 from ..swap.routes import Engine
 from .access import TOKEN_HEADER, Access
 from .bodies import LARGEST_BODY, Freezing, Parking, Restoring, Swapping, Waking, parse
+from .description import refusals, taken
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +50,10 @@ STATUS: dict[type[ThawError], int] = {
     ThawError: 500,
 }
 """The status of an error is that of the first class of its ancestry that is here."""
+_ASKING = (403, *STATUS.values())
+_TAKING = (*_ASKING, 413)
+_NAMING = (*_TAKING, 404)
+"""With what a route may refuse that asks the engine core; that takes a body, too; that names a file, too."""
 
 
 class _Refused(Exception):
@@ -75,14 +79,14 @@ class KVRoutes:
 
     def attach_router(self, app: FastAPI) -> None:
         """Add the routes; what they need is known later, in ``init_state``."""
-        for path, work, body, summary in (
-            ("kv/info", _info, None, "What is cached"),
-            ("kv/freeze", _freeze, Freezing, "Write cached prefixes to a file"),
-            ("kv/restore", _restore, Restoring, "Bring the prefixes of a file back"),
-            ("engine/state", _state, None, "Whether the engine is parked, and whose weights it has"),
-            ("engine/swap", _swap, Swapping, "Fill the engine with another snapshot's weights"),
-            ("engine/park", _park, Parking, "Give the GPU's memory back"),
-            ("engine/wake", _wake, Waking, "Take it again"),
+        for path, work, body, statuses, summary in (
+            ("kv/info", _info, None, _ASKING, "What is cached"),
+            ("kv/freeze", _freeze, Freezing, _TAKING, "Write cached prefixes to a file"),
+            ("kv/restore", _restore, Restoring, _NAMING, "Bring the prefixes of a file back"),
+            ("engine/state", _state, None, (403,), "Whether the engine is parked, and whose weights it has"),
+            ("engine/swap", _swap, Swapping, _NAMING, "Fill the engine with another snapshot's weights"),
+            ("engine/park", _park, Parking, _TAKING, "Give the GPU's memory back"),
+            ("engine/wake", _wake, Waking, _TAKING, "Take it again"),
         ):
             app.add_api_route(
                 f"/v1/thaw/{path}",
@@ -90,6 +94,7 @@ class KVRoutes:
                 methods=["GET" if body is None else "POST"],
                 summary=summary,
                 tags=["thaw"],
+                responses=refusals(*statuses),
                 openapi_extra=_described(body),
             )
 
@@ -105,11 +110,8 @@ class KVRoutes:
 def _described(body: type | None) -> dict[str, Any]:
     """Of a route: the header that it wants, and the body."""
     token = {"name": TOKEN_HEADER, "in": "header", "required": True, "schema": {"type": "string"}}
-    found: dict[str, Any] = {"parameters": [token]}
-    if body is not None:
-        schema = TypeAdapter(body).json_schema()
-        found["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
-    return found
+    of_body = {} if body is None else taken(body, required=body not in (Parking, Waking))
+    return {"parameters": [token]} | of_body
 
 
 async def _make_ready(client: Any) -> None:
