@@ -1,4 +1,4 @@
-"""Engines of tests in forks of one zygote, which saves each of them the imports: most of a start on two cores.
+"""Engines of tests in forks of a zygote, which saves each of them the imports: most of a start on two cores.
 
 Each is a process of its own all the same, with an engine core and workers of its own. Tests that are about how a
 process starts, or about variables that are read at import, start theirs anew.
@@ -14,42 +14,58 @@ import sys
 import tempfile
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
-from thaw_vllm.engines.vllm.fresh import READ_FROM_THE_LOG
+from thaw_vllm.engines.vllm import fresh
 from thaw_vllm.zygote import start
 from thaw_vllm.zygote.place import VARIABLE, Place
 
 ROOT = Path(__file__).parents[3]
 NAME = "tests"
+PARALLEL = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+"""vLLM's CPU build places one rank a NUMA node by itself; on a machine with one node it must be told cores."""
 _BEGINNING = dict(os.environ)
 """Before any engine ran in this process, which leaves variables of its own."""
-_PASSED = ("THAW_", "XDG_", "HF_")
+_PASSED = ("THAW_",)
 """Beginnings of names whose values tests change."""
-_place: Place | None = None
+_places: dict[str, Place] = {}
+"""By ``PYTHONPATH``, which a program has in common with its zygote."""
 
 
 def environment(more: dict[str, str] | None = None) -> dict[str, str]:
-    """Variables with which a program is taken by the zygote, which is started where it is not there yet."""
-    global _place
-    if _place is None:
+    """Variables with which a program is taken by a zygote, which is started where it is not there yet."""
+    own = fresh.READ_FROM_THE_LOG | {"PYTHONPATH": _paths(more or {})}
+    if own["PYTHONPATH"] not in _places:
         directory = tempfile.mkdtemp(prefix="thaw-z-", dir="/tmp")
-        _place = Place(Path(directory), NAME)
+        place = _places[own["PYTHONPATH"]] = Place(Path(directory), NAME)
         with mock.patch.dict(os.environ, _BEGINNING, clear=True):
-            pid = start.start(_place, imports=[], models=[], environment=_own() | {VARIABLE: directory})
+            pid = start.start(place, imports=[], models=[], environment=own | {VARIABLE: directory})
         atexit.register(_end, pid, directory, os.getpid())
     passed = {name: value for name, value in os.environ.items() if name.startswith(_PASSED)}
-    return _BEGINNING | passed | _own() | {VARIABLE: str(_place.directory)} | (more or {})
+    where = {VARIABLE: str(_places[own["PYTHONPATH"]].directory)}
+    return _BEGINNING | passed | (more or {}) | own | where
 
 
-def command(*, fallback: bool = True) -> list[str]:
-    """What stands before a script, as ``python`` does."""
-    return [sys.executable, "-m", "thaw_vllm", "run", "--zygote", NAME, *(["--fallback"] if fallback else [])]
+def command() -> list[str]:
+    """What stands before a script, ``-m`` or ``-c``, as ``python`` does; that where a zygote does not take it."""
+    return [sys.executable, "-m", "thaw_vllm", "run", "--zygote", NAME, "--fallback"]
 
 
-def _own() -> dict[str, str]:
-    paths = os.pathsep.join([str(ROOT), *filter(None, [_BEGINNING.get("PYTHONPATH")])])
-    return READ_FROM_THE_LOG | {"PYTHONPATH": paths}
+def run(action: str, *, engine_args: dict[str, Any], more: dict[str, str] | None = None, **options: Any) -> Any:
+    """``fresh.run`` in a fork; of several ranks each has a core.
+
+    Args:
+        more: variables.
+    """
+    ranks = PARALLEL if "tensor_parallel_size" in engine_args else {}
+    with mock.patch.dict(os.environ, environment(ranks | (more or {})), clear=True):
+        return fresh.run(action, engine_args=engine_args, zygote=NAME, **options)
+
+
+def _paths(more: dict[str, str]) -> str:
+    entries = [*filter(None, [more.get("PYTHONPATH", _BEGINNING.get("PYTHONPATH"))])]
+    return os.pathsep.join([str(ROOT), *entries])
 
 
 def _end(pid: int, directory: str, owner: int) -> None:

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.engines.vllm.test_engine import ARGS, PARALLEL, PROMPTS
+from tests.engines.vllm import forks
+from tests.engines.vllm.test_engine import ARGS, PROMPTS
 from tests.zygote.running import COMMAND
 
-from thaw_vllm.engines.vllm import fresh
 from thaw_vllm.weights import cache
 from thaw_vllm.weights.open import open_rank
 
@@ -44,14 +44,14 @@ def test_two_ranks(checkpoints: Callable, tmp_path: Path):
 
     def ask() -> tuple[Any, list[str], str]:
         log = tmp_path / "log"
-        answer = fresh.run(
+        answer = forks.run(
             "ask",
             model=str(checkpoints("tied")),
             snapshot="auto",
             engine_args=ARGS | {"tensor_parallel_size": 2},
             questions=PROMPTS,
             max_tokens=16,
-            environment=PARALLEL | {"THAW_CACHE_DIR": str(tmp_path)},
+            more={"THAW_CACHE_DIR": str(tmp_path)},
             log=log,
         )
         kinds = ["froze" if "file_size" in report else "thawed" for report in answer["reports"]]

@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 from tests.engines.vllm import forks
 
-from thaw_vllm.engines.vllm import fresh
 from thaw_vllm.errors import CorruptionError, MismatchError, StorageError, UsageError
 from thaw_vllm.weights.open import open_rank, open_snapshot
 
@@ -27,12 +26,8 @@ PROMPTS = [list(range(5, 40)), list(range(100, 180)), [7, 7, 7]]
 ARGS: dict[str, Any] = {"max_model_len": 256, "enforce_eager": True}
 
 
-PARALLEL = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-"""vLLM's CPU build places one rank a NUMA node by itself; on a machine with one node it must be told cores."""
-
-
 def ask(model: Path | None, snapshot: Path | None, **changes: Any) -> dict[str, Any]:
-    return forked(
+    return forks.run(
         "ask",
         model=None if model is None else str(model),
         snapshot=snapshot,
@@ -43,13 +38,7 @@ def ask(model: Path | None, snapshot: Path | None, **changes: Any) -> dict[str, 
 
 
 def freeze(model: Path, snapshot: Path, **changes: Any) -> dict[str, Any]:
-    return forked("freeze", model=str(model), snapshot=snapshot, engine_args=ARGS | changes)
-
-
-def forked(action: str, *, engine_args: dict[str, Any], **options: Any) -> dict[str, Any]:
-    """``fresh.run`` in a fork of the tests' zygote."""
-    environment = forks.environment(PARALLEL if "tensor_parallel_size" in engine_args else None)
-    return fresh.run(action, engine_args=engine_args, environment=environment, zygote=forks.NAME, **options)
+    return forks.run("freeze", model=str(model), snapshot=snapshot, engine_args=ARGS | changes)
 
 
 @pytest.fixture(scope="module")
@@ -104,8 +93,7 @@ class TestWithoutTheCheckpoint:
     """The snapshot carries config and tokenizer; nothing else of the model directory is needed."""
 
     def test_load_from_the_snapshot_alone(self, checkpoints: Callable, room: Path, monkeypatch: pytest.MonkeyPatch):
-        monkeypatch.delenv("THAW_CACHE_DIR", raising=False)
-        monkeypatch.setenv("XDG_CACHE_HOME", str(room / "cache"))
+        monkeypatch.setenv("THAW_CACHE_DIR", str(room / "cache"))
         directory = room / "gone"
         shutil.copytree(checkpoints("moe"), directory)
         path = room / "moe.thaw"
@@ -113,7 +101,7 @@ class TestWithoutTheCheckpoint:
         expected = ask(directory, None)["outputs"]
         shutil.rmtree(directory)
         assert ask(None, path)["outputs"] == expected
-        assert list((room / "cache" / "thaw" / "models").iterdir())
+        assert list((room / "cache" / "models").iterdir())
 
 
 @pytest.fixture(scope="class")

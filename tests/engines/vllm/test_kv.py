@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 from tests.engines.vllm import forks
+from tests.engines.vllm.forks import PARALLEL
 from tests.engines.vllm.kv_files import altered, flipped, with_identity, with_layout
-from tests.engines.vllm.test_engine import PARALLEL, freeze
+from tests.engines.vllm.test_engine import freeze
 
 from thaw_vllm.bench.kv_pages import pages_by_address
 from thaw_vllm.errors import MismatchError
@@ -370,12 +371,10 @@ class TestRanks:
 
 def test_demo(checkpoints: Callable, tmp_path: Path):
     """The command's two processes, with a prompt of token ids in the place of its text."""
-    from thaw_vllm.engines.vllm import fresh
-
     kv = {"path": str(tmp_path / "x.thawkv"), "model_id": ID}
 
     def run(freezing: bool) -> Any:
-        return fresh.run(
+        return forks.run(
             "kv",
             model=str(checkpoints("tied")),
             snapshot=None,

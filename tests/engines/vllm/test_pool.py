@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.engines.vllm import pool_program
+from tests.engines.vllm import forks, pool_program
 from tests.engines.vllm.pool_models import prepare, toml
 from tests.engines.vllm.test_swap import environment
 from tests.serve.chromium import Heard, browser
@@ -122,7 +122,8 @@ def snapshots(models: dict[str, Path], folder: Path) -> dict[str, Path]:
 
 
 def frozen(model: Path, path: Path) -> Path:
-    done = subprocess.run([*COMMAND, "freeze", "--model", model, "--output", path], capture_output=True, text=True)
+    command = [*forks.command(), "-m", "thaw_vllm", "freeze", "--model", model, "--output", path]
+    done = subprocess.run(command, capture_output=True, text=True, env=forks.environment())
     assert done.returncode == 0, done.stderr
     return path
 

@@ -13,7 +13,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tests.engines.vllm.test_engine import PARALLEL, freeze
+from tests.engines.vllm.forks import PARALLEL
+from tests.engines.vllm.test_engine import freeze
 from tests.engines.vllm.test_kv import ID, LONG, OTHER, SIZE, engine, error, same
 from tests.soak import cases
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
+from tests.engines.vllm.forks import PARALLEL
 from tests.engines.vllm.kv_files import flipped
-from tests.engines.vllm.test_engine import PARALLEL, freeze
+from tests.engines.vllm.test_engine import freeze
 from tests.engines.vllm.test_kv import run_script
 
 pytestmark = pytest.mark.vllm

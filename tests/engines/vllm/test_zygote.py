@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.engines.vllm.test_engine import PARALLEL
+from tests.engines.vllm.forks import PARALLEL
 from tests.zygote.running import COMMAND, Zygote, changed, made, until
 
 from thaw_vllm.cli import serve
@@ -65,16 +65,23 @@ def asked(checkpoints: Callable[[str], Path]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def snapshot(asked: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def snapshot(zygote: Zygote, asked: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("snapshot") / "weights.thaw"
-    fresh.run("freeze", snapshot=path, **asked)
+    fresh.run("freeze", snapshot=path, zygote="default", environment=fresh.READ_FROM_THE_LOG, **asked)
     return path
 
 
 @pytest.fixture(scope="module")
-def anew(asked: dict[str, Any]) -> Any:
-    """What a fresh process answers: tokens and log-probabilities."""
-    return fresh.run("ask", snapshot=None, **asked)["outputs"]
+def started_anew(asked: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, set[str]]:
+    """What a fresh process answers, tokens and log-probabilities; and the phases of its start."""
+    reports = tmp_path_factory.mktemp("anew") / "start"
+    answer = fresh.run("ask", snapshot=None, environment={"THAW_START_REPORT": str(reports)}, **asked)
+    return answer["outputs"], set(start_report.read(reports).seconds)
+
+
+@pytest.fixture(scope="module")
+def anew(started_anew: tuple[Any, set[str]]) -> Any:
+    return started_anew[0]
 
 
 @pytest.fixture
@@ -114,7 +121,7 @@ def test_two_ranks(zygote: Zygote, asked: dict[str, Any], tmp_path: Path):
     """Both workers are forks, too."""
     two = asked | {"engine_args": ARGS | {"tensor_parallel_size": 2}}
     path = tmp_path / "weights.thaw"
-    fresh.run("freeze", snapshot=path, environment=PARALLEL, **two)
+    fresh.run("freeze", snapshot=path, environment=PARALLEL, zygote="default", **two)
     anew = fresh.run("ask", snapshot=None, environment=PARALLEL, **two)
     reports = {"THAW_START_REPORT": str(tmp_path / "start")}
     forked = fresh.run("ask", snapshot=path, environment=PARALLEL | reports, zygote="default", **two)
@@ -124,10 +131,9 @@ def test_two_ranks(zygote: Zygote, asked: dict[str, Any], tmp_path: Path):
     assert len(found.processes) >= 4, "program, engine, two workers"
 
 
-def test_a_fresh_process_imports(zygote: Zygote, asked: dict[str, Any], tmp_path: Path):
+def test_a_fresh_process_imports(started_anew: tuple[Any, set[str]]):
     """What the test above looks for is there where there is no zygote."""
-    fresh.run("ask", snapshot=None, environment={"THAW_START_REPORT": str(tmp_path / "start")}, **asked)
-    assert {"imports", "engine imports"} <= set(start_report.read(tmp_path / "start").seconds)
+    assert {"imports", "engine imports"} <= started_anew[1]
 
 
 def test_openmp_before_the_engine(program: Callable, anew: Any):
