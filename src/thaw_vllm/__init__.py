@@ -19,6 +19,8 @@ _HOMES = {
     "checkout_async": "engines.vllm.sessions.api",
     "expect_kv_restore": "engines.vllm.kv.api",
     "expect_kv_restore_async": "engines.vllm.kv.api",
+    "fork": "engines.vllm.sessions.forking",
+    "fork_async": "engines.vllm.sessions.forking",
     "freeze_cache": "engines.transformers.cache",
     "freeze_kv_cache": "engines.vllm.kv.api",
     "freeze_kv_cache_async": "engines.vllm.kv.api",
@@ -56,6 +58,8 @@ __all__ = [
     "checkpoint_async",
     "expect_kv_restore",
     "expect_kv_restore_async",
+    "fork",
+    "fork_async",
     "freeze_cache",
     "freeze_kv_cache",
     "freeze_kv_cache_async",
@@ -98,6 +102,7 @@ if TYPE_CHECKING:
     )
     from .engines.vllm.loader import ThawModelLoader
     from .engines.vllm.sessions.api import checkout, checkout_async, checkpoint, checkpoint_async, resume
+    from .engines.vllm.sessions.forking import fork, fork_async
     from .engines.vllm.swap.api import (
         check_swap,
         pin_snapshot,

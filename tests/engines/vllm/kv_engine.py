@@ -59,6 +59,28 @@ def checkpoint(llm, options):
     return {"answer": found} | dataclasses.asdict(checkpoint(llm, tokens, **options))
 
 
+def fork(llm, options):
+    """Branches in the order of their numbers; the beginning is a session where it is named."""
+    from vllm import SamplingParams
+
+    from thaw_vllm import checkout, fork
+
+    params = SamplingParams(**options.pop("sampling"))
+    beginning = options.pop("tokens", None)
+    if beginning is None:
+        about = {name: options[name] for name in ("store", "model_id") if name in options}
+        beginning = checkout(llm, options.pop("session"), sampling_params=params, **about)
+    left = options.pop("leave", False)
+    branches = fork(llm, beginning, options.pop("n"), params, **options)
+    if left:  # as a caller that has seen enough
+        found = [next(branches)]
+        branches.close()
+    else:
+        found = sorted(branches, key=lambda one: one.number)
+    told = [{"number": one.number, "parent": one.parent, "session": one.session} for one in found]
+    return [about | {"answer": answered(one.output)} for about, one in zip(told, found, strict=True)]
+
+
 def resume(llm, options):
     """Go on with a session, or only bring it back where nothing is to be generated."""
     from vllm import SamplingParams
@@ -154,6 +176,8 @@ def do(llm, step):
         return dataclasses.asdict(restore_kv_cache(llm, options.pop("path"), **options))
     if what == "checkpoint":
         return checkpoint(llm, options)
+    if what == "fork":
+        return fork(llm, options)
     if what == "branch":
         from thaw_vllm.sessions.branch import branch
         from thaw_vllm.sessions.store import Store

@@ -25,7 +25,7 @@ from tests.engines.vllm.pool_models import prepare, toml
 from tests.engines.vllm.test_swap import environment
 from tests.serve.chromium import Heard, browser
 from tests.serve.disks import fill, small_disk
-from tests.zygote.running import COMMAND, Zygote, alive, made, until
+from tests.zygote.running import Zygote, alive, made, until
 
 from thaw_vllm.engines.vllm import preimport
 from thaw_vllm.zygote import processes
@@ -121,9 +121,9 @@ def snapshots(models: dict[str, Path], folder: Path) -> dict[str, Path]:
     return {"tuned": frozen(models["tuned"], folder / "tuned.thaw")}
 
 
-def frozen(model: Path, path: Path) -> Path:
+def frozen(model: Path, path: Path, variables: dict[str, str] | None = None) -> Path:
     command = [*forks.command(), "-m", "thaw_vllm", "freeze", "--model", model, "--output", path]
-    done = subprocess.run(command, capture_output=True, text=True, env=forks.environment())
+    done = subprocess.run(command, capture_output=True, text=True, env=variables or forks.environment())
     assert done.returncode == 0, done.stderr
     return path
 
@@ -374,20 +374,12 @@ def test_the_end_of_the_router_is_everybodys(number: int, zygote: Zygote, models
 
 def test_weights_are_swapped_in_place(models: dict[str, Path], folder: Path):
     """Packing is left out, as in test_swap.py: by a swap a model gives the answers that it gives freshly started."""
-    variables = environment()
+    variables = forks.environment(environment())
     snapshots = {name: folder / f"unpacked-{name}.thaw" for name in ("base", "tuned")}
-    freezing = [
-        subprocess.Popen(
-            [*COMMAND, "freeze", "--model", models[name], "--output", path],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env=os.environ | variables,
-        )
-        for name, path in snapshots.items()
-    ]
-    assert [one.wait(300) for one in freezing] == [0, 0]
+    for name, path in snapshots.items():
+        frozen(models[name], path, variables)
     (folder / "swaps.toml").write_text(toml({name: models[name] for name in snapshots}, snapshots, ARGS, deadline=300))
-    program = Program(folder, "swaps", "--models", str(folder / "swaps.toml"), "--zygote", "none", **variables)
+    program = Program(folder, "swaps", "--models", str(folder / "swaps.toml"), "--zygote", forks.NAME, **variables)
     try:
         base = program.said("base", "logprobs")
         tuned = program.said("tuned", "logprobs")

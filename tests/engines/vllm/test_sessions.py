@@ -26,6 +26,7 @@ from thaw_vllm.sessions.store import Store
 
 pytestmark = pytest.mark.vllm
 
+DIVERSE = {"temperature": 1.0, "seed": 11, "max_tokens": 8, "logprobs": 2, "ignore_eos": True}
 GREEDY = {"temperature": 0.0, "max_tokens": 24, "logprobs": 2}
 NEAR = 0.15
 """Between the two best log-probabilities, where rounding may choose the other token; differences reach 0.06."""
@@ -43,7 +44,8 @@ def kept(checkpoints: Callable, tmp_path_factory: pytest.TempPathFactory) -> Sim
     folder = tmp_path_factory.mktemp("sessions")
     weights, store = folder / "weights.thaw", str(folder / "store")
     freeze(checkpoints("tied"), weights)
-    own, seeded = {"store": store}, GREEDY | {"seed": 5, "temperature": 1.0, "n": 2}
+    own, forks, names = {"store": store}, {"store": str(folder / "forks")}, ["f0", "f1", "f2"]
+    seeded = GREEDY | {"seed": 5, "temperature": 1.0, "n": 2}
     steps: list[dict[str, Any]] = [
         {"do": "checkpoint", "tokens": LONG, "sampling": GREEDY, "labels": ["trunk"], "store": store},
         {"do": "checkpoint", "tokens": LONG, "labels": ["again"], "parent": "trunk", "store": store},
@@ -54,6 +56,12 @@ def kept(checkpoints: Callable, tmp_path_factory: pytest.TempPathFactory) -> Sim
         {"do": "checkpoint", "tokens": LONG, "parent": "nobody", "store": store},
         {"do": "checkpoint", "tokens": [1, 2, 3], "sampling": GREEDY, "index": 1, "store": store},
         {"do": "freeze", "path": folder / "before.thawkv"},
+        {"do": "fork", "tokens": OTHER, "n": 3, "sampling": DIVERSE, "keep": True, "labels": names, **forks},
+        {"do": "fork", "session": "trunk", "n": 2, "sampling": GREEDY, "append": [[5, 6, 7], [8, 9]], **own},
+        {"do": "fork", "tokens": OTHER, "n": 2, "sampling": GREEDY},
+        {"do": "fork", "tokens": OTHER, "n": 2, "sampling": DIVERSE, "append": [[5]]},
+        {"do": "fork", "tokens": OTHER, "n": 4, "sampling": DIVERSE | {"max_tokens": 200}, "leave": True},
+        {"do": "ask", "prompts": [OTHER], "max_tokens": 4},
         {"do": "info"},
     ]
     answers = engine(folder, steps, model=str(checkpoints("tied")), snapshot=str(weights))
@@ -104,6 +112,34 @@ class TestKept:
         assert model.startswith("MismatchError: the engine holds the model")
         assert "there is no session 'nobody'" in parent and "none of index 1" in index
 
+    def test_a_fork(self, kept: SimpleNamespace):
+        """Different continuations of one beginning, each a session that branches off its."""
+        branches = kept.answers[9]
+        assert len({tuple(one["answer"]["tokens"]) for one in branches}) == 3
+        assert [one["answer"]["cached"] for one in branches] == [192] * 3
+        store = Store(kept.folder / "forks")
+        heads = {one.id: one.head for one in store.listed()[0]}
+        trunk = heads[branches[0]["parent"]]
+        assert (trunk.count, trunk.parent, len(heads)) == (200, None, 4)
+        for number, one in enumerate(branches):
+            head = heads[one["session"]]
+            assert (head.parent, head.fork, head.prompt, head.count) == (one["parent"], 200, 200, 208)
+            assert head.labels == (f"f{number}",) and head.sampling["seed"] == 11 + number
+            assert store.read(one["session"]).tokens[200:].tolist() == one["answer"]["tokens"]
+
+    def test_a_fork_of_a_session_with_other_hypotheses(self, kept: SimpleNamespace):
+        one, other = kept.answers[10]
+        assert one["parent"] == other["parent"] == kept.store.find("trunk") and one["session"] is None
+        assert one["answer"]["cached"] == other["answer"]["cached"] == 416
+        assert one["answer"]["tokens"] != other["answer"]["tokens"]
+
+    def test_forks_that_are_refused(self, kept: SimpleNamespace):
+        same, append = map(error, kept.answers[11:13])
+        assert "are the same" in same and "append has 1 entries for 2" in append
+
+    def test_a_fork_that_is_left(self, kept: SimpleNamespace):
+        assert len(kept.answers[13]) == 1 and len(kept.answers[14][0]["tokens"]) == 4
+
     def test_nothing_is_held(self, kept: SimpleNamespace):
         assert kept.answers[-1]["free"] == kept.answers[-1]["blocks"] - 1
 
@@ -128,6 +164,7 @@ def resumed(kept: SimpleNamespace, checkpoints: Callable) -> SimpleNamespace:
         branch(store, trunk, at, labels=[label])
     branch(store, "seeded", -10, labels=["seeded-cut"])
     path = str(store.directory)
+    forks, beginning = str(kept.folder / "forks"), kept.answers[9][0]["parent"]
     session = store.read(trunk)
     names = [name.path(store.blocks) for _, name in store.names(session)]
     damaged = Store(kept.folder / "damaged", create=True)
@@ -159,6 +196,7 @@ def resumed(kept: SimpleNamespace, checkpoints: Callable) -> SimpleNamespace:
         {"do": "resume", "session": "early", "store": path},
         {"do": "resume", "session": "seeded-cut", "store": path},
         {"do": "ask", "prompts": [LONG], "max_tokens": 4},
+        {"do": "fork", "session": beginning, "n": 3, "sampling": DIVERSE, "store": forks},
         {"do": "info"},
     ]
     answers = engine(kept.folder, steps, model=str(checkpoints("tied")), snapshot=str(kept.weights))
@@ -221,6 +259,10 @@ class TestResumed:
     def test_what_is_not_exact_is_named(self, resumed: SimpleNamespace):
         seeded = resumed.good[6]
         assert seeded["inexact"] == ["seed"] and len(seeded["answer"]["tokens"]) == 10
+
+    def test_a_fork_in_another_process_gives_the_same_branches(self, kept: SimpleNamespace, resumed: SimpleNamespace):
+        forked = resumed.good[-2]
+        assert same([one["answer"] for one in forked], [one["answer"] for one in kept.answers[9]])
 
     def test_nothing_is_held(self, resumed: SimpleNamespace):
         assert resumed.good[-1]["free"] == resumed.good[-1]["blocks"] - 1
