@@ -23,7 +23,7 @@ _HEAD = struct.Struct("<8s32sHHIQQQ")
 _SUM = struct.Struct("<Q")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Name:
     """Which block: its address, 32 bytes, and the group of layers."""
 

@@ -8,11 +8,10 @@ import os
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path
 
 from ..errors import StorageError, ThawError, UsageError
 from ..transport.writer import remove_stale
-from .blocks import name_of
+from .blocks import Name, name_of
 from .store import Store
 
 GB_VARIABLE = "THAW_SESSIONS_GB"
@@ -75,12 +74,12 @@ def collect(store: Store, budget: int | None = None, *, dry_run: bool = False) -
         needed = {}
         for one in listed:
             try:
-                needed[one.id] = {name.path(store.blocks) for _, name in store.names(store.read(one.id))}
+                needed[one.id] = {name for _, name in store.names(store.read(one.id))}
             except ThawError as error:
                 raise _unknown(store, {one.id: error}) from None
-        sizes = {path: path.stat().st_size for path in store.block_files() if name_of(path)}
-        counts = Counter(path for paths in needed.values() for path in paths)
-        there = sum(size for path, size in sizes.items() if path in counts)
+        sizes = {name: path.stat().st_size for path in store.block_files() if (name := name_of(path))}
+        counts = Counter(name for names in needed.values() for name in names)
+        there = sum(size for name, size in sizes.items() if name in counts)
         gone = []
         for one in sorted(listed, key=lambda one: (one.used, one.head.created)):
             if budget is None or there <= budget:
@@ -89,20 +88,20 @@ def collect(store: Store, budget: int | None = None, *, dry_run: bool = False) -
                 continue
             gone.append(one.id)
             counts.subtract(needed[one.id])
-            there -= sum(sizes.get(path, 0) for path in needed[one.id] if not counts[path])
-        unneeded = [path for path in sizes if not counts[path]]
+            there -= sum(sizes.get(name, 0) for name in needed[one.id] if not counts[name])
+        unneeded = [name for name in sizes if not counts[name]]
         if not dry_run:
             _remove(store, gone, unneeded, {id_ for one in listed if one.id not in gone for id_ in one.head.contexts})
         over = 0 if budget is None else max(0, there - budget)
-        return Collected(tuple(gone), len(unneeded), sum(sizes[path] for path in unneeded), there, over)
+        return Collected(tuple(gone), len(unneeded), sum(sizes[name] for name in unneeded), there, over)
 
 
-def _remove(store: Store, sessions: list[str], files: list[Path], contexts: Collection[str]) -> None:
+def _remove(store: Store, sessions: list[str], unneeded: list[Name], contexts: Collection[str]) -> None:
     for id_ in sessions:  # first: a record without its blocks would be worse than blocks without a record
         store.remove(id_)
-    for path in files:
+    for name in unneeded:
         with contextlib.suppress(FileNotFoundError):
-            path.unlink()
+            name.path(store.blocks).unlink()
     for id_ in store.context_ids() - set(contexts):
         store.remove_context(id_)
     for below in store.directories():

@@ -343,7 +343,7 @@ class Store:
     def knows(self, path: Path) -> bool:
         """Whether a file is a record or a context by its name."""
         suffix = {self._sessions: RECORD, self._contexts: CONTEXT}.get(path.parent)
-        return suffix is not None and path.name.removesuffix(suffix) in self._named(path.parent, suffix)
+        return suffix is not None and path.name.endswith(suffix) and _is_id(path.name.removesuffix(suffix))
 
     def record(self, id_: str) -> Path:
         """Its file."""
@@ -356,8 +356,11 @@ class Store:
             return set()
         except OSError as error:
             raise StorageError(f"{str(directory)!r} cannot be read: {error.strerror or error}") from None
-        stems = {name.removesuffix(suffix) for name in found if name.endswith(suffix)}
-        return {stem for stem in stems if len(stem) == ID_DIGITS and set(stem) <= set("0123456789abcdef")}
+        return {stem for name in found if name.endswith(suffix) and _is_id(stem := name.removesuffix(suffix))}
+
+
+def _is_id(name: str) -> bool:
+    return len(name) == ID_DIGITS and set(name) <= set("0123456789abcdef")
 
 
 def _fitting(head: Head, contexts: Sequence[Context]) -> list[Context]:
