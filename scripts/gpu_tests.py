@@ -29,6 +29,7 @@ TOGETHER = {
     "eager": ["tests/gpu/test_vllm.py", "-k", "fresh_processes and eager"],
     "graphs": ["tests/gpu/test_vllm.py", "-k", "fresh_processes and graphs"],
     "kv": ["tests/gpu/test_kv.py", "-k", "another_process"],
+    "sessions": ["tests/gpu/test_sessions.py"],
     "streams": ["tests/gpu/test_kv.py", "-k", "requests_stream"],
     "swap": ["tests/gpu/test_swap.py", "-k", "swaps_and_parks"],
     "requests": ["tests/gpu/test_swap.py", "-k", "two_weights or without"],
@@ -49,7 +50,7 @@ def started(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             [sys.executable, "-m", "pytest", *options, *arguments],
             cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": path},
+            env=os.environ | {"PYTHONPATH": path, "THAW_TEST_ANEW": "1"},
             stdin=subprocess.DEVNULL,
             stdout=stream,
             stderr=subprocess.STDOUT,

@@ -174,6 +174,12 @@ def test_demo_says_what_its_target_is(name, cure, thaw, tmp_path, monkeypatch):
     assert ran.code != 0 and cure in ran.err and "--force" not in ran.err
 
 
+def test_the_conversation_of_a_demo_is_its_own(thaw, tmp_path, monkeypatch):
+    monkeypatch.setattr(api, "require_vllm_installed", lambda: None)
+    ran = thaw("demo", "fork", "--model", tmp_path, "--question", "Why?")
+    assert ran.code == 2 and "leave --question out" in ran.err
+
+
 def test_demo_keeps_what_is_there(thaw, tmp_path, monkeypatch):
     monkeypatch.setattr(api, "require_vllm_installed", lambda: None)
     (tmp_path / "w.thaw").write_text("mine")

@@ -32,11 +32,13 @@ class What(str, Enum):
 
     weights = "weights"
     kv = "kv"
+    fork = "fork"
 
 
 def demo(
     what: Annotated[
-        What, typer.Argument(metavar="WHAT", help="weights, or kv for the KV cache of a long prompt.")
+        What,
+        typer.Argument(metavar="WHAT", help="weights, kv (the cache of a long prompt), or fork (a conversation)."),
     ] = What.weights,
     *,
     model: Annotated[str, typer.Option(help="A model directory with weights, config and tokenizer.")],
@@ -44,21 +46,24 @@ def demo(
         list[str] | None, typer.Option(help="Ask this instead of the three built-in questions; repeat for more.")
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate for each answer.")] = 48,
-    snapshot: Annotated[Path | None, typer.Option(help="Keep the snapshot here; default: a temporary file.")] = None,
+    snapshot: Annotated[
+        Path | None, typer.Option(help="Keep the snapshot, or the sessions, here; default: a temporary place.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")] = False,
 ) -> None:
-    """Freeze a model, or its KV cache, thaw it in a fresh vLLM, compare.
+    """Freeze a model, its KV cache, or a conversation, and thaw it.
 
     For weights three processes run one after the other: one freezes while vLLM loads the checkpoint, one starts vLLM as
     usual and answers, one starts it from the snapshot and answers. For kv one process answers a long prompt, with
-    nothing cached and from the cache, and freezes that; another thaws it and answers. Every token and every
-    log-probability is compared.
+    nothing cached and from the cache, and freezes that; another thaws it and answers. For fork one process forks a
+    conversation into hypotheses and keeps them as sessions; another goes on with the best of them. Every token and
+    every log-probability is compared.
     """
     from rich.console import Console
 
     from ..engines.vllm import fresh
     from ..engines.vllm.api import check_model, require_vllm_installed
-    from ..errors import ExistsError
+    from ..errors import ExistsError, UsageError
     from ..transport.writer import check_target
 
     require_vllm_installed()
@@ -72,6 +77,13 @@ def demo(
         from .demo_kv import demo_kv
 
         demo_kv(model, question, max_tokens, snapshot, as_json)
+        return
+    if what is What.fork:
+        from .demo_fork import demo_fork
+
+        if question:
+            raise UsageError("the conversation of thaw demo fork is its own; leave --question out")
+        demo_fork(model, None, max_tokens, snapshot, as_json)
         return
     questions = list(question or QUESTIONS)
     console = Console(stderr=as_json)

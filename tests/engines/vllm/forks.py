@@ -1,7 +1,8 @@
 """Engines of tests in forks of a zygote, which saves each of them the imports: most of a start on two cores.
 
 Each is a process of its own all the same, with an engine core and workers of its own. Tests that are about how a
-process starts, or about variables that are read at import, start theirs anew.
+process starts, or about variables that are read at import, start theirs anew. So do all of them where
+``THAW_TEST_ANEW`` is set, as where they run side by side on a machine with a GPU.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ _places: dict[str, Place] = {}
 def environment(more: dict[str, str] | None = None) -> dict[str, str]:
     """Variables with which a program is taken by a zygote, which is started where it is not there yet."""
     own = fresh.READ_FROM_THE_LOG | {"PYTHONPATH": _paths(more or {})}
+    if _anew():
+        return os.environ | (more or {}) | own
     if own["PYTHONPATH"] not in _places:
         directory = tempfile.mkdtemp(prefix="thaw-z-", dir="/tmp")
         place = _places[own["PYTHONPATH"]] = Place(Path(directory), NAME)
@@ -49,6 +52,8 @@ def environment(more: dict[str, str] | None = None) -> dict[str, str]:
 
 def command() -> list[str]:
     """What stands before a script, ``-m`` or ``-c``, as ``python`` does; that where a zygote does not take it."""
+    if _anew():
+        return [sys.executable]
     return [sys.executable, "-m", "thaw_vllm", "run", "--zygote", NAME, "--fallback"]
 
 
@@ -60,7 +65,11 @@ def run(action: str, *, engine_args: dict[str, Any], more: dict[str, str] | None
     """
     ranks = PARALLEL if "tensor_parallel_size" in engine_args else {}
     with mock.patch.dict(os.environ, environment(ranks | (more or {})), clear=True):
-        return fresh.run(action, engine_args=engine_args, zygote=NAME, **options)
+        return fresh.run(action, engine_args=engine_args, zygote=None if _anew() else NAME, **options)
+
+
+def _anew() -> bool:
+    return os.environ.get("THAW_TEST_ANEW") == "1"
 
 
 def _paths(more: dict[str, str]) -> str:

@@ -13,9 +13,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tests.engines.vllm import forks
 from tests.engines.vllm.forks import PARALLEL
 from tests.engines.vllm.test_engine import freeze
-from tests.engines.vllm.test_kv import ID, LONG, OTHER, SIZE, engine, error, same
+from tests.engines.vllm.test_kv import ARGS, ID, LONG, OTHER, SIZE, engine, error, same
 from tests.soak import cases
 
 from thaw_vllm.bench.kv_pages import pages_by_address
@@ -359,6 +360,27 @@ def test_branches_cost_their_own_tails(soak: Callable, smollm2: Path, tmp_path: 
         assert used <= 1.1 * whole
         heads = [one.head for one in store.listed()[0] if one.head.parent is not None]
         assert [head.fork for head in heads] == [length] * count and fsck(store).sound
+
+
+def test_demo(checkpoints: Callable, tmp_path: Path):
+    """The command's two processes, with token ids in the place of its texts."""
+    asked = {"context": LONG[:300], "hypotheses": [[5, 6], [7, 8]], "follow_up": [9, 10], "max_tokens": 8}
+    asked |= {"store": str(tmp_path / "store"), "model_id": ID}
+
+    def run(**more: Any) -> Any:
+        model = str(checkpoints("tied"))
+        return forks.run("fork", model=model, snapshot=None, engine_args=ARGS, fork=asked | more)
+
+    first = run()
+    second = run(session=first["chosen"])
+    assert second["outputs"] == first["outputs"] and second["cached"] == 288
+    store = Store(asked["store"])
+    heads = {one.id: one.head for one in store.listed()[0]}
+    assert {one["session"] for one in first["branches"]} | {first["trunk"], first["rewound"]} == set(heads)
+    assert [heads[one["session"]].fork for one in first["branches"]] == [300, 300]
+    assert (heads[first["rewound"]].parent, heads[first["rewound"]].fork) == (first["chosen"], 150)
+    steps = {"context", "checkpoint", "fork", "alone", "rewind"}
+    assert steps <= first["seconds"].keys() and {"checkout", "answer"} <= second["seconds"].keys()
 
 
 def test_a_window_and_two_ranks(checkpoints: Callable, tmp_path: Path):

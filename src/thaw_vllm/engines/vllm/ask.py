@@ -24,7 +24,7 @@ def main(request_path: str, answer_path: str) -> None:
     entered = time.time()
     request = json.loads(Path(request_path).read_text())
     seconds = {"process": entered - request["started"]}
-    answer = {"freeze": _freeze, "ask": _ask, "kv": _kv}[request["action"]](request, seconds)
+    answer = {"freeze": _freeze, "ask": _ask, "kv": _kv, "fork": _fork}[request["action"]](request, seconds)
     Path(answer_path).write_text(json.dumps(answer | {"seconds": seconds}))
 
 
@@ -43,9 +43,9 @@ def _freeze(request: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any
     return {"reports": [dataclasses.asdict(report) for report in reports]}
 
 
-def _ask(request: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
+def _engine(request: dict[str, Any], seconds: dict[str, float]) -> Any:
     start = time.perf_counter()
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
 
     seconds["imports"] = time.perf_counter() - start
     start = time.perf_counter()
@@ -56,6 +56,20 @@ def _ask(request: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
 
         llm = load(request["model"], request["snapshot"], **request["engine_args"])
     seconds["engine"] = time.perf_counter() - start
+    return llm
+
+
+def _fork(request: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
+    """A conversation that is forked, or a branch of it that is taken up."""
+    from .sessions.showing import again, begin
+
+    llm, asked = _engine(request, seconds), request["fork"]
+    return {"reports": []} | (again if "session" in asked else begin)(llm, asked, seconds)
+
+
+def _ask(request: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
+    llm = _engine(request, seconds)
+    from vllm import SamplingParams
 
     def generate(questions: list[Any], max_tokens: int) -> list[Any]:
         sampling = SamplingParams(temperature=0, max_tokens=max_tokens, logprobs=1)

@@ -17,7 +17,7 @@ from .ending import end_group
 
 # The default loader says how long it took at this level only, whatever the caller's own level is.
 READ_FROM_THE_LOG = {"VLLM_LOGGING_LEVEL": "INFO"}
-_DOES = {"ask": "ask", "freeze": "freeze", "kv": "freeze or thaw the KV cache"}
+_DOES = {"ask": "ask", "freeze": "freeze", "kv": "freeze or thaw the KV cache", "fork": "fork a conversation"}
 _ENDPOINT = 37
 """Characters of the names that vLLM gives its sockets."""
 _WEIGHTS_TOOK = re.compile(r"Loading weights took ([0-9.]+) seconds")
@@ -47,6 +47,7 @@ def run(
     max_tokens: int = 32,
     environment: dict[str, str] | None = None,
     kv: dict[str, Any] | None = None,
+    fork: dict[str, Any] | None = None,
     zygote: str | None = None,
     log: Path | None = None,
 ) -> dict[str, Any]:
@@ -55,7 +56,7 @@ def run(
     The process and its engine are gone when this returns, or raises.
 
     Args:
-        action: ``ask``, ``freeze`` or ``kv``; the rest as in ``ask.main``.
+        action: ``ask``, ``freeze``, ``kv`` or ``fork``; the rest as in ``ask.main``.
         environment: added to this process's environment.
         zygote: the name of one whose fork it shall be, instead of a process that imports all anew.
         log: where what it prints stays; None to keep nothing.
@@ -74,6 +75,7 @@ def run(
             "questions": questions or [],
             "max_tokens": max_tokens,
             "kv": kv,
+            "fork": fork,
             "started": time.time(),
         }
         request.write_text(json.dumps(document))
