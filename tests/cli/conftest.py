@@ -5,10 +5,12 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from unittest import mock
 
 import pytest
 import torch
+from tests.cli.standin import TOKEN, Standin
 
 from thaw_vllm import freeze_model
 from thaw_vllm.cli.main import main
@@ -78,6 +80,18 @@ def spawn(start):
         return Ran(process.returncode, out, err)
 
     return run
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setenv("THAW_ADMIN_TOKEN", TOKEN)
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    with Standin() as standin:
+        thread = threading.Thread(target=standin.serve_forever, args=(0.01,))
+        thread.start()
+        yield standin
+        standin.shutdown()
+        thread.join()
 
 
 class Tied(torch.nn.Module):

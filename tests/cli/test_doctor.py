@@ -257,6 +257,7 @@ class TestRoutes:
         monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: groups.get(group, []))
         monkeypatch.setenv("THAW_ADMIN_TOKEN", "x" * 16)
         monkeypatch.setenv("THAW_KV_DIR", str(tmp_path))
+        monkeypatch.setenv("THAW_SESSIONS_DIR", str(tmp_path))
 
     def test_all_plugins_are_kept_but_routes_of_others_stay_off(self):
         check = found()["vLLM routes"]
@@ -279,3 +280,10 @@ class TestRoutes:
         check = found()["vLLM routes"]
         assert check.cure == 'export THAW_ADMIN_TOKEN=$(openssl rand -hex 32) THAW_KV_DIR="$PWD"'
         assert "too short" in check.found and "no directory" in check.found
+
+    def test_a_directory_of_sessions(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("VLLM_PLUGINS", "thaw")
+        monkeypatch.setenv("THAW_SESSIONS_DIR", str(tmp_path / "none"))
+        check = found()["vLLM routes"]
+        assert check.state == NOTE and "THAW_SESSIONS_DIR is no directory (for thaw checkpoint)" in check.found
+        assert check.cure == 'mkdir -p -m 700 sessions && export THAW_SESSIONS_DIR="$PWD/sessions"'

@@ -1,12 +1,10 @@
 """``thaw kv`` against a stand-in for the server: what it sends, and what each answer becomes."""
 
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
+from tests.cli.standin import TOKEN
 
-TOKEN = "a token of 24 characters"
 FROZEN = {
     "name": "a.thawkv",
     "bytes": 4096,
@@ -19,43 +17,9 @@ FROZEN = {
 }
 
 
-class Standin(HTTPServer):
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.status, self.answer, self.headers, self.asked = 200, json.dumps(FROZEN).encode(), {}, []
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.server_port}"
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_GET(self):
-        length = int(self.headers.get("Content-Length", 0))
-        self.server.asked.append((self.command, self.path, dict(self.headers), self.rfile.read(length)))
-        self.send_response(self.server.status)
-        for name, value in self.server.headers.items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(self.server.answer)))
-        self.end_headers()
-        self.wfile.write(self.server.answer)
-
-    do_POST = do_GET
-
-    def log_message(self, *arguments):
-        pass
-
-
-@pytest.fixture
-def server(monkeypatch):
-    monkeypatch.setenv("THAW_ADMIN_TOKEN", TOKEN)
-    monkeypatch.delenv("VLLM_API_KEY", raising=False)
-    with Standin() as standin:
-        thread = threading.Thread(target=standin.serve_forever, args=(0.01,))
-        thread.start()
-        yield standin
-        standin.shutdown()
-        thread.join()
+@pytest.fixture(autouse=True)
+def frozen(server):
+    server.answer = json.dumps(FROZEN).encode()
 
 
 def one_line(ran):

@@ -33,6 +33,15 @@ def test_registered_models(thaw, started):
     assert where.token and where.token_file.read_text().strip() == where.token
 
 
+def test_directories_of_every_server(thaw, started, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "s").mkdir()
+    assert thaw("serve", "--register", "a=m", "--kv-dir", ".", "--sessions-dir", "s").code == 0
+    ((_, where, options, _),) = started
+    expected = ["--zygote", "default", "--kv-dir", str(tmp_path), "--sessions-dir", str(tmp_path / "s")]
+    assert options == expected and where.kv_directory == str(tmp_path)
+
+
 def test_a_file(thaw, started, tmp_path, monkeypatch):
     (tmp_path / "models.toml").write_text("drain = 3\n[models.a]\npath = 'm'")
     monkeypatch.setenv("THAW_ADMIN_TOKEN", "a token of 24 characters")
@@ -61,6 +70,7 @@ def test_a_file(thaw, started, tmp_path, monkeypatch):
         (["--models", "none.toml"], 6, "none.toml"),
         (["--register", "a=./none"], 6, "there is no model directory './none'"),
         (["--register", "a=m", "--kv-dir", "none"], 6, "there is no directory 'none'"),
+        (["--register", "a=m", "--sessions-dir", "none"], 6, "there is no directory 'none'"),
         (["--model", "m", "--models", "f"], 2, "not both"),
     ],
 )

@@ -184,7 +184,10 @@ class TestRun:
 
 LOCAL = ["--host", "127.0.0.1"]
 ADDITIONS = ["--middleware", serve_variables.MIDDLEWARE]
-ADDED = ("THAW_SERVE_TOKEN_FILE", "THAW_SERVE_KV_SNAPSHOT", "THAW_KV_DIR", "THAW_SNAPSHOT_DIR")
+ADDED = (
+    *("THAW_SERVE_TOKEN_FILE", "THAW_SERVE_KV_SNAPSHOT"),
+    *("THAW_KV_DIR", "THAW_SNAPSHOT_DIR", "THAW_SESSIONS_DIR"),
+)
 
 
 def auto(**more):
@@ -269,13 +272,20 @@ class TestServe:
         assert (os.environ["THAW_KV_DIR"], os.environ["THAW_SNAPSHOT_DIR"]) == (str(tmp_path), os.getcwd())
         assert os.path.dirname(os.environ["THAW_START_REPORT"]) == str(tmp_path / "state" / "starts")
 
+    def test_a_directory_of_sessions(self, thaw, handed, monkeypatch, tmp_path):
+        monkeypatch.chdir(tmp_path)
+        assert thaw("serve", "--model", "m").code == 0 and os.environ["THAW_SESSIONS_DIR"] == ""
+        assert thaw("serve", "--model", "m", "--sessions-dir", ".").code == 0
+        assert os.environ["THAW_SESSIONS_DIR"] == str(tmp_path) and os.environ["THAW_KV_DIR"] == ""
+        assert [*tmp_path.iterdir()] == []
+
     def test_a_given_token_is_kept_nowhere(self, thaw, handed, monkeypatch, tmp_path):
         monkeypatch.setenv("THAW_STATE_DIR", str(tmp_path / "state"))
         monkeypatch.setenv("THAW_ADMIN_TOKEN", "a token of 24 characters")
         assert thaw("serve", "--model", "m").code == 0
         assert not (tmp_path / "state" / "admin-token").exists() and not os.environ["THAW_SERVE_TOKEN_FILE"]
 
-    @pytest.mark.parametrize("option", ["--kv-snapshot", "--kv-dir", "--snapshot-dir"])
+    @pytest.mark.parametrize("option", ["--kv-snapshot", "--kv-dir", "--snapshot-dir", "--sessions-dir"])
     def test_what_is_not_there_is_said(self, thaw, handed, tmp_path, option):
         ran = thaw("serve", "--model", "m", option, tmp_path / "none")
         assert ran.code == 6 and "none" in ran.err and handed == []

@@ -30,7 +30,7 @@ from tests.serve.in_thread import in_thread
 from tests.serve.served import TOKEN, FakeServer, Served
 
 from thaw_vllm.engines.vllm.kv import routes
-from thaw_vllm.engines.vllm.kv.bodies import Freezing, Restoring, parse
+from thaw_vllm.engines.vllm.kv.bodies import CheckingOut, Checkpointing, Freezing, Restoring, parse
 from thaw_vllm.errors import ThawError, UsageError
 from thaw_vllm.serve.app import application
 from thaw_vllm.serve.config import Model
@@ -47,6 +47,8 @@ BODIES = {
     "/v1/thaw/models": {"name": "registered", "path": "m", "like": "a"},
     "/v1/thaw/models/{name}/kv/freeze": {"name": "b.thawkv", "everything": True},
     "/v1/thaw/models/{name}/kv/restore": {"name": "a.thawkv"},
+    "/v1/thaw/models/{name}/sessions/checkpoint": {"token_ids": [1]},
+    "/v1/thaw/models/{name}/sessions/checkout": {"session": "trunk"},
     "/v1/thaw/verify": {"path": "broken.thaw"},
 }
 KNOWN = {
@@ -60,6 +62,15 @@ KNOWN = {
 """Texts that lead further than to the first refusal, by the field that they are for."""
 
 
+TAKEN: dict[str, Any] = {
+    "kv/freeze": Freezing,
+    "kv/restore": Restoring,
+    "sessions/checkpoint": Checkpointing,
+    "sessions/checkout": CheckingOut,
+}
+"""By the route of a model's server."""
+
+
 class Server(FakeServer):
     """Has thaw's routes, too, and refuses with every status that those know; one of its models does not start."""
 
@@ -69,7 +80,7 @@ class Server(FakeServer):
 
     async def ask(self, what: str, body: bytes) -> tuple[int, dict[str, Any]]:
         try:
-            parse(body, Freezing if what == "kv/freeze" else Restoring)
+            parse(body, TAKEN[what])
         except UsageError as error:
             statuses = [413, *routes.STATUS.values()]
             status = statuses[len(body) % len(statuses)]
@@ -225,7 +236,7 @@ def test_other_methods(path, pool, session):
 @given(st.sampled_from(list(BODIES)), no_objects(*BODIES.values()))
 def test_bodies_that_are_no_objects(pool, session, path, body):
     answer = session.post(pool + path.replace("{name}", "a"), data=body, headers=ADMIN | JSON)
-    if "/kv/" not in path:  # the status of those is the stand-in's
+    if "/kv/" not in path and "/sessions/" not in path:  # the status of those is the stand-in's
         assert answer.status_code == 400
     assert answer.status_code >= 400 and refusal(answer)
 

@@ -257,7 +257,8 @@ class TestAccess:
                 async with client.post(f"/v1/thaw/models/a/{path}", headers=headers) as answer:
                     assert answer.status == 200, await answer.text()
             # These are for whoever has the token itself.
-            for path in ("models", "models/a/kv/freeze", "models/a/kv/restore"):
+            of_servers = ("kv/freeze", "kv/restore", "sessions/checkpoint", "sessions/checkout")
+            for path in ("models", *(f"models/a/{path}" for path in of_servers)):
                 async with client.post(f"/v1/thaw/{path}", json={"name": "b", "path": "b"}, headers=headers) as answer:
                     assert answer.status == 403, path
 

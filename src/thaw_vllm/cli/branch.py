@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from .output import Json, document, pairs
-from .sessions import Labels, SessionArgument, StoreOption, described, opened
+from .sessions import Labels, SessionArgument, StoreOption, opened
 
 EXAMPLES = """
 thaw branch trunk --label plan-a
@@ -35,7 +35,7 @@ def branch(
     id_ = make(place, session, at, labels=label or ())
     head = place.read(id_).head
     if as_json:
-        document(described(id_, head))
+        document(head.shown(id_))
         return
     kept = head.blocks * head.block_size
     pairs([("session", id_), ("tokens", str(head.count)), ("kept", f"{kept} tokens, no further room")])

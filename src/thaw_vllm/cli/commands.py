@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 COMMANDS = (
     *("freeze", "serve", "run", "zygote", "info", "verify", "convert", "id", "cache", "kv"),
     *("swap", "park", "wake"),
+    *("checkpoint", "checkout"),
     *("log", "show", "diff", "branch", "export", "import", "pin", "rm", "gc", "fsck"),
     *("doctor", "start-report", "demo", "bench"),
 )

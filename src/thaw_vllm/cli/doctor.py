@@ -222,29 +222,34 @@ def _plugin() -> Check:
 def _routes() -> Check:
     """Whether a server started here would have thaw's routes; the cure keeps what it loads now."""
     from ..engines.vllm.kv.access import DIRECTORY_VARIABLE, SHORTEST_TOKEN, TOKEN_VARIABLE, Access, no_directory
+    from ..sessions.store import VARIABLE as SESSIONS_VARIABLE
 
     points = [p for p in metadata.entry_points(group="vllm.endpoint_plugins") if p.value == ROUTES]
     if not points:
         cure = "install this source tree or its wheel into this environment again: pip install -e ."
-        return Check("vLLM routes", NOTE, "not registered; used by thaw kv, swap and park", cure)
+        return Check("vLLM routes", NOTE, "not registered; used by thaw kv, swap, park and checkpoint", cure)
     allowed, access = os.environ.get("VLLM_PLUGINS"), Access.from_environment()
     if allowed is None:
         names = [p.name for group in GROUPS for p in metadata.entry_points(group=f"vllm.{group}_plugins")]
     else:
         names = [name for name in allowed.split(",") if name]
-    line, off = [], []
+    line, off, made = [], [], ""
     if allowed is None or points[0].name not in names:
         off.append(f"VLLM_PLUGINS does not name {points[0].name!r}")
         line.append(f"VLLM_PLUGINS={shlex.quote(','.join(dict.fromkeys([*names, points[0].name])))}")
     if access.token is None or len(access.token) < SHORTEST_TOKEN:
         off.append(f"{TOKEN_VARIABLE} is not set" if access.token is None else f"{TOKEN_VARIABLE} is too short")
         line.append(f"{TOKEN_VARIABLE}=$(openssl rand -hex 32)")
-    what = "off, used by thaw kv, swap and park" if off else "on"
+    what = "off, used by thaw kv, swap, park and checkpoint" if off else "on"
     if no_directory(access.directory, DIRECTORY_VARIABLE):
         off.append(f"{DIRECTORY_VARIABLE} is no directory (for thaw kv)")
         line.append(f'{DIRECTORY_VARIABLE}="$PWD"')
+    if no_directory(access.sessions, SESSIONS_VARIABLE):
+        off.append(f"{SESSIONS_VARIABLE} is no directory (for thaw checkpoint)")
+        line.append(f'{SESSIONS_VARIABLE}="$PWD/sessions"')
+        made = "mkdir -p -m 700 sessions && "
     if off:
-        return Check("vLLM routes", NOTE, f"{what}: {', '.join(off)}", f"export {' '.join(line)}")
+        return Check("vLLM routes", NOTE, f"{what}: {', '.join(off)}", f"{made}export {' '.join(line)}")
     return Check("vLLM routes", OK, "on")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +9,7 @@ import typer
 
 from .commands import examples, plain_app
 from .output import Force, Json, document, pairs, plain, size
-from .server import LOCAL, ApiKey, Server, Token, ask
+from .server import LOCAL, ApiKey, Evict, ModelId, Server, Token, ask
 
 EXAMPLES = """
 thaw kv freeze manual.thawkv --prompt-file manual.txt
@@ -21,9 +20,6 @@ thaw kv info --json | jq .known
 """
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A .thawkv file in the server's THAW_KV_DIR.")]
-ModelId = Annotated[
-    str | None, typer.Option("--model-id", help="Which weights the server holds (thaw id), where it does not know.")
-]
 
 app = plain_app(add_completion=False)
 
@@ -61,12 +57,13 @@ def freeze(
     With several ranks the server does not generate meanwhile. The file holds the prompts in the clear.
     """
     from ..errors import UsageError
+    from .prompts import lists_of, text_of
 
     body: dict[str, Any] = {"name": name, "force": force, "everything": everything}
-    texts = [*(prompt or ()), *(_text_of(path) for path in prompt_file or ())]
+    texts = [*(prompt or ()), *(text_of(path) for path in prompt_file or ())]
     given = {
         "prompts": texts or None,
-        "token_ids": None if token_ids is None else _lists_of(token_ids),
+        "token_ids": None if token_ids is None else lists_of(token_ids),
         "request": request,
         "cache_salt": cache_salt,
         "model_id": model_id,
@@ -97,7 +94,7 @@ def freeze(
 @app.command(epilog=examples(EXAMPLES, "restore"))
 def restore(
     name: Name,
-    evict: Annotated[bool, typer.Option("--evict", help="Let cached blocks that nobody uses make room.")] = False,
+    evict: Evict = False,
     model_id: ModelId = None,
     server: Server = LOCAL,
     token: Token = None,
@@ -140,27 +137,3 @@ def info(server: Server = LOCAL, token: Token = None, api_key: ApiKey = None, as
             ("model", plain(str(answer["model"] or "unknown; pass --model-id"))),
         ]
     )
-
-
-def _text_of(path: Path) -> str:
-    from ..errors import StorageError, UsageError
-
-    try:
-        return path.read_bytes().decode()
-    except UnicodeDecodeError:
-        raise UsageError(f"{str(path)!r} is not UTF-8 text") from None
-    except OSError as error:
-        raise StorageError(f"{str(path)!r} cannot be read: {error.strerror}") from None
-
-
-def _lists_of(path: Path) -> list[Any]:
-    """One list of token ids counts as a list of one; the server looks closer."""
-    from ..errors import UsageError
-
-    try:
-        found = json.loads(_text_of(path))
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{str(path)!r} is not JSON: {error}") from None
-    if not isinstance(found, list) or not found:
-        raise UsageError(f"{str(path)!r} must hold a JSON list of token ids, or of such lists")
-    return found if isinstance(found[0], list) else [found]

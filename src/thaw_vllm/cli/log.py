@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .output import Json, document, plain, table
-from .sessions import SHOWN, StoreOption, described, opened, state, when
+from .sessions import SHOWN, StoreOption, opened, state, when
 
 if TYPE_CHECKING:
     from ..sessions.lineage import Node
@@ -39,10 +39,7 @@ def log(
     about = None if session is None else place.find(session)
     nodes = [*forest(listed, about if about in {one.id for one in listed} else None)]
     if as_json:
-        shown = [
-            described(node.one.id, node.one.head, used=node.one.used, pinned=node.one.pinned, depth=node.depth)
-            for node in nodes
-        ]
+        shown = [node.shown() for node in nodes]
         document({"store": str(place.directory), "sessions": shown, "broken": {k: str(v) for k, v in bad.items()}})
         return
     if not nodes and not bad:

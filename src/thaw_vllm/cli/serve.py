@@ -92,6 +92,14 @@ def serve(
         Path | None,
         typer.Option("--kv-dir", metavar="DIRECTORY", help="Where thaw kv puts its files. [default: $THAW_KV_DIR]"),
     ] = None,
+    sessions_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--sessions-dir",
+            metavar="DIRECTORY",
+            help="Where thaw checkpoint keeps sessions. [default: $THAW_SESSIONS_DIR]",
+        ),
+    ] = None,
     zygote: Annotated[str, typer.Option("--zygote", metavar="NAME", help="Which one to fork.")] = "default",
     require_zygote: Annotated[
         bool, typer.Option("--require-zygote", help="Fail where no zygote can run the server; else it is started anew.")
@@ -123,16 +131,18 @@ def serve(
     there, as long as nothing has changed (thaw cache).
 
     Where neither --host nor --uds is given it listens on 127.0.0.1. thaw's routes (/v1/thaw/…; thaw kv, swap, park,
-    wake) ask for the admin token: THAW_ADMIN_TOKEN, or one that is made once and kept for you alone.
+    wake, checkpoint, checkout) ask for the admin token: THAW_ADMIN_TOKEN, or one that is made once and kept for you
+    alone.
 
     With --models or --register requests are passed on by the model that they name. Whichever is asked is started where
     it is not there, and others make room for it; the page at /thaw shows them. Other options are then vllm serve's for
     each of them.
     """
-    from ..engines.vllm.kv.access import DIRECTORY_VARIABLE
+    from ..engines.vllm.kv.access import DIRECTORY_VARIABLE, SNAPSHOTS_VARIABLE
     from ..engines.vllm.serve_variables import PARENT_VARIABLE
     from ..engines.vllm.snapshot_choice import AUTO, NONE, choose
     from ..errors import UsageError
+    from ..sessions.store import VARIABLE as SESSIONS_VARIABLE
 
     parent = os.environ.pop(PARENT_VARIABLE, None)
     if parent is not None:
@@ -149,8 +159,9 @@ def serve(
             raise UsageError(
                 "several models name their snapshots themselves; leave --snapshot-dir out (see --model-dir)"
             )
-        _require_directory(kv_dir)
-        passed = _shared(zygote, require_zygote, fast_start, cache_dir, kv_dir)
+        for directory in (kv_dir, sessions_dir):
+            _require_directory(directory)
+        passed = _shared(zygote, require_zygote, fast_start, cache_dir, kv_dir, sessions_dir)
         passed += [] if snapshot is None else ["--snapshot", snapshot]
         passed += [] if cache_gb is None else ["--cache-gb", f"{cache_gb:g}"]
         kv = os.environ.get(DIRECTORY_VARIABLE) if kv_dir is None else os.path.abspath(kv_dir)
@@ -158,7 +169,8 @@ def serve(
         return
     options = list(context.args)
     choice = choose(snapshot, model, options, cache_dir, cache_gb)
-    _single(model, options, choice, kv_snapshot, snapshot_dir, kv_dir, zygote, require_zygote, fast_start, cache_dir)
+    directories = {SNAPSHOTS_VARIABLE: snapshot_dir, DIRECTORY_VARIABLE: kv_dir, SESSIONS_VARIABLE: sessions_dir}
+    _single(model, options, choice, kv_snapshot, directories, zygote, require_zygote, fast_start, cache_dir)
 
 
 def _single(
@@ -166,8 +178,7 @@ def _single(
     options: list[str],
     choice: Choice,
     kv_snapshot: Path | None,
-    snapshot_dir: Path | None,
-    kv_dir: Path | None,
+    directories: Mapping[str, Path | None],
     zygote: str,
     require_zygote: bool,
     fast_start: bool,
@@ -177,6 +188,7 @@ def _single(
 
     Args:
         options: vLLM's.
+        directories: by the variables that tell the server.
     """
     from ..engines.vllm.api import check_model, check_sizes, require_vllm_installed
     from ..engines.vllm.command_line import given
@@ -198,7 +210,7 @@ def _single(
     if choice.said is not None:
         print(f"thaw: {choice.said}", file=sys.stderr, flush=True)
     os.environ.update(cache_variables(cache_dir))
-    os.environ.update(_additions(kv_snapshot, snapshot_dir, kv_dir))
+    os.environ.update(_additions(kv_snapshot, directories))
     options = [*options, "--middleware", MIDDLEWARE]
     if fast_start:
         preset = choose(given(options), os.environ)
@@ -209,13 +221,13 @@ def _single(
     hand_over([MODULE, "--model", model, *options], "module", zygote, fallback=not require_zygote)
 
 
-def _additions(kv_snapshot: Path | None, snapshot_dir: Path | None, kv_dir: Path | None) -> dict[str, str]:
+def _additions(kv_snapshot: Path | None, directories: Mapping[str, Path | None]) -> dict[str, str]:
     """Variables that tell the server what thaw adds to it.
 
     Raises:
         StorageError: a file or directory is not there, or the admin token cannot be kept.
     """
-    from ..engines.vllm.kv.access import DIRECTORY_VARIABLE, SNAPSHOTS_VARIABLE, TOKEN_VARIABLE
+    from ..engines.vllm.kv.access import TOKEN_VARIABLE
     from ..engines.vllm.serve_variables import KV_VARIABLE, START_VARIABLE, TOKEN_FILE_VARIABLE
     from ..errors import StorageError
     from ..serve.admin_token import admin_token
@@ -231,7 +243,7 @@ def _additions(kv_snapshot: Path | None, snapshot_dir: Path | None, kv_dir: Path
                 f"there is no file {str(kv_snapshot.absolute())!r} of KV blocks; --kv-snapshot is a path"
             )
         found[KV_VARIABLE] = str(kv_snapshot.absolute())
-    for variable, directory in ((SNAPSHOTS_VARIABLE, snapshot_dir), (DIRECTORY_VARIABLE, kv_dir)):
+    for variable, directory in directories.items():
         _require_directory(directory)
         if directory is not None:
             found[variable] = str(directory.absolute())
@@ -258,13 +270,18 @@ def _sizes(chosen: Mapping[str, str]) -> dict[str, int]:
 
 
 def _shared(
-    zygote: str, require_zygote: bool, fast_start: bool, cache_dir: str | None, kv_dir: Path | None
+    zygote: str,
+    require_zygote: bool,
+    fast_start: bool,
+    cache_dir: str | None,
+    kv_dir: Path | None,
+    sessions_dir: Path | None,
 ) -> list[str]:
     """Options of this command that each of several servers gets."""
     found = ["--zygote", zygote]
     found += ["--require-zygote"] if require_zygote else []
     found += ["--fast-start"] if fast_start else []
-    for option, path in (("--cache-dir", cache_dir), ("--kv-dir", kv_dir)):
+    for option, path in (("--cache-dir", cache_dir), ("--kv-dir", kv_dir), ("--sessions-dir", sessions_dir)):
         found += [] if path is None else [option, os.path.abspath(path)]
     return found
 

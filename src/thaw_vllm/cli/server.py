@@ -31,6 +31,10 @@ Verify = Annotated[
     bool, typer.Option("--verify/--no-verify", help="Hold every chunk of the snapshot against its checksum.")
 ]
 Deadline = Annotated[float, typer.Option(min=0, max=3600, help="Seconds in which running requests may end.")]
+ModelId = Annotated[
+    str | None, typer.Option("--model-id", help="Which weights the server holds (thaw id), where it does not know.")
+]
+Evict = Annotated[bool, typer.Option("--evict", help="Let cached blocks that nobody uses make room.")]
 LOCAL = "http://127.0.0.1:8000"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 """Where the kept admin token may be sent to."""

@@ -1,11 +1,11 @@
-"""What the commands about sessions have in common: which store, how a session is described, and its text."""
+"""What the commands about sessions have in common: which store, how a session is named, and its text."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -48,13 +48,6 @@ def opened(store: str | None) -> Store:
     from ..sessions.store import Store
 
     return Store(store)
-
-
-def described(id_: str, head: Head, **more: Any) -> dict[str, Any]:
-    """A session as plain values: all but its tokens and its salt."""
-    known = head.to_json()
-    known = {name: known[name] for name in known if name not in ("nonce", "salt", "random")}
-    return {"id": id_} | known | {"tokens": known.pop("count"), "salted": head.salt is not None} | more
 
 
 def when(seconds: float) -> str:

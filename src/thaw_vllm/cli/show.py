@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from .output import Json, document, pairs, plain, size
-from .sessions import SessionArgument, ShowText, StoreOption, Tokenizer, decoder, described, opened, state, when
+from .sessions import SessionArgument, ShowText, StoreOption, Tokenizer, decoder, opened, state, when
 
 EXAMPLES = """
 thaw show 3f2a91c0
@@ -36,7 +36,7 @@ def show(
     texts = {} if text is None else {f"{name}_text": text(part) for name, part in parts.items()}
     pinned = place.pinned(id_)
     if as_json:
-        document(described(id_, head, pinned=pinned, block_files=blocks, bytes=kept) | texts)
+        document(head.shown(id_) | {"pinned": pinned, "block_files": blocks, "bytes": kept} | texts)
         return
     rows = [("session", id_), ("made", f"{when(head.created)} by {plain(head.writer)}")]
     if head.parent is not None:

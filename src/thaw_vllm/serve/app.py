@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from ..engines.vllm.kv.access import TOKEN_HEADER
-from ..engines.vllm.kv.bodies import Freezing, Restoring
+from ..engines.vllm.kv.bodies import CheckingOut, Checkpointing, Freezing, Restoring
 from ..engines.vllm.kv.description import Refusal, refusals, taken
 from ..errors import StorageError, ThawError, UsageError
 from .access import Access
@@ -100,6 +100,8 @@ def application(
         own.register: {"openapi_extra": taken(Registration)},
         own.freeze_kv: {"openapi_extra": taken(Freezing)},
         own.restore_kv: {"openapi_extra": taken(Restoring)},
+        own.checkpoint: {"openapi_extra": taken(Checkpointing)},
+        own.checkout: {"openapi_extra": taken(CheckingOut)},
         overview.verify: {"openapi_extra": taken(What), "status_code": 202},
         own.events: {"response_class": Response},
     }
@@ -110,6 +112,8 @@ def application(
         ("models", own.register, "POST", token_alone, *REFUSED, 404, 409),
         ("models/{name:path}/kv/freeze", own.freeze_kv, "POST", token_alone, *OF_SERVERS),
         ("models/{name:path}/kv/restore", own.restore_kv, "POST", token_alone, *OF_SERVERS),
+        ("models/{name:path}/sessions/checkpoint", own.checkpoint, "POST", token_alone, *OF_SERVERS),
+        ("models/{name:path}/sessions/checkout", own.checkout, "POST", token_alone, *OF_SERVERS),
         ("models/{name:path}/load", own.load, "POST", page_too, 404, 503),
         ("models/{name:path}/park", own.park, "POST", page_too, 404, 409),
         ("models/{name:path}/unload", own.unload, "POST", page_too, 404, 409),
@@ -211,6 +215,14 @@ class Routes:
     async def restore_kv(self, name: str, request: Request) -> JSONResponse:
         """/v1/thaw/kv/restore of a model's server."""
         return await self._asked(name, "kv/restore", await request.body())
+
+    async def checkpoint(self, name: str, request: Request) -> JSONResponse:
+        """/v1/thaw/sessions/checkpoint of a model's server."""
+        return await self._asked(name, "sessions/checkpoint", await request.body())
+
+    async def checkout(self, name: str, request: Request) -> JSONResponse:
+        """/v1/thaw/sessions/checkout of a model's server."""
+        return await self._asked(name, "sessions/checkout", await request.body())
 
     async def _asked(self, name: str, what: str, body: bytes) -> JSONResponse:
         async with self._pool.lease(name) as one:

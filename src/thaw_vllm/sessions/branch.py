@@ -31,10 +31,18 @@ def branch(store: Store, session: str, at: int | None = None, *, labels: Sequenc
         SpaceError, StorageError: nothing was published.
     """
     with store.use():
-        id_ = store.find(session)
-        whole = store.read(id_)
-        made = store.publish(cut(whole, id_, at, labels))
-        store.touch(id_)
+        return grow(store, session, at, labels)
+
+
+def grow(store: Store, session: str, at: int | None = None, labels: Sequence[str] = ()) -> str:
+    """``branch`` for whoever holds ``use``.
+
+    Raises:
+        As ``branch``.
+    """
+    id_ = store.find(session)
+    made = store.publish(cut(store.read(id_), id_, at, labels))
+    store.touch(id_)
     return made
 
 

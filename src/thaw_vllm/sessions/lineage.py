@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from ..format.document import JSONObject
 from .store import Listed
 
 
@@ -26,6 +27,11 @@ class Node:
     last: tuple[bool, ...]
     forks: bool
     orphan: bool
+
+    def shown(self) -> JSONObject:
+        """The session as ``Head.shown`` has it, and its place."""
+        one = self.one
+        return one.head.shown(one.id) | {"used": one.used, "pinned": one.pinned, "depth": self.depth}
 
     @property
     def lines(self) -> str:

@@ -80,9 +80,14 @@ class Head:
         found = {one.name: getattr(self, one.name) for one in fields(Head)}
         return found | {name: list(found[name]) for name in ("kept", "contexts", "labels")}
 
+    def shown(self, id_: str) -> JSONObject:
+        """The session of this id as plain values that people may see: its tokens are counted, its salt is not told."""
+        known = {name: value for name, value in self.to_json().items() if name not in ("nonce", "salt", "random")}
+        return {"id": id_} | known | {"tokens": known.pop("count"), "salted": self.salt is not None}
+
     @classmethod
     def from_json(cls, document: JSONObject) -> Head:
-        """Checked against docs/sessions-format.md.
+        """Checked against docs/sessions.md.
 
         Raises:
             FormatError: what it does not allow.
@@ -180,6 +185,19 @@ def ids(tokens: Sequence[int]) -> array[int]:
     if min(found, default=0) < 0:
         raise UsageError("token ids must not be below 0")
     return found
+
+
+def checked_labels(given: Sequence[str]) -> tuple[str, ...]:
+    """Labels as a record may hold them.
+
+    Raises:
+        UsageError: it may not hold these.
+    """
+    try:
+        found = json_array(given if isinstance(given, str) else [*given], "labels", MAX_LABELS)
+        return tuple(_label(one) for one in found)
+    except FormatError as error:
+        raise UsageError(f"this session cannot be kept: {error}") from None
 
 
 def record_id(data: bytes) -> str:

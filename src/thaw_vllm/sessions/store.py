@@ -119,6 +119,20 @@ class Store:
         finally:
             os.close(lock)
 
+    def try_use(self) -> contextlib.ExitStack | None:
+        """``use`` without waiting, which ends when what is returned is closed; None: somebody is alone, or wants to be.
+
+        Raises:
+            StorageError: the lock cannot be opened.
+        """
+        held = contextlib.ExitStack()
+        try:
+            with self._locked("gate", fcntl.LOCK_SH | fcntl.LOCK_NB):
+                held.callback(os.close, self._lock("lock", fcntl.LOCK_SH | fcntl.LOCK_NB))
+        except BlockingIOError:
+            return None
+        return held
+
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
         """Nobody else uses it meanwhile. Waits for those that do; whoever comes after that waits for this."""

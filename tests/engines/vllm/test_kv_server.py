@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from thaw_vllm.cli import doctor
+from thaw_vllm.sessions.store import Store
 
 openai = pytest.importorskip("openai", reason="openai is not installed")
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -27,6 +28,9 @@ TOKEN = "a token of 24 characters"
 # Words from t300 on: the tokenizer finds its special tokens t0, t1 and t2 at the beginning of others.
 PROMPT = " ".join(f"t{7 * i % 199 + 300}" for i in range(300))
 SALTED = " ".join(f"t{11 * i % 199 + 300}" for i in range(300))
+KEPT = " ".join(f"t{13 * i % 199 + 300}" for i in range(300))
+KEPT_SALTED = " ".join(f"t{17 * i % 199 + 300}" for i in range(300))
+"""Of sessions; no file of KV blocks has the beginning of these."""
 Answer = tuple[str, tuple[float, ...]]
 COMMAND = [sys.executable, "-c", "from thaw_vllm.cli.main import main; raise SystemExit(main())"]
 
@@ -75,7 +79,7 @@ class Server:
             self.process.terminate()
             self.process.wait(60)
 
-    def ask(self, prompt: str, salt: str | None = None) -> tuple[Answer, int]:
+    def ask(self, prompt: str | list[int], salt: str | None = None) -> tuple[Answer, int]:
         """Text and log-probabilities, and how many tokens of the prompt were cached."""
         extra = {} if salt is None else {"cache_salt": salt}
         answer = self.client.completions.create(
@@ -86,9 +90,12 @@ class Server:
         return said, (details.cached_tokens or 0) if details else 0
 
     def call(self, what: str, body: Any = None, token: str | None = TOKEN) -> tuple[int, dict[str, Any]]:
+        return self.route(f"kv/{what}", body, token)
+
+    def route(self, what: str, body: Any = None, token: str | None = TOKEN) -> tuple[int, dict[str, Any]]:
         headers = {"Content-Type": "application/json"} | ({} if token is None else {"X-Thaw-Admin-Token": token})
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"{self.url}/v1/thaw/kv/{what}", data, headers)
+        request = urllib.request.Request(f"{self.url}/v1/thaw/{what}", data, headers)
         try:
             with urllib.request.urlopen(request, timeout=60) as answer:
                 return answer.status, json.load(answer)
@@ -129,8 +136,15 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def first(model: Path, directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(model, directory, tmp_path_factory.mktemp("log") / "first.log")
+def sessions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The store of both servers."""
+    return tmp_path_factory.mktemp("sessions")
+
+
+@pytest.fixture(scope="module")
+def first(model: Path, directory: Path, sessions: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    variables = {"THAW_SESSIONS_DIR": str(sessions)}
+    server = Server(model, directory, tmp_path_factory.mktemp("log") / "first.log", variables=variables)
     yield server
     server.stop()
 
@@ -139,7 +153,7 @@ def first(model: Path, directory: Path, tmp_path_factory: pytest.TempPathFactory
 def asked(first: Server) -> dict[str, Answer]:
     """What the first server answered when it had the prompts cached itself."""
     found = {}
-    for prompt, salt in ((PROMPT, None), (SALTED, "pepper")):
+    for prompt, salt in ((PROMPT, None), (SALTED, "pepper"), (KEPT, None), (KEPT_SALTED, "pepper")):
         (text, _), cached = first.ask(prompt, salt)
         assert cached == 0
         found[prompt], cached = first.ask(prompt, salt)
@@ -148,10 +162,41 @@ def asked(first: Server) -> dict[str, Answer]:
 
 
 @pytest.fixture(scope="module")
-def second(first: Server, model: Path, directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def running(first: Server, model_id: str, asked: dict[str, Answer]) -> tuple[list[int], Answer, int]:
+    """What a request had come to when it was kept as the session "running", while it went on; and how that goes on."""
+    body = {"request": "cmpl-none", "model_id": model_id}
+    status, answer = first.route("sessions/checkpoint", body)
+    assert status == 400 and "running requests" in answer["error"]["message"]
+    stream = first.client.completions.create(
+        model=str(first.model),
+        prompt=" ".join(["t410"] * 140),
+        max_tokens=360,
+        temperature=0,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
+    chunks = iter(stream)
+    body = {"request": next(chunks).id, "labels": ["running"], "model_id": model_id}
+    status, report = first.route("sessions/checkpoint", body)
+    assert status == 200 and 140 < report["tokens"] < 490 and report["blocks"] == report["tokens"] // 128, report
+    assert next(chunks) is not None  # it was not ended
+    threading.Thread(target=stream.close).start()
+    tokens = first.route("sessions/checkout", {"session": "running", "model_id": model_id, "token_ids": True})[1]
+    ids = tokens["token_ids"]
+    assert ids[:140] == [410] * 140 and len(ids) == report["tokens"]
+    said, cached = first.ask(ids)
+    assert cached == report["tokens"] // 128 * 128 > 0
+    return ids, said, cached
+
+
+@pytest.fixture(scope="module")
+def second(
+    first: Server, model: Path, directory: Path, sessions: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
     """Started when the first one has ended."""
     first.stop()
-    server = Server(model, directory, tmp_path_factory.mktemp("log") / "second.log")
+    variables = {"THAW_SESSIONS_DIR": str(sessions)}
+    server = Server(model, directory, tmp_path_factory.mktemp("log") / "second.log", variables=variables)
     yield server
     server.stop()
 
@@ -235,6 +280,41 @@ class TestFirst:
         assert ran.returncode == 0 and json.loads(ran.stdout)["cached"] >= 4, ran.stderr
         assert "tokens are known" in first.thaw_kv("info").stdout
 
+    def test_sessions_are_not_for_others(self, first: Server, sessions: Path):
+        for token in (None, "", "another token of 24 chars"):
+            for what, body in (("sessions", None), ("sessions/checkpoint", {"prompt": PROMPT})):
+                status, answer = first.route(what, body, token)
+                assert status == 403 and "X-Thaw-Admin-Token" in answer["error"]["message"]
+
+    def test_checkpoint(self, first: Server, asked: dict[str, Answer], sessions: Path, model_id: str, tmp_path: Path):
+        """By prompt and, salted, by token ids."""
+        (tmp_path / "prompt.txt").write_text(KEPT)
+        options = ["--prompt-file", tmp_path / "prompt.txt", "--label", "kept"]
+        ran = first.thaw("checkpoint", *options)
+        assert ran.returncode == 2 and "thaw id MODEL" in ran.stderr
+        ran = first.thaw("checkpoint", *options, "--model-id", model_id, "--json")
+        assert ran.returncode == 0, ran.stderr
+        report = json.loads(ran.stdout)
+        assert (report["tokens"], report["blocks"], report["added"]) == (300, 2, 2) and "store" not in report
+        (tmp_path / "ids.json").write_text(json.dumps([int(word[1:]) for word in KEPT_SALTED.split()]))
+        options = ["--token-ids", tmp_path / "ids.json", "--label", "salted", "--parent", "kept"]
+        ran = first.thaw("checkpoint", *options, "--cache-salt", "pepper", "--model-id", model_id)
+        assert ran.returncode == 0 and "2 files of blocks" in ran.stdout, ran.stderr
+        status, branch = first.route("sessions/branch", {"session": "kept", "at": 140, "labels": ["early"]})
+        assert status == 200 and (branch["tokens"], branch["parent"]) == (140, report["session"])
+        status, told = first.route("sessions")
+        found = {one["labels"][0]: one for one in told["sessions"]}
+        assert status == 200 and found["kept"]["id"] == report["session"] and found["salted"]["salted"] is True
+        assert (found["salted"]["parent"], found["salted"]["fork"]) == (report["session"], 1)
+        assert str(sessions) not in json.dumps(told) and str(first.model) not in json.dumps(told)
+        assert "pepper" not in json.dumps(told)
+
+    def test_checkpoint_of_a_running_request(self, sessions: Path, running: tuple[list[int], Answer, int]):
+        store = Store(sessions)
+        head = store.read(store.find("running")).head
+        assert (head.prompt, head.count, head.finished) == (140, len(running[0]), None)
+        assert head.sampling is not None and head.sampling["max_tokens"] == 360
+
     def test_command_line_refused(self, first: Server):
         ran = first.thaw_kv("info", token="another token of 24 chars")
         assert ran.returncode == 2 and "THAW_ADMIN_TOKEN" in ran.stderr and ran.stderr.count("\n") == 1
@@ -257,6 +337,34 @@ class TestSecond:
         assert status == 200 and report["blocks"] >= 2
         assert second.ask(SALTED)[1] == 0
         assert second.ask(SALTED, "pepper") == (asked[SALTED], 256)
+
+    def test_checkout(self, second: Server, asked: dict[str, Answer], sessions: Path, model_id: str):
+        own = ["--model-id", model_id, "--show-tokens", "--json"]
+        ran = second.thaw("checkout", "nobody", *own)
+        assert ran.returncode == 2 and "no session 'nobody' in the server's store" in ran.stderr
+        ran = second.thaw("checkout", "kept", "--model-id", "tensors-blake3:" + "0" * 64)
+        assert ran.returncode == 4 and str(sessions) not in ran.stderr, ran.stderr
+        ran = second.thaw("checkout", "kept", *own)
+        assert ran.returncode == 0, ran.stderr
+        found = json.loads(ran.stdout)
+        assert (found["blocks"], found["cached"], found["lost"], found["salted"]) == (2, 256, 0, False)
+        assert second.ask(found["token_ids"]) == (asked[KEPT], 256)
+        ran = second.thaw("checkout", "early", "--model-id", model_id)
+        assert ran.returncode == 0 and re.search("thawed +0 blocks", ran.stdout), ran.stdout + ran.stderr
+
+    def test_checkout_of_a_salted_session(self, second: Server, asked: dict[str, Answer], model_id: str):
+        body = {"session": "salted", "model_id": model_id, "token_ids": True}
+        status, found = second.route("sessions/checkout", body)
+        assert status == 200 and found["salted"] is True and found["blocks"] == 2
+        assert second.ask(found["token_ids"])[1] == 0
+        assert second.ask(found["token_ids"], "pepper") == (asked[KEPT_SALTED], 256)
+
+    def test_checkout_of_what_was_running(self, running: tuple[list[int], Answer, int], second: Server, model_id: str):
+        ids, said, cached = running
+        body = {"session": "running", "model_id": model_id, "token_ids": True}
+        status, found = second.route("sessions/checkout", body)
+        assert status == 200 and found["token_ids"] == ids and found["cached"] == cached
+        assert second.ask(ids) == (said, cached)
 
     def test_what_is_there_stays(self, second: Server, model_id: str):
         ran = second.thaw_kv("restore", "a.thawkv", "--model-id", model_id)

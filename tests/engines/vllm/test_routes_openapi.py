@@ -12,7 +12,9 @@ import pytest
 from fastapi import FastAPI
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from tests.engines.vllm.session_client import keep, restore
 from tests.openapi import CHECKS, SETTINGS, filled, latin, led_further, no_objects, operations, refusal, schemathesis
+from tests.sessions.made import save, session
 
 from thaw_vllm import errors
 from thaw_vllm.engines.vllm import versions
@@ -21,6 +23,7 @@ from thaw_vllm.engines.vllm.kv.access import Access
 from thaw_vllm.engines.vllm.swap import routes as engine_routes
 from thaw_vllm.engines.vllm.swap.api import SwapReport
 from thaw_vllm.engines.vllm.swap.parked import Parked, WakeReport
+from thaw_vllm.sessions.store import Store
 
 pytestmark = pytest.mark.vllm
 TOKEN = "a token of 24 characters"
@@ -28,11 +31,18 @@ ADMIN = {"X-Thaw-Admin-Token": TOKEN}
 BODIES = {
     "/v1/thaw/kv/freeze": {"name": "b.thawkv", "everything": True},
     "/v1/thaw/kv/restore": {"name": "there.thawkv"},
+    "/v1/thaw/sessions/checkpoint": {"token_ids": [1, 2, 3, 4, 5], "labels": ["trunk"]},
+    "/v1/thaw/sessions/checkout": {"session": "first", "token_ids": True},
+    "/v1/thaw/sessions/branch": {"session": "first", "at": 3},
     "/v1/thaw/engine/swap": {"name": "b.thaw"},
     "/v1/thaw/engine/park": {"kv": "c.thawkv"},
     "/v1/thaw/engine/wake": {},
 }
+STORED = ("GET /v1/thaw/sessions", "POST /v1/thaw/sessions/branch")
+"""What needs no engine."""
 NAMES = ["there.thawkv", "none.thawkv", "b.thaw", "none.thaw", "../b.thaw", ""]
+SESSIONS = ["first", "trunk", "nobody", ""]
+ONE = ("prompts", "prompt", "token_ids", "request", "everything")
 KINDS = [*routes.STATUS, errors.StorageError, errors.BrokenEngineError]
 """What may go wrong beneath the routes."""
 
@@ -52,8 +62,11 @@ class Client:
         self.sound = False
 
     async def _call(self, method: str, options: dict[str, Any]) -> dict[str, Any]:
-        kind = None if self.sound else wrong(options)
-        return {"blocks": 7} if kind is None else {"error": kind.__name__, "message": "what, where, cure"}
+        kind = None if self.sound else wrong({name: options[name] for name in options if name != "store"})
+        if kind is not None:
+            return {"error": kind.__name__, "message": "what, where, cure"}
+        of_sessions = {"thaw_session_keep": keep, "thaw_session_restore": restore}
+        return of_sessions[method](options, "model") if method in of_sessions else {"blocks": 7}
 
     async def is_sleeping(self) -> bool:
         return False
@@ -88,7 +101,10 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
         return [ord(letter) for letter in text]
 
     seconds = {"total": 0.5}
-    app.state.thaw_kv = routes._Served(Access(TOKEN, str(folder), str(folder)), made, engine_routes.Engine(made))
+    store = Store(tmp_path_factory.mktemp("sessions"), create=True)
+    save(store, session(range(18), labels=("first",)))
+    access = Access(TOKEN, str(folder), str(folder), str(store.directory))
+    app.state.thaw_kv = routes._Served(access, made, engine_routes.Engine(made))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(versions, "completion_tokens", tokens)
         patch.setattr(engine_routes, "swap_weights_async", doing(SwapReport(8, "model", 1, "route", seconds)))
@@ -101,10 +117,10 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
 @pytest.mark.soak
 @schema.parametrize()
 def test_anything(case, client):
-    led_further(case, {"name": NAMES, "kv": NAMES})
-    if isinstance(case.body, dict):
-        for name in [name for name in ("prompts", "token_ids", "request", "everything") if case.body.get(name)][1:]:
-            del case.body[name]  # one is what a freeze takes
+    led_further(case, {"name": NAMES, "kv": NAMES, "session": SESSIONS, "parent": SESSIONS})
+    if isinstance(case.body, dict) and not case.operation.path.endswith("/checkout"):
+        for name in [name for name in ONE if case.body.get(name)][1:]:
+            del case.body[name]  # one is what a freeze takes, or a checkpoint
     client.sound = False
     if case.method == case.operation.method.upper():  # the rest is vLLM's own to answer
         case.validate_response(case.call(app=app, headers=ADMIN), checks=CHECKS)
@@ -119,7 +135,7 @@ def test_successes_and_an_engine_that_is_parked(label, parked, client):
     case = filled(OPERATIONS[label], BODIES.get(label.partition(" ")[2]))
     answer = case.call(app=app, headers=ADMIN)
     case.validate_response(answer, checks=CHECKS)
-    right = label.endswith("/state") or label.endswith("/wake") == parked
+    right = label.endswith("/state") or label in STORED or label.endswith("/wake") == parked
     assert answer.status_code == (200 if right else 400), answer.text
 
 

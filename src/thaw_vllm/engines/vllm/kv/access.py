@@ -9,11 +9,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ....errors import ExistsError, UsageError
+from ....sessions.store import VARIABLE as SESSIONS_VARIABLE
 
 TOKEN_VARIABLE = "THAW_ADMIN_TOKEN"
 DIRECTORY_VARIABLE = "THAW_KV_DIR"
 SNAPSHOTS_VARIABLE = "THAW_SNAPSHOT_DIR"
-OPTIONS = {DIRECTORY_VARIABLE: "--kv-dir", SNAPSHOTS_VARIABLE: "--snapshot-dir"}
+OPTIONS = {
+    DIRECTORY_VARIABLE: "--kv-dir",
+    SNAPSHOTS_VARIABLE: "--snapshot-dir",
+    SESSIONS_VARIABLE: "--sessions-dir",
+}
 """Of ``thaw serve``."""
 TOKEN_HEADER = "X-Thaw-Admin-Token"
 """A header of its own: vLLM's API key is in ``Authorization``, and is given to everybody who may ask the model."""
@@ -31,21 +36,27 @@ class Access:
         token: what callers must send; None: nobody may call.
         directory: where all files of KV blocks are; None: nobody may name one.
         snapshots: where all snapshots are; None: nobody may name one.
+        sessions: the store of sessions, made with the first one; None: nobody may keep or read any.
     """
 
     token: str | None = field(default=None, repr=False)
     directory: str | None = None
     snapshots: str | None = None
+    sessions: str | None = None
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Access:
         """As the variables say; an empty one counts as unset."""
-        names = (TOKEN_VARIABLE, DIRECTORY_VARIABLE, SNAPSHOTS_VARIABLE)
+        names = (TOKEN_VARIABLE, DIRECTORY_VARIABLE, SNAPSHOTS_VARIABLE, SESSIONS_VARIABLE)
         return cls(*(environment.get(name) or None for name in names))
 
     def refusal(self, given: str | None) -> str | None:
         """Why whoever sent this token may not freeze or restore KV blocks, with the cure; None: they may."""
         return self.stranger(given) or no_directory(self.directory, DIRECTORY_VARIABLE)
+
+    def session_refusal(self, given: str | None) -> str | None:
+        """Why whoever sent this token may not keep or read sessions, with the cure; None: they may."""
+        return self.stranger(given) or no_directory(self.sessions, SESSIONS_VARIABLE)
 
     def stranger(self, given: str | None) -> str | None:
         """Why whoever sent this token may not ask anything, with the cure; None: they may."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from ....errors import FormatError, UsageError
 from ....format.identity import model_id
+from ....kv.table import MAX_SALT
+from ....sessions.record import MAX_LABEL, MAX_LABELS
 from .access import SNAPSHOT_ENDING, checked_name
 
 LARGEST_BODY = 32 * 1024 * 1024
@@ -18,7 +20,9 @@ LARGEST_TOKEN = 2**31 - 1
 LONGEST_DEADLINE = 3600.0
 """Seconds."""
 
-Body = TypeVar("Body", "Freezing", "Restoring", "Swapping", "Parking", "Waking")
+Body = TypeVar(
+    "Body", "Freezing", "Restoring", "Swapping", "Parking", "Waking", "Checkpointing", "CheckingOut", "Branching"
+)
 
 
 @dataclass(frozen=True)
@@ -55,9 +59,7 @@ class Freezing:
                 _text("prompts: each", text)
         if self.token_ids is not None:
             for ids in _items("token_ids", self.token_ids):
-                for token in _items("token_ids: each", ids):
-                    if type(token) is not int or not 0 <= token <= LARGEST_TOKEN:
-                        raise UsageError("token_ids: each list must hold token ids, whole numbers from 0 on")
+                _tokens("token_ids: each", ids)
         if self.request is not None:
             _text("request", self.request, 1024)
         chosen = [name for name in ("prompts", "token_ids", "request") if getattr(self, name) is not None]
@@ -159,6 +161,94 @@ class Waking:
         _flag("verify", self.verify)
 
 
+@dataclass(frozen=True)
+class Checkpointing:
+    """The body of ``/v1/thaw/sessions/checkpoint``: one of request, token_ids and prompt, and what is to be noted.
+
+    Attributes:
+        request: the id of a running request.
+        token_ids: one list of them.
+        prompt: a text, tokenised as the completions route does.
+        labels: names for the session.
+        parent: the session that it went on from: an id, how one begins, or a label.
+        cache_salt: of the request with this prompt or these token ids.
+        model_id: which weights the engine holds, where it does not know.
+    """
+
+    request: str | None = None
+    token_ids: list[int] | None = None
+    prompt: str | None = None
+    labels: list[str] = field(default_factory=list)
+    parent: str | None = None
+    cache_salt: str | None = None
+    model_id: str | None = None
+
+    def __post_init__(self) -> None:
+        _labels(self.labels)
+        _model(self.model_id)
+        if self.parent is not None:
+            _text("parent", self.parent, MAX_LABEL)
+        if self.request is not None:
+            _text("request", self.request, 1024)
+        if self.token_ids is not None:
+            _tokens("token_ids", self.token_ids)
+        if self.prompt is not None:
+            _text("prompt", self.prompt)
+        chosen = [name for name in ("request", "token_ids", "prompt") if getattr(self, name) is not None]
+        if len(chosen) != 1:
+            raise UsageError(
+                f"{' and '.join(chosen) or 'nothing'} was given to keep; give one of request, token_ids and prompt"
+            )
+        if self.cache_salt is not None:
+            _text("cache_salt", self.cache_salt, MAX_SALT)
+            if chosen[0] == "request":
+                raise UsageError("cache_salt belongs to a prompt or token_ids; a running request has its own")
+
+
+@dataclass(frozen=True)
+class CheckingOut:
+    """The body of ``/v1/thaw/sessions/checkout``.
+
+    Attributes:
+        session: an id, how one begins, or a label.
+        evict: let cached blocks that nobody uses make room.
+        model_id: which weights the engine holds, where it does not know.
+        token_ids: have the session's tokens told, which are the prompt that goes on.
+    """
+
+    session: str
+    evict: bool = False
+    model_id: str | None = None
+    token_ids: bool = False
+
+    def __post_init__(self) -> None:
+        _text("session", self.session, MAX_LABEL)
+        _flag("evict", self.evict)
+        _model(self.model_id)
+        _flag("token_ids", self.token_ids)
+
+
+@dataclass(frozen=True)
+class Branching:
+    """The body of ``/v1/thaw/sessions/branch``.
+
+    Attributes:
+        session: an id, how one begins, or a label.
+        at: tokens that the branch has, at least 1; from the end where that is below 0; null: all.
+        labels: names for it.
+    """
+
+    session: str
+    at: int | None = None
+    labels: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        _text("session", self.session, MAX_LABEL)
+        if self.at is not None and (type(self.at) is not int or abs(self.at) > LARGEST_TOKEN):
+            raise UsageError("at must be a number of tokens, a whole one")
+        _labels(self.labels)
+
+
 def parse(raw: bytes, kind: type[Body]) -> Body:
     """A body as one of the classes here.
 
@@ -171,12 +261,13 @@ def parse(raw: bytes, kind: type[Body]) -> Body:
         raise UsageError(f"the body is not JSON: {error}") from None
     if not isinstance(found, dict):
         raise UsageError("the body must be a JSON object")
-    fields = {field.name: field for field in dataclasses.fields(kind)}
+    fields = {one.name: one for one in dataclasses.fields(kind)}
     unknown = [name[:40] for name in found if name not in fields]
     if unknown:
         raise UsageError(f"there is no field {unknown[0]!r}; there are {', '.join(fields)}")
-    if "name" in fields and "name" not in found:
-        raise UsageError("name is missing: which file")
+    for name, what in (("name", "which file"), ("session", "which one")):
+        if name in fields and name not in found:
+            raise UsageError(f"{name} is missing: {what}")
     return kind(**found)
 
 
@@ -215,6 +306,19 @@ def _items(name: str, value: object) -> list[Any]:
     if not isinstance(value, list) or not value:
         raise UsageError(f"{name} must be a list, not empty")
     return value
+
+
+def _tokens(name: str, value: object) -> None:
+    for token in _items(name, value):
+        if type(token) is not int or not 0 <= token <= LARGEST_TOKEN:
+            raise UsageError(f"{name} must be a list of token ids, whole numbers from 0 on")
+
+
+def _labels(value: object) -> None:
+    if not isinstance(value, list) or len(value) > MAX_LABELS:
+        raise UsageError(f"labels must be a list, of {MAX_LABELS} texts at most")
+    for label in value:
+        _text("labels: each", label, MAX_LABEL)
 
 
 def _model(value: object) -> None:

@@ -1,5 +1,5 @@
 """Entry point of the group ``vllm.endpoint_plugins``: routes of vLLM's own server that freeze and restore KV blocks;
-and those of the engine as a whole (``swap/routes.py``).
+those of sessions (``sessions/routes.py``), and those of the engine as a whole (``swap/routes.py``).
 
 The contract is vllm/plugins/endpoint_plugins/interface.py. vLLM loads it only where ``VLLM_PLUGINS`` names it; its name
 is the general plugin's, so that neither is loaded without the other.
@@ -32,9 +32,21 @@ from ....errors import (
 )
 from .. import versions
 from ..client import ask
+from ..sessions.routes import Sessions
 from ..swap.routes import Engine
 from .access import TOKEN_HEADER, Access
-from .bodies import LARGEST_BODY, Freezing, Parking, Restoring, Swapping, Waking, parse
+from .bodies import (
+    LARGEST_BODY,
+    Branching,
+    CheckingOut,
+    Checkpointing,
+    Freezing,
+    Parking,
+    Restoring,
+    Swapping,
+    Waking,
+    parse,
+)
 from .description import refusals, taken
 
 logger = logging.getLogger(__name__)
@@ -51,9 +63,11 @@ STATUS: dict[type[ThawError], int] = {
 }
 """The status of an error is that of the first class of its ancestry that is here."""
 _ASKING = (403, *STATUS.values())
+_READING = (403, 422, 500)
 _TAKING = (*_ASKING, 413)
 _NAMING = (*_TAKING, 404)
-"""With what a route may refuse that asks the engine core; that takes a body, too; that names a file, too."""
+"""With what a route may refuse that asks the engine core; that only reads a store; that takes a body, too; that names a
+file, too."""
 
 
 class _Refused(Exception):
@@ -70,6 +84,20 @@ class _Served:
     client: Any
     engine: Engine
 
+    @property
+    def sessions(self) -> Sessions:
+        """Of a server that keeps some."""
+        assert self.access.sessions is not None
+        return Sessions(self.client, self.access.sessions)
+
+
+REFUSAL: dict[str, Callable[[Access, str | None], str | None]] = {
+    "kv": Access.refusal,
+    "sessions": Access.session_refusal,
+    "engine": Access.stranger,
+}
+"""Who may not use a route, by the first part of its path."""
+
 
 class KVRoutes:
     """What vLLM's API server asks of an endpoint plugin."""
@@ -83,6 +111,10 @@ class KVRoutes:
             ("kv/info", _info, None, _ASKING, "What is cached"),
             ("kv/freeze", _freeze, Freezing, _TAKING, "Write cached prefixes to a file"),
             ("kv/restore", _restore, Restoring, _NAMING, "Bring the prefixes of a file back"),
+            ("sessions", _sessions, None, _READING, "Which sessions are kept"),
+            ("sessions/checkpoint", _checkpoint, Checkpointing, _TAKING, "Keep what a conversation has come to"),
+            ("sessions/checkout", _checkout, CheckingOut, _TAKING, "Bring the blocks of a session back"),
+            ("sessions/branch", _branch, Branching, _TAKING, "Make a session from the first tokens of another"),
             ("engine/state", _state, None, (403,), "Whether the engine is parked, and whose weights it has"),
             ("engine/swap", _swap, Swapping, _NAMING, "Fill the engine with another snapshot's weights"),
             ("engine/park", _park, Parking, _TAKING, "Give the GPU's memory back"),
@@ -90,7 +122,7 @@ class KVRoutes:
         ):
             app.add_api_route(
                 f"/v1/thaw/{path}",
-                _answering(work, Access.refusal if path.startswith("kv/") else Access.stranger),
+                _answering(work, REFUSAL[path.partition("/")[0]]),
                 methods=["GET" if body is None else "POST"],
                 summary=summary,
                 tags=["thaw"],
@@ -181,6 +213,26 @@ async def _restore(request: Request, served: _Served) -> dict[str, Any]:
     return await _call(served, "thaw_kv_restore", {"path": path, "model": body.model_id, "evict": body.evict})
 
 
+async def _sessions(request: Request, served: _Served) -> dict[str, Any]:
+    return await served.sessions.listed()
+
+
+async def _checkpoint(request: Request, served: _Served) -> dict[str, Any]:
+    body = await asyncio.to_thread(parse, await _body(request), Checkpointing)
+    await _require_awake(served)
+    return await served.sessions.checkpoint(body)
+
+
+async def _checkout(request: Request, served: _Served) -> dict[str, Any]:
+    body = parse(await _body(request), CheckingOut)
+    await _require_awake(served)
+    return await served.sessions.checkout(body)
+
+
+async def _branch(request: Request, served: _Served) -> dict[str, Any]:
+    return await served.sessions.branch(parse(await _body(request), Branching))
+
+
 async def _body(request: Request) -> bytes:
     raw = bytearray()
     async for part in request.stream():
@@ -211,12 +263,19 @@ async def _wake(request: Request, served: _Served) -> dict[str, Any]:
 
 async def _call(served: _Served, method: str, options: dict[str, Any]) -> dict[str, Any]:
     """Ask the engine core; its paths become names, which is what callers know."""
-    served.engine.require_awake()
-    if await served.client.is_sleeping():
-        raise UsageError("the engine is asleep and its cache is empty; wake it up first")
+    await _require_awake(served)
     answer = await ask(served.client, method, options)
     if "path" in answer:
         answer = {"name": os.path.basename(answer["path"])} | {k: v for k, v in answer.items() if k != "path"}
     if "files" in answer:
         answer["files"] = [os.path.basename(path) for path in answer["files"]]
     return answer
+
+
+async def _require_awake(served: _Served) -> None:
+    """Raises:
+    UsageError: the engine is parked, or asleep.
+    """
+    served.engine.require_awake()
+    if await served.client.is_sleeping():
+        raise UsageError("the engine is asleep and its cache is empty; wake it up first")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -11,7 +12,8 @@ from ....errors import UnsupportedError, UsageError
 from ....format.identity import model_id as checked_model_id
 from ....sessions.context import Context
 from ....sessions.diff import common_tokens
-from ....sessions.record import Head, Session, ids, new_nonce, now
+from ....sessions.in_use import in_use
+from ....sessions.record import Head, Session, checked_labels, ids, new_nonce, now
 from ....sessions.store import Store
 from ..client import ask, call
 from . import sampling
@@ -49,16 +51,12 @@ class CheckpointReport:
     phases: dict[str, float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Checkout:
-    """A session in an engine: its blocks are cached, and this is the request that goes on.
+@dataclass(frozen=True, kw_only=True)
+class RestoreReport:
+    """A session in an engine: its blocks are cached.
 
     Attributes:
         session: its id.
-        prompt: for ``generate``: all tokens, and the salt.
-        sampling_params: for ``generate``: the session's own, less what was generated, or those that were given.
-        inexact: names of parameters by which the continuation may differ from what the session would have gone on
-            with; empty: by none.
         tokens: of the session, and what was appended.
         blocks, present, left_out: as of ``KVRestoreReport``.
         lost: blocks that the store lacks.
@@ -68,9 +66,6 @@ class Checkout:
     """
 
     session: str
-    prompt: dict[str, Any] = field(repr=False)
-    sampling_params: SamplingParams
-    inexact: tuple[str, ...]
     tokens: int
     blocks: int
     present: int
@@ -80,6 +75,22 @@ class Checkout:
     bytes: int
     seconds: float
     phases: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkout(RestoreReport):
+    """The same, and the request that goes on.
+
+    Attributes:
+        prompt: for ``generate``: all tokens, and the salt.
+        sampling_params: for ``generate``: the session's own, less what was generated, or those that were given.
+        inexact: names of parameters by which the continuation may differ from what the session would have gone on
+            with; empty: by none.
+    """
+
+    prompt: dict[str, Any] = field(repr=False)
+    sampling_params: SamplingParams
+    inexact: tuple[str, ...]
 
 
 def checkpoint(
@@ -132,10 +143,13 @@ async def checkpoint_async(
     store: StorePath = None,
     model_id: str | None = None,
 ) -> CheckpointReport:
-    """``checkpoint`` for an ``AsyncLLM``; its steps wait meanwhile."""
-    made = _Checkpoint(what, sampling_params, index, parent, labels, cache_salt, store, model_id)
-    with made.store.use():
-        return made.publish(await ask(engine, "thaw_session_keep", made.options))
+    """``checkpoint`` for an ``AsyncLLM``; its steps wait meanwhile, the event loop does not."""
+    made = await asyncio.to_thread(
+        _Checkpoint, what, sampling_params, index, parent, labels, cache_salt, store, model_id
+    )
+    async with in_use(made.store) as use:
+        answer = await use.outliving(ask(engine, "thaw_session_keep", made.options))
+        return await use.thread(made.publish, answer)
 
 
 def checkout(
@@ -179,10 +193,30 @@ async def checkout_async(
     model_id: str | None = None,
     evict: bool = False,
 ) -> Checkout:
-    """``checkout`` for an ``AsyncLLM``; its steps wait meanwhile."""
-    found = _Checkout(session, append, sampling_params, store, model_id, evict)
-    with found.store.use():
-        return found.done(await ask(engine, "thaw_session_restore", found.options))
+    """``checkout`` for an ``AsyncLLM``; its steps wait meanwhile, the event loop does not."""
+    found = await asyncio.to_thread(_Checkout, session, append, sampling_params, store, model_id, evict)
+    async with in_use(found.store) as use:
+        answer = await use.outliving(ask(engine, "thaw_session_restore", found.options))
+        return await use.thread(found.done, answer)
+
+
+async def restore_session_async(
+    engine: AsyncLLM,
+    session: str,
+    *,
+    store: StorePath = None,
+    model_id: str | None = None,
+    evict: bool = False,
+) -> tuple[RestoreReport, Session]:
+    """``checkout_async`` without a request that goes on, so of finished sessions as well; and the session.
+
+    Raises:
+        As ``checkout``.
+    """
+    found = await asyncio.to_thread(_Restore, session, store, model_id, evict)
+    async with in_use(found.store) as use:
+        answer = await use.outliving(ask(engine, "thaw_session_restore", found.options))
+        return RestoreReport(**await use.thread(found.report, answer)), found.whole
 
 
 def resume(
@@ -235,8 +269,9 @@ class _Checkpoint:
         model_id: str | None,
     ) -> None:
         self.store = _opened(store, create=True)
-        self._labels, self._sampling, self._finished = labels, sampling.to_json(sampling_params), None
+        self._labels, self._sampling, self._finished = checked_labels(labels), sampling.to_json(sampling_params), None
         self._parent = None if parent is None else self.store.find(parent)
+        self._before = None if self._parent is None else self.store.read(self._parent)
         self.options: dict[str, Any] = {
             "store": os.fspath(self.store.directory),
             "model": None if model_id is None else checked_model_id(model_id, "model_id"),
@@ -260,7 +295,6 @@ class _Checkpoint:
     def publish(self, found: dict[str, Any]) -> CheckpointReport:
         """The session, of what the engine has answered."""
         tokens = ids(found["tokens"])
-        parent = None if self._parent is None else self.store.read(self._parent)
         head = Head(
             count=len(tokens),
             prompt=found["prompt"] if self._prompt is None else self._prompt,
@@ -271,7 +305,7 @@ class _Checkpoint:
             contexts=tuple(Context.from_json(one).id for one in found["contexts"]),
             created=now(),
             parent=self._parent,
-            labels=tuple(self._labels),
+            labels=self._labels,
             finished=self._finished,
             sampling=found["sampling"] if self._sampling is None else self._sampling,
             salt=found["salt"],
@@ -279,9 +313,9 @@ class _Checkpoint:
             writer=found["writer"],
             nonce=new_nonce(),
         )
-        made = Session(head if parent is None else replace(head, fork=0), tokens)
-        if parent is not None:
-            made = Session(replace(head, fork=common_tokens(parent, made)), tokens)
+        made = Session(head if self._before is None else replace(head, fork=0), tokens)
+        if self._before is not None:
+            made = Session(replace(head, fork=common_tokens(self._before, made)), tokens)
         id_ = self.store.publish(made, [Context.from_json(one) for one in found["contexts"]])
         return CheckpointReport(
             id_,
@@ -295,9 +329,29 @@ class _Checkpoint:
         )
 
 
-class _Checkout:
+class _Restore:
     """Likewise."""
 
+    def __init__(self, session: str, store: StorePath, model_id: str | None, evict: bool) -> None:
+        self.store = _opened(store)
+        self._id = self.store.find(session)
+        self.whole = self.store.read(self._id)
+        self.options: dict[str, Any] = {
+            "store": os.fspath(self.store.directory),
+            "session": self._id,
+            "model": None if model_id is None else checked_model_id(model_id, "model_id"),
+            "evict": evict,
+        }
+
+    def report(self, found: dict[str, Any]) -> dict[str, Any]:
+        """What a ``RestoreReport`` is made of, of what the engine has answered."""
+        self.store.touch(self._id)
+        same = ("blocks", "present", "left_out", "lost", "bytes", "seconds", "phases")
+        told = {name: found[name] for name in same}
+        return told | {"session": self._id, "tokens": self.whole.head.count, "cached": found["tokens"]}
+
+
+class _Checkout(_Restore):
     def __init__(
         self,
         session: str,
@@ -307,41 +361,17 @@ class _Checkout:
         model_id: str | None,
         evict: bool,
     ) -> None:
-        self.store = _opened(store)
-        self._id = self.store.find(session)
-        whole = self.store.read(self._id)
-        self.inexact: tuple[str, ...] = ()
-        self._sampling, self.inexact = _sampling(whole.head, bool(append), sampling_params)
-        self._tokens = [*whole.tokens.tolist(), *ids(append).tolist()]
-        self._salt, self._size = whole.head.salt, whole.head.block_size
-        self.options: dict[str, Any] = {
-            "store": os.fspath(self.store.directory),
-            "session": self._id,
-            "model": None if model_id is None else checked_model_id(model_id, "model_id"),
-            "evict": evict,
-        }
+        super().__init__(session, store, model_id, evict)
+        self._sampling, self.inexact = _sampling(self.whole.head, bool(append), sampling_params)
+        self._tokens = [*self.whole.tokens.tolist(), *ids(append).tolist()]
 
     def done(self, found: dict[str, Any]) -> Checkout:
         """What the engine has answered, and the request."""
-        self.store.touch(self._id)
         prompt: dict[str, Any] = {"prompt_token_ids": self._tokens}
-        if self._salt is not None:
-            prompt["cache_salt"] = self._salt
-        return Checkout(
-            self._id,
-            prompt,
-            self._sampling,
-            self.inexact,
-            len(self._tokens),
-            found["blocks"],
-            found["present"],
-            found["left_out"],
-            found["lost"],
-            found["tokens"],
-            found["bytes"],
-            found["seconds"],
-            found["phases"],
-        )
+        if self.whole.head.salt is not None:
+            prompt["cache_salt"] = self.whole.head.salt
+        told = self.report(found) | {"tokens": len(self._tokens)}
+        return Checkout(prompt=prompt, sampling_params=self._sampling, inexact=self.inexact, **told)
 
 
 def _sampling(head: Head, appended: bool, given: SamplingParams | None) -> tuple[SamplingParams, tuple[str, ...]]:
