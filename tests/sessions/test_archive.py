@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from tests.sessions.made import context, resumes, save, session
 
 from thaw_vllm.errors import ExistsError, FormatError, StorageError, ThawError, UsageError
+from thaw_vllm.format.document import canonical
 from thaw_vllm.sessions.archive import bring, export
 from thaw_vllm.sessions.branch import branch
 from thaw_vllm.sessions.fsck import fsck
@@ -56,6 +57,15 @@ def test_progress(store, other, file, memory_path):
     export(store, "trunk", memory_path / "c", progress=lambda *numbers: seen.append(numbers))
     bring(other, file, progress=lambda *numbers: seen.append(numbers))
     assert seen[11] == seen[-1] == (12 * RANKS[0].page,) * 2
+
+
+def test_what_is_damaged_there_is_healed(store, other, file):
+    id_, _ = bring(other, file)
+    path = next(other.block_files())
+    path.write_bytes(path.read_bytes()[:-1] + b"\0")
+    other.record(id_).write_bytes(b"x")
+    assert not fsck(other).sound
+    assert bring(other, file) == (id_, 1) and fsck(other).sound and resumes(other, id_)
 
 
 def test_an_existing_file_stays(store, file):
@@ -124,6 +134,12 @@ def link(name):
     return info
 
 
+def sparse(name, **headers):
+    info = tarfile.TarInfo(name)
+    info.pax_headers = {f"GNU.sparse.{key}": value for key, value in headers.items()}
+    return info
+
+
 HOSTILE = {
     "another file": lambda m: [*m, ("../../evil", b"x")],
     "an absolute path": lambda m: [*m, ("/tmp/evil", b"x")],
@@ -140,6 +156,8 @@ HOSTILE = {
     "a record that is none": lambda m: [(m[0][0], b"x"), *m[1:]],
     "a record under another's name": lambda m: [("sessions/" + "a" * 32, m[0][1]), *m[1:]],
     "nothing": lambda m: [],
+    "a sparse file of a strange size": lambda m: [(sparse(m[0][0], size="xyz", major="0", minor="1"), m[0][1]), *m[1:]],
+    "a sparse file of a strange map": lambda m: [(sparse(m[0][0], size="9", map="a,b"), m[0][1]), *m[1:]],
 }
 
 
@@ -149,6 +167,19 @@ def test_a_hostile_file(other, file, what):
     with pytest.raises(ThawError, match=r"a\.thawsession"):
         bring(other, file)
     assert other.listed() == ([], {}) and fsck(other).sound
+
+
+def test_a_file_that_promises_more_than_it_has(other, memory_path):
+    """Before room is made for it, or an address is hashed."""
+    huge = context(page=1 << 39)
+    made = session(range(8), contexts=[huge])
+    with tarfile.open(memory_path / "x", "w") as tar:
+        for name, data in ((f"sessions/{made.id}", made.encode()), (f"contexts/{huge.id}", canonical(huge.to_json()))):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    with pytest.raises(FormatError, match="is cut: it has"):
+        bring(other, memory_path / "x")
 
 
 def test_a_file_that_is_something_else(other, memory_path):

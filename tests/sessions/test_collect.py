@@ -65,6 +65,15 @@ def test_pinned_ones_stay(store):
     assert resumes(store, pinned)
 
 
+def test_those_that_would_make_no_room_stay(store):
+    pinned, _ = save(store, session(tokens(5, 3)))
+    store.pin(pinned)
+    without, _ = save(store, session([1, 2, 3]))
+    inside = branch(store, pinned, 8)
+    assert collect(store, 0).sessions == () and len(store.listed()[0]) == 3
+    assert resumes(store, inside) and store.read(without).head.count == 3
+
+
 def test_branches_keep_what_they_share(store):
     trunk, _ = save(store, session(tokens(5, 4)))
     early = branch(store, trunk, 9)

@@ -70,6 +70,39 @@ def test_a_missing_context(store, two):
     assert fsck(store).broken.keys() == {*two}
 
 
+def test_a_damaged_context_is_taken_out_and_comes_back(store, two):
+    """Its sessions stay: nothing of theirs is lost."""
+    (path,) = (store.directory / "contexts").iterdir()
+    assert fsck(store).sound
+    path.write_text(path.read_text().replace("bfloat16", "float16"))
+    found = fsck(store)
+    assert not found.sound and [*found.damaged] == [str(path)] and found.broken.keys() == {*two}
+    assert fsck(store, repair=True).repaired == [str(path)] and not path.exists()
+    assert fsck(store).broken.keys() == {*two} and len(store.listed()[0]) == 2
+    save(store, session(range(20, 28)))
+    assert fsck(store).sound and resumes(store, two[0])
+
+
+def test_a_link_to_nothing_is_a_missing_block(store, two):
+    path = own(store, two[0])
+    path.unlink()
+    path.symlink_to("/nowhere")
+    found = fsck(store)
+    assert not found.sound and found.missing == {two[0]: 1} and found.strange == [str(path)]
+
+
+def test_one_that_is_forgotten_meanwhile_is_no_fault(store, two, monkeypatch):
+    read = store.read
+
+    def late(id_):
+        store.remove(id_)
+        return read(id_)
+
+    monkeypatch.setattr(store, "read", late)
+    found = fsck(store)
+    assert found.sound and found.sessions == 0
+
+
 def test_strange_files_are_named_and_left(store, two):
     strange = [store.blocks / "x", store.blocks / "aa" / "b.block", store.directory / "sessions" / "notes.txt"]
     (store.blocks / "aa").mkdir(exist_ok=True)

@@ -79,6 +79,8 @@ BAD = {
     "finished by a number": {"finished": 1},
     "a field too many": {"more": 1},
     "tokens of a bool": {"count": True},
+    "pages of no group": {"kept": [1]},
+    "blocks of too many ranks": {"contexts": [ID] * 4096, "blocks": 1025, "count": 5000, "kept": [0]},
 }
 
 
@@ -117,6 +119,14 @@ def test_other_files_are_told_apart():
         decode_head(MAGIC + b"{", "it", 20)
     with pytest.raises(ThawError, match="it: bad session"):
         decode_head(MAGIC + b"[]\n", "it", len(MAGIC) + 3)
+
+
+def test_another_spelling_is_another_record():
+    """It would come back from a file under another id."""
+    whole = session([1, 2], created=5.0).encode()
+    other = whole.replace(b'"created":5.0', b'"created":5')
+    with pytest.raises(FormatError, match="not written as records are"):
+        decode(other, record_id(other), "it")
 
 
 def test_tokens_and_head_agree():

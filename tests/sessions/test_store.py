@@ -139,6 +139,15 @@ def test_names(store):
         store.read("0" * 32)
 
 
+def test_a_label_like_the_beginning_of_an_id_is_not_guessed(store):
+    first, _ = save(store, session([1]))
+    second, _ = save(store, session([2], labels=(first[:4], first[:6])))
+    for word in (first[:4], first[:6]):
+        with pytest.raises(UsageError, match="means 2 sessions"):
+            store.find(word)
+    assert store.find(first) == first and store.find(second[:8]) == second
+
+
 def test_pins_and_removal(store):
     id_, _ = save(store, session(range(8)))
     store.pin(id_)
@@ -149,6 +158,8 @@ def test_pins_and_removal(store):
     store.pin(id_)
     store.remove(id_)
     store.remove(id_)
+    with pytest.raises(UsageError, match="no session"):
+        store.pin(id_)
     assert store.listed() == ([], {}) and not store.pinned(id_)
 
 
@@ -177,6 +188,9 @@ def test_a_damaged_context(store):
     path.unlink()
     with pytest.raises(StorageError, match="cannot be read"):
         [*again.names(again.read(id_))]
+    path.write_text("damaged")
+    save(store, session(range(12)))  # by an engine of the same context
+    assert path.read_text() == whole and resumes(Store(store.directory), id_)
 
 
 def test_a_long_head_is_listed(store):
@@ -221,6 +235,30 @@ def test_whoever_removes_is_alone(store):
     thread.join()
     later.join()
     assert order == ["alone", "use"]
+
+
+def test_a_fork_does_not_keep_the_lock(store):
+    """A process that was forked meanwhile shares the lock's descriptor."""
+    for held in (store.use, store.alone):
+        with held():
+            child = os.fork()
+            if not child:
+                time.sleep(30)
+                os._exit(0)
+        try:
+            taken = store.try_use()
+            assert taken is not None
+            taken.close()
+        finally:
+            os.kill(child, 9)
+            os.waitpid(child, 0)
+
+
+def test_a_window_that_a_branch_lacks_leaves_it_without_blocks(store):
+    two = context(groups=2)
+    id_, _ = save(store, session(range(40), contexts=[two], kept=(0, 7)), [two])
+    late, early = (store.read(branch(store, id_, at)).head for at in (38, 20))
+    assert (late.blocks, late.kept) == (9, (0, 7)) and (early.blocks, early.kept) == (0, (0, 0))
 
 
 def test_no_descriptor_is_left(store, no_leaks):

@@ -37,7 +37,9 @@ def log(
     place = opened(store)
     listed, bad = place.listed()
     about = None if session is None else place.find(session)
-    nodes = [*forest(listed, about if about in {one.id for one in listed} else None)]
+    if about in bad:
+        raise bad[about]
+    nodes = [*forest(listed, about)]
     if as_json:
         shown = [node.shown() for node in nodes]
         document({"store": str(place.directory), "sessions": shown, "broken": {k: str(v) for k, v in bad.items()}})

@@ -23,8 +23,9 @@ def pin(
 ) -> None:
     """Keep a session when thaw gc makes room."""
     place = opened(store)
-    id_ = place.find(session)
-    place.pin(id_, not off)
+    with place.use():
+        id_ = place.find(session)
+        place.pin(id_, not off)
     if as_json:
         document({"id": id_, "pinned": not off})
         return

@@ -25,9 +25,10 @@ def rm(
     Blocks that nobody needs any more go with the next thaw gc.
     """
     place = opened(store)
-    found = [*dict.fromkeys(place.find(word) for word in session)]
-    for id_ in found:
-        place.remove(id_)
+    with place.use():
+        found = [*dict.fromkeys(place.find(word) for word in session)]
+        for id_ in found:
+            place.remove(id_)
     if as_json:
         document({"removed": found})
         return

@@ -87,15 +87,16 @@ def bring(store: Store, path: str | os.PathLike[str], *, progress: Progress | No
     try:
         with Path(path).open("rb") as file, store.use():
             return _bring(store, file, shown, progress)
-    except tarfile.TarError as error:
-        raise FormatError(f"{shown} is no session of thaw's, or it is cut: {error}") from None
     except OSError as error:
         raise StorageError(f"{shown} cannot be read: {error.strerror or error}") from None
+    except (tarfile.TarError, ValueError, OverflowError) as error:  # the latter of numbers in its headers
+        raise FormatError(f"{shown} is no session of thaw's, or it is cut: {error}") from None
 
 
 def _bring(store: Store, file: BinaryIO, shown: str, progress: Progress | None) -> tuple[str, int]:
+    length = os.fstat(file.fileno()).st_size
     with tarfile.open(fileobj=file, mode="r|") as tar:
-        members = _members(tar, shown)
+        members = _members(tar, shown, length)
         name, size, read = next(members, ("", 0, None))
         if not name.startswith(RECORDS) or read is None or size > len(MAGIC) + MAX_HEAD + 4 * MAX_TOKENS:
             raise FormatError(f"{shown} is no session of thaw's: it does not begin with one")
@@ -108,6 +109,10 @@ def _bring(store: Store, file: BinaryIO, shown: str, progress: Progress | None) 
             contexts.append(Context.from_json(parse(read(size), shown)))
             if contexts[-1].id != wanted:
                 raise CorruptionError(f"{shown} is damaged: a context is not the one that its name says")
+        head = session.head
+        rank = sum(head.blocks - first for first in head.kept)
+        if sum(rank * (_TAR + PAYLOAD_AT + context.page) for context in contexts) > length:
+            raise CorruptionError(f"{shown} is cut: it has {length} bytes, {rank} blocks of its session have more")
         needed = {name: context.page for context, name in store.named(session, contexts)}
         added, done, every = 0, 0, sum(needed.values())
         for name, size, read in members:
@@ -122,7 +127,7 @@ def _bring(store: Store, file: BinaryIO, shown: str, progress: Progress | None) 
             raw = read(size)
             payload = memoryview(raw)[PAYLOAD_AT:]
             Head.decode(raw[:PAYLOAD_AT], found, size, shown).verify(payload, f"{shown}: the block {found}")
-            added += blocks.write(store.blocks, found, payload)
+            added += blocks.write(store.blocks, found, payload, heal=True)
             done += page
             if progress is not None:
                 progress(done, every)
@@ -134,9 +139,11 @@ def _bring(store: Store, file: BinaryIO, shown: str, progress: Progress | None) 
 Read = Callable[[int], bytes]
 
 
-def _members(tar: tarfile.TarFile, shown: str) -> Iterator[tuple[str, int, Read]]:
-    """Name, size, and how it is read."""
+def _members(tar: tarfile.TarFile, shown: str, length: int) -> Iterator[tuple[str, int, Read]]:
+    """Name, size, and how it is read; of a file of so many bytes."""
     for member in tar:
+        if member.size > length:
+            raise CorruptionError(f"{shown} is cut: {member.name[:100]!r} is to have {member.size} bytes")
         file = tar.extractfile(member) if member.isreg() else None
         if file is None or member.issparse():
             raise FormatError(f"{shown} has a member that is no plain file: {member.name[:100]!r}")

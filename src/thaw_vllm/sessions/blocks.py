@@ -105,12 +105,13 @@ class Head:
         return cls(name, length, sum_, words)
 
 
-def write(directory: Path, name: Name, payload: memoryview) -> bool:
+def write(directory: Path, name: Name, payload: memoryview, *, heal: bool = False) -> bool:
     """Keep a block, unless it is there: whoever comes first writes it.
 
     Args:
         directory: of all blocks.
         payload: bytes, contiguous.
+        heal: look at one that is there, and replace it where it is damaged.
 
     Returns:
         Whether it was not there.
@@ -119,7 +120,8 @@ def write(directory: Path, name: Name, payload: memoryview) -> bool:
         SpaceError, StorageError: nothing was published.
     """
     path = name.path(directory)
-    if path.exists():
+    there = path.exists()
+    if there and not (heal and _damaged(directory, name, len(payload))):
         return False
     try:
         path.parent.mkdir(mode=0o700, exist_ok=True)
@@ -127,13 +129,21 @@ def write(directory: Path, name: Name, payload: memoryview) -> bool:
         raise StorageError(f"the directory {str(path.parent)!r} cannot be made: {error.strerror or error}") from None
     head = Head.of(name, payload).encode()
     try:
-        with StagedFile(path, len(head) + len(payload)) as staged:
+        with StagedFile(path, len(head) + len(payload), force=there) as staged:
             staged.write(0, head)
             staged.write(len(head), payload)
             staged.publish()
     except ExistsError:
         return False
     return True
+
+
+def _damaged(directory: Path, name: Name, length: int) -> bool:
+    try:
+        read(directory, name, memoryview(bytearray(length)))
+    except (FormatError, StorageError):
+        return True
+    return False
 
 
 def read(directory: Path, name: Name, into: memoryview) -> None:

@@ -7,8 +7,9 @@ from dataclasses import replace
 
 from .. import __version__
 from ..errors import UsageError
-from .record import Head, Session, new_nonce, now
+from .record import Session, new_nonce, now
 from .store import Store
+from .windows import kept_from, usable
 
 WRITER = f"thaw {__version__}"
 
@@ -41,28 +42,30 @@ def grow(store: Store, session: str, at: int | None = None, labels: Sequence[str
         As ``branch``.
     """
     id_ = store.find(session)
-    made = store.publish(cut(store.read(id_), id_, at, labels))
+    made = store.publish(cut(store, store.read(id_), id_, at, labels))
     store.touch(id_)
     return made
 
 
-def cut(whole: Session, id_: str, at: int | None, labels: Sequence[str] = ()) -> Session:
+def cut(store: Store, whole: Session, id_: str, at: int | None, labels: Sequence[str] = ()) -> Session:
     """The record of a branch, not published.
 
     Raises:
         UsageError: there is no such token.
+        StorageError, FormatError, CorruptionError: what its blocks were made with cannot be read.
     """
     head = whole.head
     count = head.count if at is None else at if at >= 0 else head.count + at
     if not 0 < count <= head.count:
         raise UsageError(f"the session {id_[:12]} has {head.count} tokens; a branch may have 1 to as many, not {at}")
-    return Session(_branched(head, id_, count, labels), whole.tokens[:count])
+    groups, size = store.contexts(head)[0].layout.groups, head.block_size
 
+    def there(number: int, group: int) -> bool:
+        return number >= head.kept[group]
 
-def _branched(head: Head, id_: str, count: int, labels: Sequence[str]) -> Head:
-    blocks = min(head.blocks, count // head.block_size)
+    blocks = usable(groups, min(head.blocks, count // size), size, there)
     same = count == head.count
-    return replace(
+    made = replace(
         head,
         count=count,
         prompt=min(head.prompt, count),
@@ -73,7 +76,8 @@ def _branched(head: Head, id_: str, count: int, labels: Sequence[str]) -> Head:
         finished=head.finished if same else None,
         random=head.random if same else None,  # it is that of the last token
         blocks=blocks,
-        kept=tuple(min(first, blocks) for first in head.kept),
+        kept=kept_from(groups, blocks, size, there),
         writer=WRITER,
         nonce=new_nonce(),
     )
+    return Session(made, whole.tokens[:count])

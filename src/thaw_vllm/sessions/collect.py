@@ -68,6 +68,7 @@ def collect(store: Store, budget: int | None = None, *, dry_run: bool = False) -
         StorageError: a record cannot be read, so that it is not known what it needs; nothing was removed.
     """
     with store.alone():
+        store.forget_contexts()
         listed, bad = store.listed()
         if bad:
             raise _unknown(store, bad)
@@ -81,10 +82,11 @@ def collect(store: Store, budget: int | None = None, *, dry_run: bool = False) -
         counts = Counter(name for names in needed.values() for name in names)
         there = sum(size for name, size in sizes.items() if name in counts)
         gone = []
+        held = {name for one in listed if one.pinned for name in needed[one.id]}
         for one in sorted(listed, key=lambda one: (one.used, one.head.created)):
             if budget is None or there <= budget:
                 break
-            if one.pinned:
+            if one.pinned or needed[one.id] <= held:  # it would make no room
                 continue
             gone.append(one.id)
             counts.subtract(needed[one.id])
@@ -112,5 +114,5 @@ def _unknown(store: Store, bad: dict[str, ThawError]) -> StorageError:
     id_, error = next(iter(bad.items()))
     return StorageError(
         f"the session {id_} in {str(store.directory)!r} cannot be read, so what it needs is not known, and nothing was "
-        f"removed: {error}; thaw fsck --repair takes it out"
+        f"removed: {error}; thaw fsck --repair takes damaged records out, thaw rm {id_} forgets this one"
     )

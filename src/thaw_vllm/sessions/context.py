@@ -44,7 +44,7 @@ class Context:
 
     @classmethod
     def from_json(cls, value: Any) -> Context:
-        """Checked against docs/sessions-format.md.
+        """Checked against docs/sessions.md.
 
         Raises:
             FormatError: what it does not allow.

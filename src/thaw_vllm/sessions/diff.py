@@ -49,23 +49,26 @@ def difference(store: Store, a: Session, b: Session) -> Difference:
     Raises:
         StorageError, FormatError, CorruptionError: the contexts of one cannot be read.
     """
-    sizes: list[dict[object, int]] = []
-    for one in (a, b):
-        sizes.append({(name.address, name.group): context.page for context, name in store.names(one)})
-    both = sizes[0].keys() & sizes[1].keys()
-    own = [[size for name, size in found.items() if name not in both] for found in sizes]
-    heads = (a.head, b.head)
-    other = [
-        name for name in ("model", "salt", "sampling", "prompt") if len({repr(getattr(h, name)) for h in heads}) > 1
-    ]
+    heads, common = (a.head, b.head), common_tokens(a, b)
+    pages = [sum(context.page for context in store.contexts(head)) for head in heads]
+    comparable = a.head.contexts == b.head.contexts and a.head.salt == b.head.salt
+    counts = [sum(head.blocks - first for first in head.kept) for head in heads]
+    shared = 0
+    if comparable:  # addresses are equal as far as the tokens are
+        end = min(common // a.head.block_size, a.head.blocks, b.head.blocks)
+        shared = sum(max(0, end - max(firsts)) for firsts in zip(a.head.kept, b.head.kept, strict=True))
+    own = [count - shared for count in counts]
+    ranks = [len(head.contexts) for head in heads]
+    names = ("model", "salt", "sampling", "prompt")
+    other = [name for name in names if len({repr(getattr(head, name)) for head in heads}) > 1]
     return Difference(
-        common_tokens(a, b),
+        common,
         (a.head.count, b.head.count),
-        a.head.contexts == b.head.contexts and a.head.salt == b.head.salt,
-        len(both),
-        sum(sizes[0][name] for name in both),
-        (len(own[0]), len(own[1])),
-        (sum(own[0]), sum(own[1])),
+        comparable,
+        shared * ranks[0],
+        shared * pages[0],
+        (own[0] * ranks[0], own[1] * ranks[1]),
+        (own[0] * pages[0], own[1] * pages[1]),
         tuple(other),
     )
 

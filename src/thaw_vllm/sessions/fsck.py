@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..errors import FormatError, StorageError, ThawError
+from ..errors import FormatError, StorageError, ThawError, UsageError
 from ..transport.writer import ANY_TOKEN, hidden_name, remove_stale
 from . import blocks
 from .blocks import Name, name_of
@@ -23,8 +22,8 @@ class Checked:
 
     Attributes:
         sessions, blocks, bytes: that were looked at.
-        broken: sessions whose record or context is damaged, and why.
-        damaged: files of blocks that are not what was written, and why.
+        broken: sessions whose record is damaged, or whose context is, and why.
+        damaged: files of blocks and contexts that are not what was written, and why.
         missing: sessions of which blocks are not there: how many.
         hurt: sessions that name a damaged block.
         unneeded: blocks that no session names; no fault, ``collect`` removes them.
@@ -56,22 +55,39 @@ def fsck(store: Store, *, quick: bool = False, repair: bool = False, progress: P
 
     Args:
         quick: leave out the bytes of blocks; their heads and sizes are looked at.
-        repair: remove damaged blocks, and move records that cannot be read to ``lost``. A session that lacks a block
-            goes on from the one before it; the next checkpoint of the same tokens brings it back.
+        repair: remove damaged blocks and contexts, and move records that cannot be read to ``lost``. A session that
+            lacks a block goes on from the one before it; the next checkpoint of the same tokens brings it back, and
+            that of any session of the same engine brings back its context.
 
     Raises:
         StorageError: it cannot be read or repaired.
     """
     with store.alone() if repair else store.use():
-        found = Checked()
+        found, unreadable = Checked(), set[str]()
+        store.forget_contexts()
         needed: dict[Name, int] = {}
         owners: dict[str, list[Name]] = {}
         listed, bad = store.listed()
         found.broken = {id_: str(error) for id_, error in bad.items()}
+        unreadable |= bad.keys()
+        for id_ in store.context_ids():
+            try:
+                store.context(id_)
+            except ThawError as error:
+                found.damaged[str(store.context_file(id_))] = str(error)
         for one in listed:
             found.sessions += 1
             try:
-                names = [*store.names(store.read(one.id))]
+                session = store.read(one.id)
+            except UsageError:  # forgotten meanwhile
+                found.sessions -= 1
+                continue
+            except ThawError as error:
+                found.broken[one.id] = str(error)
+                unreadable.add(one.id)
+                continue
+            try:
+                names = [*store.names(session)]
             except ThawError as error:
                 found.broken[one.id] = str(error)
                 continue
@@ -81,18 +97,22 @@ def fsck(store: Store, *, quick: bool = False, repair: bool = False, progress: P
         for done, (name, path) in enumerate(sorted(there.items(), key=lambda item: item[1])):
             if progress is not None:
                 progress(done, len(there))
-            with contextlib.suppress(FileNotFoundError):
+            try:
                 size = path.stat().st_size
-                found.blocks, found.bytes = found.blocks + 1, found.bytes + size
-                found.unneeded += name not in needed
-                try:
-                    length = needed.get(name, max(0, size - blocks.PAYLOAD_AT))
-                    if quick:
-                        blocks.check(store.blocks, name, length)
-                    else:
-                        blocks.read(store.blocks, name, memoryview(bytearray(length)))
-                except (FormatError, StorageError) as error:
-                    found.damaged[str(path)] = str(error)
+            except OSError:  # a link to nothing
+                del there[name]
+                found.strange.append(str(path))
+                continue
+            found.blocks, found.bytes = found.blocks + 1, found.bytes + size
+            found.unneeded += name not in needed
+            try:
+                length = needed.get(name, max(0, size - blocks.PAYLOAD_AT))
+                if quick:
+                    blocks.check(store.blocks, name, length)
+                else:
+                    blocks.read(store.blocks, name, memoryview(bytearray(length)))
+            except (FormatError, StorageError) as error:
+                found.damaged[str(path)] = str(error)
         if progress is not None:
             progress(len(there), len(there))
         for id_, own in owners.items():
@@ -101,7 +121,7 @@ def fsck(store: Store, *, quick: bool = False, repair: bool = False, progress: P
             if any(str(there[name]) in found.damaged for name in own if name in there):
                 found.hurt.append(id_)
         if repair:
-            _repair(store, found)
+            _repair(store, found, unreadable)
         return found
 
 
@@ -119,13 +139,13 @@ def _sort(store: Store, found: Checked) -> dict[Name, Path]:
     return there
 
 
-def _repair(store: Store, found: Checked) -> None:
+def _repair(store: Store, found: Checked, unreadable: set[str]) -> None:
     lost = store.directory / "lost"
     try:
         for shown in found.damaged:
             Path(shown).unlink(missing_ok=True)
             found.repaired.append(shown)
-        for id_ in found.broken:
+        for id_ in unreadable:
             lost.mkdir(mode=0o700, exist_ok=True)
             store.record(id_).rename(lost / f"{id_}{RECORD}")
             found.repaired.append(str(store.record(id_)))

@@ -74,8 +74,11 @@ def _related(known: dict[str, Listed], about: str) -> set[str]:
     while at in known and at not in found:
         found.add(at)
         at = known[at].head.parent
-    below = {about}
+    children: dict[str | None, list[str]] = {}
+    for one in known.values():
+        children.setdefault(one.head.parent, []).append(one.id)
+    below = [about]
     while below:
-        below = {one.id for one in known.values() if one.head.parent in below} - found
-        found |= below
+        below += children.get(at := below.pop(), [])
+        found.add(at)
     return found

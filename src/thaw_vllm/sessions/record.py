@@ -27,6 +27,8 @@ MAX_TOKENS = 1 << 26
 MAX_LABELS, MAX_LABEL = 64, 200
 MAX_RANKS = 4096
 MAX_TIME = 1 << 40
+MAX_ADDRESSES = 1 << 22
+"""Blocks of a session, counted for each rank: a million tokens of 64 ranks in blocks of 16."""
 _HEX = frozenset("0123456789abcdef")
 
 
@@ -105,6 +107,13 @@ class Head:
         parent, fork = document["parent"], document["fork"]
         if not kept or not contexts:
             raise FormatError("kept and contexts must have an entry for each group and rank")
+        if blocks * len(contexts) > MAX_ADDRESSES:
+            raise FormatError(
+                f"{blocks} blocks of {len(contexts)} ranks are more than {MAX_ADDRESSES}, which is the limit"
+            )
+        firsts = [integer(at, "kept", 0, blocks) for at in kept]
+        if blocks and min(firsts) == blocks:
+            raise FormatError("of the blocks that a session has a group must have pages")
         if (parent is None) != (fork is None):
             raise FormatError("a session with a parent says where it forked, and no other does")
         return cls(
@@ -113,7 +122,7 @@ class Head:
             model=model_id(document["model"], "model"),
             block_size=size,
             blocks=blocks,
-            kept=tuple(integer(at, "kept", 0, blocks) for at in kept),
+            kept=tuple(firsts),
             contexts=tuple(hex_id(one, "contexts") for one in contexts),
             created=_time(document["created"]),
             parent=None if parent is None else hex_id(parent, "parent"),
@@ -243,6 +252,8 @@ def decode(data: bytes, id_: str, what: str) -> Session:
     if record_id(data) != id_:
         raise CorruptionError(f"{what} is damaged: its bytes are not those that its name says")
     head, at = decode_head(data, what, len(data))
+    if canonical(head.to_json()) != data[len(MAGIC) : at - 1]:
+        raise FormatError(f"{what} is not written as records are; its id would be another")
     tokens = array("i")
     tokens.frombytes(data[at:])
     if sys.byteorder == "big":

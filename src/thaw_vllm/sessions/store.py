@@ -117,7 +117,7 @@ class Store:
         try:
             yield
         finally:
-            os.close(lock)
+            _release(lock)
 
     def try_use(self) -> contextlib.ExitStack | None:
         """``use`` without waiting, which ends when what is returned is closed; None: somebody is alone, or wants to be.
@@ -128,7 +128,7 @@ class Store:
         held = contextlib.ExitStack()
         try:
             with self._locked("gate", fcntl.LOCK_SH | fcntl.LOCK_NB):
-                held.callback(os.close, self._lock("lock", fcntl.LOCK_SH | fcntl.LOCK_NB))
+                held.callback(_release, self._lock("lock", fcntl.LOCK_SH | fcntl.LOCK_NB))
         except BlockingIOError:
             return None
         return held
@@ -145,7 +145,7 @@ class Store:
         try:
             yield
         finally:
-            os.close(lock)
+            _release(lock)
 
     def _lock(self, name: str, how: int) -> int:
         path = self.directory / f"{name}.lock"
@@ -177,13 +177,9 @@ class Store:
         """
         data = session.encode()
         for context in contexts:
-            path = self._contexts / f"{context.id}{CONTEXT}"
-            if not path.exists():
-                with contextlib.suppress(ExistsError):
-                    _publish(path, canonical(context.to_json()))
+            _ensure(self.context_file(context.id), canonical(context.to_json()))
         id_ = record_id(data)
-        with contextlib.suppress(ExistsError):
-            _publish(self.record(id_), data)
+        _ensure(self.record(id_), data)
         return id_
 
     def listed(self) -> tuple[list[Listed], dict[str, ThawError]]:
@@ -235,7 +231,7 @@ class Store:
         if word in (known := self._named(self._sessions, RECORD)):
             return word
         found = {id_ for id_ in known if len(word) >= SHORTEST and id_.startswith(word)}
-        found = found or {one.id for one in self.listed()[0] if word in one.head.labels}
+        found |= {one.id for one in self.listed()[0] if word in one.head.labels}
         if len(found) == 1:
             return found.pop()
         if found:
@@ -251,12 +247,15 @@ class Store:
             os.utime(self.record(id_))
 
     def pin(self, id_: str, pinned: bool = True) -> None:
-        """Keep it, whatever room it takes; or not any more.
+        """Keep it, whatever room it takes; or not any more. ``use`` is held, so that nobody removes it meanwhile.
 
         Raises:
+            UsageError: there is no such session.
             StorageError: that cannot be noted.
         """
         path = self._pins / id_
+        if pinned and not self.record(id_).exists():
+            raise UsageError(f"there is no session {id_!r} in {str(self.directory)!r}")
         try:
             if pinned:
                 path.touch(0o600)
@@ -270,7 +269,7 @@ class Store:
         return (self._pins / id_).exists()
 
     def remove(self, id_: str) -> None:
-        """Forget a session; its blocks go with the next ``collect``.
+        """Forget a session; its blocks go with the next ``collect``. ``use`` is held.
 
         Raises:
             StorageError: it cannot be removed.
@@ -290,7 +289,7 @@ class Store:
             StorageError, FormatError, CorruptionError: it cannot be used.
         """
         if id_ not in self._known:
-            path = self._contexts / f"{id_}{CONTEXT}"
+            path = self.context_file(id_)
             try:
                 if path.stat().st_size > MAX_CONTEXT:
                     raise FormatError(f"{str(path)!r} is longer than any context")
@@ -347,7 +346,7 @@ class Store:
     def remove_context(self, id_: str) -> None:
         """Forget one that no session names."""
         with contextlib.suppress(OSError):
-            (self._contexts / f"{id_}{CONTEXT}").unlink()
+            self.context_file(id_).unlink()
 
     def directories(self) -> list[Path]:
         """In which writers write."""
@@ -358,6 +357,14 @@ class Store:
         """Whether a file is a record or a context by its name."""
         suffix = {self._sessions: RECORD, self._contexts: CONTEXT}.get(path.parent)
         return suffix is not None and path.name.endswith(suffix) and _is_id(path.name.removesuffix(suffix))
+
+    def forget_contexts(self) -> None:
+        """Read them anew when they are next asked for."""
+        self._known.clear()
+
+    def context_file(self, id_: str) -> Path:
+        """Its file."""
+        return self._contexts / f"{id_}{CONTEXT}"
 
     def record(self, id_: str) -> Path:
         """Its file."""
@@ -392,7 +399,25 @@ def _fitting(head: Head, contexts: Sequence[Context]) -> list[Context]:
 _PARTS = {ABOUT, "blocks", "sessions", "contexts", "pins", "gate.lock", "lock.lock"}
 
 
-def _publish(path: Path, data: bytes) -> None:
-    with StagedFile(path, len(data)) as staged:
+def _release(lock: int) -> None:
+    """Closing alone would leave it to a process that was forked meanwhile."""
+    with contextlib.suppress(OSError):
+        fcntl.flock(lock, fcntl.LOCK_UN)
+    os.close(lock)
+
+
+def _ensure(path: Path, data: bytes) -> None:
+    """Have a file whose name is a digest of these bytes; one that has others is damaged, and replaced."""
+    try:
+        there = path.read_bytes() == data
+    except OSError:
+        there = False
+    if not there:
+        with contextlib.suppress(ExistsError):  # another process was quicker
+            _publish(path, data, force=path.exists())
+
+
+def _publish(path: Path, data: bytes, *, force: bool = False) -> None:
+    with StagedFile(path, len(data), force=force) as staged:
         staged.write(0, data)
         staged.publish()

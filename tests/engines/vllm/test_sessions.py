@@ -398,13 +398,13 @@ def test_a_window_and_two_ranks(checkpoints: Callable, tmp_path: Path):
         goes_on = {"do": "resume", "session": "cut", **about}
         first = engine(tmp_path, [made, cut, goes_on], environment, **args)
         (anew,) = engine(tmp_path, [goes_on], environment, **args)
-        assert first[0]["blocks"] == 340 // SIZE and anew["lost"] == 0, name
+        assert anew["lost"] == 0 and anew["cached"] == anew["answer"]["cached"], name
         assert anew["answer"]["cached"] == first[2]["answer"]["cached"] > 0, name
         assert same([anew["answer"]], [first[2]["answer"]]), name
         found = Store(store)
         (head,) = [one.head for one in found.listed()[0] if one.head.parent is None]
         if name == "ranks":
-            assert len(head.contexts) == 2 and fsck(found).blocks == 2 * head.blocks
-        else:
-            assert len(head.kept) > 1 and max(head.kept) > 0
+            assert len(head.contexts) == 2 and fsck(found).blocks == 2 * head.blocks == 2 * (339 // SIZE)
+        else:  # a window's blocks may be cached at the end of the prompt only
+            assert head.blocks >= 300 // SIZE and len(head.kept) > 1 and max(head.kept) > 0
         assert fsck(found).sound

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ....errors import UnsupportedError, UsageError
 from ....format.identity import model_id as checked_model_id
+from ....kv.table import storable
 from ....sessions.context import Context
 from ....sessions.diff import common_tokens
 from ....sessions.in_use import in_use
@@ -86,11 +87,13 @@ class Checkout(RestoreReport):
         sampling_params: for ``generate``: the session's own, less what was generated, or those that were given.
         inexact: names of parameters by which the continuation may differ from what the session would have gone on
             with; empty: by none.
+        store: the directory that it is kept in.
     """
 
     prompt: dict[str, Any] = field(repr=False)
     sampling_params: SamplingParams
     inexact: tuple[str, ...]
+    store: str
 
 
 def checkpoint(
@@ -171,12 +174,14 @@ def checkout(
         sampling_params: in place of the session's own.
         store: where it is kept.
         model_id: which weights the engine holds (``thaw id``), where it was not started from a snapshot.
-        evict: let cached blocks that nobody uses make room, the least recently used first.
+        evict: let cached blocks that nobody uses make room, the least recently used first; they are gone even where
+            a file then turns out to be unsound.
 
     Raises:
         UsageError: there is no such session; it is finished, and neither tokens nor parameters say how to go on.
         MismatchError: blocks of other weights, of another configuration or layout; nothing was changed.
-        FormatError, CorruptionError, StorageError: a file is unsound; the cache is as it was.
+        FormatError, CorruptionError, StorageError: a file is unsound; nothing of it is used, and nothing that was
+            cached is lost unless ``evict`` allowed it.
     """
     found = _Checkout(session, append, sampling_params, store, model_id, evict)
     with found.store.use():
@@ -281,6 +286,10 @@ class _Checkpoint:
                 raise UsageError("a running request has its own sampling parameters and salt")
             self.options["request"], self._prompt = what, None
             return
+        if getattr(what, "lora_request", None) is not None:
+            raise UnsupportedError("an answer made with an adapter is more than its tokens; not in this version")
+        if salt is not None and not storable(salt):
+            raise UsageError("this cache salt is longer than a record can hold, or has characters that none can")
         tokens, self._prompt = _tokens(what), None
         if (outputs := getattr(what, "outputs", None)) is not None:
             if not 0 <= index < len(outputs):
@@ -371,7 +380,8 @@ class _Checkout(_Restore):
         if self.whole.head.salt is not None:
             prompt["cache_salt"] = self.whole.head.salt
         told = self.report(found) | {"tokens": len(self._tokens)}
-        return Checkout(prompt=prompt, sampling_params=self._sampling, inexact=self.inexact, **told)
+        store = os.fspath(self.store.directory)
+        return Checkout(prompt=prompt, sampling_params=self._sampling, inexact=self.inexact, store=store, **told)
 
 
 def _sampling(head: Head, appended: bool, given: SamplingParams | None) -> tuple[SamplingParams, tuple[str, ...]]:

@@ -10,9 +10,11 @@ from ....errors import MismatchError, UnsupportedError
 from ....format.identity import Identity, require
 from ....format.kv import Layout, require_layout
 from ....kv.table import NONE, Block, Table
+from ....sessions.blocks import Name
 from ....sessions.context import Context
 from ....sessions.record import Session
 from ....sessions.store import Store
+from ....sessions.windows import kept_from, usable
 from ....transport.collector import collection_paused
 from ....weights.waterfall import Phases
 from .. import versions
@@ -57,8 +59,13 @@ def keep(core: Any, options: dict[str, Any]) -> dict[str, Any]:
     phases.end("identify")
     selection = Selection(core, pool, layout)
     selection.prefix(found["tokens"], found["salt"])
-    blocks = selection.builder.table().blocks
-    kept = [_first(blocks, group) for group in range(len(layout.groups))]
+    found_blocks = selection.builder.table().blocks
+
+    def there(number: int, group: int) -> bool:
+        return found_blocks[number].slots[group] != NONE
+
+    count = usable(layout.groups, len(found_blocks), layout.block_size, there)
+    blocks, kept = found_blocks[:count], kept_from(layout.groups, count, layout.block_size, there)
     pages = [(number, group) for group, first in enumerate(kept) for number in range(first, len(blocks))]
     ids = [selection.ids[blocks[number].slots[group]] for number, group in pages]
     held = versions.blocks_of(pool, [*dict.fromkeys(ids)])
@@ -83,7 +90,7 @@ def keep(core: Any, options: dict[str, Any]) -> dict[str, Any]:
         "model": model,
         "block_size": layout.block_size,
         "blocks": len(blocks),
-        "kept": kept,
+        "kept": list(kept),
         "contexts": [answer["context"] for answer in answers],
         "source": str(core.vllm_config.model_config.tokenizer),
         "writer": f"thaw {__version__}",
@@ -149,9 +156,10 @@ def _asked(core: Any, options: dict[str, Any]) -> dict[str, Any]:
     if options.get("request") is None:
         return {"tokens": options["tokens"], "salt": options.get("salt"), "prompt": None, "sampling": None}
     live = live_request(core, options["request"])
-    if getattr(live, "lora_request", None) is not None or getattr(live, "mm_features", None):
+    more = [getattr(live, name, None) is not None for name in ("lora_request", "prompt_embeds")]
+    if any(more) or getattr(live, "mm_features", None):
         raise UnsupportedError(
-            "a request with an adapter, or with images or sound, is more than its tokens; not in this version"
+            "a request with an adapter, embeddings, images or sound is more than its tokens; not in this version"
         )
     return {
         "tokens": list(live.all_token_ids),
@@ -161,30 +169,28 @@ def _asked(core: Any, options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _first(blocks: tuple[Block, ...], group: int) -> int:
-    """The first block from which on a group has all pages to the end."""
-    at = len(blocks)
-    while at and blocks[at - 1].slots[group] != NONE:
-        at -= 1
-    return at
-
-
 def _table(store: Store, session: Session, contexts: list[Context]) -> tuple[Table, list[tuple[int, int]], int]:
     """Blocks as a table, of which number and group each slot is, and how many of the record's are not there.
 
-    What follows a block that is missing is of no use.
+    What follows a block that is missing is of no use, nor is what a window would need of one.
     """
-    head = session.head
-    there = {(name.address, name.group): name.path(store.blocks).exists() for _, name in store.named(session, contexts)}
-    count, lost = head.blocks, sum(not found for found in there.values())
-    if lost:
-        for context in contexts:
-            chain = [*context.addresses(session.tokens, head.salt, head.blocks)]
-            for number, address in enumerate(chain):
-                groups = [group for group, first in enumerate(head.kept) if number >= first]
-                if not all(there[address, group] for group in groups):
-                    count = min(count, number)
-    pages = [(number, group) for number in range(count) for group, first in enumerate(head.kept) if number >= first]
+    head, groups = session.head, contexts[0].layout.groups
+    chains = [[*context.addresses(session.tokens, head.salt, head.blocks)] for context in contexts]
+    lost = 0
+    absent = set[tuple[int, int]]()
+    for chain in chains:
+        for number, address in enumerate(chain):
+            for group, first in enumerate(head.kept):
+                if number >= first and not Name(address, group).path(store.blocks).exists():
+                    absent.add((number, group))
+                    lost += 1
+
+    def there(number: int, group: int) -> bool:
+        return number >= head.kept[group] and (number, group) not in absent
+
+    count = usable(groups, head.blocks, head.block_size, there)
+    kept = kept_from(groups, count, head.block_size, there)
+    pages = [(number, group) for number in range(count) for group in range(len(groups)) if number >= kept[group]]
     slots = {page: slot for slot, page in enumerate(pages)}
     blocks = tuple(
         Block(

@@ -9,9 +9,10 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ....errors import UsageError
+from ....errors import ThawError, UsageError
 from ....sessions.store import Store
 from ..client import require_awake
+from . import sampling
 from .api import Checkout, CheckpointReport, checkout, checkout_async, checkpoint, checkpoint_async
 
 if TYPE_CHECKING:
@@ -30,12 +31,14 @@ class Branch:
         output: vLLM's answer; its outputs are the new tokens.
         parent: the session that it branched off; None: the beginning is not kept.
         session: under which it is kept itself; None: it is not.
+        error: why it could not be kept, where it should have been.
     """
 
     number: int
     output: RequestOutput
     parent: str | None = None
     session: str | None = None
+    error: ThawError | None = None
 
 
 def fork(
@@ -58,12 +61,14 @@ def fork(
         llm: a ``vllm.LLM`` with prefix caching, that runs nothing else meanwhile.
         beginning: a prompt, as text or as token ids; or a session: what ``checkout`` or ``checkpoint`` gave.
         n: how many.
-        sampling_params: of each; None: a session's own, or vLLM's defaults. A seed is that of the first one, and the
+        sampling_params: of each; None: a session's own, less what it has generated unless tokens are appended, or
+            vLLM's defaults. A seed is that of the first one, and the
             others' are the numbers after it, so that they differ.
         append: token ids that follow the beginning, for each its own: other hypotheses, the next question.
         keep: each is kept as a session that branches off the beginning's, which is kept first where it is a prompt.
+            One that cannot be kept is given with its error.
         labels: for each its own.
-        store: where sessions are kept.
+        store: where sessions are kept; None: where the beginning is, or the default one.
         model_id: which weights the engine holds (``thaw id``), where it was not started from a snapshot.
 
     Raises:
@@ -78,8 +83,9 @@ def fork(
 
 def _forked(llm: LLM, beginning: Any, plan: _Plan) -> Iterator[Branch]:
     engine: Any = llm.llm_engine
+    plan.at(beginning)
     if isinstance(beginning, CheckpointReport):
-        beginning = checkout(llm, beginning.session, sampling_params=plan.first, **plan.where)
+        beginning = checkout(llm, beginning.session, sampling_params=plan.of_session(beginning.session), **plan.where)
     if not isinstance(beginning, Checkout):
         ids = llm.get_tokenizer().encode(beginning) if isinstance(beginning, str) else beginning
         plan.prompt(list(ids))
@@ -97,10 +103,14 @@ def _forked(llm: LLM, beginning: Any, plan: _Plan) -> Iterator[Branch]:
             for output in engine.step():
                 if output.finished:
                     number = names.pop(output.request_id)
-                    kept = None
+                    kept = error = None
                     if plan.keep:
-                        kept = checkpoint(llm, output, sampling_params=plan.sampling(number), **plan.about(number))
-                    yield Branch(number, output, plan.parent, None if kept is None else kept.session)
+                        try:
+                            about = plan.about(number)
+                            kept = checkpoint(llm, output, sampling_params=plan.sampling(number), **about).session
+                        except ThawError as found:
+                            error = found
+                    yield Branch(number, output, plan.parent, kept, error)
     finally:
         if names:  # the caller has left, or something failed
             engine.abort_request([*names])
@@ -123,8 +133,10 @@ async def fork_async(
     plan = _Plan(n, append, labels, sampling_params, keep, store, model_id)
     if isinstance(beginning, str):
         raise UsageError("pass the prompt's token ids, or a session")
+    plan.at(beginning)
     if isinstance(beginning, CheckpointReport):
-        beginning = await checkout_async(engine, beginning.session, sampling_params=plan.first, **plan.where)
+        given = await asyncio.to_thread(plan.of_session, beginning.session)
+        beginning = await checkout_async(engine, beginning.session, sampling_params=given, **plan.where)
     if not isinstance(beginning, Checkout):
         plan.prompt(list(beginning))
         await _whole(engine, plan.request(None), plan.warming())
@@ -134,10 +146,15 @@ async def fork_async(
         plan.session(beginning)
 
     async def one(number: int) -> Branch:
-        output, kept = await _whole(engine, plan.request(number), plan.sampling(number)), None
+        output = await _whole(engine, plan.request(number), plan.sampling(number))
+        kept = error = None
         if keep:
-            kept = await checkpoint_async(engine, output, sampling_params=plan.sampling(number), **plan.about(number))
-        return Branch(number, output, plan.parent, None if kept is None else kept.session)
+            try:
+                about = plan.about(number)
+                kept = (await checkpoint_async(engine, output, sampling_params=plan.sampling(number), **about)).session
+            except ThawError as found:
+                error = found
+        return Branch(number, output, plan.parent, kept, error)
 
     tasks = [asyncio.create_task(one(number)) for number in range(n)]
     try:
@@ -151,10 +168,6 @@ async def fork_async(
 
 async def _whole(engine: AsyncLLM, prompt: Any, params: SamplingParams) -> RequestOutput:
     """A request's last answer, which has all of its tokens."""
-    from vllm.sampling_params import RequestOutputKind
-
-    params = params.clone()
-    params.output_kind = RequestOutputKind.FINAL_ONLY
     found = None
     async for output in engine.generate(prompt, params, f"thaw-fork-{next(_numbers)}"):
         found = output
@@ -183,15 +196,25 @@ class _Plan:
         if labels and not keep:
             raise UsageError("labels are of sessions that are kept; pass keep=True")
         self._append, self._labels, self._params, self.n, self.keep = append, labels, sampling_params, n, keep
-        self.where = {"store": store, "model_id": model_id}
+        self.where: dict[str, Any] = {"store": store, "model_id": model_id}
         self.parent: str | None = None
         self._tokens: list[int] = []
         self._salt: str | None = None
 
-    @property
-    def first(self) -> SamplingParams | None:
-        """Those that were given."""
-        return self._params
+    def at(self, beginning: Any) -> None:
+        """Keep and look for sessions where the beginning is kept, unless another place was named."""
+        if self.where["store"] is None and isinstance(beginning, (Checkout, CheckpointReport)):
+            self.where["store"] = beginning.store
+
+    def of_session(self, session: str) -> SamplingParams | None:
+        """Those for going on with a session; None: its own, less what it has generated."""
+        if self._params is not None or not self._append:
+            return self._params
+        from vllm import SamplingParams
+
+        store = Store(self.where["store"])
+        own = store.read(store.find(session)).head.sampling
+        return SamplingParams() if own is None else sampling.from_json(own)
 
     def prompt(self, tokens: list[int]) -> None:
         """Begin with these tokens."""
@@ -225,13 +248,18 @@ class _Plan:
     def warming(self) -> SamplingParams:
         """Parameters for computing the beginning."""
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
-        return SamplingParams(max_tokens=1, temperature=0, detokenize=False)
+        kind = RequestOutputKind.FINAL_ONLY
+        return SamplingParams(max_tokens=1, temperature=0, detokenize=False, output_kind=kind)
 
     def sampling(self, number: int) -> SamplingParams:
         """A continuation's own."""
+        from vllm.sampling_params import RequestOutputKind
+
         assert self._params is not None
         params = self._params.clone()
+        params.output_kind = RequestOutputKind.FINAL_ONLY  # whole answers are what is kept
         if params.seed is not None:
             params.seed += number
         return params

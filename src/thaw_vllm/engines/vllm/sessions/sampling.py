@@ -12,8 +12,12 @@ if TYPE_CHECKING:
 
 _BY_OUTPUT = (
     *("presence_penalty", "frequency_penalty", "bad_words", "stop"),
-    *("thinking_token_budget", "repetition_detection"),
+    *("thinking_token_budget", "repetition_detection", "extra_args"),
 )
+_OF_PROMPTS = frozenset(
+    {"prompt_logprobs", "skip_reading_prefix_cache", "prompt_logprob_token_ids", "prompt_logprob_start"}
+)
+"""What was answered with the prompt; asked again, it would have the engine compute all of the session anew."""
 """What looks at the tokens generated so far, which a new request has as part of its prompt."""
 
 _DELIVERY = frozenset({"output_kind", "stream_interval", "skip_clone"})
@@ -56,7 +60,8 @@ def from_json(document: JSONObject) -> SamplingParams:
     import msgspec
     from vllm import SamplingParams
 
-    unknown = sorted(document.keys() - set(SamplingParams.__struct_fields__))
+    own = {name for name in SamplingParams.__struct_fields__ if not name.startswith("_")}
+    unknown = sorted(document.keys() - own)
     if unknown:
         raise UnsupportedError(
             f"this vLLM has no sampling parameter {unknown[0]!r}, which the session was sampled with; pass "
@@ -84,11 +89,12 @@ def going_on(document: JSONObject, generated: int) -> tuple[SamplingParams, tupl
         UsageError: nothing is left of ``max_tokens``.
         UnsupportedError: the rest would obey other rules, as of a grammar that would begin again.
     """
-    params = from_json(document)
-    if generated and params.structured_outputs is not None:
-        raise UnsupportedError(
-            "a session in the middle of a structured output would begin its grammar again; branch at its prompt"
-        )
+    params = from_json({name: value for name, value in document.items() if name not in _OF_PROMPTS})
+    for name, what in (("structured_outputs", "its grammar"), ("trace_decode_token_ids", "its trace")):
+        if generated and getattr(params, name, None) is not None:
+            raise UnsupportedError(
+                f"in the middle of an answer a session would begin {what} again; branch at its prompt"
+            )
     if params.max_tokens is not None:
         params.max_tokens -= generated
         if params.max_tokens <= 0:
