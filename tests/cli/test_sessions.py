@@ -45,7 +45,7 @@ def test_log(thaw, store, trunk):
     ran = thaw("log")
     lines = [line.split() for line in ran.out.splitlines()]
     assert [line[1 if line[0] in "*├─└─" else 0] for line in lines[1:]] == [i[:12] for i in (trunk, early, late)]
-    assert lines[1][-1] == "trunk" and lines[2][-1] == "mistake" and lines[3][-1] == "(pinned)"
+    assert lines[1][-1] == "trunk" and lines[2][-1] == "mistake" and "pinned" in " ".join(lines[3])
     found = thaw("log", "--json").document["sessions"]
     assert [(one["id"], one["depth"], one["fork"], one["tokens"]) for one in found] == [
         (trunk, 0, None, 18),
@@ -54,7 +54,7 @@ def test_log(thaw, store, trunk):
     ]
     assert [one["id"] for one in thaw("log", "mistake", "--json").document["sessions"]] == [trunk, early]
     store.remove(trunk)
-    assert thaw("log", "mistake").out.splitlines()[1].endswith("mistake (parent gone)")
+    assert thaw("log", "mistake").out.splitlines()[1].split()[-3:] == ["parent", "gone", "mistake"]
 
 
 def test_what_is_secret_is_not_shown(thaw, store, trunk):
@@ -63,6 +63,20 @@ def test_what_is_secret_is_not_shown(thaw, store, trunk):
             ran = thaw(*command, *more)
             assert ran.code == 0 and "secret" not in ran.out and "nonce" not in ran.out
     assert thaw("show", "trunk", "--json").document["salted"] is True
+
+
+def test_a_store_that_may_only_be_read(thaw, store, trunk):
+    """As in a backup; and one whose own file is gone, or damaged."""
+    store.directory.chmod(0o500)
+    try:
+        for command in (["log"], ["show", "trunk"], ["diff", "trunk", "trunk"], ["fsck"]):
+            assert thaw(*command).code == 0
+    finally:
+        store.directory.chmod(0o700)
+    (store.directory / "store.json").unlink()
+    assert trunk[:12] in thaw("log").out  # it is made anew
+    (store.directory / "store.json").write_text("{")
+    assert f"{store.directory}/store.json" in thaw("log").err
 
 
 def test_a_broken_record_is_told_beside_the_others(thaw, store, trunk):
@@ -97,11 +111,15 @@ def test_text_only_with_a_tokenizer(thaw, store, trunk):
     assert ran.code == 2 and "is not a directory" in ran.err
 
 
-def test_text(thaw, store, monkeypatch):
+def test_text(thaw, store, monkeypatch, tmp_path):
     from thaw_vllm.cli import prefixes
 
-    monkeypatch.setattr(prefixes, "decoder", lambda path: lambda ids: f"{path.name}:{'-'.join(map(str, ids))}\n")
-    save(store, session([1, 2, 3, 4, 5], prompt=2, source="/models/m", labels=("a",)))
+    def decoder(path):
+        assert path == tmp_path
+        return lambda ids: f"m:{'-'.join(map(str, ids))}\n"
+
+    monkeypatch.setattr(prefixes, "decoder", decoder)
+    save(store, session([1, 2, 3, 4, 5], prompt=2, source=str(tmp_path), labels=("a",)))
     save(store, session([1, 2, 3, 9], prompt=2, labels=("b",)))
     assert "m:1-2" in thaw("show", "a", "--show-text").out
     found = thaw("show", "a", "--show-text", "--json").document
@@ -118,6 +136,8 @@ def test_diff(thaw, store, trunk):
     assert thaw("diff", "trunk", "trunk", "--json").document["first_difference"] is None
     assert "nowhere: the same tokens" in thaw("diff", "trunk", "trunk").out
     assert "cannot be shared" in thaw("diff", "trunk", "b").out
+    branch(store, trunk, 9, labels=["c"])
+    assert "is the beginning of the other" in thaw("diff", "trunk", "c").out
 
 
 def test_branch(thaw, store, trunk):
@@ -144,7 +164,10 @@ def test_export_and_import(thaw, store, trunk, memory_path):
     assert thaw("import", file, "--store", memory_path / "new").code == 0
     file.write_bytes(file.read_bytes()[:3000])
     assert thaw("import", file, "--store", memory_path / "new").code == 3
-    assert thaw("import", memory_path / "none").code == 6
+    (memory_path / "text").write_text("no session")
+    for name, code in (("none", 6), ("text", 3)):
+        assert thaw("import", memory_path / name, "--store", memory_path / "unmade").code == code
+        assert not (memory_path / "unmade").exists()
 
 
 def test_pin_rm_and_gc(thaw, store, trunk):
@@ -154,6 +177,8 @@ def test_pin_rm_and_gc(thaw, store, trunk):
     assert dry["sessions"] == [other] and dry["dry_run"] and len(store.listed()[0]) == 2
     ran = thaw("gc", "--budget-gb", "0")
     assert ran.code == 0 and other[:12] in ran.out and "which pinned sessions hold" in ran.out
+    ran = thaw("rm", "trunk")
+    assert ran.code == 2 and "is pinned; thaw pin --off" in ran.err and store.pinned(trunk)
     assert thaw("pin", "trunk", "--off").code == 0
     assert thaw("rm", "trunk", trunk[:8], "--json").document == {"removed": [trunk]}
     assert thaw("gc", "--json").document["left"] == 0
@@ -168,10 +193,14 @@ def test_fsck(thaw, store, trunk):
     os.truncate(path, path.stat().st_size - 1)
     ran = thaw("fsck", "--quick")
     assert ran.code == 3 and str(path) in ran.out and "thaw fsck --repair" in ran.err
-    assert thaw("fsck", "--json").document["hurt"] == [trunk]
+    assert thaw("fsck", "--json").document["missing"].keys() == {trunk}
     assert thaw("fsck", "--repair").code == 3
+    ran = thaw("export", "trunk", store.directory.parent / "x")
+    assert ran.code == 6 and "lacks 1 of its blocks" in ran.err and "thaw branch --at" in ran.err
+    left = thaw("fsck", "--json").document["missing"][trunk]
+    assert f"goes on with {left} tokens" in thaw("fsck").out
     found = json.loads(thaw("fsck", "--json").out)
-    assert found["missing"] == {trunk: 1} and found["damaged"] == {} and found["sound"] is False
+    assert found["missing"].keys() == {trunk} and found["damaged"] == {} and found["sound"] is False
 
 
 def test_nothing_heavy_is_loaded(spawn, store, trunk):

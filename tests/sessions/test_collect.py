@@ -47,6 +47,20 @@ def test_a_budget_takes_the_sessions_used_longest_ago(store):
     assert resumes(store, ids[0]) and resumes(store, ids[3]) and fsck(store).sound
 
 
+def test_what_fits_after_all_stays(store):
+    """Three that share all that they have; room for the smallest, and no more."""
+    trunk, _ = save(store, session(tokens(5, 4)))
+    parts = [branch(store, trunk, SIZE * count) for count in (3, 2)]
+    for when, id_ in enumerate([trunk, *parts]):
+        used(store, id_, when)
+    found = collect(store, 2 * BLOCK)
+    assert found.sessions == (trunk, parts[0]) and found.left == 2 * BLOCK and resumes(store, parts[1])
+    used(store, parts[1], 0)  # what is left over goes first, and would fit where nothing else does
+    other, _ = save(store, session(tokens(6, 4)))
+    found = collect(store, 2 * BLOCK)
+    assert found.sessions == (other,) and resumes(store, parts[1])
+
+
 def test_branching_off_is_a_use(store):
     first, _ = save(store, session(tokens(5, 3)))
     second, _ = save(store, session(tokens(6, 3)))

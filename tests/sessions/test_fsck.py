@@ -1,8 +1,12 @@
 """Damage is found, said of whom, taken out; and what is whole stays."""
 
+from pathlib import Path
+
 import pytest
 from tests.sessions.made import SIZE, resumes, save, session
 
+from thaw_vllm.errors import StorageError
+from thaw_vllm.sessions.collect import collect
 from thaw_vllm.sessions.fsck import fsck
 
 
@@ -35,7 +39,7 @@ def test_a_flipped_bit_hurts_whose_block_it_is(store, two, at):
     path = own(store, two[0])
     flip(path, at)
     found = fsck(store)
-    assert not found.sound and [*found.damaged] == [str(path)] and found.hurt == [two[0]]
+    assert not found.sound and [*found.damaged] == [str(path)] and found.missing == {two[0]: 8}
     assert resumes(store, two[1])
     quick = fsck(store, quick=True)
     assert quick.sound == (at == -1)
@@ -43,7 +47,7 @@ def test_a_flipped_bit_hurts_whose_block_it_is(store, two, at):
 
 def test_a_shared_block_hurts_both(store, two):
     flip(next(name.path(store.blocks) for _, name in store.names(store.read(two[0]))))
-    assert fsck(store).hurt == sorted(two, key=lambda id_: store.read(id_).head.created)
+    assert fsck(store).missing == {id_: 0 for id_ in two}
 
 
 def test_a_repair_lets_a_checkpoint_bring_it_back(store, two):
@@ -52,7 +56,7 @@ def test_a_repair_lets_a_checkpoint_bring_it_back(store, two):
     found = fsck(store, repair=True)
     assert found.repaired == [str(path)] and not path.exists()
     again = fsck(store)
-    assert again.missing == {two[0]: 1} and not again.damaged and not again.sound
+    assert again.missing == {two[0]: 8} and not again.damaged and not again.sound
     assert save(store, store.read(two[0]))[1] == 1
     assert fsck(store).sound and resumes(store, two[0])
 
@@ -60,7 +64,7 @@ def test_a_repair_lets_a_checkpoint_bring_it_back(store, two):
 def test_a_missing_block(store, two):
     own(store, two[1]).unlink()
     found = fsck(store, quick=True)
-    assert not found.sound and found.missing == {two[1]: 1}
+    assert not found.sound and found.missing == {two[1]: 8}
 
 
 def test_a_missing_context(store, two):
@@ -88,7 +92,7 @@ def test_a_link_to_nothing_is_a_missing_block(store, two):
     path.unlink()
     path.symlink_to("/nowhere")
     found = fsck(store)
-    assert not found.sound and found.missing == {two[0]: 1} and found.strange == [str(path)]
+    assert not found.sound and found.missing == {two[0]: 8} and found.strange == [str(path)]
 
 
 def test_one_that_is_forgotten_meanwhile_is_no_fault(store, two, monkeypatch):
@@ -101,6 +105,26 @@ def test_one_that_is_forgotten_meanwhile_is_no_fault(store, two, monkeypatch):
     monkeypatch.setattr(store, "read", late)
     found = fsck(store)
     assert found.sound and found.sessions == 0
+
+
+def test_what_cannot_be_read_is_no_damage_and_stays(store, two, monkeypatch):
+    """Such as a file of somebody else's, or a disk that fails."""
+    path, record = own(store, two[0]), store.record(two[1])
+    opening = Path.open
+
+    def refusing(self, *arguments, **options):
+        if self in (path, record):
+            raise PermissionError(13, "Permission denied")
+        return opening(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refusing)
+    found = fsck(store, repair=True)
+    assert not found.sound and found.unread.keys() == {str(path), str(record)}
+    assert found.damaged == found.missing == {} and found.repaired == [] and found.unneeded == 0
+    with pytest.raises(StorageError, match=r"nothing was removed.*Permission denied; thaw rm"):
+        collect(store)
+    monkeypatch.undo()
+    assert fsck(store).sound
 
 
 def test_strange_files_are_named_and_left(store, two):

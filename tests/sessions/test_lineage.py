@@ -24,14 +24,14 @@ def seen(nodes):
 def test_a_tree():
     nodes = [*forest(listed([None, 0, 0, 1, None, -1]))]
     assert seen(nodes) == [(0, 0), (1, 1), (3, 2), (2, 1), (4, 0), (5, 0)]
-    lines = ["* ", "  ├─ ", "  │  ", "  └─ ", "* ", "* "]
+    lines = ["* ", "  ├─ ", "  │  ↳ ", "  └─ ", "* ", "* "]
     assert [node.lines for node in nodes] == lines
     assert [node.orphan for node in nodes] == [False] * 5 + [True]
 
 
 def test_branches_of_branches():
     lines = [node.lines for node in forest(listed([None, 0, 0, 2, 2, 1]))]
-    assert lines == ["* ", "  ├─ ", "  │  ", "  └─ ", "     ├─ ", "     └─ "]
+    assert lines == ["* ", "  ├─ ", "  │  ↳ ", "  └─ ", "     ├─ ", "     └─ "]
 
 
 def test_about_one():
@@ -43,7 +43,7 @@ def test_about_one():
 def test_a_long_line():
     count = 3000
     nodes = [*forest(listed([None, *range(count - 1)]))]
-    assert len(nodes) == count and {node.lines for node in nodes[1:]} == {"  "}
+    assert len(nodes) == count and {node.lines for node in nodes[1:]} == {"  ↳ "}
 
 
 @given(choices=st.lists(st.integers(-2, 30), max_size=30))

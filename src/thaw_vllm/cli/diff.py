@@ -49,6 +49,8 @@ def diff(
         return
     names = [id_[:SHOWN] for id_ in ids]
     parts = f"after {found.common} tokens" if differs else "nowhere: the same tokens"
+    if differs and found.common == min(found.tokens):
+        parts += f": {names[found.tokens.index(found.common)]} is the beginning of the other"
     rows = [("part", parts)]
     for name, count, blocks, bytes_ in zip(names, found.tokens, found.own_blocks, found.own_bytes, strict=True):
         own = f"{count - found.common} of its own; {blocks} blocks of its own, {size(bytes_)}"
@@ -57,7 +59,8 @@ def diff(
     if not found.comparable:
         rows.append(("blocks", "were made by other weights, runtimes or salts, and cannot be shared"))
     if found.other:
-        rows.append(("differ in", ", ".join(found.other)))
+        words = {"prompt": "how many tokens were given"}
+        rows.append(("differ in", ", ".join(words.get(name, name) for name in found.other)))
     pairs(rows)
     if texts:
         shown = [("both", "…" * (found.common > BEFORE) + texts["common_text"])]

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .output import Json, document, pairs, plain, size
 from .progress import progress
 from .sessions import SHOWN, StoreOption, opened
+
+if TYPE_CHECKING:
+    from ..sessions.fsck import Checked
 
 EXAMPLES = """
 thaw fsck
@@ -32,7 +35,7 @@ def fsck(
     The exit code is 3 when something is damaged or missing, also after a repair. A session that lacks a block goes on
     from the one before it, and computes the rest again.
     """
-    from ..errors import CorruptionError
+    from ..errors import CorruptionError, StorageError
     from ..sessions.fsck import fsck as check
 
     place = opened(store)
@@ -45,8 +48,8 @@ def fsck(
         rows = [("sessions", str(found.sessions)), ("looked at", looked)]
         rows += [("broken", f"{id_[:SHOWN]}: {plain(why)}") for id_, why in found.broken.items()]
         rows += [("damaged", plain(why)) for why in found.damaged.values()]
-        rows += [("damaged in", id_[:SHOWN]) for id_ in found.hurt]
-        rows += [("missing in", f"{id_[:SHOWN]}: {count} blocks") for id_, count in found.missing.items()]
+        rows += [("not read", plain(why)) for why in found.unread.values()]
+        rows += [("lacks blocks", f"{id_[:SHOWN]}: goes on with {left} tokens") for id_, left in found.missing.items()]
         rows += [("repaired", plain(path)) for path in found.repaired]
         rows += [("strange", plain(path)) for path in found.strange]
         if found.unneeded or found.unfinished:
@@ -54,6 +57,21 @@ def fsck(
             rows.append(("unneeded", f"{unneeded}; thaw gc removes them"))
         pairs([*rows, ("sound", "yes" if found.sound else "no")])
     sys.stdout.flush()
+    shown = repr(str(place.directory))
+    if found.unread and not (found.damaged or found.missing or found.broken.keys() - found.unread.keys()):
+        raise StorageError(
+            f"{len(found.unread)} files in {shown} could not be read; mend their permissions, or the disk"
+        )
     if not found.sound:
-        cure = "what could be was repaired" if repair else "thaw fsck --repair takes out what is damaged"
-        raise CorruptionError(f"{str(place.directory)!r} is not sound; {cure}")
+        raise CorruptionError(f"{shown} is not sound; {_cure(found, repair)}")
+
+
+def _cure(found: Checked, repair: bool) -> str:
+    if (found.damaged or found.broken) and not repair:
+        return "thaw fsck --repair takes out what is damaged"
+    if found.missing:
+        return (
+            "sessions that lack blocks go on with fewer tokens; a checkpoint of the same tokens, or thaw import, "
+            "brings them back, and thaw branch --at makes one that is whole"
+        )
+    return "what could be was repaired; thaw rm forgets sessions that cannot be read"

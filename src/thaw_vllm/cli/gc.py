@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .output import Json, document, pairs, size
+from .output import Json, document, pairs, plain, size
 from .sessions import SHOWN, StoreOption, opened
 
 EXAMPLES = """
@@ -34,13 +34,15 @@ def gc(
     """
     from ..sessions.collect import collect, limit
 
-    found = collect(opened(store), limit(budget_gb), dry_run=dry_run)
+    place = opened(store)
+    labels = {one.id: ", ".join(one.head.labels) for one in place.listed()[0]}
+    found = collect(place, limit(budget_gb), dry_run=dry_run)
     if as_json:
         document(dataclasses.asdict(found) | {"dry_run": dry_run})
         return
     would = "would be removed" if dry_run else "removed"
     rows = [(would, f"{found.blocks} blocks, {size(found.freed)}")]
-    rows += [("session", id_[:SHOWN]) for id_ in found.sessions]
+    rows += [("session", f"{id_[:SHOWN]}  {plain(labels.get(id_, ''))}".rstrip()) for id_ in found.sessions]
     rows.append(("left", size(found.left)))
     if found.over:
         rows.append(("too much", f"{size(found.over)}, which pinned sessions hold"))

@@ -26,13 +26,23 @@ def import_(
     The store is made where there is none. Everything in the file is verified first. The session keeps its id; blocks
     that are there already take no further room.
     """
+    import tarfile
+
+    from ..errors import FormatError, StorageError
     from ..sessions.archive import bring
     from ..sessions.store import Store
 
+    try:
+        sound = tarfile.is_tarfile(file)
+    except OSError as error:
+        raise StorageError(f"{str(file)!r} cannot be read: {error.strerror or error}") from None
+    if not sound:
+        raise FormatError(f"{str(file)!r} is no session of thaw's")
     place = Store(store, create=True)
     with progress("import") as advance:
         id_, added = bring(place, file, progress=advance)
     if as_json:
         document({"id": id_, "blocks_added": added, "store": str(place.directory)})
         return
-    pairs([("session", id_), ("blocks", f"{added} that were not there"), ("store", plain(str(place.directory)))])
+    blocks = f"{added} were not there" if added else "all were there already"
+    pairs([("session", id_), ("blocks", blocks), ("store", plain(str(place.directory)))])

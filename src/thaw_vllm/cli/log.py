@@ -29,8 +29,9 @@ def log(
 ) -> None:
     """Show the sessions of a store as a tree.
 
-    Each is below the one that it continues. AT is how many tokens it has in common with that one. Lines are drawn where
-    a session has several below it. Text is shown by thaw show and thaw diff, when they are asked for it.
+    Each is below the one that it continues: AT is how many tokens they have in common. A star is a first one, an arrow
+    the only one below the line before it. KEPT counts the tokens whose blocks the record names; thaw fsck says whether
+    they are there. Text is shown by thaw show and thaw diff, when they are asked for it.
     """
     from ..sessions.lineage import forest
 
@@ -57,7 +58,8 @@ def log(
 def _row(node: Node) -> tuple[str, ...]:
     one, head = node.one, node.one.head
     at = "" if head.fork is None else str(head.fork)
-    labels = [*map(plain, head.labels)] + ["(pinned)"] * one.pinned + ["(parent gone)"] * node.orphan
+    labels = ", ".join(map(plain, head.labels))
+    about = [state(head)] + ["pinned"] * one.pinned + ["parent gone"] * node.orphan
     kept = str(head.blocks * head.block_size)
     made = when(head.created)
-    return (node.lines + one.id[:SHOWN], at, str(head.count), kept, made, state(head), " ".join(labels))
+    return (node.lines + one.id[:SHOWN], at, str(head.count), kept, made, ", ".join(about), labels)

@@ -27,7 +27,7 @@ StoreOption = Annotated[
     ),
 ]
 SessionArgument = Annotated[
-    str, typer.Argument(metavar="SESSION", help="An id of thaw log, its beginning, or a label.")
+    str, typer.Argument(metavar="SESSION", help="An id of thaw log, 4 or more of its first digits, or a label.")
 ]
 Labels = Annotated[
     list[str] | None, typer.Option("--label", metavar="TEXT", help="A name of yours for it; may be repeated.")
@@ -74,4 +74,9 @@ def decoder(chosen: Path | None, *heads: Head) -> Callable[[list[int]], str]:
         if not sources:
             raise UsageError("it is not known where this session's tokenizer is; --tokenizer DIR names it")
         chosen = Path(sources[0])
+        if not chosen.is_dir():
+            raise UsageError(
+                f"the session's tokenizer was in {plain(sources[0])!r}, which is not a directory here; --tokenizer DIR "
+                "names one"
+            )
     return decoder(chosen)

@@ -49,6 +49,12 @@ def export(
         id_ = store.find(session)
         whole = store.read(id_)
         named = {name: context.page for context, name in store.names(whole)}
+        absent = [name for name in named if not name.path(store.blocks).exists()]
+        if absent:
+            raise StorageError(
+                f"the session {id_[:12]} lacks {len(absent)} of its blocks; thaw fsck says with how many tokens it "
+                "goes on: export a branch of so many (thaw branch --at)"
+            )
         members = [(RECORDS + id_, whole.encode())]
         members += [(CONTEXTS + one.id, canonical(one.to_json())) for one in store.contexts(whole.head)]
         sizes = [*(len(data) for _, data in members), *(PAYLOAD_AT + page for page in named.values())]
@@ -126,7 +132,11 @@ def _bring(store: Store, file: BinaryIO, shown: str, progress: Progress | None) 
                 )
             raw = read(size)
             payload = memoryview(raw)[PAYLOAD_AT:]
-            Head.decode(raw[:PAYLOAD_AT], found, size, shown).verify(payload, f"{shown}: the block {found}")
+            what = f"the block {found}"
+            try:
+                Head.decode(raw[:PAYLOAD_AT], found, size, what).verify(payload, what)
+            except FormatError as error:
+                raise CorruptionError(f"{shown} is damaged: {error}; copy the file again, or export again") from None
             added += blocks.write(store.blocks, found, payload, heal=True)
             done += page
             if progress is not None:

@@ -73,7 +73,7 @@ class Head:
             CorruptionError: it does not agree.
         """
         if xxh3(payload) != self.xxh3:
-            raise CorruptionError(f"{what} is damaged: the checksum of its bytes does not agree; thaw fsck --repair")
+            raise CorruptionError(f"{what} is damaged: the checksum of its bytes does not agree")
 
     def encode(self) -> bytes:
         """``PAYLOAD_AT`` bytes; the second checksum at the end of the fields is over these themselves."""
@@ -157,7 +157,10 @@ def read(directory: Path, name: Name, into: memoryview) -> None:
     what = repr(str(name.path(directory)))
     if done != len(into):
         raise CorruptionError(f"{what} is cut")
-    head.verify(into, what)
+    try:
+        head.verify(into, what)
+    except CorruptionError as error:
+        raise CorruptionError(f"{error}; thaw fsck --repair takes it out") from None
 
 
 def check(directory: Path, name: Name, length: int) -> None:

@@ -91,6 +91,12 @@ def collect(store: Store, budget: int | None = None, *, dry_run: bool = False) -
             gone.append(one.id)
             counts.subtract(needed[one.id])
             there -= sum(sizes.get(name, 0) for name in needed[one.id] if not counts[name])
+        for id_ in reversed([*gone]):  # what made no room by itself, or less than was too much, stays after all
+            extra = sum(sizes.get(name, 0) for name in needed[id_] if not counts[name])
+            if budget is not None and there + extra <= budget:
+                gone.remove(id_)
+                counts.update(needed[id_])
+                there += extra
         unneeded = [name for name in sizes if not counts[name]]
         if not dry_run:
             _remove(store, gone, unneeded, {id_ for one in listed if one.id not in gone for id_ in one.head.contexts})
@@ -112,7 +118,8 @@ def _remove(store: Store, sessions: list[str], unneeded: list[Name], contexts: C
 
 def _unknown(store: Store, bad: dict[str, ThawError]) -> StorageError:
     id_, error = next(iter(bad.items()))
+    cure = f"thaw rm {id_} forgets it" if isinstance(error, StorageError) else "thaw fsck --repair takes it out"
     return StorageError(
         f"the session {id_} in {str(store.directory)!r} cannot be read, so what it needs is not known, and nothing was "
-        f"removed: {error}; thaw fsck --repair takes damaged records out, thaw rm {id_} forgets this one"
+        f"removed: {error}; {cure}"
     )

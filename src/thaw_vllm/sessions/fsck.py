@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,7 +10,9 @@ from ..errors import FormatError, StorageError, ThawError, UsageError
 from ..transport.writer import ANY_TOKEN, hidden_name, remove_stale
 from . import blocks
 from .blocks import Name, name_of
+from .record import Session
 from .store import RECORD, Store
+from .windows import usable
 
 Progress = Callable[[int, int], None]
 """Called with blocks checked, and how many there are."""
@@ -24,9 +26,10 @@ class Checked:
         sessions, blocks, bytes: that were looked at.
         broken: sessions whose record is damaged, or whose context is, and why.
         damaged: files of blocks and contexts that are not what was written, and why.
-        missing: sessions of which blocks are not there: how many.
-        hurt: sessions that name a damaged block.
-        unneeded: blocks that no session names; no fault, ``collect`` removes them.
+        unread: files that could not be read, and why: whether they are sound is not known, and they are left alone.
+        missing: sessions of which blocks are not there, or are damaged: with how many tokens each can go on.
+        unneeded: blocks that no session names; no fault, ``collect`` removes them. 0 while a session is broken, of
+            which it is not known what it names.
         unfinished: files of writers that were killed, or are writing; no fault either.
         strange: files that are nothing of a store's.
         repaired: what was taken out.
@@ -37,8 +40,8 @@ class Checked:
     bytes: int = 0
     broken: dict[str, str] = field(default_factory=dict)
     damaged: dict[str, str] = field(default_factory=dict)
+    unread: dict[str, str] = field(default_factory=dict)
     missing: dict[str, int] = field(default_factory=dict)
-    hurt: list[str] = field(default_factory=list)
     unneeded: int = 0
     unfinished: int = 0
     strange: list[str] = field(default_factory=list)
@@ -47,7 +50,7 @@ class Checked:
     @property
     def sound(self) -> bool:
         """Every session that is there can be resumed whole."""
-        return not (self.broken or self.damaged or self.missing)
+        return not (self.broken or self.damaged or self.unread or self.missing)
 
 
 def fsck(store: Store, *, quick: bool = False, repair: bool = False, progress: Progress | None = None) -> Checked:
@@ -66,21 +69,30 @@ def fsck(store: Store, *, quick: bool = False, repair: bool = False, progress: P
         found, unreadable = Checked(), set[str]()
         store.forget_contexts()
         needed: dict[Name, int] = {}
-        owners: dict[str, list[Name]] = {}
+        owners: dict[str, Session] = {}
         listed, bad = store.listed()
         found.broken = {id_: str(error) for id_, error in bad.items()}
-        unreadable |= bad.keys()
+        for id_, problem in bad.items():
+            if isinstance(problem, FormatError):
+                unreadable.add(id_)
+            else:
+                found.unread[str(store.record(id_))] = str(problem)
         for id_ in store.context_ids():
             try:
                 store.context(id_)
-            except ThawError as error:
+            except FormatError as error:
                 found.damaged[str(store.context_file(id_))] = str(error)
+            except StorageError as error:
+                found.unread[str(store.context_file(id_))] = str(error)
         for one in listed:
             found.sessions += 1
             try:
                 session = store.read(one.id)
             except UsageError:  # forgotten meanwhile
                 found.sessions -= 1
+                continue
+            except StorageError as error:
+                found.broken[one.id] = found.unread[str(store.record(one.id))] = str(error)
                 continue
             except ThawError as error:
                 found.broken[one.id] = str(error)
@@ -91,9 +103,9 @@ def fsck(store: Store, *, quick: bool = False, repair: bool = False, progress: P
             except ThawError as error:
                 found.broken[one.id] = str(error)
                 continue
-            owners[one.id] = [name for _, name in names]
+            owners[one.id] = session
             needed |= {name: context.page for context, name in names}
-        there = _sort(store, found)
+        there, useless = _sort(store, found), set[Name]()
         for done, (name, path) in enumerate(sorted(there.items(), key=lambda item: item[1])):
             if progress is not None:
                 progress(done, len(there))
@@ -111,18 +123,40 @@ def fsck(store: Store, *, quick: bool = False, repair: bool = False, progress: P
                     blocks.check(store.blocks, name, length)
                 else:
                     blocks.read(store.blocks, name, memoryview(bytearray(length)))
-            except (FormatError, StorageError) as error:
+            except FormatError as error:
                 found.damaged[str(path)] = str(error)
+                useless.add(name)
+            except StorageError as error:
+                found.unread[str(path)] = str(error)
         if progress is not None:
             progress(len(there), len(there))
-        for id_, own in owners.items():
-            if lacking := sum(name not in there for name in own):
-                found.missing[id_] = lacking
-            if any(str(there[name]) in found.damaged for name in own if name in there):
-                found.hurt.append(id_)
+        for id_, session in owners.items():
+            absent = [name for _, name in store.names(session) if name not in there or name in useless]
+            if absent:
+                found.missing[id_] = whole(store, session, absent)
+        if found.broken:
+            found.unneeded = 0
         if repair:
             _repair(store, found, unreadable)
         return found
+
+
+def whole(store: Store, session: Session, absent: Collection[Name]) -> int:
+    """With how many tokens a session can go on where these blocks of it are not there.
+
+    Raises:
+        As ``Store.contexts``.
+    """
+    head, contexts, gone = session.head, store.contexts(session.head), set(absent)
+    lacking = set[tuple[int, int]]()
+    for context in contexts:
+        for number, address in enumerate(context.addresses(session.tokens, head.salt, head.blocks)):
+            lacking |= {(number, group) for group in range(len(head.kept)) if Name(address, group) in gone}
+
+    def kept(number: int, group: int) -> bool:
+        return number >= head.kept[group] and (number, group) not in lacking
+
+    return head.block_size * usable(contexts[0].layout.groups, head.blocks, head.block_size, kept)
 
 
 def _sort(store: Store, found: Checked) -> dict[Name, Path]:

@@ -35,13 +35,13 @@ class Node:
 
     @property
     def lines(self) -> str:
-        """What a tree of text has before it: a star for a first session, lines for branches."""
+        """What a tree of text has before it: a star for a first session, an arrow for an only child, else lines."""
         if not self.depth:
             return "* "
         shown = ["   " if last else "│  " for last in self.last]
         if self.forks:
             shown[-1] = "└─ " if self.last[-1] else "├─ "
-        return "  " + "".join(shown)
+        return "  " + "".join(shown) + ("" if self.forks else "↳ ")
 
 
 def forest(listed: Sequence[Listed], about: str | None = None) -> Iterator[Node]:

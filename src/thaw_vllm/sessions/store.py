@@ -7,6 +7,7 @@ records after what they name. ``use`` is held by whoever adds or reads blocks, `
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 from collections.abc import Iterator, Sequence
@@ -80,14 +81,14 @@ class Store:
         shown = repr(str(self.directory))
         about = self.directory / ABOUT
         if not about.exists():
-            if not create:
+            if not create and not self._sessions.is_dir():  # else only that file is gone, or was not made yet
                 raise StorageError(
                     f"{shown} holds no sessions; thaw checkpoint makes them, --store or {VARIABLE} says where they are"
                 )
             self._make(about, shown)
-        private(self.directory, f"choose another directory with --store or {VARIABLE}")
+        private(self.directory, f"choose another directory with --store or {VARIABLE}", write=create)
         try:
-            found = parse(about.read_bytes()[:MAX_HEAD], ABOUT)
+            found = parse(about.read_bytes()[:MAX_HEAD], repr(str(about)))
         except OSError as error:
             raise StorageError(f"{str(about)!r} cannot be read: {error.strerror or error}") from None
         if found.get("holds") != "sessions":
@@ -150,7 +151,13 @@ class Store:
     def _lock(self, name: str, how: int) -> int:
         path = self.directory / f"{name}.lock"
         try:
-            found = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                found = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                    raise
+                # A store that may only be read.
+                found = os.open(path if path.exists() else self.directory, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise StorageError(f"{str(path)!r} cannot be opened: {error.strerror or error}") from None
         try:
@@ -230,7 +237,7 @@ class Store:
         """
         if word in (known := self._named(self._sessions, RECORD)):
             return word
-        found = {id_ for id_ in known if len(word) >= SHORTEST and id_.startswith(word)}
+        found = {id_ for id_ in known if len(word) >= SHORTEST and id_.startswith(word.lower())}
         found |= {one.id for one in self.listed()[0] if word in one.head.labels}
         if len(found) == 1:
             return found.pop()
@@ -239,7 +246,10 @@ class Store:
             raise UsageError(
                 f"{word!r} means {len(found)} sessions: {some}{' …' * (len(found) > 4)}; give more of an id"
             )
-        raise UsageError(f"there is no session {word!r} in {str(self.directory)!r}; thaw log shows which there are")
+        more = f", or give {SHORTEST} digits of an id at least" if len(word) < SHORTEST else ""
+        raise UsageError(
+            f"there is no session {word!r} in {str(self.directory)!r}; thaw log shows which there are{more}"
+        )
 
     def touch(self, id_: str) -> None:
         """Note that it is used now."""

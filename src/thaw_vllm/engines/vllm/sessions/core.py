@@ -92,7 +92,7 @@ def keep(core: Any, options: dict[str, Any]) -> dict[str, Any]:
         "blocks": len(blocks),
         "kept": list(kept),
         "contexts": [answer["context"] for answer in answers],
-        "source": str(core.vllm_config.model_config.tokenizer),
+        "source": _source(str(core.vllm_config.model_config.tokenizer)),
         "writer": f"thaw {__version__}",
         "added": sum(answer["added"] for answer in answers),
         "bytes": sum(answer["bytes"] for answer in answers),
@@ -150,6 +150,11 @@ def require_context(contexts: list[Context], identity: Identity, layout: Layout,
         raise MismatchError(f"{what} was kept by {len(contexts)} ranks, this engine has {identity.parallel.world}")
     require(contexts[0].identity, identity, what)
     require_layout(contexts[0].layout, layout, what, regions=False)
+
+
+def _source(tokenizer: str) -> str:
+    """A directory as any process finds it; a name on the hub as it is."""
+    return os.path.abspath(tokenizer) if os.path.isdir(tokenizer) else tokenizer
 
 
 def _asked(core: Any, options: dict[str, Any]) -> dict[str, Any]:
