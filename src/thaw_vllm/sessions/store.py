@@ -78,6 +78,7 @@ class Store:
         self._sessions, self._contexts = self.directory / "sessions", self.directory / "contexts"
         self._pins = self.directory / "pins"
         self._known: dict[str, Context] = {}
+        self._labels: dict[str, tuple[str, ...]] = {}  # of records, which do not change
         shown = repr(str(self.directory))
         about = self.directory / ABOUT
         if not about.exists():
@@ -238,7 +239,9 @@ class Store:
         if word in (known := self._named(self._sessions, RECORD)):
             return word
         found = {id_ for id_ in known if len(word) >= SHORTEST and id_.startswith(word.lower())}
-        found |= {one.id for one in self.listed()[0] if word in one.head.labels}
+        if known - self._labels.keys():
+            self._labels |= {one.id: one.head.labels for one in self.listed()[0]}
+        found |= {id_ for id_ in known if word in self._labels.get(id_, ())}
         if len(found) == 1:
             return found.pop()
         if found:
