@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from .output import Json, document, pairs, plain, size
-from .sessions import SHOWN, ShowText, StoreOption, Tokenizer, decoder, opened
+from .output import Json, document, pairs, size
+from .sessions import SHOWN, ShowText, StoreOption, Tokenizer, decoder, opened, print_text
 
 EXAMPLES = """
 thaw diff 3f2a91c0 9b1e77d2
@@ -66,5 +66,4 @@ def diff(
         shown = [("both", "…" * (found.common > BEFORE) + texts["common_text"])]
         shown += [(names[0], texts["a_text"]), (names[1], texts["b_text"])]
         for name, part in shown:
-            print(f"\n{name}:")
-            print("\n".join(plain(line) for line in part.split("\n")))
+            print_text(name, part)

@@ -55,6 +55,12 @@ def when(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 
+def print_text(name: str, text: str) -> None:
+    """A text below its name, line by line, safe for a terminal."""
+    print(f"\n{name}:")
+    print("\n".join(plain(line) for line in text.split("\n")))
+
+
 def state(head: Head) -> str:
     """What became of generating."""
     return "open" if head.finished is None else f"finished: {plain(head.finished)}"

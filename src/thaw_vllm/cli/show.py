@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from .output import Json, document, pairs, plain, size
-from .sessions import SessionArgument, ShowText, StoreOption, Tokenizer, decoder, opened, state, when
+from .sessions import SessionArgument, ShowText, StoreOption, Tokenizer, decoder, opened, print_text, state, when
 
 EXAMPLES = """
 thaw show 3f2a91c0
@@ -54,5 +54,4 @@ def show(
         rows.append(("salted", "yes"))
     pairs(rows)
     for name in texts:
-        print(f"\n{name.removesuffix('_text')}:")
-        print("\n".join(plain(line) for line in texts[name].split("\n")))
+        print_text(name.removesuffix("_text"), texts[name])

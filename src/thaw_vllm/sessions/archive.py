@@ -115,8 +115,7 @@ def _bring(store: Store, file: BinaryIO, shown: str, progress: Progress | None) 
             contexts.append(Context.from_json(parse(read(size), shown)))
             if contexts[-1].id != wanted:
                 raise CorruptionError(f"{shown} is damaged: a context is not the one that its name says")
-        head = session.head
-        rank = sum(head.blocks - first for first in head.kept)
+        rank = session.head.files
         if sum(rank * (_TAR + PAYLOAD_AT + context.page) for context in contexts) > length:
             raise CorruptionError(f"{shown} is cut: it has {length} bytes, {rank} blocks of its session have more")
         needed = {name: context.page for context, name in store.named(session, contexts)}

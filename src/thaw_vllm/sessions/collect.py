@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import math
-import os
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from ..errors import StorageError, ThawError, UsageError
+from ..errors import StorageError, ThawError
 from ..transport.writer import remove_stale
+from ..weights.cache import limit as gigabytes_limit
 from .blocks import Name, name_of
 from .store import Store
 
@@ -42,16 +41,7 @@ def limit(gigabytes: float | None) -> int | None:
     Raises:
         UsageError: it is no number from 0.
     """
-    given = os.environ.get(GB_VARIABLE) or None if gigabytes is None else gigabytes
-    if given is None:
-        return None
-    try:
-        found = float(given)
-    except ValueError:
-        found = math.nan
-    if not 0 <= found < math.inf:
-        raise UsageError(f"--budget-gb (or {GB_VARIABLE}) must be a number of gigabytes from 0, not {given!r}")
-    return int(found * 1e9)
+    return gigabytes_limit(gigabytes, "--budget-gb", GB_VARIABLE)
 
 
 def collect(store: Store, budget: int | None = None, *, dry_run: bool = False) -> Collected:

@@ -52,12 +52,11 @@ def difference(store: Store, a: Session, b: Session) -> Difference:
     heads, common = (a.head, b.head), common_tokens(a, b)
     pages = [sum(context.page for context in store.contexts(head)) for head in heads]
     comparable = a.head.contexts == b.head.contexts and a.head.salt == b.head.salt
-    counts = [sum(head.blocks - first for first in head.kept) for head in heads]
     shared = 0
     if comparable:  # addresses are equal as far as the tokens are
         end = min(common // a.head.block_size, a.head.blocks, b.head.blocks)
         shared = sum(max(0, end - max(firsts)) for firsts in zip(a.head.kept, b.head.kept, strict=True))
-    own = [count - shared for count in counts]
+    own = [head.files - shared for head in heads]
     ranks = [len(head.contexts) for head in heads]
     names = ("model", "salt", "sampling", "prompt")
     other = [name for name in names if len({repr(getattr(head, name)) for head in heads}) > 1]
@@ -79,6 +78,5 @@ def size(store: Store, session: Session) -> tuple[int, int]:
     Raises:
         StorageError, FormatError, CorruptionError: its contexts cannot be read.
     """
-    head, contexts = session.head, store.contexts(session.head)
-    count = sum(head.blocks - first for first in head.kept)
+    count, contexts = session.head.files, store.contexts(session.head)
     return count * len(contexts), count * sum(context.page for context in contexts)

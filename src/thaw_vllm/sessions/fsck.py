@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from . import blocks
 from .blocks import Name, name_of
 from .record import Session
 from .store import RECORD, Store
-from .windows import usable
+from .windows import rest
 
 Progress = Callable[[int, int], None]
 """Called with blocks checked, and how many there are."""
@@ -131,32 +131,14 @@ def fsck(store: Store, *, quick: bool = False, repair: bool = False, progress: P
         if progress is not None:
             progress(len(there), len(there))
         for id_, session in owners.items():
-            absent = [name for _, name in store.names(session) if name not in there or name in useless]
-            if absent:
-                found.missing[id_] = whole(store, session, absent)
+            count, _, lost = rest(session, store.contexts(session.head), lambda n: n not in there or n in useless)
+            if lost:
+                found.missing[id_] = count * session.head.block_size
         if found.broken:
             found.unneeded = 0
         if repair:
             _repair(store, found, unreadable)
         return found
-
-
-def whole(store: Store, session: Session, absent: Collection[Name]) -> int:
-    """With how many tokens a session can go on where these blocks of it are not there.
-
-    Raises:
-        As ``Store.contexts``.
-    """
-    head, contexts, gone = session.head, store.contexts(session.head), set(absent)
-    lacking = set[tuple[int, int]]()
-    for context in contexts:
-        for number, address in enumerate(context.addresses(session.tokens, head.salt, head.blocks)):
-            lacking |= {(number, group) for group in range(len(head.kept)) if Name(address, group) in gone}
-
-    def kept(number: int, group: int) -> bool:
-        return number >= head.kept[group] and (number, group) not in lacking
-
-    return head.block_size * usable(contexts[0].layout.groups, head.blocks, head.block_size, kept)
 
 
 def _sort(store: Store, found: Checked) -> dict[Name, Path]:

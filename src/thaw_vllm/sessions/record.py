@@ -77,6 +77,11 @@ class Head:
     writer: str = ""
     nonce: str = ""
 
+    @property
+    def files(self) -> int:
+        """Of blocks, that each rank has."""
+        return sum(self.blocks - first for first in self.kept)
+
     def to_json(self) -> JSONObject:
         """The record's second line."""
         found = {one.name: getattr(self, one.name) for one in fields(Head)}

@@ -1,10 +1,13 @@
-"""Which blocks a prefix needs where layers look back over a window only; arithmetic alone."""
+"""Which blocks a prefix needs where layers look back over a window only; and what is left of a session without some."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
 from ..format.kv import Group
+from .blocks import Name
+from .context import Context
+from .record import Session
 
 
 def first_needed(group: Group, blocks: int, size: int) -> int:
@@ -53,3 +56,30 @@ def kept_from(groups: Sequence[Group], blocks: int, size: int, there: Callable[[
             first -= 1
         found.append(first)
     return tuple(found)
+
+
+def rest(
+    session: Session, contexts: Sequence[Context], gone: Callable[[Name], bool]
+) -> tuple[int, Callable[[int, int], bool], int]:
+    """What is usable of a session where some of its blocks are gone.
+
+    Args:
+        contexts: of every rank.
+        gone: asked once of each block that the record names.
+
+    Returns:
+        How many blocks; whether a block's pages of a group are there, of all ranks; how many files are gone.
+    """
+    head, lost = session.head, 0
+    lacking = set[tuple[int, int]]()
+    for context in contexts:
+        for number, address in enumerate(context.addresses(session.tokens, head.salt, head.blocks)):
+            for group, first in enumerate(head.kept):
+                if number >= first and gone(Name(address, group)):
+                    lacking.add((number, group))
+                    lost += 1
+
+    def there(number: int, group: int) -> bool:
+        return number >= head.kept[group] and (number, group) not in lacking
+
+    return usable(contexts[0].layout.groups, head.blocks, head.block_size, there), there, lost

@@ -54,13 +54,13 @@ def private(directory: Path) -> None:
     made_private(directory, "choose another with --cache-dir")
 
 
-def limit(gigabytes: object) -> int | None:
-    """Bytes of ``--cache-gb`` or ``$THAW_CACHE_GB``, which counts where the former is None; None: nobody said.
+def limit(gigabytes: object, option: str = "--cache-gb", variable: str = GB_VARIABLE) -> int | None:
+    """Bytes of an option, or of a variable, which counts where the former is None; None: nobody said.
 
     Raises:
         UsageError: it is no number from 0.
     """
-    given = os.environ.get(GB_VARIABLE) or None if gigabytes is None else gigabytes
+    given = os.environ.get(variable) or None if gigabytes is None else gigabytes
     if given is None:
         return None
     try:
@@ -68,7 +68,7 @@ def limit(gigabytes: object) -> int | None:
     except (TypeError, ValueError):
         found = math.nan
     if not 0 <= found < math.inf:
-        raise UsageError(f"--cache-gb (or {GB_VARIABLE}) must be a number of gigabytes from 0, not {given!r}")
+        raise UsageError(f"{option} (or {variable}) must be a number of gigabytes from 0, not {given!r}")
     return int(found * 1e9)
 
 

@@ -10,11 +10,10 @@ from ....errors import MismatchError, UnsupportedError
 from ....format.identity import Identity, require
 from ....format.kv import Layout, require_layout
 from ....kv.table import NONE, Block, Table
-from ....sessions.blocks import Name
 from ....sessions.context import Context
 from ....sessions.record import Session
 from ....sessions.store import Store
-from ....sessions.windows import kept_from, usable
+from ....sessions.windows import kept_from, rest, usable
 from ....transport.collector import collection_paused
 from ....weights.waterfall import Phases
 from .. import versions
@@ -180,20 +179,7 @@ def _table(store: Store, session: Session, contexts: list[Context]) -> tuple[Tab
     What follows a block that is missing is of no use, nor is what a window would need of one.
     """
     head, groups = session.head, contexts[0].layout.groups
-    chains = [[*context.addresses(session.tokens, head.salt, head.blocks)] for context in contexts]
-    lost = 0
-    absent = set[tuple[int, int]]()
-    for chain in chains:
-        for number, address in enumerate(chain):
-            for group, first in enumerate(head.kept):
-                if number >= first and not Name(address, group).path(store.blocks).exists():
-                    absent.add((number, group))
-                    lost += 1
-
-    def there(number: int, group: int) -> bool:
-        return number >= head.kept[group] and (number, group) not in absent
-
-    count = usable(groups, head.blocks, head.block_size, there)
+    count, there, lost = rest(session, contexts, lambda name: not name.path(store.blocks).exists())
     kept = kept_from(groups, count, head.block_size, there)
     pages = [(number, group) for number in range(count) for group in range(len(groups)) if number >= kept[group]]
     slots = {page: slot for slot, page in enumerate(pages)}

@@ -62,8 +62,8 @@ def fork(
         beginning: a prompt, as text or as token ids; or a session: what ``checkout`` or ``checkpoint`` gave.
         n: how many.
         sampling_params: of each; None: a session's own, less what it has generated unless tokens are appended, or
-            vLLM's defaults. A seed is that of the first one, and the
-            others' are the numbers after it, so that they differ.
+            vLLM's defaults. A seed is that of the first one, and the others' are the numbers after it, so that they
+            differ.
         append: token ids that follow the beginning, for each its own: other hypotheses, the next question.
         keep: each is kept as a session that branches off the beginning's, which is kept first where it is a prompt.
             One that cannot be kept is given with its error.
