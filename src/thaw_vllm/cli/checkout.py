@@ -51,5 +51,6 @@ def checkout(
     ]
     if show_tokens:
         rows.append(("salted", "yes: send the cache_salt that its request had" if answer["salted"] else "no"))
+        rows.append(("generated", f"{answer['generated']} of its tokens"))
         rows.append(("token ids", plain(" ".join(map(str, answer["token_ids"])))))
     pairs(rows)

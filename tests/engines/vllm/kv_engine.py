@@ -41,7 +41,49 @@ def answered(output):
         "cached": output.num_cached_tokens,
         "tokens": list(own.token_ids),
         "logprobs": [sorted([t, e.logprob] for t, e in at.items()) for at in own.logprobs or []],
+        "ended": [own.finish_reason, own.stop_reason],
     }
+
+
+def cuts(llm, prompts, kinds, at, store, **about):
+    """Answers under several kinds of sampling parameters, each kept and cut at some tokens, and resumed at once.
+
+    Under ``stop`` the parameters get a stop string of their own for each cut, half of which is before it.
+    """
+    from vllm import SamplingParams
+
+    from thaw_vllm import checkpoint, resume
+    from thaw_vllm.sessions.branch import branch
+    from thaw_vllm.sessions.store import Store
+
+    found, tokenizer = [], llm.get_tokenizer()
+
+    def generated(prompt, values):
+        return llm.generate([{"prompt_token_ids": prompt}], SamplingParams(**values), use_tqdm=False)[0]
+
+    def stopped(values, cut):
+        for prompt in prompts:
+            tokens = generated(prompt, values).outputs[0].token_ids
+            text = tokenizer.decode(tokens[cut - 1 : cut + 1])
+            output = generated(prompt, values | {"stop": [text]})
+            if len(output.outputs[0].token_ids) == cut + 1:
+                return values | {"stop": [text]}, output
+        raise AssertionError(f"each prompt's answer has this stop string before {cut}")
+
+    for kind, given in kinds.items():
+        output = None if kind == "stop" else generated(prompts[0], given)
+        for cut in at[kind]:
+            values = given
+            if kind == "stop":
+                values, output = stopped(given, cut)
+            kept = checkpoint(llm, output, sampling_params=SamplingParams(**values), store=store, **about)
+            label = f"{kind} {cut}"
+            branch(Store(store), kept.session, len(output.prompt_token_ids) + cut, labels=[label])
+            living, there = resume(llm, label, store=store, **about)
+            whole = answered(output)
+            rest = whole | {name: whole[name][cut:] for name in ("tokens", "logprobs")}
+            found.append({"session": label, "rest": rest, "living": answered(living), "inexact": there.inexact})
+    return found
 
 
 def checkpoint(llm, options):
@@ -178,6 +220,8 @@ def do(llm, step):
         return checkpoint(llm, options)
     if what == "fork":
         return fork(llm, options)
+    if what == "cuts":
+        return cuts(llm, **options)
     if what == "branch":
         from thaw_vllm.sessions.branch import branch
         from thaw_vllm.sessions.store import Store

@@ -11,7 +11,16 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
-from thaw_vllm.engines.vllm.sessions.sampling import from_json, going_on, of_continuation, to_json
+from thaw_vllm.engines.vllm.sessions.sampling import (
+    GENERATED,
+    from_json,
+    generated,
+    going_on,
+    of_continuation,
+    still_inexact,
+    to_json,
+    whole,
+)
 
 
 def params(**values):
@@ -79,7 +88,8 @@ INEXACT = [
     ({"seed": 1, "temperature": 0.0}, ()),
     ({"presence_penalty": 0.1, "frequency_penalty": -0.2}, ("frequency_penalty", "presence_penalty")),
     ({"repetition_penalty": 1.2, "logit_bias": {3: 1.0}, "stop_token_ids": [4], "top_k": 3}, ()),
-    ({"stop": ["x"], "bad_words": ["y"]}, ("bad_words", "stop")),
+    ({"stop": ["x"], "bad_words": ["y"]}, ("bad_words",)),
+    ({"extra_args": {"z": 1}, "seed": 1}, ("extra_args", "seed")),
 ]
 
 
@@ -88,6 +98,33 @@ def test_what_would_not_be_the_same_is_named(values, names):
     document = to_json(params(**values))
     assert going_on(document, 1)[1] == names
     assert going_on(document, 0)[1] == ()
+
+
+def test_what_an_engine_that_rebuilds_requests_does_not_see_either():
+    names = ("extra_args", "frequency_penalty", "presence_penalty", "seed", "bad_words", "repetition_detection")
+    assert still_inexact(names) == ("extra_args",)
+
+
+def test_the_rest_says_of_what_it_is_the_rest_and_records_do_not():
+    made = params(seed=1, min_tokens=10, extra_args={"z": 1})
+    rest, _ = going_on(to_json(made), 8)
+    assert rest.extra_args == {"z": 1, GENERATED: 8} and generated(rest, [*range(20)]) == 8
+    assert to_json(rest)["extra_args"] == {"z": 1}
+    assert to_json(whole(rest, 8)) == to_json(made)
+    assert going_on(to_json(params()), 0)[0].extra_args is None
+
+
+@pytest.mark.parametrize("said", [0, -1, 4, 10**12, True, 2.0, "2", [2], None])
+def test_what_cannot_be_the_beginning_of_an_answer_counts_as_none(said):
+    assert generated(params(extra_args={GENERATED: said}), [1, 2, 3, 4]) == 0
+
+
+def test_what_is_never_rebuilt():
+    marked = {"extra_args": {GENERATED: 2}}
+    assert generated(params(**marked), [1, 2, 3, 4]) == 2
+    assert generated(params(**marked), None) == generated(None, [1, 2]) == 0
+    for more in ({"structured_outputs": StructuredOutputsParams(regex="a+")}, {"prompt_logprobs": 1}):
+        assert generated(params(**marked, **more), [1, 2, 3, 4]) == 0
 
 
 def test_a_grammar_is_not_begun_again():

@@ -7,6 +7,7 @@ last tokens were computed one by one and not as a prompt, tokens are equal up to
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,9 @@ from typing import Any
 import pytest
 from tests.engines.vllm import forks
 from tests.engines.vllm.forks import PARALLEL
+from tests.engines.vllm.models import KINDS, with_tokenizer
+from tests.engines.vllm.session_cuts import KINDS as CUTS
+from tests.engines.vllm.session_cuts import apart, cuts, prompts
 from tests.engines.vllm.test_engine import freeze
 from tests.engines.vllm.test_kv import ARGS, ID, LONG, OTHER, SIZE, engine, error, same
 from tests.soak import cases
@@ -29,8 +33,6 @@ pytestmark = pytest.mark.vllm
 
 DIVERSE = {"temperature": 1.0, "seed": 11, "max_tokens": 8, "logprobs": 2, "ignore_eos": True}
 GREEDY = {"temperature": 0.0, "max_tokens": 24, "logprobs": 2}
-NEAR = 0.4
-"""Between the two best log-probabilities, where rounding may choose the other token; each was seen to move by 0.2."""
 
 
 def flipped(path: Path) -> None:
@@ -269,13 +271,16 @@ class TestResumed:
         assert resumed.good[-1]["free"] == resumed.good[-1]["blocks"] - 1
 
 
-def apart(whole: dict[str, Any], rest: dict[str, Any], at: int) -> str | None:
-    """What a resumed run's tokens differ by from those of the run that was not interrupted, but for near-ties."""
-    for number, (ours, theirs) in enumerate(zip(rest["tokens"], whole["tokens"][at:], strict=True)):
-        if ours != theirs:
-            best, second = sorted((value for _, value in whole["logprobs"][at + number]), reverse=True)[:2]
-            return None if best - second < NEAR else f"token {number}: {ours}, not {theirs} ({best} and {second})"
-    return None
+def test_a_stop_string_that_began_before_the_cut(tmp_path: Path):
+    """And what this runner, vLLM's V1, does not go on with exactly is refused."""
+    model = with_tokenizer(KINDS["untied"](tmp_path / "model"))
+    rng = random.Random(7)
+    kinds = {"greedy": {"temperature": 0.0}, "stop": {"temperature": 0.0}, "seeded": CUTS["seeded"]}
+    at = {"greedy": [1, 9], "stop": [2, 5, 11], "seeded": [4]}
+    found = cuts(tmp_path, prompts(rng, 70, 500, 40), kinds, at, 16, model=str(model))
+    assert found["cuts"] == 6 and not found["v2"]
+    ((name, what, refused),) = found["wrong"]
+    assert (name, what) == ("seeded 4", "not exact") and "exact by seed" in error(refused)
 
 
 @pytest.mark.soak

@@ -13,6 +13,7 @@ from .answers import raised
 from .kv import core as kv_core
 from .kv.jobs import PAUSE
 from .sessions import core as sessions_core
+from .sessions import sampling
 from .swap import core as swap_core
 
 if TYPE_CHECKING:
@@ -26,7 +27,11 @@ WAKE = "thaw_wake"
 
 
 def install() -> None:
-    """Give the engine core thaw's methods, where this process has it; again does nothing."""
+    """Give the engine core thaw's methods, and the front end its part, where this process has them.
+
+    Again does nothing.
+    """
+    versions.prime_detokenizers(sampling.generated)
     kv_core.install()
     sessions_core.install()
     swap_core.install()
@@ -55,10 +60,10 @@ def call(llm: LLM, method: str, options: dict[str, Any]) -> dict[str, Any]:
     """
     if method != WAKE:
         require_awake(llm)
+    install()
     client: Any = llm.llm_engine.engine_core
     inside = getattr(client, "engine_core", None)
     if hasattr(inside, "scheduler"):  # in this process
-        install()
         return raised(getattr(inside, method)(options))
     if getattr(llm.llm_engine.vllm_config.parallel_config, "data_parallel_size", 1) > 1:
         raise UnsupportedError("data-parallel engines have a cache for each replica; not in this version")
@@ -70,6 +75,7 @@ async def ask(client: Any, method: str, options: dict[str, Any]) -> dict[str, An
     """What the engine core of an asynchronous client answers; of a job, once it has ended."""
     if method != WAKE:
         require_awake(client)
+    install()
     size = versions.data_parallel_size(client)
     if size > 1:
         raise UnsupportedError(

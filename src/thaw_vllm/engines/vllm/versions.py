@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import functools
 import importlib
 import logging
@@ -231,6 +232,89 @@ def gave_tokens(outputs: Any) -> bool:
     """Whether what a step of the engine core returned holds anything for a request."""
     by_client = outputs[0] or {}
     return any(getattr(one, "outputs", None) for one in by_client.values())
+
+
+# --- requests that go on ----------------------------------------------------------------------------------------------
+
+
+def rebuilds(core: Any) -> bool:
+    """Whether this engine can begin a request with tokens that it has generated before.
+
+    The V2 model runner does so whenever it takes up a request that was preempted: penalties count those tokens, and
+    random numbers follow from the seed and the position. The V1 runner counts every token as part of the prompt.
+    """
+    return bool(getattr(core.scheduler, "use_v2_model_runner", False)) and core.vllm_config.speculative_config is None
+
+
+def rebuild_requests(generated: Callable[[Any, Any], int], whole: Callable[[Any, int], Any]) -> None:
+    """Have engine cores of this process begin some requests with an answer's first tokens.
+
+    Args:
+        generated: of sampling parameters and a prompt's tokens (or None) how many of the last ones are an answer.
+        whole: of sampling parameters for the rest, and that number, those of the whole answer.
+    """
+    core = engine_core()
+    real = None if core is None else vars(core).get("preprocess_add_request")
+    if real is None or getattr(real, "_thaw", False):
+        return
+
+    @functools.wraps(real)
+    def preprocess_add_request(self: Any, request: Any) -> Any:
+        count = generated(request.sampling_params, request.prompt_token_ids) if rebuilds(self) else 0
+        if not count:
+            return real(self, request)
+        given = copy.copy(request)
+        given.prompt_token_ids, answered = request.prompt_token_ids[:-count], request.prompt_token_ids[-count:]
+        given.sampling_params = whole(request.sampling_params, count)
+        made, wave = real(self, given)
+        made.append_output_token_ids(answered)
+        return made, wave
+
+    preprocess_add_request._thaw = True  # type: ignore[attr-defined]
+    core.preprocess_add_request = preprocess_add_request
+
+
+def prime_detokenizers(generated: Callable[[Any, Any], int]) -> None:
+    """Have front ends of this process look for stop strings across the beginning of such a request's new tokens.
+
+    What they tell is the new text alone.
+
+    Args:
+        generated: as of ``rebuild_requests``.
+    """
+    kind: Any = getattr(sys.modules.get("vllm.v1.engine.detokenizer"), "IncrementalDetokenizer", None)
+    real = getattr(kind, "from_new_request", None)
+    if real is None or getattr(real, "_thaw", False):
+        return
+
+    @functools.wraps(real)
+    def from_new_request(cls: Any, tokenizer: Any, request: Any) -> Any:
+        count = generated(request.sampling_params, request.prompt_token_ids)
+        if not count or tokenizer is None:
+            return real(tokenizer, request)
+        given = copy.copy(request)
+        given.prompt_token_ids, answered = request.prompt_token_ids[:-count], request.prompt_token_ids[-count:]
+        made = real(tokenizer, given)
+        stop, least = made.stop, made.min_tokens
+        made.stop, made.min_tokens = [], 0
+        made.update(answered, False)
+        made.stop, made.min_tokens = stop, least
+        begun = made._last_output_text_offset = len(made.output_text)
+        if hasattr(made, "prompt_len"):  # which knows the prompt's tokens as well
+            made.prompt_len += count
+        else:
+            made.token_ids.clear()
+        told = made.get_next_output_text
+
+        def get_next_output_text(finished: bool, delta: bool) -> str:
+            text: str = told(finished, delta)
+            return text if delta else text[begun:]
+
+        made.get_next_output_text = get_next_output_text
+        return made
+
+    from_new_request._thaw = True  # type: ignore[attr-defined]
+    kind.from_new_request = classmethod(from_new_request)
 
 
 # --- KV cache ---------------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from ....errors import (
     UsageError,
 )
 from .. import versions
-from ..client import ask
+from ..client import ask, install
 from ..sessions.routes import Sessions
 from ..swap.routes import Engine
 from .access import TOKEN_HEADER, Access
@@ -132,6 +132,7 @@ class KVRoutes:
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
         """Remember the engine, and what the operator allows; where that is anything, a restore is to be expected."""
+        install()
         access = Access.from_environment()
         fronts = int(getattr(args, "api_server_count", None) or 1)
         state.thaw_kv = _Served(access, engine_client, Engine(engine_client, fronts, versions.renaming(state)))

@@ -86,7 +86,7 @@ class Checkout(RestoreReport):
         prompt: for ``generate``: all tokens, and the salt.
         sampling_params: for ``generate``: the session's own, less what was generated, or those that were given.
         inexact: names of parameters by which the continuation may differ from what the session would have gone on
-            with; empty: by none.
+            with; empty: by none. vLLM's V2 runner goes on exactly by all that its V1 runner would begin anew.
         store: the directory that it is kept in.
     """
 
@@ -247,11 +247,8 @@ def resume(
         As ``checkout``; UnsupportedError: ``exact``, and it would not be.
     """
     found = _Checkout(session, append, sampling_params, store, model_id, evict)
-    if exact and found.inexact:
-        raise UnsupportedError(
-            f"going on would not be exact by {', '.join(found.inexact)}: a new request begins those anew; leave out "
-            "exact, or pass sampling_params"
-        )
+    if exact:
+        found.require_exact()
     with found.store.use():
         there = found.done(call(llm, "thaw_session_restore", found.options))
     prompt: Any = there.prompt
@@ -294,8 +291,11 @@ class _Checkpoint:
         if (outputs := getattr(what, "outputs", None)) is not None:
             if not 0 <= index < len(outputs):
                 raise UsageError(f"the answer has {len(outputs)} continuations; there is none of index {index}")
-            self._prompt, self._finished = len(tokens), outputs[index].finish_reason
+            before = sampling.generated(sampling_params, tokens)
+            self._prompt, self._finished = len(tokens) - before, outputs[index].finish_reason
             tokens += outputs[index].token_ids
+            if sampling_params is not None and before:
+                self._sampling = sampling.to_json(sampling.whole(sampling_params, before))
             if self._sampling is not None:
                 self._sampling = sampling.of_continuation(self._sampling, index)
         self._prompt = len(tokens) if self._prompt is None else self._prompt
@@ -371,17 +371,27 @@ class _Checkout(_Restore):
         evict: bool,
     ) -> None:
         super().__init__(session, store, model_id, evict)
-        self._sampling, self.inexact = _sampling(self.whole.head, bool(append), sampling_params)
+        self._sampling, self._inexact = _sampling(self.whole.head, bool(append), sampling_params)
         self._tokens = [*self.whole.tokens.tolist(), *ids(append).tolist()]
+
+    def require_exact(self) -> None:
+        """Have the engine refuse where it cannot go on exactly.
+
+        Raises:
+            UnsupportedError: none can.
+        """
+        if never := sampling.still_inexact(self._inexact):
+            raise UnsupportedError(f"no engine goes on exactly by {', '.join(never)}; leave out exact")
+        self.options["exact"] = self._inexact
 
     def done(self, found: dict[str, Any]) -> Checkout:
         """What the engine has answered, and the request."""
         prompt: dict[str, Any] = {"prompt_token_ids": self._tokens}
         if self.whole.head.salt is not None:
             prompt["cache_salt"] = self.whole.head.salt
-        told = self.report(found) | {"tokens": len(self._tokens)}
-        store = os.fspath(self.store.directory)
-        return Checkout(prompt=prompt, sampling_params=self._sampling, inexact=self.inexact, store=store, **told)
+        told = self.report(found) | {"tokens": len(self._tokens), "store": os.fspath(self.store.directory)}
+        inexact = sampling.still_inexact(self._inexact) if found["rebuilds"] else self._inexact
+        return Checkout(prompt=prompt, sampling_params=self._sampling, inexact=inexact, **told)
 
 
 def _sampling(head: Head, appended: bool, given: SamplingParams | None) -> tuple[SamplingParams, tuple[str, ...]]:

@@ -34,6 +34,7 @@ def install() -> None:
     for name, work in zip(METHODS, (keep, restore_session), strict=True):
         if not hasattr(core, name):
             setattr(core, name, answering(work))
+    versions.rebuild_requests(sampling.generated, sampling.whole)
 
 
 def keep(core: Any, options: dict[str, Any]) -> dict[str, Any]:
@@ -105,11 +106,22 @@ def restore_session(core: Any, options: dict[str, Any]) -> dict[str, Any]:
     """Bring the blocks of a session into the pool. The caller holds the store's ``use``.
 
     Args:
-        options: ``store``, ``session``: the id; ``model``, ``evict``.
+        options: ``store``, ``session``: the id; ``model``, ``evict``; ``exact``: names by which a request would not go
+            on exactly unless it is rebuilt, empty where that is no matter.
 
     Returns:
-        As ``kv.core.restore``, and ``lost``: blocks that the record names and the store lacks.
+        As ``kv.core.restore``; ``lost``: blocks that the record names and the store lacks; ``rebuilds``: whether this
+        engine rebuilds requests.
+
+    Raises:
+        UnsupportedError: ``exact``, and it does not.
     """
+    rebuilds = versions.rebuilds(core)
+    if options.get("exact") and not rebuilds:
+        raise UnsupportedError(
+            f"going on would not be exact by {', '.join(options['exact'])}: this engine's runner begins those anew; "
+            "leave out exact, or pass sampling_params"
+        )
     phases = Phases()
     require_awake(core)
     pool = versions.block_pool(core)
@@ -136,7 +148,8 @@ def restore_session(core: Any, options: dict[str, Any]) -> dict[str, Any]:
         "pages": pages,
     }
     evict = bool(options.get("evict"))
-    return bring_in(core, pool, table, asked, evict, phases, "thaw_session_fill") | {"lost": lost}
+    told = bring_in(core, pool, table, asked, evict, phases, "thaw_session_fill")
+    return told | {"lost": lost, "rebuilds": rebuilds}
 
 
 def require_context(contexts: list[Context], identity: Identity, layout: Layout, what: str) -> None:
@@ -165,11 +178,13 @@ def _asked(core: Any, options: dict[str, Any]) -> dict[str, Any]:
         raise UnsupportedError(
             "a request with an adapter, embeddings, images or sound is more than its tokens; not in this version"
         )
+    params, tokens = live.sampling_params, list(live.all_token_ids)
+    before = sampling.generated(params, tokens[: live.num_prompt_tokens])
     return {
-        "tokens": list(live.all_token_ids),
+        "tokens": tokens,
         "salt": live.cache_salt,
-        "prompt": live.num_prompt_tokens,
-        "sampling": sampling.to_json(live.sampling_params),
+        "prompt": live.num_prompt_tokens - before,
+        "sampling": sampling.to_json(sampling.whole(params, before) if before else params),
     }
 
 

@@ -69,7 +69,9 @@ class Sessions:
             )
         told = asdict(report)
         if body.token_ids:
-            told |= {"token_ids": session.tokens.tolist(), "salted": session.head.salt is not None}
+            head = session.head
+            told |= {"token_ids": session.tokens.tolist(), "salted": head.salt is not None}
+            told |= {"generated": head.count - head.prompt, "sampling": head.sampling}
         return told
 
     async def branch(self, body: Branching) -> dict[str, Any]:

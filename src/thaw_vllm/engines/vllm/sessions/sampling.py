@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ....errors import UnsupportedError, UsageError
@@ -10,15 +11,17 @@ from ....format.document import JSONObject
 if TYPE_CHECKING:
     from vllm import SamplingParams
 
-_BY_OUTPUT = (
-    *("presence_penalty", "frequency_penalty", "bad_words", "stop"),
-    *("thinking_token_budget", "repetition_detection", "extra_args"),
-)
+GENERATED = "thaw_generated"
+"""In ``extra_args`` of a request: so many of its prompt's last tokens are the beginning of the answer."""
+
+_BY_RUNNER = ("seed", "presence_penalty", "frequency_penalty", "bad_words", "repetition_detection")
+_BY_OUTPUT = (*_BY_RUNNER[1:], "thinking_token_budget", "extra_args")
+"""What looks at the tokens generated so far; the first ones see them where the engine rebuilds a request."""
+
 _OF_PROMPTS = frozenset(
     {"prompt_logprobs", "skip_reading_prefix_cache", "prompt_logprob_token_ids", "prompt_logprob_start"}
 )
 """What was answered with the prompt; asked again, it would have the engine compute all of the session anew."""
-"""What looks at the tokens generated so far, which a new request has as part of its prompt."""
 
 _DELIVERY = frozenset({"output_kind", "stream_interval", "skip_clone"})
 """How answers are handed over, which front ends set as they need it."""
@@ -42,7 +45,38 @@ def to_json(params: SamplingParams | None) -> JSONObject | None:
     except TypeError as error:
         raise UnsupportedError(f"these sampling parameters hold a {error}, which no record can") from None
     kept = {name: value for name, value in found.items() if not name.startswith("_") and name not in _DELIVERY}
+    kept |= {"extra_args": _unmarked(kept.get("extra_args"))}
     return {name: value for name, value in kept.items() if value != usual.get(name)}
+
+
+def generated(params: Any, tokens: Sequence[int] | None) -> int:
+    """How many of a request's last tokens are the beginning of its answer; 0 where that is not said, or cannot be.
+
+    Args:
+        params: vLLM's, of any request; None where it is not to be answered.
+        tokens: the request's prompt; None where it is not of tokens.
+    """
+    count = (getattr(params, "extra_args", None) or {}).get(GENERATED)
+    if type(count) is not int or tokens is None or not 0 < count < len(tokens):
+        return 0
+    alone = params.structured_outputs is None and params.prompt_logprobs is None
+    return count if alone else 0
+
+
+def whole(params: SamplingParams, count: int) -> SamplingParams:
+    """Those of an answer, of those of its rest after ``count`` tokens."""
+    found = params.clone()
+    found.extra_args = _unmarked(params.extra_args)
+    if found.max_tokens is not None:
+        found.max_tokens += count
+    if found.min_tokens:
+        found.min_tokens += count
+    return found
+
+
+def still_inexact(names: Sequence[str]) -> tuple[str, ...]:
+    """Of the names that ``going_on`` gives those that stay where the engine rebuilds requests."""
+    return tuple(name for name in names if name not in _BY_RUNNER)
 
 
 def of_continuation(document: JSONObject, index: int) -> JSONObject:
@@ -74,16 +108,17 @@ def from_json(document: JSONObject) -> SamplingParams:
 
 
 def going_on(document: JSONObject, generated: int) -> tuple[SamplingParams, tuple[str, ...]]:
-    """Parameters for a request whose prompt is all of a session, and what of them will not be as if it had gone on.
+    """Parameters for a request whose prompt is all of a session, and what of them may not be as if it had gone on.
 
-    The engine counts what the session has generated as part of that request's prompt. Lengths are made up for; a seed
-    begins its numbers anew, and what looks back at generated tokens does not see these.
+    Lengths are made up for, and stop strings may begin in what was generated. An engine that does not rebuild requests
+    (``versions.rebuilds``) counts that as part of the prompt: a seed begins its numbers anew there, and what looks back
+    at generated tokens does not see these.
 
     Args:
         generated: tokens that the session has generated.
 
     Returns:
-        The parameters, for one continuation; names of parameters, empty where the request is exactly the rest.
+        The parameters, for one continuation; and names of them by which the request may not be exactly the rest.
 
     Raises:
         UsageError: nothing is left of ``max_tokens``.
@@ -101,7 +136,14 @@ def going_on(document: JSONObject, generated: int) -> tuple[SamplingParams, tupl
             raise UsageError("the session has generated all of its max_tokens; pass sampling_params to go on")
     params.min_tokens = max(0, params.min_tokens - generated)
     params.n = 1
-    inexact = [name for name in _BY_OUTPUT if generated and getattr(params, name, None)]
-    if generated and params.seed is not None and params.temperature > 0:
+    if not generated:
+        return params, ()
+    inexact = [name for name in _BY_OUTPUT if getattr(params, name, None)]
+    if params.seed is not None and params.temperature > 0:
         inexact.append("seed")
+    params.extra_args = (params.extra_args or {}) | {GENERATED: generated}
     return params, tuple(sorted(inexact))
+
+
+def _unmarked(extra: dict[str, Any] | None) -> dict[str, Any] | None:
+    return {name: value for name, value in (extra or {}).items() if name != GENERATED} or None
