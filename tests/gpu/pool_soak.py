@@ -56,7 +56,7 @@ class Soak:
     async def ask(self, model: str, prompt: list[int]) -> tuple[str, float]:
         """What was said, and when the first of it was there."""
         body = {"model": model, "prompt": prompt, "max_tokens": ANSWER, "temperature": 0, "logprobs": 1, "stream": True}
-        start, first, said = time.perf_counter(), 0.0, []
+        start, first, text, values = time.perf_counter(), 0.0, "", []
         async with self.client.post("/v1/completions", json=body | {"ignore_eos": True}) as answer:
             if answer.status != 200:
                 return f"{answer.status}: {await answer.text()}", 0.0
@@ -64,8 +64,9 @@ class Soak:
                 if line.startswith(b"data: {"):
                     first = first or time.perf_counter() - start
                     choice = json.loads(line[6:])["choices"][0]
-                    said.append([choice["text"], choice["logprobs"] and choice["logprobs"]["token_logprobs"]])
-        return json.dumps(said), first
+                    text += choice["text"]
+                    values += choice["logprobs"]["token_logprobs"] if choice["logprobs"] else []
+        return json.dumps([text, values]), first  # how many tokens a chunk has depends on time
 
     def changes(self) -> list[str]:
         """What the pool has told since the last call."""

@@ -86,6 +86,40 @@ def cuts(llm, prompts, kinds, at, store, **about):
     return found
 
 
+def schedule(llm, tokens, generated):
+    """How the scheduler of an engine in this process hands a request to the V2 runner, which the CPU lacks."""
+    from vllm import SamplingParams
+    from vllm.v1.engine import EngineCoreRequest
+
+    from thaw_vllm.engines.vllm.sessions.sampling import GENERATED
+
+    core = llm.llm_engine.engine_core.engine_core
+    core.scheduler.use_v2_model_runner = True
+    asked = EngineCoreRequest(
+        request_id="rest",
+        prompt_token_ids=tokens,
+        mm_features=None,
+        sampling_params=SamplingParams(max_tokens=10, extra_args={GENERATED: generated}),
+        pooling_params=None,
+        arrival_time=0.0,
+        lora_request=None,
+        cache_salt=None,
+        data_parallel_rank=None,
+    )
+    core.add_request(*core.preprocess_add_request(asked))
+    made = core.scheduler.schedule()
+    (new,) = made.scheduled_new_reqs
+    stats = core.scheduler.requests["rest"].take_prefill_stats()
+    return {
+        "prompt": new.prompt_token_ids,
+        "prefill": new.prefill_token_ids,
+        "computed": new.num_computed_tokens,
+        "scheduled": made.num_scheduled_tokens["rest"],
+        "max_tokens": new.sampling_params.max_tokens,
+        "stats": [stats.num_prompt_tokens, stats.num_local_cached_tokens],
+    }
+
+
 def checkpoint(llm, options):
     """Generate with these sampling parameters, and keep that; without, keep the token ids alone."""
     from vllm import SamplingParams
@@ -220,6 +254,8 @@ def do(llm, step):
         return checkpoint(llm, options)
     if what == "fork":
         return fork(llm, options)
+    if what == "schedule":
+        return schedule(llm, **options)
     if what == "cuts":
         return cuts(llm, **options)
     if what == "branch":

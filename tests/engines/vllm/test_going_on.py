@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,8 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
 import vllm.v1.engine.detokenizer as detokenizers
+from tests.engines.vllm.test_kv import LONG
+from tests.engines.vllm.test_kv import engine as run_engine
 from vllm import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.core import EngineCore
@@ -62,7 +65,8 @@ class TestCore:
         asked = request([*range(10)], max_tokens=5, min_tokens=2, seed=3, extra_args={GENERATED: 4, "own": 1})
         made, _ = core().preprocess_add_request(asked)
         assert (made.prompt_token_ids, list(made.output_token_ids)) == ([*range(6)], [6, 7, 8, 9])
-        assert (made.num_prompt_tokens, made.num_tokens, made.max_tokens) == (6, 10, 9)
+        assert (made.num_prompt_tokens, made.num_tokens, made.max_tokens) == (10, 10, 9), "all are to be prefilled"
+        assert made.take_prefill_stats() is not None and made.num_prompt_tokens == 6
         assert (made.sampling_params.max_tokens, made.sampling_params.min_tokens) == (9, 6)
         assert made.sampling_params.extra_args == {"own": 1} and made.sampling_params.seed == 3
         assert len(made.block_hashes) == 2, "of the whole"
@@ -84,6 +88,16 @@ def tokenizer(smollm2: Path) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(smollm2)
+
+
+def test_what_the_scheduler_hands_over(checkpoints: Callable, tmp_path: Path):
+    """More of it is cached than its prompt has."""
+    steps = [{"do": "ask", "prompts": [LONG], "max_tokens": 1}, {"do": "schedule", "tokens": LONG, "generated": 250}]
+    inside = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    _, made = run_engine(tmp_path, steps, inside, model=str(checkpoints("tied")))
+    assert (made["prompt"], made["prefill"]) == (LONG[:150], LONG)
+    assert (made["computed"], made["scheduled"], made["max_tokens"]) == (384, 16, 260)
+    assert made["stats"] == [400, 384]
 
 
 class TestFront:

@@ -268,6 +268,14 @@ def rebuild_requests(generated: Callable[[Any, Any], int], whole: Callable[[Any,
         given.sampling_params = whole(request.sampling_params, count)
         made, wave = real(self, given)
         made.append_output_token_ids(answered)
+        made.num_prompt_tokens = made.num_tokens  # for the scheduler, which counts cached ones of a first prefill
+        stats = made.take_prefill_stats
+
+        def take_prefill_stats() -> Any:  # with the first new token
+            made.num_prompt_tokens = len(made.prompt_token_ids)
+            return stats()
+
+        made.take_prefill_stats = take_prefill_stats
         return made, wave
 
     preprocess_add_request._thaw = True  # type: ignore[attr-defined]

@@ -178,12 +178,12 @@ def _asked(core: Any, options: dict[str, Any]) -> dict[str, Any]:
         raise UnsupportedError(
             "a request with an adapter, embeddings, images or sound is more than its tokens; not in this version"
         )
-    params, tokens = live.sampling_params, list(live.all_token_ids)
-    before = sampling.generated(params, tokens[: live.num_prompt_tokens])
+    params, tokens, prompt = live.sampling_params, list(live.all_token_ids), list(live.prompt_token_ids)
+    before = sampling.generated(params, prompt)
     return {
         "tokens": tokens,
         "salt": live.cache_salt,
-        "prompt": live.num_prompt_tokens - before,
+        "prompt": len(prompt) - before,
         "sampling": sampling.to_json(sampling.whole(params, before) if before else params),
     }
 
