@@ -30,7 +30,8 @@ def main(directory, seed):
         elif what < 0.9:
             gone = own.pop(rng.randrange(len(own)))
             print("-" + gone, flush=True)
-            store.remove(gone)
+            with store.use():
+                store.remove(gone)
         else:
             collect(store)
 

@@ -47,6 +47,21 @@ def test_a_budget_takes_the_sessions_used_longest_ago(store):
     assert resumes(store, ids[0]) and resumes(store, ids[3]) and fsck(store).sound
 
 
+def test_one_whose_record_is_deleted_meanwhile_is_not_needed(store, monkeypatch):
+    gone, stays = (save(store, session(tokens(number, 3)))[0] for number in (5, 6))
+    used(store, gone, 0)
+    read = store.read
+
+    def late(id_):
+        if id_ == gone:
+            store.record(id_).unlink()
+        return read(id_)
+
+    monkeypatch.setattr(store, "read", late)
+    assert collect(store, 3 * BLOCK).left == 3 * BLOCK
+    assert [one.id for one in store.listed()[0]] == [stays] and resumes(store, stays) and fsck(store).sound
+
+
 def test_what_fits_after_all_stays(store):
     """Three that share all that they have; room for the smallest, and no more."""
     trunk, _ = save(store, session(tokens(5, 4)))

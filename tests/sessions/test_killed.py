@@ -109,7 +109,9 @@ def test_two_at_once_at_random_moments(soak, memory_path):
         for process in running:
             process.kill()
         for process in running:
-            for line in process.communicate()[0].splitlines(keepends=True):
+            printed, _ = process.communicate()
+            assert process.returncode == -signal.SIGKILL, "nothing else ends it"
+            for line in printed.splitlines(keepends=True):
                 name = line.strip()
                 if name.startswith("-"):
                     maybe.add(name[1:])

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from ..errors import StorageError, ThawError
+from ..errors import StorageError, ThawError, UsageError
 from ..transport.writer import remove_stale
 from ..weights.cache import limit as gigabytes_limit
 from .blocks import Name, name_of
@@ -62,12 +62,19 @@ def collect(store: Store, budget: int | None = None, *, dry_run: bool = False) -
         listed, bad = store.listed()
         if bad:
             raise _unknown(store, bad)
-        needed = {}
+        needed: dict[str, set[Name]] = {}
         for one in listed:
             try:
-                needed[one.id] = {name for _, name in store.names(store.read(one.id))}
+                session = store.read(one.id)
+            except UsageError:  # a record that somebody has deleted meanwhile
+                continue
             except ThawError as error:
                 raise _unknown(store, {one.id: error}) from None
+            try:
+                needed[one.id] = {name for _, name in store.names(session)}
+            except ThawError as error:
+                raise _unknown(store, {one.id: error}) from None
+        listed = [one for one in listed if one.id in needed]
         sizes = {name: path.stat().st_size for path in store.block_files() if (name := name_of(path))}
         counts = Counter(name for names in needed.values() for name in names)
         there = sum(size for name, size in sizes.items() if name in counts)
