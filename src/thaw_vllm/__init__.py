@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "ForkPool": "engines.vllm.sessions.pool",
     "ThawModelLoader": "engines.vllm.loader",
     "check_swap": "engines.vllm.swap.api",
     "checkpoint": "engines.vllm.sessions.api",
@@ -49,6 +50,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "ForkPool",
     "ThawModelLoader",
     "__version__",
     "check_swap",
@@ -103,6 +105,7 @@ if TYPE_CHECKING:
     from .engines.vllm.loader import ThawModelLoader
     from .engines.vllm.sessions.api import checkout, checkout_async, checkpoint, checkpoint_async, resume
     from .engines.vllm.sessions.forking import fork, fork_async
+    from .engines.vllm.sessions.pool import ForkPool
     from .engines.vllm.swap.api import (
         check_swap,
         pin_snapshot,

@@ -98,7 +98,7 @@ def run(
         printed = log.read_text(errors="replace")
         if process.returncode or not answer.exists():
             raise _failure(
-                f"the process that should {_DOES[action]} failed (exit {process.returncode})", _last_error(printed)
+                f"the process that should {_DOES[action]} failed (exit {process.returncode})", last_error(printed)
             )
         found: dict[str, Any] = json.loads(answer.read_text())
     found["seconds"]["total"] = elapsed
@@ -115,7 +115,7 @@ def _failure(what: str, line: str) -> ThawError:
     return kind(f"{what}: {ours[2] if ours else line}")
 
 
-def _last_error(printed: str) -> str:
+def last_error(printed: str) -> str:
     lines = [line.strip() for line in printed.splitlines() if line.strip()]
     errors = [line for line in lines if re.search(r"(Error|Exception)\b.*: ", line)]
     errors = [line for line in errors if "See root cause above" not in line] or errors

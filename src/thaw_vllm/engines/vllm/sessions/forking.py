@@ -166,6 +166,46 @@ async def fork_async(
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
+def require_agreement(n: int, append: Sequence[Any], labels: Sequence[str], keep: bool) -> None:
+    """Hold against one another what is said of N continuations.
+
+    Raises:
+        UsageError: they do not agree.
+    """
+    if n < 1:
+        raise UsageError(f"n must be at least 1, not {n}")
+    for what, given in (("append", append), ("labels", labels)):
+        if given and len(given) != n:
+            raise UsageError(f"{what} has {len(given)} entries for {n} continuations; give one for each, or none")
+    if labels and not keep:
+        raise UsageError("labels are of sessions that are kept; pass keep=True")
+
+
+def require_differences(n: int, append: Sequence[Sequence[int]], each: int, temperature: float) -> None:
+    """Refuse N continuations that would be the same.
+
+    Args:
+        each: ``SamplingParams.n``.
+
+    Raises:
+        UsageError: they would.
+    """
+    if each != 1:
+        raise UsageError("sampling_params.n must be 1: n of fork says how many")
+    same = len({tuple(ids) for ids in append}) < n if append else n > 1
+    if same and temperature == 0:
+        raise UsageError("greedy continuations of the same tokens are the same; give a temperature, or append")
+
+
+def own_parameters(store: Store | str | os.PathLike[str] | None, session: str) -> SamplingParams:
+    """A session's own, for another answer; vLLM's defaults where it has none."""
+    from vllm import SamplingParams
+
+    place = store if isinstance(store, Store) else Store(store)
+    own = place.read(place.find(session)).head.sampling
+    return SamplingParams() if own is None else sampling.from_json(own)
+
+
 async def _whole(engine: AsyncLLM, prompt: Any, params: SamplingParams) -> RequestOutput:
     """A request's last answer, which has all of its tokens."""
     found = None
@@ -188,13 +228,7 @@ class _Plan:
         store: Any,
         model_id: str | None,
     ) -> None:
-        if n < 1:
-            raise UsageError(f"n must be at least 1, not {n}")
-        for what, given in (("append", append), ("labels", labels)):
-            if given and len(given) != n:
-                raise UsageError(f"{what} has {len(given)} entries for {n} continuations; give one for each, or none")
-        if labels and not keep:
-            raise UsageError("labels are of sessions that are kept; pass keep=True")
+        require_agreement(n, append, labels, keep)
         self._append, self._labels, self._params, self.n, self.keep = append, labels, sampling_params, n, keep
         self.where: dict[str, Any] = {"store": store, "model_id": model_id}
         self.parent: str | None = None
@@ -210,11 +244,7 @@ class _Plan:
         """Those for going on with a session; None: its own, less what it has generated."""
         if self._params is not None or not self._append:
             return self._params
-        from vllm import SamplingParams
-
-        store = Store(self.where["store"])
-        own = store.read(store.find(session)).head.sampling
-        return SamplingParams() if own is None else sampling.from_json(own)
+        return own_parameters(self.where["store"], session)
 
     def prompt(self, tokens: list[int]) -> None:
         """Begin with these tokens."""
@@ -233,11 +263,7 @@ class _Plan:
 
     def _require_differences(self) -> None:
         assert self._params is not None
-        if self._params.n != 1:
-            raise UsageError("sampling_params.n must be 1: n of fork says how many")
-        same = len({tuple(ids) for ids in self._append}) < self.n if self._append else self.n > 1
-        if same and self._params.temperature == 0:
-            raise UsageError("greedy continuations of the same tokens are the same; give a temperature, or append")
+        require_differences(self.n, self._append, self._params.n, self._params.temperature)
 
     def request(self, number: int | None) -> Any:
         """A prompt of vLLM's; of the beginning alone where ``number`` is None."""

@@ -1,0 +1,124 @@
+"""One engine of a fork pool, in a process of its own: ``pool_worker SOCKET NUMBER``; see ``pool``."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from typing import TYPE_CHECKING, Any
+
+from ....errors import BrokenEngineError, ThawError
+from ....zygote import messages
+from .. import versions
+from . import sampling
+from .api import checkout, checkpoint
+from .forking import Branch, fork, own_parameters
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+SHARE = 0.9
+"""Of a GPU's memory, what the engines of a pool take together where nothing is said."""
+
+
+def main(path: str, number: str) -> int:
+    """Make an engine and do what the pool asks, until it is gone.
+
+    Exit status: 0; 1 where the engine could not be made, or has died.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as pool:
+        pool.connect(path)
+        messages.send(pool, {"worker": int(number)})
+        asked = messages.receive(pool)
+        if asked is None:
+            return 0
+        try:
+            llm = _engine(asked[0])
+        except Exception as error:
+            messages.send(pool, _spelt(error))
+            return 1
+        messages.send(pool, {"ready": True})
+        while (task := messages.receive(pool)) is not None:
+            try:
+                found = _prefilled(llm, task[0]) if task[0]["do"] == "prefill" else _forked(llm, task[0], pool)
+            except Exception as error:
+                messages.send(pool, _spelt(error))
+                if isinstance(error, (BrokenEngineError, versions.engine_dead())):
+                    return 1
+            else:
+                messages.send(pool, {"done": found})
+    return 0
+
+
+def _engine(asked: dict[str, Any]) -> LLM:
+    args = dict(asked["engine_args"])
+    if versions.on_cuda() and not {"gpu_memory_utilization", "kv_cache_memory_bytes"} & args.keys():
+        args["gpu_memory_utilization"] = SHARE / asked["workers"]
+    if asked["snapshot"] is not None:
+        from ..api import load
+
+        return load(asked["model"], asked["snapshot"], **args)
+    from vllm import LLM
+
+    return LLM(model=asked["model"], **args)
+
+
+def _prefilled(llm: LLM, task: dict[str, Any]) -> dict[str, Any]:
+    """A prompt computed and kept; ``session``."""
+    from vllm import SamplingParams
+
+    prompt: Any = {"prompt_token_ids": task["tokens"]}
+    llm.generate([prompt], SamplingParams(max_tokens=1, temperature=0, detokenize=False), use_tqdm=False)
+    about = {"store": task["store"], "model_id": task["model_id"]}
+    return {"session": checkpoint(llm, task["tokens"], **about).session}
+
+
+def _forked(llm: LLM, task: dict[str, Any], pool: socket.socket) -> dict[str, Any]:
+    """Some of a fork's branches, each sent as it ends; ``seconds`` that bringing the session back took."""
+    about = {"store": task["store"], "model_id": task["model_id"]}
+    params, first = None if task["sampling"] is None else sampling.from_json(task["sampling"]), task["first"]
+    if params is None and task["append"]:
+        params = own_parameters(task["store"], task["session"])
+    there = checkout(llm, task["session"], sampling_params=params, **about)
+    each = there.sampling_params.clone()
+    if each.seed is not None:
+        each.seed += first
+    branches = fork(
+        llm,
+        there,
+        task["count"],
+        each,
+        append=task["append"],
+        keep=task["keep"],
+        labels=task["labels"],
+        **about,
+    )
+    for branch in branches:
+        messages.send(pool, {"branch": _told(branch, first)})
+    return {"seconds": there.seconds}
+
+
+def _told(branch: Branch, first: int) -> dict[str, Any]:
+    own = branch.output.outputs[0]
+    steps = own.logprobs
+    return {
+        "number": first + branch.number,
+        "token_ids": list(own.token_ids),
+        "text": own.text,
+        "logprobs": steps and [[[token, entry.logprob] for token, entry in at.items()] for at in steps],
+        "finish_reason": own.finish_reason,
+        "stop_reason": own.stop_reason,
+        "cached": branch.output.num_cached_tokens,
+        "parent": branch.parent,
+        "session": branch.session,
+        "error": None if branch.error is None else _spelt(branch.error),
+    }
+
+
+def _spelt(error: Exception) -> dict[str, str]:
+    """For ``errors.named``."""
+    own = isinstance(error, ThawError)
+    return {"failed": type(error).__name__, "message": str(error) if own else f"{type(error).__name__}: {error}"}
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
