@@ -43,15 +43,16 @@ def operations(schema: Any) -> dict[str, Any]:
     return {found.ok().label: found.ok() for found in schema.get_all_operations()}
 
 
-def filled(operation: Any, body: Any = None, **path: str) -> Any:
+def filled(operation: Any, body: Any = None, query: Any = None, **path: str) -> Any:
     """A request of one operation."""
     more = {} if body is None else {"body": body, "media_type": "application/json"}
+    more |= {} if query is None else {"query": query}
     return operation.Case(path_parameters={key: path[key] for key in path if f"{{{key}}}" in operation.path}, **more)
 
 
 def led_further(case: Any, known: Mapping[str, Sequence[str]]) -> Any:
     """The same request, with most of its texts replaced by known ones, which are given by field."""
-    for place in (case.path_parameters, case.body):
+    for place in (case.path_parameters, case.query, case.body):
         for name in known.keys() & (place.keys() if isinstance(place, dict) else ()):
             if isinstance(place[name], str) and (length := len(place[name])) % 4 < 3:
                 place[name] = known[name][length % len(known[name])]

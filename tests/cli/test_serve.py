@@ -40,6 +40,18 @@ def test_directories_of_every_server(thaw, started, tmp_path, monkeypatch):
     ((_, where, options, _),) = started
     expected = ["--zygote", "default", "--kv-dir", str(tmp_path), "--sessions-dir", str(tmp_path / "s")]
     assert options == expected and where.kv_directory == str(tmp_path)
+    assert where.sessions_directory == str(tmp_path / "s")
+
+
+def test_directories_that_variables_name(thaw, started, monkeypatch):
+    """Every server has them from its environment; the router reads them itself."""
+    for kept in ("/srv/sessions", ""):
+        monkeypatch.setenv("THAW_SESSIONS_DIR", kept)
+        monkeypatch.setenv("THAW_KV_DIR", kept)
+        assert thaw("serve", "--register", "a=m").code == 0
+        _, where, options, _ = started.pop()
+        assert (where.sessions_directory, where.kv_directory) == (kept or None, kept or None)
+        assert options == ["--zygote", "default"]
 
 
 def test_a_file(thaw, started, tmp_path, monkeypatch):

@@ -28,6 +28,8 @@ from tests.openapi import (
 )
 from tests.serve.in_thread import in_thread
 from tests.serve.served import TOKEN, FakeServer, Served
+from tests.sessions.made import save
+from tests.sessions.made import session as session_record
 
 from thaw_vllm.engines.vllm.kv import routes
 from thaw_vllm.engines.vllm.kv.bodies import CheckingOut, Checkpointing, Freezing, Restoring, parse
@@ -35,6 +37,7 @@ from thaw_vllm.errors import ThawError, UsageError
 from thaw_vllm.serve.app import application
 from thaw_vllm.serve.config import Model
 from thaw_vllm.serve.verification import Verification
+from thaw_vllm.sessions.store import Store
 
 KEY = "an API key"
 WITH_KEY = {"Authorization": f"Bearer {KEY}"}
@@ -51,6 +54,7 @@ BODIES = {
     "/v1/thaw/models/{name}/sessions/checkout": {"session": "trunk"},
     "/v1/thaw/verify": {"path": "broken.thaw"},
 }
+QUERIES = {"/v1/thaw/sessions/diff": {"a": "trunk", "b": "plan", "tokens": 8}}
 KNOWN = {
     "name": ["a", "org/b", "broken", "c", "a.thawkv", ""],
     "path": ["m", ".", "broken.thaw", "out", "m/none", "m" * 300, ""],
@@ -58,6 +62,8 @@ KNOWN = {
     "like": ["a", "org/b", "d"],
     "model": ["a", "org/b", "d"],
     "kv": ["a.thawkv", "none.thawkv"],
+    "a": ["trunk", "plan", "broken", "none"],
+    "b": ["trunk", "plan", "broken", "none"],
 }
 """Texts that lead further than to the first refusal, by the field that they are for."""
 
@@ -113,6 +119,10 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     (root / os.fsdecode(b"\xff.thaw")).touch()
     (kv / "a.thawkv").touch()
     (kv / os.fsdecode(b"\xff.thawkv")).touch()
+    store = Store(tmp_path_factory.mktemp("sessions"), create=True)
+    for label in ("trunk", "plan", "broken"):
+        id_, _ = save(store, session_record([1, 2, 3, 4, len(label)], labels=(label,)))
+    store.record(id_).write_bytes(store.record(id_).read_bytes()[:-4] + b"\0\0\0\0")
 
     async def found(self: Verification, path: Path) -> dict[str, Any]:
         await asyncio.sleep(0)
@@ -124,6 +134,7 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         api_keys=[KEY],
         directories=[str(root)],
         kv_directory=str(kv),
+        sessions_directory=str(store.directory),
     )
     with pytest.MonkeyPatch.context() as patch, in_thread(served) as running:
         patch.setattr(Verification, "_followed", found)  # which starts a process each time
@@ -140,7 +151,8 @@ def session() -> Iterator[requests.Session]:
 
 def valid(operation: Any) -> Any:
     """A request that succeeds where the model is there."""
-    return filled(operation, BODIES.get(operation.path) if operation.method == "post" else None, name="a")
+    body = BODIES.get(operation.path) if operation.method == "post" else None
+    return filled(operation, body, QUERIES.get(operation.path), name="a")
 
 
 def sent(case: Any, pool: str, session: requests.Session, headers: dict[str, str], **more: Any) -> Any:

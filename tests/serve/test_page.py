@@ -16,6 +16,7 @@ import aiohttp
 import pytest
 import torch
 from tests.serve.served import TOKEN, Served
+from tests.sessions.made import save, session
 
 import thaw_vllm
 from thaw_vllm.engines.vllm.start_report import Event, report
@@ -24,6 +25,7 @@ from thaw_vllm.serve import page as subject
 from thaw_vllm.serve import starts, state, usage, verification
 from thaw_vllm.serve.config import Model
 from thaw_vllm.serve.sessions import EACH, LIFETIME
+from thaw_vllm.sessions.store import Store
 
 ADMIN = {"X-Thaw-Admin-Token": TOKEN}
 Work = Callable[[aiohttp.ClientSession], Awaitable[Any]]
@@ -246,11 +248,15 @@ class TestLogin:
 
 class TestAccess:
     def test_what_a_session_may(self, folder: Path):
-        served = Served(folder, Model("a", "/m"), given={"parkable": True}, kv_directory=str(folder))
+        store = Store(folder / "sessions", create=True)
+        save(store, session(range(9), labels=["trunk"]))
+        directories = {"kv_directory": str(folder), "sessions_directory": str(store.directory)}
+        served = Served(folder, Model("a", "/m"), given={"parkable": True}, **directories)
 
         async def work(client: aiohttp.ClientSession) -> None:
             headers = await logged_in(client, served)
-            for path in ("status", "models", "usage", "starts", "snapshots", "kv", "verify"):
+            reading = ("status", "models", "usage", "starts", "snapshots", "kv", "verify", "sessions")
+            for path in (*reading, "sessions/diff?a=trunk&b=trunk&tokens=1"):
                 async with client.get(f"/v1/thaw/{path}", headers=headers) as answer:
                     assert answer.status == 200 and answer.headers["Cache-Control"] == "no-store", path
             for path in ("load", "park", "unload"):

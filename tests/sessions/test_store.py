@@ -254,6 +254,20 @@ def test_a_fork_does_not_keep_the_lock(store):
             os.waitpid(child, 0)
 
 
+def test_those_that_were_used_last(store):
+    ids = [save(store, session(range(8), created=float(at)))[0] for at in range(5)]
+    for at, id_ in enumerate(ids):
+        os.utime(store.record(id_), (9 - at, 9 - at))
+    store.record(ids[1]).write_bytes(b"x")
+    store.record(ids[4]).write_bytes(b"x")
+    os.utime(store.record(ids[1]), (8, 8))
+    os.utime(store.record(ids[4]), (5, 5))
+    found, bad, others = store.latest(3)
+    assert ([one.id for one in found], [*bad], others) == ([ids[0], ids[2]], [ids[1]], 2)
+    found, bad, others = store.latest(9)
+    assert found == store.listed()[0] and bad.keys() == {ids[1], ids[4]} and others == 0
+
+
 def test_a_window_that_a_branch_lacks_leaves_it_without_blocks(store):
     two = context(groups=2)
     id_, _ = save(store, session(range(40), contexts=[two], kept=(0, 7)), [two])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Annotated
 
 import typer
@@ -42,11 +41,10 @@ def diff(
         begin = max(0, found.common - BEFORE)
         texts["common_text"] = text(a.tokens[begin : found.common].tolist())
         texts |= {name: text(one.tokens[found.common :].tolist()) for name, one in (("a_text", a), ("b_text", b))}
-    differs = found.common < max(found.tokens)
     if as_json:
-        at = found.common if differs else None
-        document({"a": ids[0], "b": ids[1], "first_difference": at} | dataclasses.asdict(found) | texts)
+        document(found.shown(*ids) | texts)
         return
+    differs = found.first is not None
     names = [id_[:SHOWN] for id_ in ids]
     parts = f"after {found.common} tokens" if differs else "nowhere: the same tokens"
     if differs and found.common == min(found.tokens):

@@ -164,8 +164,9 @@ def serve(
         passed = _shared(zygote, require_zygote, fast_start, cache_dir, kv_dir, sessions_dir)
         passed += [] if snapshot is None else ["--snapshot", snapshot]
         passed += [] if cache_gb is None else ["--cache-gb", f"{cache_gb:g}"]
-        kv = os.environ.get(DIRECTORY_VARIABLE) if kv_dir is None else os.path.abspath(kv_dir)
-        _several(models, register or [], allowed_host or [], model_dir or [], kv, [*passed, *context.args])
+        named = ((DIRECTORY_VARIABLE, kv_dir), (SESSIONS_VARIABLE, sessions_dir))
+        kept = [os.environ.get(name) or None if path is None else os.path.abspath(path) for name, path in named]
+        _several(models, register or [], allowed_host or [], model_dir or [], kept, [*passed, *context.args])
         return
     options = list(context.args)
     choice = choose(snapshot, model, options, cache_dir, cache_gb)
@@ -291,13 +292,13 @@ def _several(
     register: list[str],
     hosts: list[str],
     directories: list[str],
-    kv_directory: str | None,
+    kept: list[str | None],
     options: list[str],
 ) -> None:
     """A pool of servers behind one address, until a signal says to stop.
 
     Args:
-        kv_directory: where servers have their files of KV blocks.
+        kept: where servers have their files of KV blocks, and their store of sessions.
         options: for each server, but for those that say where to listen, and for whom.
     """
     from ..engines.vllm.api import check_model, check_sizes, require_vllm_installed
@@ -336,7 +337,7 @@ def _several(
             f"several models need {error.name}, which vLLM brings along; pip install {error.name}"
         ) from None
     host = own.get("host", [LOCALHOST])[-1]
-    where = Listening(host, port, token, file, tuple(keys), tuple(hosts), tuple(directories), kv_directory)
+    where = Listening(host, port, token, file, tuple(keys), tuple(hosts), tuple(directories), *kept)
     run(settings, where, options, has_gpu(os.environ))
 
 

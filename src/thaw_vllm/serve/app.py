@@ -21,13 +21,14 @@ from starlette.routing import Match
 from ..engines.vllm.kv.access import TOKEN_HEADER
 from ..engines.vllm.kv.bodies import CheckingOut, Checkpointing, Freezing, Restoring
 from ..engines.vllm.kv.description import Refusal, refusals, taken
-from ..errors import StorageError, ThawError, UsageError
+from ..errors import FormatError, StorageError, ThawError, UsageError
 from .access import Access
 from .bodies import REFUSED, parsed
 from .config import Model
 from .directories import Directories, PathError
 from .engine import ServerEngine
 from .events import Event
+from .kept_sessions import KeptSessions
 from .metrics import Counted, exposition
 from .overview import Overview, What
 from .page import Page
@@ -59,6 +60,7 @@ def application(
     hosts: Sequence[str] = (),
     directories: Sequence[str] = (),
     kv_directory: str | None = None,
+    sessions_directory: str | None = None,
 ) -> FastAPI:
     """The ASGI application; engines run as long as its lifespan.
 
@@ -68,13 +70,14 @@ def application(
         hosts: further names of this server.
         directories: in which requests may name models and snapshots.
         kv_directory: in which engines have their files of KV blocks.
+        sessions_directory: of the store in which they keep sessions.
 
     Raises:
         StorageError: one of them is not there.
     """
     router = Router(pool, api_keys)
     access, allowed = Access(token, hosts), Directories(directories)
-    overview = Overview(pool, allowed, kv_directory)
+    overview, kept = Overview(pool, allowed, kv_directory), KeptSessions(sessions_directory)
     own = Routes(pool, router, access, allowed, overview)
 
     @contextlib.asynccontextmanager
@@ -122,6 +125,8 @@ def application(
         ("starts", overview.starts, "GET", page_too),
         ("snapshots", overview.snapshots, "GET", page_too),
         ("kv", overview.kv_files, "GET", page_too),
+        ("sessions", kept.listed, "GET", page_too, 404, 422),
+        ("sessions/diff", kept.difference, "GET", page_too, 400, 404, 409, 422),
         ("verify", overview.verified, "GET", page_too),
         ("verify", overview.verify, "POST", page_too, *REFUSED, 404, 409),
         ("verify/cancel", overview.cancel, "POST", page_too),
@@ -309,7 +314,13 @@ def document(pool: Pool) -> dict[str, Any]:
     return {"time": round(time.time(), 3), "models": models, "engines": engines, "waiting": sum(waiting.values())}
 
 
-STATUS: dict[type[Exception], int] = {UnknownModelError: 404, StorageError: 404, PathError: 400, UsageError: 409}
+STATUS: dict[type[Exception], int] = {
+    UnknownModelError: 404,
+    StorageError: 404,
+    PathError: 400,
+    UsageError: 409,
+    FormatError: 422,
+}
 """The status of an error is that of the first class of its ancestry that is here; 503 otherwise."""
 
 

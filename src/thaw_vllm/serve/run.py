@@ -38,6 +38,7 @@ class Listening:
         hosts: further names of this server.
         directories: in which admin requests may name models and snapshots.
         kv_directory: in which engines have their files of KV blocks.
+        sessions_directory: of the store in which they keep sessions.
     """
 
     host: str
@@ -48,6 +49,7 @@ class Listening:
     hosts: tuple[str, ...] = ()
     directories: tuple[str, ...] = ()
     kv_directory: str | None = None
+    sessions_directory: str | None = None
 
 
 def run(settings: Settings, where: Listening, options: Sequence[str], gpu: bool) -> None:
@@ -66,7 +68,10 @@ def run(settings: Settings, where: Listening, options: Sequence[str], gpu: bool)
     with tempfile.TemporaryDirectory(prefix="thaw-pool-", dir=runtime_directory, ignore_cleanup_errors=True) as made:
         runtime = Runtime(Path(made), new_logs(), tuple(options), gpu)
         pool = Pool(settings, lambda model: ServerEngine(model, runtime))
-        app = application(pool, where.token, where.api_keys, where.hosts, where.directories, where.kv_directory)
+        app = application(
+            *(pool, where.token, where.api_keys, where.hosts, where.directories),
+            *(where.kv_directory, where.sessions_directory),
+        )
         config = uvicorn.Config(
             app,
             log_level="warning",

@@ -62,7 +62,7 @@ class Context:
         """By which records name it."""
         return self.digest.hex()[:ID_DIGITS]
 
-    @property
+    @cached_property
     def page(self) -> int:
         """Bytes of a block of one group: its page of every region, one after another."""
         return sum(region.page for region in self.layout.regions)

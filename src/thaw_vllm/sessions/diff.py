@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
-from .record import Session
+from ..format.document import JSONObject
+from .record import Head, Session
 from .store import Store
 
 
@@ -30,6 +31,15 @@ class Difference:
     own_bytes: tuple[int, int]
     other: tuple[str, ...]
 
+    @property
+    def first(self) -> int | None:
+        """The first token that differs, counted from 0; None: they are the same."""
+        return self.common if self.common < max(self.tokens) else None
+
+    def shown(self, a: str, b: str) -> JSONObject:
+        """As plain values, for the sessions of these ids."""
+        return {"a": a, "b": b, "first_difference": self.first} | asdict(self)
+
 
 def common_tokens(a: Session, b: Session) -> int:
     """How many tokens two sessions begin with alike."""
@@ -43,6 +53,24 @@ def common_tokens(a: Session, b: Session) -> int:
     return low
 
 
+def alike(a: Head, b: Head) -> bool:
+    """Whether blocks of the same tokens are the same blocks in both."""
+    return a.contexts == b.contexts and a.salt == b.salt
+
+
+def shared_blocks(a: Head, b: Head, common: int) -> int:
+    """Files of blocks, for each rank, that both sessions name.
+
+    Args:
+        common: how many tokens they begin with alike.
+    """
+    if not alike(a, b):
+        return 0
+    end = min(common // a.block_size, a.blocks, b.blocks)  # addresses are equal as far as the tokens are
+    # Whether each record has the groups of its contexts is for whoever reads these to say.
+    return sum(max(0, end - max(firsts)) for firsts in zip(a.kept, b.kept, strict=False))
+
+
 def difference(store: Store, a: Session, b: Session) -> Difference:
     """Compare two sessions of a store; no block is read.
 
@@ -51,11 +79,8 @@ def difference(store: Store, a: Session, b: Session) -> Difference:
     """
     heads, common = (a.head, b.head), common_tokens(a, b)
     pages = [sum(context.page for context in store.contexts(head)) for head in heads]
-    comparable = a.head.contexts == b.head.contexts and a.head.salt == b.head.salt
-    shared = 0
-    if comparable:  # addresses are equal as far as the tokens are
-        end = min(common // a.head.block_size, a.head.blocks, b.head.blocks)
-        shared = sum(max(0, end - max(firsts)) for firsts in zip(a.head.kept, b.head.kept, strict=True))
+    comparable = alike(*heads)
+    shared = shared_blocks(*heads, common)
     own = [head.files - shared for head in heads]
     ranks = [len(head.contexts) for head in heads]
     names = ("model", "salt", "sampling", "prompt")

@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -192,10 +193,27 @@ class Store:
 
     def listed(self) -> tuple[list[Listed], dict[str, ThawError]]:
         """All sessions, oldest first; and of those that cannot be read what is the matter, by id."""
+        return self._listed(self._named(self._sessions, RECORD))
+
+    def latest(self, most: int) -> tuple[list[Listed], dict[str, ThawError], int]:
+        """As ``listed``, but only those that were made or used last, ``most`` of them; and how many others there are,
+        whose records are not opened."""
+        used: dict[str, float] = {}
+        for id_ in self._named(self._sessions, RECORD):
+            try:
+                used[id_] = self.record(id_).stat().st_mtime
+            except FileNotFoundError:  # removed meanwhile
+                continue
+            except OSError:  # what is the matter with it is to be told
+                used[id_] = math.inf
+        ids = sorted(used, key=lambda id_: (used[id_], id_), reverse=True)
+        return *self._listed(ids[:most]), len(ids[most:])
+
+    def _listed(self, ids: Iterable[str]) -> tuple[list[Listed], dict[str, ThawError]]:
         found: list[Listed] = []
         bad: dict[str, ThawError] = {}
         pinned = self._named(self._pins, "")
-        for id_ in sorted(self._named(self._sessions, RECORD)):
+        for id_ in sorted(ids):
             path = self.record(id_)
             try:
                 with path.open("rb", buffering=0) as file:

@@ -6,23 +6,19 @@ What they tell names files and directories of the server by their last part, if 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
-import re
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ....errors import ThawError, UsageError
+from ....errors import UsageError
 from ....sessions.branch import grow
 from ....sessions.in_use import in_use
 from ....sessions.lineage import forest
+from ....sessions.nameless import STORE, nameless, without_paths
 from ....sessions.store import ABOUT, Store
 from .. import versions
 from ..kv.bodies import Branching, CheckingOut, Checkpointing
 from .api import checkpoint_async, restore_session_async
-
-_STORE = "the server's store"
 
 
 @dataclass(frozen=True)
@@ -39,7 +35,7 @@ class Sessions:
 
     async def listed(self) -> dict[str, Any]:
         """The records as ``thaw log`` has them, and what is the matter with those that cannot be read."""
-        with self._nameless():
+        with nameless(self.directory):
             return await asyncio.to_thread(self._listed)
 
     async def checkpoint(self, body: Checkpointing) -> dict[str, Any]:
@@ -48,7 +44,7 @@ class Sessions:
         if what is None:
             assert body.prompt is not None
             what = await versions.completion_tokens(self.client, body.prompt)
-        with self._nameless():
+        with nameless(self.directory):
             report = await checkpoint_async(
                 self.client,
                 what,
@@ -62,7 +58,7 @@ class Sessions:
 
     async def checkout(self, body: CheckingOut) -> dict[str, Any]:
         """``restore_session_async``; the tokens only where they are asked for."""
-        with self._nameless():
+        with nameless(self.directory):
             store = await self._store(body.session)
             report, session = await restore_session_async(
                 self.client, body.session, store=store, model_id=body.model_id, evict=body.evict
@@ -81,7 +77,7 @@ class Sessions:
             id_ = grow(store, body.session, body.at, body.labels)
             return _shown(store.read(id_).head.shown(id_))
 
-        with self._nameless():
+        with nameless(self.directory):
             store = await self._store(body.session)
             async with in_use(store) as use:
                 return await use.thread(made)
@@ -90,7 +86,7 @@ class Sessions:
         if not self._there():
             return {"sessions": [], "broken": {}}
         listed, bad = Store(self.directory).listed()
-        broken = {id_: self._without_paths(str(error)) for id_, error in bad.items()}
+        broken = {id_: without_paths(str(error), self.directory) for id_, error in bad.items()}
         return {"sessions": [_shown(node.shown()) for node in forest(listed)], "broken": broken}
 
     async def _store(self, session: str) -> Store:
@@ -98,24 +94,11 @@ class Sessions:
         UsageError: it was not made yet, so there is no such session.
         """
         if not await asyncio.to_thread(self._there):
-            raise UsageError(f"there is no session {session!r} in {_STORE}, which is empty")
+            raise UsageError(f"there is no session {session!r} in {STORE}, which is empty")
         return await asyncio.to_thread(Store, self.directory)
 
     def _there(self) -> bool:
         return os.path.exists(os.path.join(self.directory, ABOUT))
-
-    @contextlib.contextmanager
-    def _nameless(self) -> Iterator[None]:
-        """Errors say nothing of where the store is."""
-        try:
-            yield
-        except ThawError as error:
-            raise type(error)(self._without_paths(str(error))) from None
-
-    def _without_paths(self, message: str) -> str:
-        directory = re.escape(repr(os.path.abspath(self.directory))[1:-1])
-        files = re.compile(rf"(['\"]?){directory}((?:/[\w.-]+)*)(?![\w.-])/?\1")
-        return files.sub(lambda found: repr(os.path.basename(found[2])) if found[2] else _STORE, message)
 
 
 def _shown(record: dict[str, Any]) -> dict[str, Any]:
