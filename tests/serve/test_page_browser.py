@@ -14,12 +14,14 @@ import torch
 from tests.serve.chromium import Heard, browser
 from tests.serve.in_thread import InThread, in_thread
 from tests.serve.served import TOKEN, Served
+from tests.sessions.made import context, save, session
 
 import thaw_vllm
 from thaw_vllm.errors import ThawError
 from thaw_vllm.serve import app as app_module
-from thaw_vllm.serve import sessions, state, usage
+from thaw_vllm.serve import kept_sessions, sessions, state, usage
 from thaw_vllm.serve.config import Model
+from thaw_vllm.sessions.store import Store
 
 pytestmark = pytest.mark.slow
 
@@ -330,6 +332,189 @@ def test_snapshots_are_verified(chromium: Any, folder: Path):
         short = content.text_content()
         content.click()
         assert len(content.text_content()) >= 64 and short.rstrip("…") in content.text_content()
+
+
+@pytest.fixture
+def store(folder: Path) -> Store:
+    return Store(folder / "sessions", create=True)
+
+
+def kept(store: Store, tokens: Any, label: str, parent: str | None = None, fork: int | None = None, **more: Any) -> str:
+    """The id of a session made so many seconds ago as ``ago`` says."""
+    made = time.time() - more.pop("ago", 0)
+    return save(store, session([*tokens], labels=[label], parent=parent, fork=fork, created=made, **more))[0]
+
+
+def items(page: Any) -> list[tuple[str, int]]:
+    """Labels and levels of the tree, from above."""
+    read = "all => all.map(one => [one.querySelector('.name').textContent, Number(one.ariaLevel)])"
+    return [(name, level) for name, level in page.locator("#sessions [role=treeitem]").evaluate_all(read)]
+
+
+def item(page: Any, label: str) -> Any:
+    return page.locator("#sessions [role=treeitem]").filter(has=page.get_by_text(label, exact=True))
+
+
+def test_the_tree_of_sessions(chromium: Any, folder: Path, store: Store):
+    """Nesting, branch points and counts; one that is new comes by itself, and the keyboard stays where it is."""
+    trunk = kept(store, range(40), "trunk", prompt=8, ago=7200, finished="stop")
+    a = kept(store, [*range(24), *range(100, 120)], "plan-a", trunk, 24, ago=3600)
+    later = kept(store, [*range(24), *range(100, 130)], "later", a, 44, ago=1800, finished="length")
+    kept(store, [*range(20), 7], "plan-b", trunk, 20, ago=900)
+    kept(store, range(5), "an old one", ago=99999)
+    served = Served(folder, Model("a", "/m"), sessions_directory=str(store.directory))
+    with opened(chromium, served) as (page, _, _heard):
+        item(page, "plan-b").wait_for()
+        expected = [("trunk", 1), ("plan-a", 2), ("later", 3), ("plan-b", 2), ("an old one", 1)]
+        assert items(page) == expected
+        told = {name: item(page, name).inner_text().replace("\xa0", " ") for name, _ in expected}
+        for name, *parts in (
+            ("trunk", "40 tokens", "finished: stop", "8 given", "40 in blocks", "made 2 h ago", trunk[:12]),
+            ("plan-a", "44 tokens", "open", "from token 24 of trunk", "60 min ago", a[:12]),
+            ("later", "54 tokens", "finished: length", "from token 44 of plan-a", later[:12]),
+            ("plan-b", "21 tokens", "from token 20 of trunk"),
+        ):
+            assert not [part for part in parts if part not in told[name]], told[name]
+        assert "from token" not in told["trunk"] and "model" not in told["trunk"]
+        page_size = context().page
+        assert f"{page_size * 11 / 1000:.1f} kB, {page_size * 5} B of its own" in told["plan-a"]
+        drawn = "row => [...row.querySelectorAll('.rails i')].map(i => i.className)"
+        lines = {name: item(page, name).evaluate(drawn) for name in told}
+        assert lines == {"trunk": [], "plan-a": ["tee"], "later": ["line", "next"], "plan-b": ["end"], "an old one": []}
+
+        item(page, "trunk").focus()
+        for key, name in (
+            *(("ArrowDown", "plan-a"), ("ArrowRight", "later"), ("ArrowRight", "later"), ("ArrowLeft", "plan-a")),
+            *(("ArrowLeft", "trunk"), ("ArrowUp", "trunk"), ("End", "an old one"), ("Home", "trunk")),
+            ("End", "an old one"),
+        ):
+            page.keyboard.press(key)
+            focused = page.evaluate("document.activeElement.querySelector('.name').textContent")
+            assert focused == name, key
+        assert page.locator("#sessions [tabindex='0']").count() == 1
+        kept(store, range(39), "a new one", trunk, 39)
+        old = store.find("an old one")
+        kept(store, range(5), "newest", old, 5)  # which has its tree moved up
+        item(page, "newest").wait_for()
+        assert items(page) == [("an old one", 1), ("newest", 2), *expected[:-1], ("a new one", 2)]
+        assert page.evaluate("document.activeElement.dataset.id") == old
+        store.remove(trunk)
+        item(page, "trunk").wait_for(state="detached")
+        assert f"from token 24 of {trunk[:12]}, which is not shown" in item(page, "plan-a").inner_text()
+
+
+def test_two_sessions_are_compared(chromium: Any, folder: Path, store: Store):
+    trunk = kept(store, range(40), "trunk", prompt=40)
+    plan = kept(store, [*range(26), *range(500, 540)], "plan", trunk, 26, prompt=30)
+    kept(store, range(10), "early", trunk, 10, salt="s", prompt=10)
+    served = Served(folder, Model("a", "/m"), sessions_directory=str(store.directory))
+    with opened(chromium, served) as (page, _, _heard):
+        panel, hint = page.locator("#comparison"), page.locator("#sessions-hint")
+        item(page, "trunk").click()
+        hint.filter(has_text="trunk is chosen").wait_for()
+        assert panel.is_hidden() and item(page, "trunk").get_attribute("aria-selected") == "true"
+        item(page, "plan").click()
+        verdict = "trunk and plan part after 26 tokens: token 26, counted from 0, is the first that differs."
+        panel.get_by_text(verdict).wait_for()
+        page.locator("#said").filter(has_text=verdict).wait_for(state="attached")
+        rows = panel.locator("tr").evaluate_all("all => all.map(row => [...row.cells].map(cell => cell.textContent))")
+        size = context().page
+        assert rows[0] == ["", f"trunk {trunk}", f"plan {plan}"]
+        assert rows[1:3] == [["Tokens", "40", "66"], ["Tokens of its own", "14", "40"]]
+        assert [cell.replace("\xa0", " ") for cell in rows[3]] == [
+            *("Blocks of its own", f"4 blocks, {4 * size} B", f"10 blocks, {10 * size / 1000:.1f} kB")
+        ]
+        shared = panel.locator("p.hint").text_content().replace("\xa0", " ")
+        assert shared == f"They share 6 blocks, {6 * size} B. They differ in how many tokens were given."
+        assert "500" not in panel.inner_text()
+        panel.get_by_role("button", name="Show tokens").click()
+        panel.get_by_text("500 501").wait_for()
+        told = panel.locator("dl").inner_text().split("\n")
+        assert told == [
+            *("Both, from token 10", " ".join(map(str, range(10, 26)))),
+            *("trunk, from token 26", " ".join(map(str, range(26, 40)))),
+            *("plan, from token 26", " ".join(map(str, range(500, 516))) + " …"),
+        ]
+        panel.get_by_role("button", name="Hide tokens").click()
+        assert "500" not in panel.inner_text()
+
+        page.keyboard.press("Shift+Tab")  # back to the tree, to the one that was pressed
+        page.keyboard.press("End")
+        page.keyboard.press("Space")
+        panel.get_by_text("plan and early part after 10 tokens: early is the beginning of plan.").wait_for()
+        assert "cannot be shared" in panel.inner_text() and "the salt" in panel.inner_text()
+        assert item(page, "trunk").get_attribute("aria-selected") == "false"  # the first of three is let go
+        panel.get_by_role("button", name="Choose none").click()
+        panel.wait_for(state="hidden")
+        assert page.locator("[aria-selected=true]").count() == 0
+        item(page, "plan").click()
+        item(page, "plan").click()
+        hint.filter(has_text="Choose two").wait_for()
+
+
+def test_what_there_is_to_say_of_a_store(chromium: Any, folder: Path, store: Store, monkeypatch: pytest.MonkeyPatch):
+    """None, an empty one, records that cannot be read, more than are shown, and one that may not be used."""
+    monkeypatch.setattr(kept_sessions, "MOST", 3)
+    served = Served(folder, Model("a", "/m"))
+    with opened(chromium, served) as (page, _, _heard):
+        page.locator("#snapshots .empty").filter(has_text="No model").wait_for()
+        assert page.locator("#sessions").is_hidden()
+    (folder / "2").mkdir()
+    served = Served(folder / "2", Model("a", "/m"), sessions_directory=str(store.directory))
+    with opened(chromium, served) as (page, _, heard):
+        page.get_by_text("None is kept yet: POST to v1/thaw/models/NAME/sessions/checkpoint").wait_for()
+        for number in range(4):
+            kept(store, [number], f"<b>{number}</b>", ago=9 - number)
+        broken = kept(store, [9], "broken")
+        store.record(broken).write_bytes(b"x")
+        item(page, "<b>3</b>").wait_for()
+        assert items(page) == [("<b>3</b>", 1), ("<b>2</b>", 1)]
+        text = page.locator("#sessions").inner_text()
+        assert f"{broken[:12]} cannot be read: '{broken}.session' is no record of a session" in text
+        assert "The 2 that were used last are shown; 2 are left out, which thaw log shows." in text
+        store.directory.chmod(0o777)
+        page.locator("#sessions .error").filter(has_text="others may write to the server's store").wait_for()
+        assert len(items(page)) == 2 and page.locator("#notice").is_hidden()
+        store.directory.chmod(0o700)
+        page.locator("#sessions > .error").wait_for(state="hidden")
+        assert heard.errors and all("404" in error for error in heard.errors)
+        heard.errors.clear()
+
+
+def test_sessions_on_a_phone(chromium: Any, folder: Path, store: Store):
+    """Deep trees and long labels, in two looks."""
+    at = None
+    for depth in range(20):
+        at = kept(store, range(40 + depth), "x" * 200 if depth % 9 == 0 else f"s{depth}", at, at and 40, ago=99 - depth)
+        if depth % 2:
+            kept(store, [*range(40), depth], f"side {depth}", at, 40, ago=50)
+    lost = context(config="d" * 64)
+    save(store, session(range(9), contexts=[lost], labels=["lost"]), [lost])
+    store.remove_context(lost.id)
+    store.record(kept(store, [9], "broken")).write_bytes(b"x")
+    served = Served(folder, Model("a", "/m"), sessions_directory=str(store.directory))
+    options = {"viewport": {"width": 375, "height": 667}, "color_scheme": "light", "reduced_motion": "reduce"}
+    with opened(chromium, served, **options) as (page, _, _heard):
+        item(page, "s19").click()
+        page.locator("[role=treeitem]").filter(has_text="xxx").first.click()
+        page.get_by_role("button", name="Show tokens").click()
+        page.locator("#comparison dl code").first.wait_for()
+        item(page, "lost").locator(".error").filter(has_text="cannot be read").wait_for()
+        pictures = []
+        for scheme in ("light", "dark"):
+            page.emulate_media(color_scheme=scheme)
+            page.wait_for_timeout(200)
+            pictures.append(page.locator("#sessions").screenshot())
+            assert page.evaluate(CONTRAST) == []
+            for width in (320, 375, 899, 900, 1100, 1280):
+                page.set_viewport_size({"width": width, "height": 667})
+                assert page.evaluate("document.documentElement.scrollWidth") <= width
+                inside = "document.querySelector('.tree').scrollWidth <= document.querySelector('.tree').clientWidth"
+                assert page.evaluate(inside)
+        assert pictures[0] != pictures[1]
+        pressed = page.locator("#sessions").locator("button, [role=treeitem]")
+        heights = "all => all.filter(one => one.checkVisibility()).map(one => one.getBoundingClientRect().height)"
+        assert min(pressed.evaluate_all(heights)) >= 40
 
 
 def test_phones_schemes_and_contrast(chromium: Any, folder: Path):

@@ -7,6 +7,7 @@ import { Connection } from "./connection.js";
 import { announce, find, say } from "./dom.js";
 import { wire } from "./login.js";
 import { Models } from "./models.js";
+import { Sessions } from "./sessions.js";
 import { Snapshots } from "./snapshots.js";
 import { Starts } from "./starts.js";
 import { plural } from "./text.js";
@@ -18,6 +19,7 @@ const FRESH = 5; // seconds: events that are older are remembered ones
 const work = { asked: () => refresh(), failed };
 const models = new Models(work);
 const snapshots = new Snapshots(work);
+const sessions = new Sessions(work);
 const activity = new Activity();
 const throughput = new Throughput();
 const starts = new Starts();
@@ -70,13 +72,13 @@ function failed(error, what = "") {
   }
 }
 
-// Whether the work was done.
-async function shown(path, show) {
+// `refused` is called where the server says what is wrong.
+async function shown(path, show, refused = failed) {
   if (connection.state !== "live") return;
   try {
     show(await ask(path));
   } catch (error) {
-    failed(error);
+    (error instanceof RefusedError && error.status !== 403 ? refused : failed)(error);
   }
 }
 
@@ -107,7 +109,13 @@ async function later() {
     shown("v1/thaw/starts", (found) => starts.update(found)),
     shown("v1/thaw/snapshots", (found) => snapshots.update(found)),
     shown("v1/thaw/kv", (found) => snapshots.updateKV(found)),
+    kept(),
   ]);
+}
+
+async function kept() {
+  const told = (found) => sessions.update(found);
+  await shown("v1/thaw/sessions", told, (error) => sessions.refused(error));
 }
 
 async function verification() {
@@ -127,6 +135,7 @@ async function tick() {
     if (snapshots.running) await verification();
     if (turn % 10 === 0) await shown("v1/thaw/starts", (found) => starts.update(found)); // a first token may have come
     if (turn % 30 === 0) await later();
+    else if (turn % 5 === 0 && sessions.there) await kept();
   } finally {
     asking = false;
   }
