@@ -5,6 +5,7 @@ The server is real, the engines behind it are stand-ins; numbers are made up, of
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -19,10 +20,12 @@ from PIL import Image
 from tests.serve.chromium import browser
 from tests.serve.in_thread import InThread, in_thread
 from tests.serve.served import TOKEN, Served
+from tests.sessions.made import context, session
 
 from thaw_vllm.errors import ThawError
 from thaw_vllm.serve import overview
 from thaw_vllm.serve.config import Model
+from thaw_vllm.sessions.store import Store
 
 MODELS = [
     Model("llama-3.1-8b", "/m", snapshot="llama-3.1-8b.thaw", share=0.4, pinned=True),
@@ -46,6 +49,17 @@ PHASES = [
     *(("profile", 2.02, 2.36), ("compile", 2.36, 2.71), ("KV cache", 2.71, 2.79), ("graphs", 2.79, 3.22)),
     *(("front", 3.22, 3.34), ("first token", 3.34, 3.41)),
 ]
+SESSIONS = [
+    ("handbook", None, 0, 18204, 18204, 26.0, None),
+    ("refund policy", "handbook", 18204, 18911, 18390, 9.2, "stop"),
+    ("plan-a", "refund policy", 18911, 20480, 19004, 3.1, "stop"),
+    ("plan-b", "refund policy", 18911, 19730, 19004, 3.1, "stop"),
+    ("plan-b, with tools", "plan-b", 19730, 22016, 20110, 1.4, "length"),
+    ("plan-c", "refund policy", 18911, 19337, 19004, 3.1, None),
+    ("delivery times", "handbook", 18204, 18655, 18402, 0.3, "stop"),
+    ("code review", None, 0, 7412, 6930, 49.0, "stop"),
+]
+"""Label, parent, tokens in common with it, tokens, how many of them were given, hours since, why generating ended."""
 
 
 def identity(name: str) -> dict[str, Any]:
@@ -64,6 +78,21 @@ def report(pid: int, slower: float) -> None:
         for phase, begin, end in PHASES
     ]
     (folder / f"{pid}.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def sessions(folder: Path) -> str:
+    """A store of records alone, sized as of a model with 8 billion parameters."""
+    store, made = Store(folder / "sessions", create=True), context(page=4 * 131072 - 32)
+    tokens: dict[str | None, list[int]] = {None: []}
+    ids: dict[str | None, str | None] = {None: None}
+    drawn = random.Random(3)
+    for label, parent, fork, count, prompt, hours, finished in SESSIONS:
+        tokens[label] = tokens[parent][:fork] + [drawn.randrange(128000) for _ in range(count - fork)]
+        more: dict[str, Any] = {"parent": ids[parent], "fork": fork} if parent else {}
+        more |= {"prompt": prompt, "finished": finished, "created": time.time() - 3600 * hours}
+        with store.use():
+            ids[label] = store.publish(session(tokens[label], contexts=[made], labels=[label], **more), [made])
+    return str(store.directory)
 
 
 def count(running: InThread, stopped: threading.Event) -> None:
@@ -92,7 +121,8 @@ def main(target: str) -> None:
     for name in ("system-prompt.thawkv", "handbook.thawkv"):
         (folder / "kv" / name).touch()
     overview.described = lambda path: identity(path.stem)
-    served = Served(folder, *MODELS, given={"seconds": 0.4, "parkable": True}, kv_directory=str(folder / "kv"))
+    directories = {"kv_directory": str(folder / "kv"), "sessions_directory": sessions(folder)}
+    served = Served(folder, *MODELS, given={"seconds": 0.4, "parkable": True}, **directories)
     served.grace, make = 1, served.pool._changes._make
 
     def made(model: Model) -> Any:
@@ -143,14 +173,25 @@ def shoot(page: Any, target: str) -> None:
         page.emulate_media(color_scheme=scheme)
         page.set_viewport_size({"width": width, "height": height})
         page.wait_for_timeout(300)
-        path = f"{target}/page-{name}.png"
-        page.screenshot(path=path)
-        Image.open(path).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
+        smaller(page.screenshot(), f"{target}/page-{name}.png")
+    page.set_viewport_size({"width": 1120, "height": 1180})
+    for label in ("plan-a", "plan-b, with tools"):
+        page.get_by_role("treeitem").filter(has=page.get_by_text(label, exact=True)).click()
+    page.get_by_role("button", name="Show tokens").click()
+    page.locator("#comparison dl code").first.wait_for()
+    page.mouse.move(0, 0)
+    smaller(page.locator("#sessions").screenshot(), f"{target}/page-sessions.png")
     if "WHOLE" in os.environ:
         page.screenshot(path=f"{target}/whole-phone.png", full_page=True)
         page.set_viewport_size({"width": 1280, "height": 900})
         page.wait_for_timeout(300)
         page.screenshot(path=f"{target}/whole.png", full_page=True)
+
+
+def smaller(picture: bytes, path: str) -> None:
+    """Save one with few colours."""
+    opened = Image.open(io.BytesIO(picture)).convert("RGB")
+    opened.quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 if __name__ == "__main__":

@@ -437,11 +437,15 @@ def test_two_sessions_are_compared(chromium: Any, folder: Path, store: Store):
         ]
         panel.get_by_role("button", name="Hide tokens").click()
         assert "500" not in panel.inner_text()
+        panel.get_by_role("button", name="Show tokens").click()
+        panel.get_by_text("500 501").wait_for()
 
         page.keyboard.press("Shift+Tab")  # back to the tree, to the one that was pressed
         page.keyboard.press("End")
         page.keyboard.press("Space")
         panel.get_by_text("plan and early part after 10 tokens: early is the beginning of plan.").wait_for()
+        panel.get_by_role("button", name="Show tokens").wait_for()  # those of the others are gone
+        assert panel.locator("dl").is_hidden() and panel.locator("dl").text_content() == ""
         assert "cannot be shared" in panel.inner_text() and "the salt" in panel.inner_text()
         assert item(page, "trunk").get_attribute("aria-selected") == "false"  # the first of three is let go
         panel.get_by_role("button", name="Choose none").click()

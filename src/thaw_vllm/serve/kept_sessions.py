@@ -45,8 +45,8 @@ class KeptSessions:
     async def listed(self) -> dict[str, Any]:
         """Sessions in the server's store, each after the one that it continues; where there are many, those used last.
 
-        ``bytes`` are those of all blocks of a session, ``shared_bytes`` what of these its parent has, too. Of a session
-        whose blocks cannot be used there is an ``error`` instead.
+        ``bytes`` are those of all blocks of a session, ``shared_bytes`` what of these its parent has, too: null where
+        that one is not listed. Of a session whose blocks cannot be used there is an ``error`` instead.
         """
         async with self._lock:
             return await asyncio.to_thread(self._listed)
@@ -98,7 +98,9 @@ def _entry(store: Store, node: Node, heads: Mapping[str, Head]) -> dict[str, Any
         page = sum(context.page for context in store.contexts(head))
     except ThawError as error:
         return told | {"error": without_paths(str(error), str(store.directory))}
-    shared = 0 if parent is None or head.fork is None else shared_blocks(head, parent, head.fork) * page
+    shared: int | None = None if head.parent is not None else 0
+    if parent is not None and head.fork is not None:
+        shared = shared_blocks(head, parent, head.fork) * page
     return told | {"bytes": head.files * page, "shared_bytes": shared}
 
 
