@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from ..format.document import JSONObject
@@ -43,10 +44,15 @@ class Difference:
 
 def common_tokens(a: Session, b: Session) -> int:
     """How many tokens two sessions begin with alike."""
-    low, high = 0, min(a.head.count, b.head.count)
+    return common_prefix(a.tokens, b.tokens)
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many entries two sequences of one type begin with alike."""
+    low, high = 0, min(len(a), len(b))
     while low < high:  # comparing slices is quick; Python's loop over a million tokens is not
         middle = (low + high + 1) // 2
-        if a.tokens[low:middle] == b.tokens[low:middle]:
+        if a[low:middle] == b[low:middle]:
             low = middle
         else:
             high = middle - 1

@@ -38,10 +38,20 @@ class Node:
         """What a tree of text has before it: a star for a first session, an arrow for an only child, else lines."""
         if not self.depth:
             return "* "
-        shown = ["   " if last else "│  " for last in self.last]
-        if self.forks:
-            shown[-1] = "└─ " if self.last[-1] else "├─ "
-        return "  " + "".join(shown) + ("" if self.forks else "↳ ")
+        return "  " + drawn(self.last, self.forks) + ("" if self.forks else "↳ ")
+
+
+def drawn(last: Sequence[bool], forks: bool = True) -> str:
+    """The lines before a place in a tree of text.
+
+    Args:
+        last: for each fork on the way to it, the first one first, whether it is of the last branch there.
+        forks: the last of them is where it branches off itself.
+    """
+    shown = ["   " if one else "│  " for one in last]
+    if forks:
+        shown[-1] = "└─ " if last[-1] else "├─ "
+    return "".join(shown)
 
 
 def forest(listed: Sequence[Listed], about: str | None = None) -> Iterator[Node]:
