@@ -33,21 +33,29 @@ class What(str, Enum):
     weights = "weights"
     kv = "kv"
     fork = "fork"
+    rollouts = "rollouts"
 
 
 def demo(
     what: Annotated[
         What,
-        typer.Argument(metavar="WHAT", help="weights, kv (the cache of a long prompt), or fork (a conversation)."),
+        typer.Argument(metavar="WHAT", help="weights, kv (a long prompt's cache), fork (a conversation), or rollouts."),
     ] = What.weights,
     *,
-    model: Annotated[str, typer.Option(help="A model directory with weights, config and tokenizer.")],
+    model: Annotated[str | None, typer.Option(help="A model directory with weights, config and tokenizer.")] = None,
     question: Annotated[
         list[str] | None, typer.Option(help="Ask this instead of the three built-in questions; repeat for more.")
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate for each answer.")] = 48,
     snapshot: Annotated[
         Path | None, typer.Option(help="Keep the snapshot, or the sessions, here; default: a temporary place.")
+    ] = None,
+    records: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The record of rollouts: to look at, or with --model to make.")
+    ] = None,
+    count: Annotated[int | None, typer.Option(min=2, max=512, help="How many rollouts. [default: 8]")] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Which rollout to show token by token. [default: 1, the best]")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")] = False,
 ) -> None:
@@ -58,21 +66,35 @@ def demo(
     nothing cached and from the cache, and freezes that; another thaws it and answers. For fork one process forks a
     conversation into hypotheses and keeps them as sessions; another goes on with the best of them. Every token and
     every log-probability is compared.
+
+    For rollouts one process forks a small task into seeded answers, which are kept as sessions and in a record with
+    their rewards and the log-probability of every token. Such a record is looked at without --model, anywhere.
     """
+    from ..errors import UsageError
+
+    if what is not What.rollouts and (records is not None or count is not None or rank is not None):
+        raise UsageError("--records, --count and --rank are of thaw demo rollouts")
+    if model is None:
+        if records is None:
+            also = ", or --records with a record to look at" * (what is What.rollouts)
+            raise UsageError(f"thaw demo needs --model with a model directory{also}")
+        if question or snapshot is not None or count is not None:
+            raise UsageError("a record that is there is looked at as it is; --model makes another one")
+        from ..sessions.rollouts import read
+        from .rollouts import show
+
+        show(read(records), records, rank or 1, as_json)
+        return
     from rich.console import Console
 
     from ..engines.vllm import fresh
     from ..engines.vllm.api import check_model, require_vllm_installed
-    from ..errors import ExistsError, UsageError
-    from ..transport.writer import check_target
 
     require_vllm_installed()
     check_model(model)
-    if snapshot is not None:
-        try:
-            check_target(snapshot, force=False)
-        except ExistsError:  # there is no --force here
-            raise ExistsError(f"{str(snapshot)!r} exists; remove it, or give --snapshot another name") from None
+    for option, path in (("--snapshot", snapshot), ("--records", records)):
+        if path is not None:
+            _require_free(option, path)
     if what is What.kv:
         from .demo_kv import demo_kv
 
@@ -84,6 +106,13 @@ def demo(
         if question:
             raise UsageError("the conversation of thaw demo fork is its own; leave --question out")
         demo_fork(model, None, max_tokens, snapshot, as_json)
+        return
+    if what is What.rollouts:
+        from .demo_rollouts import demo_rollouts
+
+        if question:
+            raise UsageError("thaw demo rollouts can tell right answers to its own question only; leave --question out")
+        demo_rollouts(model, None, max_tokens, snapshot, records, as_json, count=count or 8, rank=rank or 1)
         return
     questions = list(question or QUESTIONS)
     console = Console(stderr=as_json)
@@ -131,6 +160,16 @@ def demo(
         _show(console, result, plain, thawed)
     if not equal:
         raise typer.Exit(1)
+
+
+def _require_free(option: str, path: Path) -> None:
+    from ..errors import ExistsError
+    from ..transport.writer import check_target
+
+    try:
+        check_target(path, force=False)
+    except ExistsError:  # there is no --force here
+        raise ExistsError(f"{str(path)!r} exists; remove it, or give {option} another name") from None
 
 
 def engine_arguments(max_model_len: int) -> tuple[dict[str, Any], str]:

@@ -17,14 +17,16 @@ def main(request_path: str, answer_path: str) -> None:
     """Read a request, write the answer.
 
     The request holds ``started`` (``time.time()`` of the parent just before it started this process), ``action``
-    (``ask``, ``freeze`` or ``kv``), ``model`` (or null), ``snapshot`` (or null for vLLM's default loader),
+    (one of those below), ``model`` (or null), ``snapshot`` (or null for vLLM's default loader),
     ``engine_args``, ``questions`` (chat messages' texts, or lists of token ids) and ``max_tokens``; for ``kv`` also
-    ``kv``: the file's ``path``, whether to ``freeze`` it (else it is restored), and the ``model_id``.
+    ``kv``: the file's ``path``, whether to ``freeze`` it (else it is restored), and the ``model_id``; for ``fork`` and
+    ``rollouts`` ``fork``, which ``sessions/showing.py`` and ``sessions/rolling.py`` know.
     """
     entered = time.time()
     request = json.loads(Path(request_path).read_text())
     seconds = {"process": entered - request["started"]}
-    answer = {"freeze": _freeze, "ask": _ask, "kv": _kv, "fork": _fork}[request["action"]](request, seconds)
+    actions = {"freeze": _freeze, "ask": _ask, "kv": _kv, "fork": _fork, "rollouts": _roll}
+    answer = actions[request["action"]](request, seconds)
     Path(answer_path).write_text(json.dumps(answer | {"seconds": seconds}))
 
 
@@ -65,6 +67,13 @@ def _fork(request: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
 
     llm, asked = _engine(request, seconds), request["fork"]
     return {"reports": []} | (again if "session" in asked else begin)(llm, asked, seconds)
+
+
+def _roll(request: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
+    """A prompt that is forked into rollouts."""
+    from .sessions.rolling import roll
+
+    return {"reports": []} | roll(_engine(request, seconds), request["fork"], seconds)
 
 
 def _ask(request: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:

@@ -17,7 +17,10 @@ from .ending import end_group
 
 # The default loader says how long it took at this level only, whatever the caller's own level is.
 READ_FROM_THE_LOG = {"VLLM_LOGGING_LEVEL": "INFO"}
-_DOES = {"ask": "ask", "freeze": "freeze", "kv": "freeze or thaw the KV cache", "fork": "fork a conversation"}
+_DOES = {
+    **{"ask": "ask", "freeze": "freeze", "kv": "freeze or thaw the KV cache"},
+    **{"fork": "fork a conversation", "rollouts": "fork a prompt"},
+}
 _ENDPOINT = 37
 """Characters of the names that vLLM gives its sockets."""
 _WEIGHTS_TOOK = re.compile(r"Loading weights took ([0-9.]+) seconds")
@@ -56,7 +59,7 @@ def run(
     The process and its engine are gone when this returns, or raises.
 
     Args:
-        action: ``ask``, ``freeze``, ``kv`` or ``fork``; the rest as in ``ask.main``.
+        action: ``ask``, ``freeze``, ``kv``, ``fork`` or ``rollouts``; the rest as in ``ask.main``.
         environment: added to this process's environment.
         zygote: the name of one whose fork it shall be, instead of a process that imports all anew.
         log: where what it prints stays; None to keep nothing.
