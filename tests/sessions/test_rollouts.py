@@ -123,7 +123,7 @@ FORGED = {
     "a rollout's session that is none": set_in("rollouts", 0, "session", "x"),
     "log-probabilities of something else": set_in("logprobs", "raw_logits"),
     "log-probabilities that are a list": set_in("logprobs", []),
-    "a log-probability above 0": set_in(*STEP, "logprob", 0.5),
+    "a log-probability above 0": set_in(*STEP, "top", [[9, 0.5]]),
     "a log-probability that is a text": set_in(*STEP, "logprob", "-1"),
     "a log-probability that is a bool": set_in(*STEP, "logprob", False),
     "a rank of 0": set_in(*STEP, "rank", 0),

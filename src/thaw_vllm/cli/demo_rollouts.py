@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ..errors import UsageError
 from ..sessions import rollouts as record
 
 _LENGTH = 2048
@@ -60,18 +61,17 @@ def demo_rollouts(
         rank: of the rollout that is shown token by token.
         seed: of the first one; the others have the numbers after it.
     """
+    if rank > count:
+        raise UsageError(f"there are {count} rollouts, none of rank {rank}")
     from rich.console import Console
     from transformers import AutoTokenizer
 
     from ..engines.vllm import fresh
-    from ..errors import UsageError
     from ..weights.checkpoint import open_checkpoint
     from ..weights.provenance import checkpoint_id
     from .demo import engine_arguments
     from .rollouts import show
 
-    if rank > count:
-        raise UsageError(f"there are {count} rollouts, none of rank {rank}")
     console = Console(stderr=True)
     engine_args, note = engine_arguments(_LENGTH)
     console.print(f"[bold]thaw demo rollouts[/] with [bold]{Path(model).name}[/]")

@@ -77,7 +77,7 @@ def advantages(rewards: Sequence[float]) -> list[float]:
     """Rewards relative to their group, as GRPO has them: ``(r - mean) / std`` (DeepSeekMath, arXiv 2402.03300, 4.1.2).
 
     The standard deviation is that of a sample (n − 1), as in TRL and verl, which add a small number to it, too; here
-    nothing is added. Where all rewards are the same nothing is to be learned, and all advantages are 0.
+    nothing is added. Where all rewards are the same, or there is only one, nothing is to be learned, and all are 0.
 
     Args:
         rewards: of the rollouts of one prompt.
@@ -85,7 +85,7 @@ def advantages(rewards: Sequence[float]) -> list[float]:
     Returns:
         One for each.
     """
-    if len(set(rewards)) < 2:
+    if len(rewards) < 2:
         return [0.0] * len(rewards)
     mean, deviation = statistics.fmean(rewards), statistics.stdev(rewards)
     return [(one - mean) / deviation if deviation else 0.0 for one in rewards]

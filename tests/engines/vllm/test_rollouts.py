@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from tests.engines.vllm import forks
 from tests.engines.vllm.test_kv import ARGS, ID, LONG, SIZE
 
+from thaw_vllm.cli import demo_rollouts
 from thaw_vllm.cli.demo_rollouts import _TOP, recorded, sampling
+from thaw_vllm.engines.vllm import fresh
 from thaw_vllm.errors import UsageError
 from thaw_vllm.sessions.ranking import ranked, ways
 from thaw_vllm.sessions.record import ids
 from thaw_vllm.sessions.rollouts import read, write
 from thaw_vllm.sessions.store import Store
+from thaw_vllm.weights.checkpoint import open_checkpoint
+from thaw_vllm.weights.provenance import checkpoint_id
 
 pytestmark = pytest.mark.vllm
 
@@ -87,6 +93,26 @@ def test_log_probabilities_are_those_of_the_model(rolled: SimpleNamespace):
                 assert step.top[step.rank - 1] == (step.token, step.logprob)
             else:
                 assert step.logprob <= step.top[-1][1]
+
+
+def test_the_command(checkpoints: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any):
+    """From the prompt's text to what is shown; to the tiny model most of its words are the same."""
+    anew = fresh.run
+
+    def run(action: str, **options: Any) -> Any:
+        with mock.patch.object(fresh, "run", anew):
+            return forks.run(action, **options)
+
+    monkeypatch.setattr(fresh, "run", run)
+    monkeypatch.setattr(demo_rollouts, "_LENGTH", 512)
+    model, store, records = checkpoints("tied"), tmp_path / "store", tmp_path / "r.json"
+    demo_rollouts.demo_rollouts(str(model), None, 6, store, records, True, count=3, rank=2, seed=5)
+    shown, made = json.loads(capfd.readouterr().out), read(records)
+    assert [one["rank"] for one in shown["ranking"]] == [1, 2, 3] and shown["rollout"]["rank"] == 2
+    assert shown["record"] == str(records) and shown["id"] == made.id
+    assert {one.seed for one in made.rollouts} == {5, 6, 7} and made.model == checkpoint_id(open_checkpoint(model))
+    assert Store(store).read(made.session).tokens == ids(made.prompt_tokens)
+    assert {one["session"] for one in shown["ranking"]} | {made.session} == {one.id for one in Store(store).listed()[0]}
 
 
 def test_what_is_asked_wrongly(checkpoints: Callable, tmp_path: Path):
