@@ -138,6 +138,7 @@ FORGED = {
     "a mean of other tokens": set_in("rollouts", 1, "mean_logprob", -0.5),
     "a reward that is a text": set_in("rollouts", 0, "reward", "good"),
     "a reward beyond all": set_in("rollouts", 0, "reward", 10**400),
+    "a reward whose square is beyond all": set_in("rollouts", 0, "reward", 1e200),
     "a seed that is none": set_in("rollouts", 0, "seed", 1.5),
     "a text that is none": set_in("rollouts", 0, "text", None),
     "a text that has no UTF-8": set_in("rollouts", 0, "text", "\ud800"),

@@ -92,9 +92,8 @@ def demo(
 
     require_vllm_installed()
     check_model(model)
-    for option, path in (("--snapshot", snapshot), ("--records", records)):
-        if path is not None:
-            _require_free(option, path)
+    if snapshot is not None:
+        require_free("--snapshot", snapshot)
     if what is What.kv:
         from .demo_kv import demo_kv
 
@@ -162,7 +161,12 @@ def demo(
         raise typer.Exit(1)
 
 
-def _require_free(option: str, path: Path) -> None:
+def require_free(option: str, path: Path) -> None:
+    """Nothing is where an option says that something be made, before minutes are spent on it.
+
+    Raises:
+        ExistsError, StorageError, UsageError: there is, or it could not be made.
+    """
     from ..errors import ExistsError
     from ..transport.writer import check_target
 

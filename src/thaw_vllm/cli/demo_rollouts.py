@@ -61,15 +61,18 @@ def demo_rollouts(
         rank: of the rollout that is shown token by token.
         seed: of the first one; the others have the numbers after it.
     """
+    from .demo import engine_arguments, require_free
+
     if rank > count:
         raise UsageError(f"there are {count} rollouts, none of rank {rank}")
+    if records is not None:
+        require_free("--records", records)
     from rich.console import Console
     from transformers import AutoTokenizer
 
     from ..engines.vllm import fresh
     from ..weights.checkpoint import open_checkpoint
     from ..weights.provenance import checkpoint_id
-    from .demo import engine_arguments
     from .rollouts import show
 
     console = Console(stderr=True)

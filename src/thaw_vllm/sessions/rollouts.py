@@ -340,7 +340,8 @@ def _key(value: str) -> int:
     return _token(int(value), "pieces")
 
 
-def _number(value: Any, where: str, low: float = -1e300, high: float = 1e300) -> float:
+def _number(value: Any, where: str, low: float = -1e100, high: float = 1e100) -> float:
+    """``value`` as a float whose square is one, too."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
         raise FormatError(f"{where} must be a number, found {short(value)}")
     return float(value)
