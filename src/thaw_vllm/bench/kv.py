@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import tempfile
@@ -83,23 +84,8 @@ def measure(settings: Settings, say: Say) -> Outcome:
         ThawError: the first engine failed; where the second one does, that is a line.
     """
     planned = plan(settings, say)
-    say("the model id, which the cache belongs to")
-    model_id = checkpoint_id(open_checkpoint(settings.model))
     outcome = _limits(settings, say)
-    with (
-        tempfile.TemporaryDirectory(prefix="thaw-bench-kv-", dir=settings.directory) as folder,
-        tempfile.TemporaryDirectory(prefix="thaw-") as sockets,
-    ):
-        request = {
-            "model": str(settings.model),
-            "model_id": model_id,
-            "engine_args": planned.engine_args,
-            "tokens": planned.tokens,
-            "vocabulary": planned.vocabulary,
-            "runs": settings.runs,
-            "folder": folder,
-            "sockets": sockets,
-        }
+    with requested(settings, planned, say) as request:
         frozen = run("kv-freeze", request, say)
         try:
             thawed = run("kv-thaw", request, say)
@@ -112,8 +98,11 @@ def measure(settings: Settings, say: Say) -> Outcome:
     return outcome
 
 
-def plan(settings: Settings, say: Say) -> Plan:
+def plan(settings: Settings, say: Say, usual: Sequence[int] = LENGTHS) -> Plan:
     """What is asked of the engines.
+
+    Args:
+        usual: tokens of prompts where the settings name none; those that are too long are left out.
 
     Raises:
         StorageError: there is no such model.
@@ -121,7 +110,7 @@ def plan(settings: Settings, say: Say) -> Plan:
     """
     config = config_of(settings.model)
     given, longest = settings.engine_args, _room(config, settings.engine_args)
-    lengths = tuple(dict.fromkeys(settings.tokens or LENGTHS))
+    lengths = tuple(dict.fromkeys(settings.tokens or usual))
     cure = (
         "give --engine-arg max_model_len=N, or leave that out"
         if "max_model_len" in given
@@ -145,6 +134,31 @@ def plan(settings: Settings, say: Say) -> Plan:
     if not any((settings.model / name).exists() for name in TOKENIZERS):
         args["skip_tokenizer_init"] = True
     return Plan(lengths, args | given, int(config["vocab_size"]))
+
+
+@contextlib.contextmanager
+def requested(settings: Settings, planned: Plan, say: Say) -> Iterator[dict[str, Any]]:
+    """What both engines are asked with, and a folder for their files, which is removed when the context is left.
+
+    Raises:
+        StorageError: the model cannot be read, or there is no room.
+    """
+    say("the model id, which the cache belongs to")
+    model_id = checkpoint_id(open_checkpoint(settings.model))
+    with (
+        tempfile.TemporaryDirectory(prefix="thaw-bench-kv-", dir=settings.directory) as folder,
+        tempfile.TemporaryDirectory(prefix="thaw-") as sockets,
+    ):
+        yield {
+            "model": str(settings.model),
+            "model_id": model_id,
+            "engine_args": planned.engine_args,
+            "tokens": planned.tokens,
+            "vocabulary": planned.vocabulary,
+            "runs": settings.runs,
+            "folder": folder,
+            "sockets": sockets,
+        }
 
 
 def run(task: str, request: dict[str, Any], say: Say) -> dict[str, Any]:
@@ -207,7 +221,7 @@ def _records(
 ) -> Iterator[Record]:
     place, extra = file_system_of(directory), {"tokens": tokens}
     freezes = frozen["reports"]
-    told = extra | {"directory": str(directory), "blocks": freezes[-1]["blocks"], "phases": _phases(freezes)}
+    told = extra | {"directory": str(directory), "blocks": freezes[-1]["blocks"], "phases": phases(freezes)}
     different = None if thawed is None else thawed["different"]
     equal = None if thawed is None else different is None
     more = {"different": different} if different else {}
@@ -219,7 +233,7 @@ def _records(
     if thawed is None:
         return
     restores = thawed["reports"]
-    told |= {"blocks": restores[-1]["blocks"], "phases": _phases(restores), "first_s": round(thawed["restore"][0], 6)}
+    told |= {"blocks": restores[-1]["blocks"], "phases": phases(restores), "first_s": round(thawed["restore"][0], 6)}
     how, size, seconds = restores[-1].get("route") or "restore", restores[-1]["bytes"], thawed["restore"]
     yield Record(RESTORE, "thaw", how, size, seconds, "warm", True, equal, None, told | more, place)
     both = [restore + first for restore, first in zip(thawed["restore"], thawed["thawed"], strict=True)]
@@ -269,7 +283,7 @@ def _apart(one: dict[str, Any], other: dict[str, Any]) -> float:
     return largest
 
 
-def _phases(reports: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
+def phases(reports: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
     """Seconds of every run by phase, and of all of it as the engine counts (``engine``)."""
     found: dict[str, list[float]] = {}
     for report in reports:

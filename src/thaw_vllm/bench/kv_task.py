@@ -45,13 +45,13 @@ def freezing(request: dict[str, Any]) -> Steps:
     """
     import_vllm(request["sockets"])
     yield
-    with _started(request) as engine:
+    with started(request) as engine:
         yield
         lengths: list[dict[str, Any]] = []
         for tokens in request["tokens"]:
             lengths.append(_frozen(engine, tokens, request))
             if len(lengths) == 1:
-                _check_room(lengths[0]["reports"][-1]["bytes"] / tokens, request)
+                need_room(lengths[0]["reports"][-1]["bytes"] / tokens, request)
         yield
     return {"lengths": lengths}
 
@@ -66,7 +66,7 @@ def thawing(request: dict[str, Any]) -> Steps:
     """
     import_vllm(request["sockets"])
     yield
-    with _started(request, thaws=True) as engine:
+    with started(request, thaws=True) as engine:
         yield
         lengths = [_thawed(engine, tokens, request) for tokens in request["tokens"]]
         yield
@@ -88,7 +88,7 @@ def import_vllm(sockets: str) -> None:
     import vllm  # noqa: F401
 
 
-def _started(request: dict[str, Any], *, thaws: bool = False) -> Prompted:
+def started(request: dict[str, Any], *, thaws: bool = False) -> Prompted:
     """The engine, which has seen the longest prompt's length with other tokens, cold and cached, and a short prompt.
 
     One that ``thaws`` has been told so, as ``load(..., kv_snapshot=...)`` and a server of ``THAW_KV_DIR`` tell theirs.
@@ -112,7 +112,7 @@ def _started(request: dict[str, Any], *, thaws: bool = False) -> Prompted:
 def _frozen(engine: Prompted, tokens: int, request: dict[str, Any]) -> dict[str, Any]:
     from ..engines.vllm.kv.api import freeze_kv_cache
 
-    ids, path = prompt(tokens, request["vocabulary"]), _file(request, tokens)
+    ids, path = prompt(tokens, request["vocabulary"]), file_of(request, tokens)
     seconds: dict[str, list[float]] = {"cold": [], "prefix": [], "freeze": []}
     reports = []
     cached = 0
@@ -142,7 +142,7 @@ def _frozen(engine: Prompted, tokens: int, request: dict[str, Any]) -> dict[str,
 def _thawed(engine: Prompted, tokens: int, request: dict[str, Any]) -> dict[str, Any]:
     from ..engines.vllm.kv.api import freeze_kv_cache, restore_kv_cache
 
-    ids, path, model = prompt(tokens, request["vocabulary"]), _file(request, tokens), request["model_id"]
+    ids, path, model = prompt(tokens, request["vocabulary"]), file_of(request, tokens), request["model_id"]
     seconds: dict[str, list[float]] = {"restore": [], "thawed": []}
     reports, cached = [], []
     for _ in range(request["runs"]):
@@ -169,12 +169,21 @@ def _thawed(engine: Prompted, tokens: int, request: dict[str, Any]) -> dict[str,
     return {**seconds, **answers, "reports": reports, "cached": min(cached), "different": different}
 
 
-def _file(request: dict[str, Any], tokens: int) -> Path:
+def file_of(request: dict[str, Any], tokens: int) -> Path:
+    """Where the pages of the prompt of so many tokens go."""
     return Path(request["folder"]) / f"{tokens}.thawkv"
 
 
-def _check_room(bytes_per_token: float, request: dict[str, Any]) -> None:
-    """For the other files, and for one more while another is replaced, now that a token's size is known."""
+def need_room(bytes_per_token: float, request: dict[str, Any], copies: int = 1) -> None:
+    """For what the other lengths take, and for one more file while another is replaced.
+
+    Args:
+        bytes_per_token: as the first length has shown it.
+        copies: in how many files each page is.
+
+    Raises:
+        SpaceError: there is less.
+    """
     lengths = request["tokens"]
-    needed = int(SPARE * bytes_per_token * (sum(lengths[1:]) + max(lengths)))
+    needed = int(SPARE * bytes_per_token * (copies * sum(lengths[1:]) + max(lengths)))
     check_room(Path(request["folder"]).parent, needed, "give fewer or smaller --tokens, or another --dir")

@@ -1,4 +1,4 @@
-"""A ``vllm.LLM`` that is asked with token ids, one request at a time, and timed as its caller sees it."""
+"""A ``vllm.LLM`` that is asked with token ids, and timed as its caller sees it."""
 
 from __future__ import annotations
 
@@ -33,6 +33,17 @@ class Prompted:
         (output,) = self.llm.generate([{"prompt_token_ids": list(ids)}], sampling, use_tqdm=False)
         seconds = time.perf_counter() - start
         return seconds, int(output.num_cached_tokens or 0)
+
+    def at_once(self, prompts: Sequence[Any], sampling: Sequence[Any]) -> tuple[float, list[Any]]:
+        """Seconds until all of several requests have ended, and vLLM's answers in their order.
+
+        Args:
+            prompts: as ``generate`` takes them.
+            sampling: parameters of each.
+        """
+        start = time.perf_counter()
+        outputs = self.llm.generate(list(prompts), list(sampling), use_tqdm=False)
+        return time.perf_counter() - start, list(outputs)
 
     def answer(self, ids: Sequence[int], max_tokens: int) -> dict[str, Any]:
         """A greedy answer that no end token ends: ``tokens``, the log-probability of each, ``cached`` as above."""
