@@ -30,6 +30,8 @@ TASKS = {
     "kv-freeze": "kv_task",
     "kv-thaw": "kv_task",
     "swap": "swap_task",
+    "fork-keep": "fork_task",
+    "fork-thaw": "fork_task",
 }
 """Task → the module here whose ``TASKS`` has it."""
 SAID = ("ready", "prepared", "done")

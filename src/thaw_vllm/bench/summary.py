@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from .outcome import Missed, Outcome, spread
@@ -15,6 +15,11 @@ KV_HEAD = (
     *("TOKENS", "MB", "COLD S", "PREFIX S", "THAWED S", "RESTORE S", "GB/S", "OF LIMIT", "FREEZE S"),
     *("COLD/THAWED", "COLD/(RESTORE+THAWED)", "EQUAL"),
 )
+FORK_SECONDS = ("fork-prefills", "fork-prefix", "fork", "fork-thawed", "session-restore", "checkpoint")
+FORK_HEAD = (
+    *("TOKENS", "N", "MB", "PREFILLS S", "PREFIX S", "FORK S", "THAWED S", "RESTORE S", "CHECKPOINT S"),
+    *("GB/S", "OF LIMIT", "PREFILLS/FORK", "PREFILLS/(RESTORE+THAWED)", "EQUAL"),
+)
 LIMITS: Mapping[str, tuple[str, ...]] = {
     "restore-tmpfs": ("h2d",),
     "restore-pagecache": ("h2d",),
@@ -24,6 +29,7 @@ LIMITS: Mapping[str, tuple[str, ...]] = {
     "freeze-disk": ("d2h", "disk-write"),
     "kv-freeze": ("d2h", "tmpfs-write"),
     "kv-restore": ("h2d",),
+    "session-restore": ("h2d",),
 }
 """What a work cannot be faster than: all of these, each by its fastest route."""
 ON_DISK = {"kv-freeze": ("d2h", "disk-write")}
@@ -159,32 +165,71 @@ def _seconds(runs: Sequence[float]) -> str:
 def kv_table(outcome: Outcome) -> list[tuple[str, ...]]:
     """Of prompts by their length: seconds to the first token, and of freezing and restoring what they have cached."""
     rows: list[tuple[str, ...]] = [KV_HEAD]
-    for tokens in dict.fromkeys(filter(None, map(prompt_tokens, outcome.records))):
-        found = {record.work: record for record in outcome.records if prompt_tokens(record) == tokens}
+    for tokens, found in _by_length(outcome):
         seconds = {work: record.median for work, record in found.items()}
         restore, cold, thawed = found.get("kv-restore"), seconds.get("ttft-cold"), seconds.get("ttft-thawed")
         limit = None if restore is None else of_limit(restore, outcome)
         whole = with_restore(found["ttft-thawed"]) if "ttft-thawed" in found else None
-        equal = [record.equal for record in found.values() if record.equal is not None]
-        size = max(record.bytes for record in found.values())
         rows.append(
             (
                 str(tokens),
-                f"{size / 1e6:.1f}",
-                *(f"{seconds[work]:.4f}" if work in seconds else "" for work in KV_SECONDS),
+                _megabytes(found),
+                *(_median(work, found) for work in KV_SECONDS),
                 "" if restore is None else f"{restore.gb_per_s:.2f}",
                 "" if limit is None else f"{limit:.3f}",
-                f"{seconds['kv-freeze']:.4f}" if "kv-freeze" in seconds else "",
+                _median("kv-freeze", found),
                 f"{cold / thawed:.1f}" if cold and thawed else "",
                 f"{cold / whole:.1f}" if cold and whole else "",
-                "NO" if not all(equal) else "yes" if equal else "",
+                _all_equal(found),
             )
         )
     return rows
 
 
+def fork_table(outcome: Outcome) -> list[tuple[str, ...]]:
+    """Of trunks by their length: seconds until all first tokens of N continuations, and of keeping and restoring it."""
+    rows: list[tuple[str, ...]] = [FORK_HEAD]
+    for tokens, found in _by_length(outcome):
+        restore, prefills, forked = (found.get(work) for work in ("session-restore", "fork-prefills", "fork"))
+        limit = None if restore is None else of_limit(restore, outcome)
+        whole = with_restore(found["fork-thawed"]) if "fork-thawed" in found else None
+        rows.append(
+            (
+                str(tokens),
+                next((str(record.extra["branches"]) for record in found.values() if "branches" in record.extra), ""),
+                _megabytes(found),
+                *(_median(work, found) for work in FORK_SECONDS),
+                "" if restore is None else f"{restore.gb_per_s:.2f}",
+                "" if limit is None else f"{limit:.3f}",
+                f"{prefills.median / forked.median:.1f}" if prefills and forked else "",
+                f"{prefills.median / whole:.1f}" if prefills and whole else "",
+                _all_equal(found),
+            )
+        )
+    return rows
+
+
+def _by_length(outcome: Outcome) -> Iterator[tuple[int, dict[str, Record]]]:
+    """Records by their work, for each length of a prompt."""
+    for tokens in dict.fromkeys(filter(None, map(prompt_tokens, outcome.records))):
+        yield tokens, {record.work: record for record in outcome.records if prompt_tokens(record) == tokens}
+
+
+def _median(work: str, found: Mapping[str, Record]) -> str:
+    return f"{found[work].median:.4f}" if work in found else ""
+
+
+def _megabytes(found: Mapping[str, Record]) -> str:
+    return f"{max(record.bytes for record in found.values()) / 1e6:.1f}"
+
+
+def _all_equal(found: Mapping[str, Record]) -> str:
+    equal = [record.equal for record in found.values() if record.equal is not None]
+    return "NO" if not all(equal) else "yes" if equal else ""
+
+
 def with_restore(record: Record) -> float:
-    """Of ``ttft-thawed``: median seconds of the restore and the first token together."""
+    """Of ``ttft-thawed`` and ``fork-thawed``: median seconds of the restore and the first tokens together."""
     return float(statistics.median(record.extra["with_restore"]))
 
 

@@ -25,6 +25,7 @@ thaw bench freeze --dir /dev/shm --dir /mnt/nvme --runs 3 --record
 thaw bench cold-start --model Llama-3-8B/ --snapshot /dev/shm/W.thaw --mode eager --record
 thaw bench cold-start --model Llama-3-8B/ --loader default-loader --caches cold --reports starts/
 thaw bench kv --model Llama-3-8B/ --tokens 1024 --tokens 4096 --record
+thaw bench fork --model Llama-3-8B/ --dir /dev/shm --runs 5 --record
 thaw bench swap --model Llama-3-8B/ --snapshot /dev/shm/A.thaw --other /dev/shm/B.thaw --record
 thaw bench report
 """
@@ -41,6 +42,12 @@ Recording = Annotated[bool, typer.Option("--record", help="Append to benchmarks/
 LimitSize = Annotated[float, typer.Option("--limit-gb", min=0.01, help="GB moved in a run of a limit.")]
 Systems = Annotated[
     list[str] | None, typer.Option("--system", help="Only this system; repeat for more. [default: all]", metavar="NAME")
+]
+Weighted = Annotated[Path, typer.Option(help="A model directory with safetensors files.")]
+OneDirectory = Annotated[Path | None, typer.Option("--dir", help="Where the files go. [default: /dev/shm, else .]")]
+EngineRuns = Annotated[int, typer.Option(min=1, help="How often each is measured in its engine.")]
+Eager = Annotated[
+    bool | None, typer.Option("--eager/--graphs", help="Without or with CUDA graphs. [default: with, on a GPU]")
 ]
 EngineArguments = Annotated[
     list[str] | None, typer.Option(help="An engine argument, its value in JSON; repeat.", metavar="KEY=VALUE")
@@ -188,7 +195,7 @@ def freeze(
 
 @app.command("cold-start", epilog=examples(EXAMPLES, "cold-start"))
 def cold_start(
-    model: Annotated[Path, typer.Option(help="A model directory with safetensors files.")],
+    model: Weighted,
     snapshot: Annotated[Path | None, typer.Option(help="Its snapshot, made by thaw freeze.")] = None,
     mode: Annotated[
         list[str] | None, typer.Option(help="eager, graphs or server; repeat. [default: the first two]")
@@ -258,7 +265,7 @@ def cold_start(
 
 @app.command(epilog=examples(EXAMPLES, "kv"))
 def kv(
-    model: Annotated[Path, typer.Option(help="A model directory with safetensors files.")],
+    model: Weighted,
     tokens: Annotated[
         list[int] | None,
         typer.Option(
@@ -267,13 +274,9 @@ def kv(
             metavar="N",
         ),
     ] = None,
-    directory: Annotated[
-        Path | None, typer.Option("--dir", help="Where the files go. [default: /dev/shm, else .]")
-    ] = None,
-    runs: Annotated[int, typer.Option(min=1, help="How often each is measured in its engine.")] = 3,
-    eager: Annotated[
-        bool | None, typer.Option("--eager/--graphs", help="Without or with CUDA graphs. [default: with, on a GPU]")
-    ] = None,
+    directory: OneDirectory = None,
+    runs: EngineRuns = 3,
+    eager: Eager = None,
     engine_arg: EngineArguments = None,
     limit_gb: LimitSize = 4.0,
     record: Recording = False,
@@ -311,15 +314,66 @@ def kv(
         raise typer.Exit(1)
 
 
+@app.command(epilog=examples(EXAMPLES, "fork"))
+def fork(
+    model: Weighted,
+    tokens: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1,
+            help="Length of a trunk; repeat for more. [default: 4096 and 8128, as far as they fit]",
+            metavar="N",
+        ),
+    ] = None,
+    branches: Annotated[int, typer.Option(min=2, help="Continuations of each trunk.")] = 8,
+    directory: OneDirectory = None,
+    runs: EngineRuns = 3,
+    eager: Eager = None,
+    engine_arg: EngineArguments = None,
+    limit_gb: LimitSize = 4.0,
+    record: Recording = False,
+    as_json: Json = False,
+) -> None:
+    """Time the first tokens of a trunk's continuations.
+
+    One engine computes them at once: as requests that share nothing, with vLLM's prefix cache, and by thaw_vllm.fork.
+    It keeps the trunk as a session, which a fresh engine takes up and forks. Its blocks are compared.
+    """
+    from ..bench import fork as measuring
+    from ..bench.summary import failures, fork_table
+    from ..bench.summary import plain as plainly
+    from ..engines.vllm.api import require_vllm_installed
+    from .freeze import parse_engine_arg
+
+    settings = measuring.Settings(
+        model,
+        tuple(tokens or ()),
+        _places([directory] if directory else None)[0],
+        runs,
+        eager,
+        dict(parse_engine_arg(text) for text in engine_arg or []),
+        _limits(None, limit_gb, runs, None),
+        branches,
+    )
+    require_vllm_installed()
+    outcome = measuring.measure(settings, _tell)
+    if as_json:
+        document(plainly(outcome))
+    else:
+        table(fork_table(outcome), right=frozenset(range(13)))
+        print("\n".join(failures(outcome.missed)))
+    _end(outcome, record)
+    if any(missed.system == "thaw" for missed in outcome.missed):
+        raise typer.Exit(1)
+
+
 @app.command(epilog=examples(EXAMPLES, "swap"))
 def swap(
     model: Annotated[Path, typer.Option(help="A model directory, for config and tokenizer.")],
     snapshot: Annotated[Path, typer.Option(help="The snapshot that the engine is started from.")],
     other: Annotated[Path, typer.Option(help="That of a fine-tune: other weights, all else equal.")],
     runs: Annotated[int, typer.Option(min=1, help="Swaps there and back, and times it is parked.")] = 3,
-    eager: Annotated[
-        bool | None, typer.Option("--eager/--graphs", help="Without or with CUDA graphs. [default: with, on a GPU]")
-    ] = None,
+    eager: Eager = None,
     park: Annotated[bool, typer.Option("--park/--no-park", help="Park and wake it, too, on a GPU.")] = True,
     engine_arg: EngineArguments = None,
     limit_gb: LimitSize = 4.0,
