@@ -1,5 +1,7 @@
 """The command in this process, as in tests/cli; small results to make a page of."""
 
+import json
+
 import pytest
 from tests.cli.conftest import Ran
 
@@ -23,3 +25,13 @@ def thaw(capfd, tmp_path, monkeypatch):
 def cpu(monkeypatch):
     """As on a machine without a GPU."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+
+
+@pytest.fixture
+def model(tmp_path):
+    """The config of a model; its weights are never read."""
+    (tmp_path / "M").mkdir()
+    (tmp_path / "M" / "config.json").write_text(json.dumps({"vocab_size": 5000, "max_position_embeddings": 4096}))
+    (tmp_path / "M" / "tokenizer.json").write_text("{}")
+    (tmp_path / "files").mkdir()
+    return tmp_path / "M"

@@ -67,16 +67,6 @@ class Engines:
 
 
 @pytest.fixture
-def model(tmp_path):
-    """The config of a model; its weights are never read."""
-    (tmp_path / "M").mkdir()
-    (tmp_path / "M" / "config.json").write_text(json.dumps({"vocab_size": 5000, "max_position_embeddings": 4096}))
-    (tmp_path / "M" / "tokenizer.json").write_text("{}")
-    (tmp_path / "files").mkdir()
-    return tmp_path / "M"
-
-
-@pytest.fixture
 def engines(monkeypatch, cpu):
     def use(**options):
         found = Engines(**options)

@@ -103,11 +103,11 @@ class _About:
         extra: dict[str, Any] = {"tokens": self.tokens, "branches": self.branches} | told
         equal = None
         if wanted is not None:
-            cached = min(min(run["cached"]) for run in runs)
-            most = max(max(run["cached"]) for run in runs)
-            extra, equal = extra | {"cached": cached}, cached == most == wanted
+            cached = sorted({count for run in runs for count in run["cached"]})
+            extra, equal = extra | {"cached": cached[0]}, cached == [wanted]
             if not equal:
-                extra["different"] = f"{cached} to {most} tokens of a prompt were cached, not {wanted}"
+                counts = " or ".join(map(str, cached))
+                extra["different"] = f"{counts} tokens of a prompt were cached, not {wanted}"
         seconds = [run["seconds"] for run in runs]
         return Record(work, system, self.route, 0, seconds, "warm", False, equal, None, extra)
 
