@@ -57,6 +57,17 @@ cached tokens, and the 16 tokens of a greedy answer with their log-probabilities
 thawed one. A cold prefill rounds differently than one that finds its prefix cached, thaw or not; how far those answers
 are apart is in the record too.
 
+**Forks** (`thaw bench fork`). One engine gives the first tokens of N continuations of a trunk of random tokens, each
+work with nothing cached before: as N requests whose salts keep them from sharing blocks (`fork-prefills`), as N
+requests of the same prompt with vLLM's prefix cache (`fork-prefix`), both given at once, and by `thaw_vllm.fork`
+(`fork`). It keeps the trunk as a session in an empty store (`checkpoint`). A fresh engine takes the session up with an
+empty prefix cache (`session-restore`, every block verified), and forks what it restored (`fork-thawed`). Seconds are
+those of the caller, until the last of the N first tokens; each continuation has a seed of its own, the same in every
+work. Both engines have forked other tokens of the longest length before. Held against each other are the pages of a
+file that the first engine froze of the trunk and of one that the fresh engine froze of what it had restored, byte by
+byte, and how many tokens of every continuation were cached. Whether the same seeds gave the same tokens is in the
+record (`tokens_equal`); how requests meet in a step changes roundings, so nothing fails by it.
+
 **Swaps and parking** (`thaw bench swap`). One engine, started from a snapshot with sleep mode, takes the weights of
 another and its own again, in turn (`swap`): from the file, and from memory that it has page-locked before. It is parked
 and woken (`park`, `wake`), and the same by vLLM's own sleep, level 1, which keeps weights in host memory. Seconds of

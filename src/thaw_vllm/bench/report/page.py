@@ -7,7 +7,7 @@ from typing import Any
 
 from ..outcome import spread
 from ..record import Record
-from ..summary import is_rival, label, of_limit, of_rival, prompt_tokens, section
+from ..summary import FORK_SECONDS, fork_table, is_rival, label, of_limit, of_rival, prompt_tokens, section
 from .goals import GOALS, full_size
 from .method import METHOD
 from .results import Run
@@ -41,11 +41,16 @@ TITLES = {
     "ttft-thawed": "KV cache: first token, thawed in a fresh engine",
     "kv-restore": "KV cache: restore of a prefix",
     "kv-freeze": "KV cache: freeze of a prefix",
+    "fork": "Fork: first tokens of N continuations of a trunk",
 }
 """Headings in the page's order; a work that is not here comes after them under its own name."""
 PLOTTED = ("restore-tmpfs", "restore-pagecache", "restore-disk", "restore-warm", "freeze-tmpfs", "freeze-disk")
 KV_PLOTTED, KV_PLOT, KV_TITLE = "ttft-cold", "kv", "Seconds to the first token by tokens of the prompt"
 """The work of whose first run one plot shows all lengths, its file's name, its title."""
+FORKED = "fork"
+"""The work whose section tells all of ``thaw bench fork``."""
+AS_WRITTEN = {"N": "N", "MB": "MB", "GB/S": "GB/s", "NO": "**no**"}
+"""Cells of a table for a terminal that are not in small letters on the page."""
 HEAD = "| system: route | GB/s | seconds | spread | of the limit | of the best rival | peak MiB | equal |"
 RULE = "|---|---:|---:|---:|---:|---:|---:|---|"
 
@@ -69,8 +74,8 @@ def page(runs: Sequence[Run], notes: str) -> str:
 
 
 def works(runs: Sequence[Run]) -> list[str]:
-    """Those with records, in the page's order."""
-    found = {work for run in runs for work in run.works}
+    """Those with records and a section of their own, in the page's order."""
+    found = {work for run in runs for work in run.works} - ({*FORK_SECONDS} - {FORKED})
     return [work for work in TITLES if work in found] + sorted(found - set(TITLES))
 
 
@@ -100,17 +105,35 @@ def _work(work: str, runs: Sequence[Run]) -> str:
         lines += [f"![{TITLES[work]}](plots/{work}.svg)", ""]
     if work == KV_PLOTTED:
         lines += [f"![{KV_TITLE}](plots/{KV_PLOT}.svg)", ""]
-    lines += _run(work, head)
+    lines += _about(work, head) + (_forked(head) if work == FORKED else _groups(work, head))
     if others:
         lines += ["", "Other runs:", ""]
         lines += [f"- {run.date[:10]}, {_short_machine(run.machine)}: {_short(work, run)}" for run in others]
     return "\n".join(lines)
 
 
-def _run(work: str, run: Run) -> list[str]:
+def _about(work: str, run: Run) -> list[str]:
     sized = [record.bytes for record in run.outcome.records if record.work == work and record.bytes]
     lines = [f"`{work}`, {run.date[:10]}" + (f", {max(sized) / 1e9:.2f} GB" if sized else "") + "."]
-    lines += [f"Machine: {_machine(run.machine)}. Versions: {_versions(run.versions)}.", f"Command: `{run.command}`."]
+    return [
+        *lines,
+        f"Machine: {_machine(run.machine)}. Versions: {_versions(run.versions)}.",
+        f"Command: `{run.command}`.",
+    ]
+
+
+def _forked(run: Run) -> list[str]:
+    """Each trunk in a row, then each work with its spread."""
+    head, *rows = [[AS_WRITTEN.get(cell, cell.lower()) for cell in row] for row in fork_table(run.outcome)]
+    lines = ["", *(f"| {' | '.join(row)} |" for row in (head, ["---:"] * len(head), *rows)), "", HEAD, RULE]
+    records = [record for record in run.outcome.records if record.work in FORK_SECONDS]
+    for tokens in dict.fromkeys(map(prompt_tokens, records)):
+        lines += [_row(record, run, f"{record.work}, ") for record in records if prompt_tokens(record) == tokens]
+    return lines
+
+
+def _groups(work: str, run: Run) -> list[str]:
+    lines: list[str] = []
     groups: dict[tuple[str, str, str], list[Record]] = {}
     for record in run.outcome.records:
         if record.work == work:
@@ -122,10 +145,10 @@ def _run(work: str, run: Run) -> list[str]:
     return lines
 
 
-def _row(record: Record, run: Run) -> str:
+def _row(record: Record, run: Run, before: str = "") -> str:
     limit, rival = of_limit(record, run.outcome), of_rival(record, run.outcome)
     cells = (
-        f"**{label(record)}**" if record.system == "thaw" else label(record),
+        f"**{before}{label(record)}**" if record.system == "thaw" else before + label(record),
         f"{record.gb_per_s:.2f}" if record.bytes else "",
         f"{record.median:.3f}",
         f"{spread(record):.0%} of {len(record.seconds)}",
