@@ -84,7 +84,7 @@ class _Forks:
 
     def prefix(self, ids: list[int]) -> dict[str, Any]:
         """They share what vLLM's prefix cache lets them share."""
-        return self._at_once([{"prompt_token_ids": ids}] * self._n)
+        return self._at_once([{"prompt_token_ids": ids} for _ in range(self._n)])
 
     def fork(self, beginning: Any) -> dict[str, Any]:
         """By ``thaw_vllm.fork``, of token ids or of a checkout."""
