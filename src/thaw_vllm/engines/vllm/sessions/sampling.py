@@ -14,9 +14,10 @@ if TYPE_CHECKING:
 GENERATED = "thaw_generated"
 """In ``extra_args`` of a request: so many of its prompt's last tokens are the beginning of the answer."""
 
-_BY_RUNNER = ("seed", "presence_penalty", "frequency_penalty", "bad_words", "repetition_detection")
-_BY_OUTPUT = (*_BY_RUNNER[1:], "thinking_token_budget", "extra_args")
-"""What looks at the tokens generated so far; the first ones see them where the engine rebuilds a request."""
+_BY_RUNNER = ("seed", "presence_penalty", "frequency_penalty")
+_BY_OUTPUT = (*_BY_RUNNER[1:], "bad_words", "repetition_detection", "thinking_token_budget", "extra_args")
+"""What looks at the tokens generated so far; of the first ones it is proved that they go on where the engine rebuilds a
+request."""
 
 _OF_PROMPTS = frozenset(
     {"prompt_logprobs", "skip_reading_prefix_cache", "prompt_logprob_token_ids", "prompt_logprob_start"}
