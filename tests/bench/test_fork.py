@@ -3,6 +3,7 @@
 import json
 import os
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,7 +11,7 @@ from thaw_vllm.bench import ceilings, fork, kv
 from thaw_vllm.bench.outcome import Outcome
 from thaw_vllm.bench.process import ChildError
 from thaw_vllm.bench.record import Record
-from thaw_vllm.errors import SpaceError
+from thaw_vllm.errors import SpaceError, UsageError
 
 SIZE = 131_072
 """Bytes of a token's keys and values."""
@@ -225,3 +226,15 @@ def test_real_engines(thaw, tmp_path, cpu, monkeypatch):
     assert blocks == {(300, 9), (160, 5)}
     assert len({r["bytes"] / r["blocks"] for r in found if "blocks" in r}) == 1
     assert not list((tmp_path / "files").iterdir())
+
+
+def test_requests_that_share_nothing_have_to_fit_in_the_cache(monkeypatch):
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    from thaw_vllm.bench.fork_task import _need_cache
+    from thaw_vllm.engines.vllm.kv import api
+
+    monkeypatch.setattr(api, "kv_cache_info", lambda llm, model_id: {"blocks": 101, "block_size": 16})
+    asked = {"model_id": "m", "branches": 9}
+    _need_cache(SimpleNamespace(llm=None), 160, asked)
+    with pytest.raises(UsageError, match="holds 9 prompts of 160 tokens that share nothing, not 10"):
+        _need_cache(SimpleNamespace(llm=None), 160, asked | {"branches": 10})

@@ -118,13 +118,17 @@ def _kept(engine: Prompted, forks: _Forks, tokens: int, request: dict[str, Any])
     ids, store, model = prompt(tokens, request["vocabulary"]), _store(request, tokens), request["model_id"]
     runs: dict[str, list[dict[str, Any]]] = {"prefills": [], "prefix": [], "fork": []}
     seconds, reports = [], []
-    for _ in range(request["runs"]):
-        for name, work in (("prefills", forks.prefills), ("prefix", forks.prefix), ("fork", forks.fork)):
+    _need_cache(engine, tokens, request)
+    works = [("prefills", forks.prefills), ("prefix", forks.prefix), ("fork", forks.fork)]
+    for number in range(request["runs"]):
+        turn = number % len(works)  # each is first, and last, as often as the others
+        for name, work in works[turn:] + works[:turn]:
             engine.forget()
             runs[name].append(work(ids))
         shared = max(runs["prefills"][-1]["cached"])
         if shared:
             raise ThawError(f"of {tokens} tokens {shared} were cached for a request that was to share nothing")
+        engine.first_token(ids)  # where requests that shared nothing came last
         shutil.rmtree(store, ignore_errors=True)  # blocks that are there already would not be written
         start = time.perf_counter()
         report = checkpoint(engine.llm, ids, labels=[LABEL], store=store, model_id=model)
@@ -138,6 +142,24 @@ def _kept(engine: Prompted, forks: _Forks, tokens: int, request: dict[str, Any])
             "caching on"
         )
     return {**runs, "checkpoint": seconds, "reports": reports, "cached": cached}
+
+
+def _need_cache(engine: Prompted, tokens: int, request: dict[str, Any]) -> None:
+    """Requests that share nothing would wait for one another where the cache does not hold them all.
+
+    Raises:
+        UsageError: it does not.
+    """
+    from ..engines.vllm.kv.api import kv_cache_info
+
+    found, branches = kv_cache_info(engine.llm, model_id=request["model_id"]), request["branches"]
+    size = found["block_size"]
+    room = (found["blocks"] - 1) // (-(-(tokens + 1) // size)) if found["blocks"] > 1 else 0
+    if room < branches:
+        raise UsageError(
+            f"the cache holds {room} prompts of {tokens} tokens that share nothing, not {branches}; give it more with "
+            "--engine-arg kv_cache_memory_bytes=N, or give fewer --branches or --tokens"
+        )
 
 
 def _thawed(engine: Prompted, forks: _Forks, tokens: int, request: dict[str, Any]) -> dict[str, Any]:

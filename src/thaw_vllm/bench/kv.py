@@ -146,7 +146,7 @@ def requested(settings: Settings, planned: Plan, say: Say) -> Iterator[dict[str,
     say("the model id, which the cache belongs to")
     model_id = checkpoint_id(open_checkpoint(settings.model))
     with (
-        tempfile.TemporaryDirectory(prefix="thaw-bench-kv-", dir=settings.directory) as folder,
+        tempfile.TemporaryDirectory(prefix="thaw-bench-", dir=settings.directory) as folder,
         tempfile.TemporaryDirectory(prefix="thaw-") as sockets,
     ):
         yield {
