@@ -99,7 +99,7 @@ def schedule(llm, tokens, generated):
         request_id="rest",
         prompt_token_ids=tokens,
         mm_features=None,
-        sampling_params=SamplingParams(max_tokens=10, extra_args={GENERATED: generated}),
+        sampling_params=SamplingParams(max_tokens=10, extra_args={GENERATED: [generated, len(tokens)]}),
         pooling_params=None,
         arrival_time=0.0,
         lora_request=None,

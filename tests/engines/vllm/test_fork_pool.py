@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import threading
 import time
@@ -26,7 +27,6 @@ from vllm import SamplingParams
 from thaw_vllm import ForkPool
 from thaw_vllm.errors import BrokenEngineError, StorageError, ThawError, UsageError
 from thaw_vllm.sessions.fsck import fsck
-from thaw_vllm.sessions.store import Store
 from thaw_vllm.zygote import processes
 
 pytestmark = pytest.mark.vllm
@@ -80,16 +80,24 @@ def alike(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> bool:
     return all(apart(theirs, ours, 0) is None for ours, theirs in zip(found, expected, strict=True))
 
 
+def kept(pool: ForkPool) -> str:
+    """The prompt as a session."""
+    (branch,) = pool.fork(OTHER, 1, PARAMS, keep=True)
+    assert branch.error is None and branch.parent is not None
+    return branch.parent
+
+
 def test_a_prompt(pool: ForkPool, expected: list[dict[str, Any]]):
     found = [*pool.fork(OTHER, 5, PARAMS)]
     assert alike(answers(found), expected)
     assert {one.worker for one in found} == {0, 1} and {one.cached for one in found} == {192}
     assert all(one.finish_reason == "length" and one.session is None for one in found)
+    assert len({one.parent for one in found}) == 1 and pool.store.records() == [], "it was kept for them alone"
+    assert {len(one.token_ids) for one in pool.fork(OTHER, 2)} <= {*range(1, 17)}, "vLLM's defaults"
 
 
 def test_a_session_and_its_branches(pool: ForkPool, expected: list[dict[str, Any]]):
-    trunk = next(iter(pool.fork(OTHER, 1, PARAMS))).parent
-    assert trunk is not None
+    trunk = kept(pool)
     names = [f"b{number}" for number in range(5)]
     found = [*pool.fork(trunk, 5, PARAMS, keep=True, labels=names)]
     assert alike(answers(found), expected)
@@ -98,7 +106,7 @@ def test_a_session_and_its_branches(pool: ForkPool, expected: list[dict[str, Any
         assert (session.head.parent, session.head.fork, session.head.labels) == (trunk, 200, (names[one.number],))
         assert session.tokens[200:].tolist() == [*one.token_ids] and session.head.sampling["seed"] == 11 + one.number
     appended = [*pool.fork(trunk, 3, SamplingParams(temperature=0, max_tokens=2), append=[[5], [6, 7], [8]])]
-    assert len(answers([*appended][:0])) == 0 and all(len(one.token_ids) == 2 for one in appended)
+    assert [len(one.token_ids) for one in appended] == [2] * 3 and {one.error for one in appended} == {None}
     assert fsck(pool.store).sound
 
 
@@ -132,17 +140,22 @@ def test_rounds_overlap(pool: ForkPool, expected: list[dict[str, Any]]):
         ({"n": 2, "sampling_params": SamplingParams(temperature=0)}, "are the same"),
         ({"n": 2, "sampling_params": SamplingParams(n=2)}, "n of fork says how many"),
         ({"n": 2, "beginning": "nobody"}, "there is no session 'nobody'"),
+        ({"n": 2, "timeout": 0}, "timeout must be more than 0"),
+        ({"n": 2, "timeout": float("nan")}, "timeout must be more than 0"),
+        ({"n": 2, "append": [[5], [-1]]}, "token"),
+        ({"n": 2, "keep": True, "labels": [b"x", b"y"]}, "label"),
     ],
 )
 def test_what_is_refused_before_anything_is_asked(pool: ForkPool, asked: dict[str, Any], message: str):
     with pytest.raises(UsageError, match=message):
-        next(iter(pool.fork(**{"beginning": OTHER} | asked)))
+        pool.fork(**{"beginning": OTHER} | asked)
+    assert pool._tasks.empty()
 
 
 def test_what_an_engine_refuses(pool: ForkPool):
     """Too many tokens for this model: each branch says so, and the engines go on."""
     with pytest.raises(ThawError, match=r"max_model_len|longer|length"):
-        next(iter(pool.fork([*range(5, 400)] * 2, 2, PARAMS)))
+        pool.fork([*range(5, 400)] * 2, 2, PARAMS)
     assert len([*pool.fork(OTHER, 2, PARAMS)]) == 2
     assert [one["starts"] for one in pool.workers()] == [1, 1]
 
@@ -159,14 +172,22 @@ def until(what: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
+def core_of(pool: ForkPool, number: int) -> int:
+    """The engine core of a worker, which its log names."""
+    log = pool.store.directory.parent / f"worker-{number}.log"
+    return int(re.findall(r"EngineCore pid=(\d+)", log.read_text(errors="replace"))[-1])
+
+
 class TestFaults:
-    def test_an_engine_that_dies_in_the_middle(self, pool: ForkPool, expected: list[dict[str, Any]]):
-        found = []
+    @pytest.mark.parametrize("alone", [False, True], ids=["all", "core"])
+    def test_an_engine_that_dies_in_the_middle(self, alone: bool, pool: ForkPool, expected: list[dict[str, Any]]):
+        """With all of its processes, or its core alone, as where memory runs out."""
+        before, found = sum(one["starts"] for one in pool.workers()), []
         thread = threading.Thread(target=lambda: found.extend(pool.fork(OTHER, 4, LONG_ANSWER)))
         thread.start()
         until(lambda: all(one["state"] == "busy" for one in pool.workers()))
         pid = pool.workers()[0]["pid"]
-        for process in processes.of_group(pid):
+        for process in [core_of(pool, 0)] if alone else processes.of_group(pid):
             os.kill(process, signal.SIGKILL)
         thread.join()
         made = answers(found)
@@ -174,17 +195,21 @@ class TestFaults:
         short = [{name: values[:8] for name, values in one.items()} for one in made]
         assert alike(short, expected[:4])
         until(lambda: [one["state"] for one in pool.workers()] == ["ready", "ready"])
-        assert sum(one["starts"] for one in pool.workers()) == 3
+        assert sum(one["starts"] for one in pool.workers()) == before + 1
         assert alike(answers(pool.fork(OTHER, 4, PARAMS)), expected[:4])
 
-    def test_one_that_dies_idle(self, pool: ForkPool):
+    @pytest.mark.parametrize("alone", [False, True], ids=["all", "core"])
+    def test_one_that_dies_idle(self, alone: bool, pool: ForkPool):
         before = pool.workers()[1]
-        os.killpg(before["pid"], signal.SIGKILL)
+        if alone:
+            os.kill(core_of(pool, 1), signal.SIGKILL)
+        else:
+            os.killpg(before["pid"], signal.SIGKILL)
         until(lambda: pool.workers()[1]["starts"] == before["starts"] + 1 and pool.workers()[1]["state"] == "ready")
         assert len(answers(pool.fork(OTHER, 4, PARAMS))) == 4
 
     def test_one_that_takes_too_long(self, pool: ForkPool, expected: list[dict[str, Any]]):
-        trunk = next(iter(pool.fork(OTHER, 1, PARAMS))).parent
+        trunk = kept(pool)
         starts = sum(one["starts"] for one in pool.workers())
         found = [*pool.fork(trunk, 4, LONG_ANSWER, timeout=0.05)]
         assert sorted(one.number for one in found) == [0, 1, 2, 3]
@@ -198,20 +223,38 @@ class TestFaults:
             pool.__enter__()
         assert all(one["pid"] is None for one in pool.workers())
         with pytest.raises(UsageError, match="not running"):
-            next(iter(pool.fork(OTHER, 2, PARAMS)))
+            pool.fork(OTHER, 2, PARAMS)
+
+    def test_why_one_did_not_start(self, checkpoints: Callable, weights: Path, variables: None, tmp_path: Path):
+        """Of this start: what an earlier one has left in the log says nothing."""
+        (tmp_path / "worker-0.log").write_text("thaw_vllm.errors.StorageError: of yesterday\n")
+        more = ARGS | {"tensor_parallel_size": 64}
+        pool = ForkPool(checkpoints("tied"), weights, workers=1, zygote=ZYGOTE, log_dir=tmp_path, **more)
+        with pytest.raises(ThawError) as found:
+            pool.__enter__()
+        assert "yesterday" not in str(found.value) and "root cause above" not in str(found.value)
+
+    def test_closed_while_they_start(self, checkpoints: Callable, weights: Path, variables: None):
+        pool = ForkPool(checkpoints("tied"), weights, workers=3, zygote=ZYGOTE, **ARGS)
+        closing = threading.Timer(1.0, pool.close)
+        closing.start()
+        with pytest.raises(BrokenEngineError, match="was closed"):
+            pool.__enter__()
+        closing.join()
+        assert [one["starts"] for one in pool.workers()] == [1, 0, 0] and pool.workers()[0]["pid"] is None
 
     def test_closed_in_the_middle(self, checkpoints: Callable, weights: Path, variables: None):
         """With a store of its own, which goes with it."""
         with ForkPool(checkpoints("tied"), weights, workers=1, zygote=ZYGOTE, **ARGS) as pool:
             directory = pool.store.directory
             branches = pool.fork(OTHER, 2, LONG_ANSWER)
-            waiting = threading.Thread(target=lambda: found.extend(branches))
             found: list[Any] = []
+            waiting = threading.Thread(target=lambda: found.extend(branches))
             waiting.start()
-            until(lambda: pool.workers()[0]["state"] == "busy" and Store(directory).records() != [])
+            until(lambda: pool.workers()[0]["state"] == "busy")
             pool.close()
             waiting.join()
-            assert len(found) == 2 and all(isinstance(one.error, BrokenEngineError) for one in found)
+            assert len(found) == 2 and all("was closed" in str(one.error) for one in found)
         assert not directory.exists() and pool.workers()[0]["pid"] is None
 
 
@@ -220,6 +263,9 @@ class TestFaults:
     [
         ({"workers": 0}, "workers must be"),
         ({"timeout": 0}, "timeout must be"),
+        ({"timeout": float("inf")}, "timeout must be"),
+        ({"start_timeout": -1}, "start_timeout must be"),
+        ({"hf_overrides": {"f": print}}, "as JSON has them"),
         ({"snapshot": None}, "thaw id"),
         ({"model_id": "nothing"}, "model_id"),
     ],

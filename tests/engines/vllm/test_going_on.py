@@ -62,7 +62,7 @@ def core(v2: bool = True, drafts: Any = None) -> Any:
 
 class TestCore:
     def test_it_begins_with_what_was_generated(self):
-        asked = request([*range(10)], max_tokens=5, min_tokens=2, seed=3, extra_args={GENERATED: 4, "own": 1})
+        asked = request([*range(10)], max_tokens=5, min_tokens=2, seed=3, extra_args={GENERATED: [4, 10], "own": 1})
         made, _ = core().preprocess_add_request(asked)
         assert (made.prompt_token_ids, list(made.output_token_ids)) == ([*range(6)], [6, 7, 8, 9])
         assert (made.num_prompt_tokens, made.num_tokens, made.max_tokens) == (10, 10, 9), "all are to be prefilled"
@@ -74,12 +74,17 @@ class TestCore:
 
     @pytest.mark.parametrize("engine", [{"v2": False}, {"drafts": object()}])
     def test_engines_that_do_not(self, engine: dict[str, Any]):
-        made, _ = core(**engine).preprocess_add_request(request([*range(10)], extra_args={GENERATED: 4}))
+        made, _ = core(**engine).preprocess_add_request(request([*range(10)], extra_args={GENERATED: [4, 10]}))
         assert made.num_prompt_tokens == 10 and len(made.output_token_ids) == 0
 
     def test_other_requests(self):
-        for values in ({}, {"extra_args": {"own": 1}}, {"extra_args": {GENERATED: 10}}):
-            made, _ = core().preprocess_add_request(request([*range(10)], max_tokens=5, **values))
+        for values in (
+            {},
+            {"extra_args": {"own": 1}},
+            {"extra_args": {GENERATED: [10, 10]}},
+            {"extra_args": {GENERATED: [4, 9]}},
+        ):
+            made, _ = core().preprocess_add_request(request([*range(10)], max_tokens=5, extra_args=extra))
             assert (made.num_prompt_tokens, made.max_tokens) == (10, 5)
 
 
@@ -122,7 +127,7 @@ class TestFront:
             cut = ended - rng.randrange(3) if stop else rng.randrange(1, len(answer))
             if not 0 < cut < len(answer):
                 continue
-            rest = request(prompt + answer[:cut], **values, extra_args={GENERATED: cut})
+            rest = request(prompt + answer[:cut], **values, extra_args={GENERATED: [cut, len(prompt) + cut]})
             made = detokenizers.IncrementalDetokenizer.from_new_request(tokenizer, rest)
             assert type(made) is real and made.output_token_ids == []
             plain = detokenizers.IncrementalDetokenizer.from_new_request(tokenizer, request(prompt, **values))
@@ -140,12 +145,14 @@ class TestFront:
         assert crossed > 5, "stop strings that began before the cut"
 
     def test_no_tokenizer(self):
-        made = detokenizers.IncrementalDetokenizer.from_new_request(None, request([1, 2, 3], extra_args={GENERATED: 1}))
+        made = detokenizers.IncrementalDetokenizer.from_new_request(
+            None, request([1, 2, 3], extra_args={GENERATED: [1, 3]})
+        )
         made.update([4], False)
         assert made.output_token_ids == [4]
 
     def test_min_tokens_count_what_was_generated(self, tokenizer: Any):
         answer = tokenizer.encode(" a b a b a b")
-        asked = request([1, *answer[:2]], stop=["b"], min_tokens=2, extra_args={GENERATED: 2})
+        asked = request([1, *answer[:2]], stop=["b"], min_tokens=2, extra_args={GENERATED: [2, 3]})
         made = detokenizers.IncrementalDetokenizer.from_new_request(tokenizer, asked)
         assert [made.update([token], False) for token in answer[2:]] == [None, None, None, "b"]

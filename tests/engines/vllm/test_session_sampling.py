@@ -76,11 +76,11 @@ def test_what_this_engine_does_not_take(document):
 
 
 def test_lengths_are_made_up_for():
-    found, inexact = going_on(to_json(params(min_tokens=10, n=2)), 8)
+    found, inexact = going_on(to_json(params(min_tokens=10, n=2)), 8, 20)
     assert (found.max_tokens, found.min_tokens, found.n, inexact) == (12, 2, 1, ())
-    assert going_on(to_json(params(min_tokens=3)), 8)[0].min_tokens == 0
+    assert going_on(to_json(params(min_tokens=3)), 8, 20)[0].min_tokens == 0
     with pytest.raises(UsageError, match="all of its max_tokens"):
-        going_on(to_json(params()), 20)
+        going_on(to_json(params()), 20, 20)
 
 
 INEXACT = [
@@ -96,8 +96,8 @@ INEXACT = [
 @pytest.mark.parametrize(("values", "names"), INEXACT)
 def test_what_would_not_be_the_same_is_named(values, names):
     document = to_json(params(**values))
-    assert going_on(document, 1)[1] == names
-    assert going_on(document, 0)[1] == ()
+    assert going_on(document, 1, 20)[1] == names
+    assert going_on(document, 0, 20)[1] == ()
 
 
 def test_what_an_engine_that_rebuilds_requests_does_not_see_either():
@@ -107,20 +107,22 @@ def test_what_an_engine_that_rebuilds_requests_does_not_see_either():
 
 def test_the_rest_says_of_what_it_is_the_rest_and_records_do_not():
     made = params(seed=1, min_tokens=10, extra_args={"z": 1})
-    rest, _ = going_on(to_json(made), 8)
-    assert rest.extra_args == {"z": 1, GENERATED: 8} and generated(rest, [*range(20)]) == 8
+    rest, _ = going_on(to_json(made), 8, 20)
+    assert rest.extra_args == {"z": 1, GENERATED: [8, 20]} and generated(rest, [*range(20)]) == 8
     assert to_json(rest)["extra_args"] == {"z": 1}
     assert to_json(whole(rest, 8)) == to_json(made)
-    assert going_on(to_json(params()), 0)[0].extra_args is None
+    assert going_on(to_json(params()), 0, 20)[0].extra_args is None
 
 
-@pytest.mark.parametrize("said", [0, -1, 4, 10**12, True, 2.0, "2", [2], None])
+@pytest.mark.parametrize(
+    "said", [2, [0, 4], [-1, 4], [4, 4], [2, 5], [10**12, 4], [True, 4], [2.0, 4], ["2", 4], [2], "24", None]
+)
 def test_what_cannot_be_the_beginning_of_an_answer_counts_as_none(said):
     assert generated(params(extra_args={GENERATED: said}), [1, 2, 3, 4]) == 0
 
 
 def test_what_is_never_rebuilt():
-    marked = {"extra_args": {GENERATED: 2}}
+    marked = {"extra_args": {GENERATED: [2, 4]}}
     assert generated(params(**marked), [1, 2, 3, 4]) == 2
     assert generated(params(**marked), None) == generated(None, [1, 2]) == 0
     for more in ({"structured_outputs": StructuredOutputsParams(regex="a+")}, {"prompt_logprobs": 1}):
@@ -130,5 +132,5 @@ def test_what_is_never_rebuilt():
 def test_a_grammar_is_not_begun_again():
     document = to_json(params(structured_outputs=StructuredOutputsParams(regex="a+")))
     with pytest.raises(UnsupportedError, match="its grammar again"):
-        going_on(document, 1)
-    assert going_on(document, 0)[1] == ()
+        going_on(document, 1, 20)
+    assert going_on(document, 0, 20)[1] == ()

@@ -234,6 +234,10 @@ def gave_tokens(outputs: Any) -> bool:
     return any(getattr(one, "outputs", None) for one in by_client.values())
 
 
+_LEAST_PRIMED, _PRIMED = 64, 8
+"""Tokens of an answer that a detokenizer goes through again: at least, and for each character of a stop string."""
+
+
 # --- requests that go on ----------------------------------------------------------------------------------------------
 
 
@@ -261,7 +265,7 @@ def rebuild_requests(generated: Callable[[Any, Any], int], whole: Callable[[Any,
     @functools.wraps(real)
     def preprocess_add_request(self: Any, request: Any) -> Any:
         count = generated(request.sampling_params, request.prompt_token_ids) if rebuilds(self) else 0
-        if not count:
+        if not count or getattr(request, "resumable", False):  # whose prompt comes piece by piece
             return real(self, request)
         given = copy.copy(request)
         given.prompt_token_ids, answered = request.prompt_token_ids[:-count], request.prompt_token_ids[-count:]
@@ -273,6 +277,7 @@ def rebuild_requests(generated: Callable[[Any, Any], int], whole: Callable[[Any,
 
         def take_prefill_stats() -> Any:  # with the first new token
             made.num_prompt_tokens = len(made.prompt_token_ids)
+            del made.take_prefill_stats
             return stats()
 
         made.take_prefill_stats = take_prefill_stats
@@ -300,6 +305,8 @@ def prime_detokenizers(generated: Callable[[Any, Any], int]) -> None:
         count = generated(request.sampling_params, request.prompt_token_ids)
         if not count or tokenizer is None:
             return real(tokenizer, request)
+        longest = max(map(len, request.sampling_params.stop or [""]))
+        count = min(count, _LEAST_PRIMED + _PRIMED * longest)  # what a stop string, or a character, can reach back to
         given = copy.copy(request)
         given.prompt_token_ids, answered = request.prompt_token_ids[:-count], request.prompt_token_ids[-count:]
         made = real(tokenizer, given)
@@ -888,8 +895,13 @@ def call_core_and_wait(client: Any, method: str, options: dict[str, Any]) -> dic
 
 
 def _require_alive(client: Any) -> None:
-    if getattr(getattr(client, "resources", None), "engine_dead", False):
+    if has_died(client):
         raise engine_dead()
+
+
+def has_died(client: Any) -> bool:
+    """Whether the engine core behind a client of vLLM's, in a process of its own, has died."""
+    return bool(getattr(getattr(client, "resources", None), "engine_dead", False))
 
 
 def data_parallel_size(client: Any) -> int:

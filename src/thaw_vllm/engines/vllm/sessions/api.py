@@ -408,7 +408,7 @@ def _sampling(head: Head, appended: bool, given: SamplingParams | None) -> tuple
             f"the session is finished ({head.finished}); append tokens, pass sampling_params, or branch at an earlier "
             "token"
         )
-    return sampling.going_on(head.sampling, head.count - head.prompt)
+    return sampling.going_on(head.sampling, head.count - head.prompt, head.count)
 
 
 def _tokens(what: Any) -> list[int]:

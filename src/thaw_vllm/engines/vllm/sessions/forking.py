@@ -258,7 +258,8 @@ class _Plan:
         """Begin with a session."""
         self.parent, self._tokens = there.session, there.prompt["prompt_token_ids"]
         self._salt = there.prompt.get("cache_salt")
-        self._params = self._params or there.sampling_params
+        own = own_parameters(there.store, there.session) if self._append else there.sampling_params
+        self._params = self._params or own
         self._require_differences()
 
     def _require_differences(self) -> None:

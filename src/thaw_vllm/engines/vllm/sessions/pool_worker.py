@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import socket
 import sys
 from typing import TYPE_CHECKING, Any
@@ -17,13 +18,15 @@ if TYPE_CHECKING:
     from vllm import LLM
 
 SHARE = 0.9
-"""Of a GPU's memory, what the engines of a pool take together where nothing is said."""
+"""Of the device's memory, what the engines of a pool take together where nothing is said."""
+_LOOK = 0.5
+"""Seconds in which an idle engine's death is noticed."""
 
 
 def main(path: str, number: str) -> int:
     """Make an engine and do what the pool asks, until it is gone.
 
-    Exit status: 0; 1 where the engine could not be made, or has died.
+    Exit status: 0; 1 where the engine could not be made, or has died, which the pool sees by the socket.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as pool:
         pool.connect(path)
@@ -37,21 +40,26 @@ def main(path: str, number: str) -> int:
             messages.send(pool, _spelt(error))
             return 1
         messages.send(pool, {"ready": True})
-        while (task := messages.receive(pool)) is not None:
+        while True:
+            while not select.select([pool], [], [], _LOOK)[0]:
+                if versions.has_died(llm.llm_engine.engine_core):
+                    return 1
+            task = messages.receive(pool)
+            if task is None:
+                return 0
             try:
                 found = _prefilled(llm, task[0]) if task[0]["do"] == "prefill" else _forked(llm, task[0], pool)
+            except (BrokenEngineError, versions.engine_dead()):
+                return 1  # as if this process had died with it: others do what is missing
             except Exception as error:
                 messages.send(pool, _spelt(error))
-                if isinstance(error, (BrokenEngineError, versions.engine_dead())):
-                    return 1
             else:
                 messages.send(pool, {"done": found})
-    return 0
 
 
 def _engine(asked: dict[str, Any]) -> LLM:
     args = dict(asked["engine_args"])
-    if versions.on_cuda() and not {"gpu_memory_utilization", "kv_cache_memory_bytes"} & args.keys():
+    if not {"gpu_memory_utilization", "kv_cache_memory_bytes"} & args.keys():
         args["gpu_memory_utilization"] = SHARE / asked["workers"]
     if asked["snapshot"] is not None:
         from ..api import load
@@ -73,7 +81,7 @@ def _prefilled(llm: LLM, task: dict[str, Any]) -> dict[str, Any]:
 
 
 def _forked(llm: LLM, task: dict[str, Any], pool: socket.socket) -> dict[str, Any]:
-    """Some of a fork's branches, each sent as it ends; ``seconds`` that bringing the session back took."""
+    """Some of a fork's branches, each sent as it ends."""
     about = {"store": task["store"], "model_id": task["model_id"]}
     params, first = None if task["sampling"] is None else sampling.from_json(task["sampling"]), task["first"]
     if params is None and task["append"]:
@@ -93,8 +101,10 @@ def _forked(llm: LLM, task: dict[str, Any], pool: socket.socket) -> dict[str, An
         **about,
     )
     for branch in branches:
+        if isinstance(branch.error, BrokenEngineError):
+            raise branch.error
         messages.send(pool, {"branch": _told(branch, first)})
-    return {"seconds": there.seconds}
+    return {}
 
 
 def _told(branch: Branch, first: int) -> dict[str, Any]:

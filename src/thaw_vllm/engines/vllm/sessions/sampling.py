@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from vllm import SamplingParams
 
 GENERATED = "thaw_generated"
-"""In ``extra_args`` of a request: so many of its prompt's last tokens are the beginning of the answer."""
+"""In ``extra_args`` of a request, ``[N, M]``: of a prompt of M tokens the last N are the beginning of the answer. Of a
+prompt of another length it says nothing, as where tokens were appended."""
 
 _BY_RUNNER = ("seed", "presence_penalty", "frequency_penalty")
 _BY_OUTPUT = (*_BY_RUNNER[1:], "bad_words", "repetition_detection", "thinking_token_budget", "extra_args")
@@ -57,8 +58,11 @@ def generated(params: Any, tokens: Sequence[int] | None) -> int:
         params: vLLM's, of any request; None where it is not to be answered.
         tokens: the request's prompt; None where it is not of tokens.
     """
-    count = (getattr(params, "extra_args", None) or {}).get(GENERATED)
-    if type(count) is not int or tokens is None or not 0 < count < len(tokens):
+    said = (getattr(params, "extra_args", None) or {}).get(GENERATED)
+    if tokens is None or not isinstance(said, (list, tuple)) or [*map(type, said)] != [int, int]:
+        return 0
+    count, total = said
+    if total != len(tokens) or not 0 < count < total:
         return 0
     alone = params.structured_outputs is None and params.prompt_logprobs is None
     return count if alone else 0
@@ -108,7 +112,7 @@ def from_json(document: JSONObject) -> SamplingParams:
         raise UnsupportedError(f"this vLLM does not take the session's sampling parameters: {error}") from None
 
 
-def going_on(document: JSONObject, generated: int) -> tuple[SamplingParams, tuple[str, ...]]:
+def going_on(document: JSONObject, generated: int, count: int) -> tuple[SamplingParams, tuple[str, ...]]:
     """Parameters for a request whose prompt is all of a session, and what of them may not be as if it had gone on.
 
     Lengths are made up for, and stop strings may begin in what was generated. An engine that does not rebuild requests
@@ -117,6 +121,7 @@ def going_on(document: JSONObject, generated: int) -> tuple[SamplingParams, tupl
 
     Args:
         generated: tokens that the session has generated.
+        count: all of its tokens.
 
     Returns:
         The parameters, for one continuation; and names of them by which the request may not be exactly the rest.
@@ -142,7 +147,7 @@ def going_on(document: JSONObject, generated: int) -> tuple[SamplingParams, tupl
     inexact = [name for name in _BY_OUTPUT if getattr(params, name, None)]
     if params.seed is not None and params.temperature > 0:
         inexact.append("seed")
-    params.extra_args = (params.extra_args or {}) | {GENERATED: generated}
+    params.extra_args = (params.extra_args or {}) | {GENERATED: [generated, count]}
     return params, tuple(sorted(inexact))
 
 
