@@ -2,6 +2,7 @@
 
 * ThawError
     * UsageError            an argument that cannot be right
+        * UnknownSessionError  it names a session that is not there
     * FormatError           the bytes are not a snapshot this reader understands
         * VersionError      a later format version, or a codec this build lacks
         * CorruptionError   a checksum, a length or an id does not agree with the bytes
@@ -31,6 +32,10 @@ class UsageError(ThawError):
     """An argument that cannot be right."""
 
     exit_code = 2
+
+
+class UnknownSessionError(UsageError):
+    """A session is named that is not in the store."""
 
 
 class FormatError(ThawError):

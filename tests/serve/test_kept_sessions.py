@@ -16,9 +16,12 @@ import pytest
 from tests.serve.served import TOKEN, Served
 from tests.sessions.made import MODEL, SIZE, context, save, session
 
+from thaw_vllm.errors import FormatError, ThawError, UnknownSessionError, UsageError
 from thaw_vllm.serve import kept_sessions
+from thaw_vllm.serve.app import _told
 from thaw_vllm.serve.config import Model
 from thaw_vllm.sessions.diff import difference
+from thaw_vllm.sessions.record import MAX_HEAD
 from thaw_vllm.sessions.store import Store
 
 ADMIN = {"X-Thaw-Admin-Token": TOKEN}
@@ -62,7 +65,7 @@ def test_without_a_store(ask: Any, tmp_path: Path):
         (status, told), refused = ask(directory, "sessions", "sessions/diff?a=trunk&b=plan")
         expected = {"directory": there, "sessions": [], "broken": {}, "left_out": 0}
         assert status == 200 and told == expected | {"time": told["time"]}
-        assert refused[0] == 409 and "--sessions-dir" in refused[1]["error"]["message"]
+        assert refused[0] == 404 and "--sessions-dir" in refused[1]["error"]["message"]
     assert [*tmp_path.iterdir()] == []
 
 
@@ -167,9 +170,9 @@ def test_two_compared(ask: Any, store: Store):
 @pytest.mark.parametrize(
     ("query", "status", "said"),
     [
-        ("a=trunk&b=none", 409, "there is no session 'none' in the server's store"),
+        ("a=trunk&b=none", 404, "there is no session 'none' in the server's store"),
         ("a=twice&b=trunk", 409, "means 2 sessions"),
-        ("a=../x&b=trunk", 409, "there is no session '../x'"),
+        ("a=../x&b=trunk", 404, "there is no session '../x'"),
         ("a=trunk", 400, "b: "),
         ("a=&b=trunk", 400, "a: "),
         ("a=trunk&b=trunk&tokens=101", 400, "tokens: "),
@@ -193,6 +196,67 @@ def test_a_store_that_is_none_of_ours(ask: Any, store: Store):
     (store.directory / "store.json").write_text('{"holds": "sessions", "version": 2}')
     told = ask(store.directory, "sessions", "sessions/diff?a=trunk&b=trunk")
     assert [status for status, _ in told] == [422, 422] and "is of version 2" in str(told)
+
+
+def test_what_other_routes_refuse_is_as_it_was():
+    assert [status_of(kind) for kind in (FormatError, UsageError, UnknownSessionError)] == [503, 409, 404]
+
+
+def status_of(kind: type[ThawError]) -> int:
+    return asyncio.run(_told(None, kind("enough"))).status_code  # type: ignore[arg-type]
+
+
+def test_records_are_read_once(tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch):
+    """However often labels are asked for; what is removed, added, damaged or forbidden meanwhile is seen."""
+    opened: list[str] = []
+
+    def counting(self: Store, ids: Any) -> Any:
+        opened.extend(ids)
+        return listed(self, ids)
+
+    listed = Store._listed
+    monkeypatch.setattr(Store, "_listed", counting)
+    ids = {label: save(store, session([1, 2, len(label)], labels=[label]))[0] for label in ("trunk", "plan")}
+
+    async def work(client: aiohttp.ClientSession) -> None:
+        async def answer(a: str, b: str) -> int:
+            status, _ = await got(client, f"sessions/diff?a={a}&b={b}")
+            return status
+
+        assert [await answer("trunk", "plan") for _ in range(3)] == [200] * 3
+        assert sorted(opened) == sorted(ids.values())
+        ids["new"] = save(store, session([7], labels=["new"]))[0]
+        assert await answer("trunk", "new") == 200
+        assert opened[2:] == [ids["new"]]
+        store.remove(ids["plan"])
+        assert await answer("trunk", "plan") == 404
+        store.directory.chmod(0o777)
+        assert await answer("trunk", "new") == 404
+        store.directory.chmod(0o700)
+        assert await answer("trunk", "new") == 200
+        store.remove_context(context().id)
+        assert await answer("trunk", "new") == 404
+        away = store.directory.rename(store.directory.with_name("away"))
+        assert await answer("trunk", "new") == 404
+        other = Store(store.directory, create=True)
+        save(other, session([3], labels=["other"]))
+        assert [await answer("other", "other"), await answer("trunk", "new")] == [200, 404]
+        assert away.is_dir()
+
+    played(tmp_path, store.directory, work)
+
+
+def test_a_session_too_long_to_be_compared(ask: Any, store: Store, monkeypatch: pytest.MonkeyPatch):
+    """The event loop would wait for it; of a record that long nothing is read."""
+    monkeypatch.setattr(kept_sessions, "LONGEST", 8)
+    save(store, session(range(8), labels=["eight"]))
+    save(store, session(range(9), labels=["nine"]))
+    longer, _ = save(store, session(range(10)))
+    os.truncate(store.record(longer), MAX_HEAD + 4 * 8 + 1)
+    good, *long = ask(store.directory, *(f"sessions/diff?a=eight&b={b}" for b in ("eight", "nine", longer)))
+    assert good[0] == 200
+    for status, told in long:
+        assert status == 409 and "more than 8 tokens; thaw diff compares" in told["error"]["message"]
 
 
 def test_reading_keeps_nobody_waiting(tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch):

@@ -21,7 +21,7 @@ from starlette.routing import Match
 from ..engines.vllm.kv.access import TOKEN_HEADER
 from ..engines.vllm.kv.bodies import CheckingOut, Checkpointing, Freezing, Restoring
 from ..engines.vllm.kv.description import Refusal, refusals, taken
-from ..errors import FormatError, StorageError, ThawError, UsageError
+from ..errors import StorageError, ThawError, UnknownSessionError, UsageError
 from .access import Access
 from .bodies import REFUSED, parsed
 from .config import Model
@@ -318,8 +318,8 @@ STATUS: dict[type[Exception], int] = {
     UnknownModelError: 404,
     StorageError: 404,
     PathError: 400,
+    UnknownSessionError: 404,
     UsageError: 409,
-    FormatError: 422,
 }
 """The status of an error is that of the first class of its ancestry that is here; 503 otherwise."""
 

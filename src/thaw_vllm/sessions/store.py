@@ -15,7 +15,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import CorruptionError, ExistsError, FormatError, StorageError, ThawError, UsageError, VersionError
+from ..errors import (
+    CorruptionError,
+    ExistsError,
+    FormatError,
+    StorageError,
+    ThawError,
+    UnknownSessionError,
+    UsageError,
+    VersionError,
+)
 from ..format.document import canonical, parse
 from ..transport.private import private
 from ..transport.writer import StagedFile
@@ -235,7 +244,7 @@ class Store:
         """A session, held against its id.
 
         Raises:
-            UsageError: there is none; FormatError, CorruptionError, StorageError: it cannot be used.
+            UnknownSessionError: there is none; FormatError, CorruptionError, StorageError: it cannot be used.
         """
         path = self.record(id_)
         try:
@@ -243,7 +252,7 @@ class Store:
                 raise FormatError(f"{str(path)!r} is longer than any session")
             data = path.read_bytes()
         except FileNotFoundError:
-            raise UsageError(f"there is no session {id_!r} in {str(self.directory)!r}") from None
+            raise UnknownSessionError(f"there is no session {id_!r} in {str(self.directory)!r}") from None
         except OSError as error:
             raise StorageError(f"{str(path)!r} cannot be read: {error.strerror or error}") from None
         return decode(data, id_, repr(str(path)))
@@ -252,13 +261,13 @@ class Store:
         """The id of the session that a word means: an id, how one begins, or a label.
 
         Raises:
-            UsageError: none, or several.
+            UnknownSessionError: none; UsageError: several.
         """
         if word in (known := self._named(self._sessions, RECORD)):
             return word
         found = {id_ for id_ in known if len(word) >= SHORTEST and id_.startswith(word.lower())}
-        if known - self._labels.keys():
-            self._labels |= {one.id: one.head.labels for one in self.listed()[0]}
+        if new := known - self._labels.keys():
+            self._labels |= {one.id: one.head.labels for one in self._listed(new)[0]}
         found |= {id_ for id_ in known if word in self._labels.get(id_, ())}
         if len(found) == 1:
             return found.pop()
@@ -268,7 +277,7 @@ class Store:
                 f"{word!r} means {len(found)} sessions: {some}{' …' * (len(found) > 4)}; give more of an id"
             )
         more = f", or give {SHORTEST} digits of an id at least" if len(word) < SHORTEST else ""
-        raise UsageError(
+        raise UnknownSessionError(
             f"there is no session {word!r} in {str(self.directory)!r}; thaw log shows which there are{more}"
         )
 
@@ -281,12 +290,12 @@ class Store:
         """Keep it, whatever room it takes; or not any more. ``use`` is held, so that nobody removes it meanwhile.
 
         Raises:
-            UsageError: there is no such session.
+            UnknownSessionError: there is no such session.
             StorageError: that cannot be noted.
         """
         path = self._pins / id_
         if pinned and not self.record(id_).exists():
-            raise UsageError(f"there is no session {id_!r} in {str(self.directory)!r}")
+            raise UnknownSessionError(f"there is no session {id_!r} in {str(self.directory)!r}")
         try:
             if pinned:
                 path.touch(0o600)
@@ -319,7 +328,8 @@ class Store:
         Raises:
             StorageError, FormatError, CorruptionError: it cannot be used.
         """
-        if id_ not in self._known:
+        found = self._known.get(id_)
+        if found is None:
             path = self.context_file(id_)
             try:
                 if path.stat().st_size > MAX_CONTEXT:
@@ -331,7 +341,7 @@ class Store:
             if found.id != id_:
                 raise CorruptionError(f"{str(path)!r} is damaged: it is not the context that its name says")
             self._known[id_] = found
-        return self._known[id_]
+        return found
 
     def contexts(self, head: Head) -> list[Context]:
         """Of every rank.
