@@ -456,6 +456,71 @@ def test_two_sessions_are_compared(chromium: Any, folder: Path, store: Store):
         hint.filter(has_text="Choose two").wait_for()
 
 
+def test_a_comparison_that_failed_is_tried_again(chromium: Any, folder: Path, store: Store):
+    """Nothing is said to be below before it is, and the same reason is told once."""
+    for name in ("trunk", "plan"):
+        kept(store, [*range(40), len(name)], name)
+    served = Served(folder, Model("a", "/m"), sessions_directory=str(store.directory))
+    with opened(chromium, served) as (page, _, heard):
+        panel, hint = page.locator("#comparison"), page.locator("#sessions-hint")
+        why = {"error": {"type": "StorageError", "message": "the disk is away"}}
+        asked: list[Any] = []
+
+        def refuse(route: Any) -> None:
+            asked.append(route)
+            if len(asked) > 1:
+                route.fulfill(status=503, json=why)
+
+        page.route("**/sessions/diff?*", refuse)
+        item(page, "trunk").click()
+        item(page, "plan").click()
+        hint.filter(has_text="Two are chosen.").wait_for()
+        page.wait_for_timeout(100)
+        assert len(asked) == 1 and panel.is_hidden() and "below" not in hint.inner_text()
+        asked[0].fulfill(status=503, json=why)
+        hint.filter(has_text="could not be compared: the disk is away").wait_for()
+        said = page.locator("#said").filter(has_text="the disk is away")
+        said.wait_for(state="attached")
+        page.evaluate("document.querySelector('#said').textContent = ''")
+        with page.expect_response("**/sessions/diff?*"):
+            pass
+        assert panel.is_hidden() and said.count() == 0 and page.locator("#notice").is_hidden()
+        page.unroute("**/sessions/diff?*")
+        panel.get_by_text("trunk and plan part after 40 tokens").wait_for()
+        hint.filter(has_text="compared below").wait_for()
+        assert all("503" in error for error in heard.errors)
+        heard.errors.clear()
+
+
+def test_the_keyboard_stays_among_the_sessions(chromium: Any, folder: Path, store: Store):
+    """Whatever has the focus may go: the tree has it then, and what may be done there is said."""
+    first, second = (kept(store, range(size), name, ago=size) for size, name in ((5, "trunk"), (9, "plan")))
+    kept(store, range(20), "old", ago=99)
+    served = Served(folder, Model("a", "/m"), sessions_directory=str(store.directory))
+    with opened(chromium, served) as (page, _, _heard):
+        panel, said = page.locator("#comparison"), page.locator("#said")
+        focused = "document.activeElement.dataset.id"
+        for name in ("trunk", "plan"):
+            item(page, name).click()
+        panel.get_by_role("button", name="Choose none").focus()
+        page.keyboard.press("Enter")
+        panel.wait_for(state="hidden")
+        assert page.evaluate(focused) == second
+        said.filter(has_text="Choose two").wait_for(state="attached")
+        for name in ("plan", "trunk"):
+            item(page, name).click()
+        panel.get_by_role("button", name="Show tokens").focus()
+        store.remove(second)
+        item(page, "plan").wait_for(state="detached")
+        assert panel.is_hidden() and page.evaluate(focused) == first
+        said.filter(has_text="trunk is chosen").wait_for(state="attached")
+        page.evaluate("document.querySelector('#said').textContent = ''")
+        store.remove(first)
+        item(page, "trunk").wait_for(state="detached")
+        assert page.evaluate(focused) == store.find("old")
+        said.filter(has_text="Choose two").wait_for(state="attached")
+
+
 def test_what_there_is_to_say_of_a_store(chromium: Any, folder: Path, store: Store, monkeypatch: pytest.MonkeyPatch):
     """None, an empty one, records that cannot be read, more than are shown, and one that may not be used."""
     monkeypatch.setattr(kept_sessions, "MOST", 3)

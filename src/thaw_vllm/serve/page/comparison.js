@@ -1,6 +1,6 @@
 // Two sessions compared: where their tokens part, which blocks they share, and the tokens there, if asked for.
 
-import { ask } from "./api.js";
+import { ask, RefusedError } from "./api.js";
 import { announce, el, find, say } from "./dom.js";
 import { bytes, plural } from "./text.js";
 
@@ -13,9 +13,11 @@ export function nameOf(session) {
 }
 
 export class Comparison {
-  // `failed` is called with what a request raised, `none` to have no session chosen.
-  constructor({ failed, none }) {
+  // `failed` is called with what a request raised, `none` to have no session chosen, `changed` where a comparison is
+  // there or failed.
+  constructor({ failed, none, changed }) {
     this.failed = failed;
+    this.changed = changed;
     this.node = find("#comparison");
     this.said = el("p", { class: "verdict" });
     this.table = el("table", { role: "table" });
@@ -24,38 +26,57 @@ export class Comparison {
     this.button = el("button", { type: "button", "aria-expanded": "false", on: { click: () => this.toggle() } }, "Show tokens");
     const clear = el("button", { type: "button", on: { click: none } }, "Choose none");
     this.node.append(this.said, this.table, this.shared, el("div", { class: "buttons" }, this.button, clear), this.tokens);
-    this.key = "";
+    this.key = ""; // ids of what is shown or asked for
     this.pair = [];
+    this.refused = { key: "", why: "" };
   }
 
-  // Of fewer than two there is nothing to show.
+  get there() {
+    return !this.node.hidden;
+  }
+
+  // Of fewer than two there is nothing to show. What failed is asked for again.
   async show(pair) {
     const key = pair.map((session) => session.id).join(" ");
+    if (key !== this.refused.key) this.refused = { key: "", why: "" };
     if (key === this.key) return;
     this.key = key;
     this.pair = pair;
     this.node.hidden = true;
     this.hideTokens();
     if (pair.length < 2) return;
-    const found = await this.asked("");
-    if (found === null) return;
+    let found;
+    try {
+      found = await this.asked("");
+    } catch (error) {
+      if (key === this.key) this.unanswered(error);
+      return;
+    }
+    if (key !== this.key) return; // others are chosen by now
     this.fill(found);
+    this.refused = { key: "", why: "" };
     this.node.hidden = false;
+    this.changed();
     this.node.scrollIntoView({ block: "nearest" });
     announce(this.said.textContent);
   }
 
-  // The answer; null where there is none, or others are chosen by now.
-  async asked(more) {
-    const { key, pair } = this;
-    const [a, b] = pair.map((session) => encodeURIComponent(session.id));
-    try {
-      const found = await ask(`v1/thaw/sessions/diff?a=${a}&b=${b}${more}`);
-      return key === this.key ? found : null;
-    } catch (error) {
-      if (key === this.key) this.failed(error, "Comparing: ");
-      return null;
+  asked(more) {
+    const [a, b] = this.pair.map((session) => encodeURIComponent(session.id));
+    return ask(`v1/thaw/sessions/diff?a=${a}&b=${b}${more}`);
+  }
+
+  // A reason is announced once, however often it is given.
+  unanswered(error) {
+    const { key } = this;
+    this.key = "";
+    if (!(error instanceof RefusedError) || error.status === 403) {
+      this.failed(error);
+      return;
     }
+    if (error.message !== this.refused.why) announce(error.message);
+    this.refused = { key, why: error.message };
+    this.changed();
   }
 
   fill(found) {
@@ -86,8 +107,15 @@ export class Comparison {
       this.hideTokens();
       return;
     }
-    const found = await this.asked(`&tokens=${TOKENS}`);
-    if (found === null) return;
+    const { key } = this;
+    let found;
+    try {
+      found = await this.asked(`&tokens=${TOKENS}`);
+    } catch (error) {
+      if (key === this.key) this.failed(error, "Comparing: ");
+      return;
+    }
+    if (key !== this.key) return;
     const { from, common, a, b } = found.token_ids;
     const names = namesOf(this.pair);
     this.tokens.replaceChildren(

@@ -17,7 +17,7 @@ export class Sessions {
     this.order = []; // ids, from above
     this.chosen = [];
     this.at = null; // whom the tab key leads to
-    this.comparison = new Comparison({ failed, none: () => this.choose(null) });
+    this.comparison = new Comparison({ failed, none: () => this.choose(null), changed: () => this.hinted() });
     this.tree.addEventListener("keydown", (event) => this.key(event));
     this.tree.addEventListener("click", (event) => this.click(event));
   }
@@ -36,6 +36,7 @@ export class Sessions {
     say(this.error, "");
     const places = placed(sessions);
     const focused = document.activeElement;
+    const held = this.tree.contains(focused);
     this.order = [...places.keys()];
     keyed(this.tree, this.rows, this.order, (id) => new Row(id));
     const models = new Set(sessions.map((session) => session.model)).size;
@@ -48,6 +49,7 @@ export class Sessions {
     );
     if (!this.rows.has(this.at)) this.at = null;
     this.mark(this.chosen.filter((id) => this.rows.has(id)));
+    if (held && !focused.isConnected) this.back();
   }
 
   // Null: none. Of three the first is let go.
@@ -63,11 +65,26 @@ export class Sessions {
       row.node.setAttribute("aria-selected", String(chosen.includes(id)));
       row.node.tabIndex = id === (this.at ?? this.order[0]) ? 0 : -1;
     }
-    const [first] = chosen.map((id) => this.rows.get(id).session);
-    if (this.rows.size === 0) say(this.hint, "None is kept yet: POST to v1/thaw/models/NAME/sessions/checkpoint keeps what a conversation has come to.");
-    else if (chosen.length === 1) say(this.hint, `${nameOf(first)} is chosen; choose another to compare them.`);
-    else say(this.hint, chosen.length ? "Two are chosen, and compared below." : "Choose two to compare them, by a click or with the space bar.");
+    const held = this.comparison.node.contains(document.activeElement);
     this.comparison.show(chosen.map((id) => this.rows.get(id).session));
+    this.hinted();
+    if (held && !this.comparison.there) this.back();
+  }
+
+  // To where the tab key leads, from what is there no more.
+  back() {
+    find("[tabindex='0']", this.tree)?.focus();
+    announce(this.hint.textContent);
+  }
+
+  hinted() {
+    const [first] = this.chosen.map((id) => this.rows.get(id).session);
+    const { there, refused } = this.comparison;
+    if (this.rows.size === 0) say(this.hint, "None is kept yet: POST to v1/thaw/models/NAME/sessions/checkpoint keeps what a conversation has come to.");
+    else if (first === undefined) say(this.hint, "Choose two to compare them, by a click or with the space bar.");
+    else if (this.chosen.length === 1) say(this.hint, `${nameOf(first)} is chosen; choose another to compare them.`);
+    else if (there) say(this.hint, "Two are chosen, and compared below.");
+    else say(this.hint, refused.why ? `Two are chosen, and could not be compared: ${refused.why}` : "Two are chosen.");
   }
 
   click(event) {
