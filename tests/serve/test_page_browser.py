@@ -521,6 +521,20 @@ def test_the_keyboard_stays_among_the_sessions(chromium: Any, folder: Path, stor
         said.filter(has_text="Choose two").wait_for(state="attached")
 
 
+def test_labels_that_turn_the_words_after_them(chromium: Any, folder: Path, store: Store):
+    turning = kept(store, range(9), "a\u202eb")
+    kept(store, range(5), "plan", turning, 5)
+    served = Served(folder, Model("a", "/m"), sessions_directory=str(store.directory))
+    with opened(chromium, served) as (page, _, _heard):
+        found = page.locator(f"[data-id='{turning}'] .name")
+        assert found.evaluate("node => getComputedStyle(node).unicodeBidi") == "isolate"
+        assert "from token 5 of a\\u202eb" in item(page, "plan").inner_text()
+        found.click()
+        item(page, "plan").click()
+        page.locator("#comparison").get_by_text("a\\u202eb and plan part after 5 tokens").wait_for()
+        assert "\u202e" not in page.locator("#comparison").inner_text()
+
+
 def test_what_there_is_to_say_of_a_store(chromium: Any, folder: Path, store: Store, monkeypatch: pytest.MonkeyPatch):
     """None, an empty one, records that cannot be read, more than are shown, and one that may not be used."""
     monkeypatch.setattr(kept_sessions, "MOST", 3)
@@ -544,8 +558,14 @@ def test_what_there_is_to_say_of_a_store(chromium: Any, folder: Path, store: Sto
         store.directory.chmod(0o777)
         page.locator("#sessions .error").filter(has_text="others may write to the server's store").wait_for()
         assert len(items(page)) == 2 and page.locator("#notice").is_hidden()
+        item(page, "<b>3</b>").click(force=True)
+        item(page, "<b>2</b>").press("Space")
+        assert page.locator("[aria-selected=true]").count() == 0 and page.locator("#comparison").is_hidden()
+        page.locator("#sessions-hint").filter(has_text="none can be chosen now").wait_for()
         store.directory.chmod(0o700)
         page.locator("#sessions > .error").wait_for(state="hidden")
+        item(page, "<b>3</b>").click()
+        page.locator("#sessions-hint").filter(has_text="<b>3</b> is chosen").wait_for()
         assert heard.errors and all("404" in error for error in heard.errors)
         heard.errors.clear()
 

@@ -8,8 +8,12 @@ export const SHORT = 12; // digits of an id, as `thaw log` has them
 const TOKENS = 16; // of each side, before and after
 const WORDS = { prompt: "how many tokens were given", sampling: "sampling parameters", model: "the model", salt: "the salt" };
 
+const TURNING = /[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]/g; // characters that would turn the words after them
+
+// Within a sentence.
 export function nameOf(session) {
-  return session.labels.join(", ") || session.id.slice(0, SHORT);
+  const plain = (label) => label.replace(TURNING, (one) => `\\u${one.charCodeAt(0).toString(16).padStart(4, "0")}`);
+  return session.labels.map(plain).join(", ") || session.id.slice(0, SHORT);
 }
 
 export class Comparison {

@@ -26,14 +26,23 @@ export class Sessions {
     return !this.section.hidden;
   }
 
+  // What was there last may be read, and not be chosen.
   refused(error) {
     this.section.hidden = false;
     say(this.error, error.message);
+    this.stale(true);
+    this.hinted();
+  }
+
+  stale(is) {
+    this.section.classList.toggle("stale", is);
+    this.tree.setAttribute("aria-disabled", String(is));
   }
 
   update({ directory, time, sessions, broken, left_out: others }) {
     this.section.hidden = !directory;
     say(this.error, "");
+    this.stale(false);
     const places = placed(sessions);
     const focused = document.activeElement;
     const held = this.tree.contains(focused);
@@ -54,6 +63,7 @@ export class Sessions {
 
   // Null: none. Of three the first is let go.
   choose(id) {
+    if (id !== null && this.section.classList.contains("stale")) return;
     if (id === null) this.mark([]);
     else if (this.chosen.includes(id)) this.mark(this.chosen.filter((one) => one !== id));
     else this.mark([...this.chosen, id].slice(-2));
@@ -80,7 +90,8 @@ export class Sessions {
   hinted() {
     const [first] = this.chosen.map((id) => this.rows.get(id).session);
     const { there, refused } = this.comparison;
-    if (this.rows.size === 0) say(this.hint, "None is kept yet: POST to v1/thaw/models/NAME/sessions/checkpoint keeps what a conversation has come to.");
+    if (this.section.classList.contains("stale")) say(this.hint, this.rows.size ? "This is what was there last; none can be chosen now." : "");
+    else if (this.rows.size === 0) say(this.hint, "None is kept yet: POST to v1/thaw/models/NAME/sessions/checkpoint keeps what a conversation has come to.");
     else if (first === undefined) say(this.hint, "Choose two to compare them, by a click or with the space bar.");
     else if (this.chosen.length === 1) say(this.hint, `${nameOf(first)} is chosen; choose another to compare them.`);
     else if (there) say(this.hint, "Two are chosen, and compared below.");
