@@ -64,6 +64,15 @@ def test_files_that_are_none(tmp_path, monkeypatch):
         MADE.encode()
 
 
+@pytest.mark.parametrize("what", ["a pipe", "a directory", "a device"])
+def test_what_is_no_file_is_not_waited_for(tmp_path, what):
+    path = {"a pipe": tmp_path / "pipe", "a directory": tmp_path, "a device": "/dev/zero"}[what]
+    if what == "a pipe":
+        os.mkfifo(path)
+    with pytest.raises((FormatError, StorageError), match=r"could be in|cannot be read"):
+        read(path)
+
+
 @given(data=st.data())
 def test_any_change_is_noticed(data):
     """It is refused, unless it says the same, as a space for a line's end does."""

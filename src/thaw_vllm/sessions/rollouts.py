@@ -8,10 +8,10 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import stat
 import struct
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 from ..errors import CorruptionError, FormatError, StorageError, UsageError, VersionError
@@ -176,11 +176,18 @@ def read(path: str | os.PathLike[str]) -> Rollouts:
     """
     what = repr(os.fspath(path))
     try:
-        if os.stat(path).st_size > MAX_BYTES:
-            raise FormatError(f"{what} is longer than any record of rollouts")
-        data = Path(path).read_bytes()
+        # Without waiting for whoever writes to a pipe; and a device may have no end.
+        with open(path, "rb", buffering=0, opener=lambda name, how: os.open(name, how | os.O_NONBLOCK)) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise FormatError(f"{what} is no file that a record of rollouts could be in")
+            parts = [b""]
+            while (room := MAX_BYTES + 1 - sum(map(len, parts))) and (more := file.read(room)):
+                parts.append(more)
     except OSError as error:
         raise StorageError(f"{what} cannot be read: {error.strerror or error}") from None
+    data = b"".join(parts)
+    if len(data) > MAX_BYTES:
+        raise FormatError(f"{what} is longer than any record of rollouts")
     return decode(data, what)
 
 
