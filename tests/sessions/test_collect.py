@@ -1,6 +1,7 @@
 """Room is made of what nobody needs, and of sessions when a budget says so; nothing that is needed ever goes."""
 
 import os
+import shutil
 
 import pytest
 from hypothesis import given
@@ -187,3 +188,24 @@ def test_whatever_happens_every_session_resumes(tmp_path_factory, acts):
             assert found.left == sum(path.stat().st_size for path in store.block_files())
     assert {one.id for one in store.listed()[0]} == {*known}
     assert fsck(store).sound and all(resumes(store, one) for one in known)
+
+
+def test_a_store_that_lost_its_empty_directories_is_one_still(store):
+    """As git does, and whoever copies files alone."""
+    kept, _ = save(store, session(tokens(5, 3)))
+    shutil.rmtree(store.blocks)
+    (store.directory / "pins").rmdir()
+    found = collect(Store(store.directory))
+    assert (found.sessions, found.blocks, found.left) == ((), 0, 0)
+    with store.use():
+        store.pin(kept)
+    assert store.pinned(kept) and (store.directory / "pins").stat().st_mode & 0o777 == 0o700
+    again, _ = save(store, session(tokens(6, 3)))
+    assert resumes(store, again)
+
+
+def test_a_store_that_lost_all_of_them_has_no_sessions(store):
+    for part in ("blocks", "pins", "sessions", "contexts"):
+        (store.directory / part).rmdir()
+    found = collect(Store(store.directory))
+    assert found.blocks == 0 and fsck(store).sound

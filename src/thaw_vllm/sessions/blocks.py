@@ -124,6 +124,7 @@ def write(directory: Path, name: Name, payload: memoryview, *, heal: bool = Fals
     if there and not (heal and _damaged(directory, name, len(payload))):
         return False
     try:
+        directory.mkdir(mode=0o700, exist_ok=True)
         path.parent.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
         raise StorageError(f"the directory {str(path.parent)!r} cannot be made: {error.strerror or error}") from None

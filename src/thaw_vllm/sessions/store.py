@@ -298,6 +298,7 @@ class Store:
             raise UnknownSessionError(f"there is no session {id_!r} in {str(self.directory)!r}")
         try:
             if pinned:
+                self._pins.mkdir(mode=0o700, exist_ok=True)  # git, for one, keeps no empty directories
                 path.touch(0o600)
             else:
                 path.unlink(missing_ok=True)
@@ -378,7 +379,7 @@ class Store:
 
     def records(self) -> list[Path]:
         """Every file among the records and the contexts."""
-        return [*sorted(self._sessions.iterdir()), *sorted(self._contexts.iterdir())]
+        return [path for part in (self._sessions, self._contexts) if part.is_dir() for path in sorted(part.iterdir())]
 
     def context_ids(self) -> set[str]:
         """Of all contexts that are there."""
@@ -392,7 +393,8 @@ class Store:
     def directories(self) -> list[Path]:
         """In which writers write."""
         own = [self.directory, self._sessions, self._contexts, self._pins]
-        return own + [below for below in sorted(self.blocks.iterdir()) if below.is_dir()]
+        blocks = sorted(self.blocks.iterdir()) if self.blocks.is_dir() else []
+        return [path for path in own + blocks if path.is_dir()]
 
     def knows(self, path: Path) -> bool:
         """Whether a file is a record or a context by its name."""
