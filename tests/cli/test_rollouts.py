@@ -1,14 +1,20 @@
 """``thaw demo rollouts`` where a record is looked at, and the record and the sessions that are checked in."""
 
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from tests.sessions.made import MODEL
 from tests.sessions.made_rollouts import rollout, rollouts
 
 from thaw_vllm.cli.demo_rollouts import reward
+from thaw_vllm.engines.vllm import api, fresh
+from thaw_vllm.errors import StorageError
+from thaw_vllm.sessions import rollouts as record
 from thaw_vllm.sessions.record import ids
 from thaw_vllm.sessions.rollouts import read, write
 from thaw_vllm.sessions.store import Store
@@ -120,17 +126,89 @@ def test_what_cannot_be_shown(thaw, made, monkeypatch, arguments, code, cure):
     assert ran.code == code and ran.out == "" and ran.err.startswith("error: ") and cure in ran.err
 
 
-def test_what_cannot_be_made(thaw, made, monkeypatch):
-    from thaw_vllm.engines.vllm import api
-
+@pytest.fixture
+def no_engine(monkeypatch):
+    """Nothing that is refused gets as far as an engine."""
     monkeypatch.setattr(api, "require_vllm_installed", lambda: None)
-    monkeypatch.setattr(api, "check_model", lambda model: None)
+    monkeypatch.setattr(fresh, "run", lambda *arguments, **options: pytest.fail("an engine was started"))
+
+
+@pytest.fixture
+def script(monkeypatch, capfd):
+    """``demos/best_of_n.py`` with arguments: its exit code, and what it printed."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["best_of_n.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(RECORDS.parent / "best_of_n.py"), run_name="__main__")
+        return SimpleNamespace(code=ended.value.code, **capfd.readouterr()._asdict())
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "cure"),
+    [
+        (["--rank", "0"], 2, "there are 8 rollouts, none of rank 0"),
+        (["--rank", "-1"], 2, "there are 8 rollouts, none of rank -1"),
+        (["--rank", "99"], 2, "there are 8 rollouts, none of rank 99"),
+        (["--n", "0"], 2, "there can be 1 to 4096 rollouts, not 0"),
+        (["--n", "9999"], 2, "there can be 1 to 4096 rollouts, not 9999"),
+        (["--seed", "-1"], 2, "-1 cannot be the first"),
+        (["--seed", str((1 << 63) - 7)], 2, "below 2^63"),
+        (["--max-tokens", "0"], 2, "1 token at least"),
+        (["--model", "./none"], 6, "there is no model directory './none'"),
+        (["--model", "none"], 6, "there is no model directory 'none'"),
+        (["--store", "r.json"], 6, "r.json"),
+        (["--store", "r.json/below"], 6, "takes none"),
+        (["--store", "open"], 6, "chmod 700"),
+        (["--store", "new", "--records", "./new"], 2, "cannot be both"),
+        (["--records", "r.json"], 6, "exists; remove it, or give --records another name"),
+    ],
+)
+def test_what_the_script_refuses(script, no_engine, made, monkeypatch, arguments, code, cure):
+    monkeypatch.chdir(made.parent)
+    Path("open").mkdir()
+    Path("open").chmod(0o777)
+    ran = script("--model", ".", *arguments)
+    assert ran.code == code and ran.out == "" and ran.err.startswith("error: ") and cure in ran.err
+    assert not Path("new").exists()
+
+
+def test_what_cannot_be_kept_is_shown_all_the_same(script, tmp_path, monkeypatch):
+    """It took minutes."""
+    from thaw_vllm.cli import demo
+    from thaw_vllm.weights import checkpoint, provenance
+
+    transformers = pytest.importorskip("transformers")
+    answers = rollouts(rollout([1, 2], text="21"), rollout([3], seed=2)).encode()
+    told = record.parse(answers, "it") | {"seconds": {"fork": 1.0, "total": 2.0}}
+    tokenizer = SimpleNamespace(encode=lambda text, **options: [5, 6])
+    full = StorageError("no room")
+    monkeypatch.setattr(api, "require_vllm_installed", lambda: None)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *names, **options: tokenizer)
+    monkeypatch.setattr(demo, "engine_arguments", lambda length: ({}, ""))
+    monkeypatch.setattr(checkpoint, "open_checkpoint", lambda path: None)
+    monkeypatch.setattr(provenance, "checkpoint_id", lambda opened: MODEL)
+    monkeypatch.setattr(fresh, "run", lambda *arguments, **options: told)
+    ran = script("--model", tmp_path, "--records", tmp_path / "r.json")
+    assert ran.code == 0 and str(tmp_path / "r.json") in ran.out and len(read(tmp_path / "r.json").rollouts) == 2
+    monkeypatch.setattr(record, "write", lambda *arguments: (_ for _ in ()).throw(full))
+    ran = script("--model", tmp_path, "--records", tmp_path / "s.json")
+    assert ran.code == 6 and "error: no room" in ran.err
+    assert "#2, token by token" not in ran.out and "#1, token by token" in ran.out and "s.json" not in ran.out
+
+
+def test_what_cannot_be_made(thaw, made, no_engine):
     ran = thaw("demo", "rollouts", "--model", made.parent, "--records", made)
     assert ran.code == 6 and "exists; remove it, or give --records another name" in ran.err
     ran = thaw("demo", "rollouts", "--model", made.parent, "--question", "Why?")
     assert ran.code == 2 and "leave --question out" in ran.err
     ran = thaw("demo", "rollouts", "--model", made.parent, "--rank", "9")
     assert ran.code == 2 and "there are 8 rollouts, none of rank 9" in ran.err
+    both = made.parent / "both"
+    ran = thaw("demo", "rollouts", "--model", made.parent, "--snapshot", both, "--records", both)
+    assert ran.code == 2 and "cannot be both" in ran.err
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError
+from ..errors import StorageError, UsageError
 from ..sessions import rollouts as record
 
 _LENGTH = 2048
@@ -29,6 +30,7 @@ A: 8 coins and 5 coins are 8 + 5 = 13 coins. The answer is 13.
 
 Q: {_TASK}
 A:"""
+_SEEDS = 1 << 63
 _TOP = 5
 """Of the most likely tokens at each step so many are recorded."""
 
@@ -60,13 +62,22 @@ def demo_rollouts(
         count: rollouts.
         rank: of the rollout that is shown token by token.
         seed: of the first one; the others have the numbers after it.
+
+    Raises:
+        UsageError, ExistsError, StorageError: what is asked for cannot be made; no engine was started.
+        ThawError: the engine could not make it, or the record could not be written.
     """
     from .demo import engine_arguments, require_free
 
-    if rank > count:
-        raise UsageError(f"there are {count} rollouts, none of rank {rank}")
+    _check_numbers(max_tokens, count, rank, seed)
+    if not os.path.isdir(model):
+        raise StorageError(f"there is no model directory {model!r}; give one with weights, config and tokenizer")
     if records is not None:
+        if store is not None and os.path.realpath(store) == os.path.realpath(records):
+            raise UsageError(f"{str(records)!r} cannot be both the sessions' directory and the record; name another")
         require_free("--records", records)
+    if store is not None:
+        _check_store(store)
     from rich.console import Console
     from transformers import AutoTokenizer
 
@@ -104,9 +115,36 @@ def demo_rollouts(
         seconds = found["seconds"]
         console.print(f"  {label}: [green]{seconds['fork']:.1f} s[/] of {seconds['total']:.1f}\n")
     made = recorded(found, model, ident, prompt, kept=store is not None)
-    if records is not None:
-        record.write(records, made)
-    show(made, records, rank, as_json)
+    written = None
+    try:
+        if records is not None:
+            record.write(records, made)
+            written = records
+    finally:  # what took minutes is shown where it cannot be kept
+        show(made, written, rank, as_json)
+
+
+def _check_numbers(max_tokens: int, count: int, rank: int, seed: int) -> None:
+    if not 1 <= count <= record.MAX_ROLLOUTS:
+        raise UsageError(f"there can be 1 to {record.MAX_ROLLOUTS} rollouts, not {count}")
+    if not 1 <= rank <= count:
+        raise UsageError(f"there are {count} rollouts, none of rank {rank}")
+    if not 0 <= seed <= _SEEDS - count:
+        raise UsageError(f"the seeds of {count} rollouts are from 0 and below 2^63; {seed} cannot be the first")
+    if not 1 <= max_tokens < _LENGTH:
+        raise UsageError(f"answers have 1 token at least, and less than {_LENGTH} with their prompt, not {max_tokens}")
+
+
+def _check_store(store: Path) -> None:
+    """Sessions can be kept there, as far as can be told without making it."""
+    from ..sessions.store import Store
+
+    if os.path.lexists(store):
+        Store(store, create=True)
+        return
+    above = next(one for one in Path(os.path.abspath(store)).parents if os.path.lexists(one))
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise StorageError(f"the directory {str(store)!r} cannot be made, for {str(above)!r} takes none")
 
 
 def sampling(seed: int, max_tokens: int) -> dict[str, Any]:

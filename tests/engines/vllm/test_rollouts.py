@@ -17,6 +17,7 @@ from tests.engines.vllm.test_kv import ARGS, ID, LONG, SIZE
 from thaw_vllm.cli import demo_rollouts
 from thaw_vllm.cli.demo_rollouts import _TOP, recorded, sampling
 from thaw_vllm.engines.vllm import fresh
+from thaw_vllm.engines.vllm.sessions.rolling import roll
 from thaw_vllm.errors import UsageError
 from thaw_vllm.sessions.ranking import ranked, ways
 from thaw_vllm.sessions.record import ids
@@ -120,3 +121,9 @@ def test_what_is_asked_wrongly(checkpoints: Callable, tmp_path: Path):
     asked = {"prompt": PROMPT, "n": 2, "sampling": greedy, "store": str(tmp_path / "store"), "model_id": ID}
     with pytest.raises(UsageError, match=r"should fork a prompt failed .* greedy continuations"):
         forks.run("rollouts", model=str(checkpoints("tied")), snapshot=None, engine_args=ARGS, fork=asked)
+
+
+def test_without_a_seed_nothing_is_asked():
+    """vLLM takes -1 for none, and a record of what it says would be untrue."""
+    with pytest.raises(UsageError, match="need a seed from 0"):
+        roll(mock.Mock(), {"prompt": PROMPT, "n": 2, "sampling": sampling(-1, 4)}, {})

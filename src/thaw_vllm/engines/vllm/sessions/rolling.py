@@ -8,6 +8,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from .... import __version__
+from ....errors import UsageError
 from ....sessions.rollouts import single
 from ..versions import vllm_version
 from . import sampling
@@ -31,15 +32,18 @@ def roll(llm: LLM, asked: dict[str, Any], seconds: dict[str, float]) -> dict[str
         ``versions`` as a record has them.
 
     Raises:
+        UsageError: the parameters have no seed.
         ThawError: an answer could not be kept.
     """
     from vllm import SamplingParams
 
     params = SamplingParams(**asked["sampling"])
+    if params.seed is None:  # which -1 means to vLLM
+        raise UsageError("rollouts need a seed from 0, for a record says of each which it had")
     warm = SamplingParams(max_tokens=2, seed=0, logprobs=params.logprobs)
     llm.generate([{"prompt_token_ids": [*range(5, 69)]}], warm, use_tqdm=False)  # what a first request waits for
     count = asked["sampling"]["logprobs"]
-    seeds = [asked["sampling"]["seed"] + number for number in range(asked["n"])]
+    seeds = [params.seed + number for number in range(asked["n"])]
     names = [f"rollout {seed}" for seed in seeds]
     about = {"store": asked["store"], "model_id": asked["model_id"], "labels": names}
     start = time.perf_counter()
