@@ -43,7 +43,18 @@ tokens = st.integers(0, (1 << 31) - 1)
 tops = st.dictionaries(tokens, logprobs, min_size=1, max_size=3).map(
     lambda found: tuple(sorted(found.items(), key=lambda pair: -pair[1]))
 )
-steps = st.builds(Step, token=tokens, logprob=logprobs, rank=st.integers(1, 1 << 20), top=tops)
+
+
+@st.composite
+def steps(draw):
+    """Of the likeliest tokens, or of any other."""
+    top = draw(tops)
+    rank = draw(st.integers(1, 1 << 20))
+    if rank <= len(top):
+        return Step(*top[rank - 1], rank, top)
+    return Step(draw(tokens.filter(lambda token: token not in dict(top))), draw(logprobs), rank, top)
+
+
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=9)
 any_rollout = st.builds(
     Rollout,
@@ -52,6 +63,8 @@ any_rollout = st.builds(
     finished=st.sampled_from(["stop", "length"]),
     text=texts,
     reward=st.floats(-1e9, 1e9),
-    steps=st.lists(steps, max_size=4).map(tuple),
+    steps=st.lists(steps(), max_size=4).map(tuple),
 )
-any_rollouts = st.lists(any_rollout, min_size=1, max_size=4).map(lambda made: rollouts(*made))
+any_rollouts = st.lists(any_rollout, min_size=1, max_size=4, unique_by=lambda one: one.seed).map(
+    lambda made: rollouts(*sorted(made, key=lambda one: one.seed))
+)

@@ -95,6 +95,9 @@ def test_damage_names_the_cure():
         decode(b"{}", "'r.json'")
     with pytest.raises(VersionError, match="version 2; this thaw knows version 1"):
         decode(altered(lambda document: document.update(version=2)), "'r.json'")
+    for found in (True, 1.0, "1", None):
+        with pytest.raises(VersionError, match="this thaw knows version 1"):
+            decode(altered(set_in("version", found)), "'r.json'")
 
 
 def set_in(*path):
@@ -117,6 +120,10 @@ def remove(*path):
         del document[name]
 
     return change
+
+
+def nested(depth):
+    return [nested(depth - 1)] if depth else []
 
 
 STEP = ("rollouts", 0, "steps", 0)
@@ -143,6 +150,15 @@ FORGED = {
     "the likeliest twice": set_in(*STEP, "top", [[9, -0.5], [9, -0.5]]),
     "a token of the likeliest alone": set_in(*STEP, "top", [[9]]),
     "a token of the likeliest that is none": set_in(*STEP, "top", [9]),
+    "its own token with another number in top": set_in(*STEP, "top", [[9, -0.5], [1, -1.5]]),
+    "rank 1 that is not the likeliest": set_in(*STEP, "rank", 1),
+    "seeds that fall": set_in("rollouts", 0, "seed", 3),
+    "a seed twice": set_in("rollouts", 0, "seed", 2),
+    "no reason to end": set_in("rollouts", 0, "finished", ""),
+    "sampling that has no UTF-8": set_in("sampling", {"stop": ["\ud800"]}),
+    "a name of sampling that has no UTF-8": set_in("sampling", {"\ud800": 1}),
+    "sampling that is deep": set_in("sampling", {"stop": nested(17)}),
+    "sampling that is very deep": set_in("sampling", {"stop": nested(900)}),
     "a sum of other tokens": set_in("rollouts", 0, "sum_logprob", -4.0),
     "a mean of other tokens": set_in("rollouts", 1, "mean_logprob", -0.5),
     "a reward that is a text": set_in("rollouts", 0, "reward", "good"),
@@ -171,6 +187,13 @@ def test_what_is_forged_is_held_against_the_rules(what):
         decode(altered(FORGED[what]), "it")
 
 
+def test_no_depth_is_too_much():
+    head = b'{"format":"thaw rollouts","version":1,"id":"' + b"0" * 32 + b'","more":'
+    for depth in range(800, 1010):
+        with pytest.raises(FormatError, match="it"):
+            decode(head + b"[" * depth + b"]" * depth + b"}", "it")
+
+
 def test_the_forger_can_forge():
     assert decode(altered(set_in("source", "other")), "it").source == "other"
 
@@ -182,6 +205,8 @@ def test_what_no_reader_takes_is_not_written():
         rollouts(rollout([1], logprob=-math.inf)),
         rollouts(rollout([1]), pieces={}),
         rollouts(rollout([1]), sampling={"p": {1, 2}}),
+        rollouts(rollout([1]), sampling={"p": nested(900)}),
+        rollouts(rollout([1]), rollout([2])),
     ):
         with pytest.raises(UsageError, match="cannot be kept"):
             made.encode()

@@ -28,6 +28,8 @@ MAX_STEPS = 1 << 20
 """Tokens of a rollout, and of the prompt."""
 MAX_TOP = 1024
 MAX_TEXT = 1 << 22
+MAX_DEPTH = 16
+"""Of what sampling parameters hold."""
 MODES = ("raw_logprobs", "processed_logprobs")
 """vLLM's names: the model's own log-probabilities, or those that temperature, top-k and the like have made of them."""
 _TOKEN = (1 << 31) - 1
@@ -112,7 +114,7 @@ class Rollouts:
         session: that the prompt is kept under; None: it is not.
         pieces: the text of every token of the steps, by id; not that of the answers where a character is made of
             several tokens.
-        rollouts: in the order of their seeds.
+        rollouts: in the order of their seeds, each of which is there once.
     """
 
     created: float
@@ -136,8 +138,8 @@ class Rollouts:
         """
         document = self._to_json()
         try:
-            data = canonical(document | {"id": _digest(document)}) + b"\n"
             _from_json(document)
+            data = canonical(document | {"id": _digest(document)}) + b"\n"
             if len(data) > MAX_BYTES:
                 raise FormatError(f"they take more than {MAX_BYTES} bytes")
         except (FormatError, ValueError, TypeError) as error:
@@ -222,7 +224,7 @@ def decode(data: bytes, what: str) -> Rollouts:
         raise FormatError(f"{error}; it is no record of rollouts, or a damaged one: {cure}") from None
     if document.get("format") != FORMAT:
         raise FormatError(f"{what} is no record of rollouts; thaw demo rollouts --records makes one")
-    if document.get("version") != VERSION:
+    if type(document.get("version")) is not int or document["version"] != VERSION:
         found = short(document.get("version"))
         raise VersionError(f"{what} is a record of rollouts of version {found}; this thaw knows version {VERSION}")
     try:
@@ -232,6 +234,8 @@ def decode(data: bytes, what: str) -> Rollouts:
         return _from_json(document)
     except FormatError as error:
         raise type(error)(f"{what} is damaged: {error}; {cure}") from None
+    except RecursionError:
+        raise FormatError(f"{what} is damaged: it nests too deeply; {cure}") from None
 
 
 def single(value: float) -> float:
@@ -280,7 +284,7 @@ def _from_json(document: JSONObject) -> Rollouts:
         versions=_texts(document["versions"], "versions"),
         model=model_id(document["model"], "model"),
         source=_text(document["source"], "source", 4096),
-        sampling=mapping(document["sampling"], "sampling"),
+        sampling=_plain(mapping(document["sampling"], "sampling")),
         logprobs=document["logprobs"],
         task=_texts(document["task"], "task"),
         prompt=_text(prompt["text"], "prompt"),
@@ -291,6 +295,8 @@ def _from_json(document: JSONObject) -> Rollouts:
     )
     if not found.rollouts:
         raise FormatError("it has no rollouts")
+    if any(before.seed >= after.seed for before, after in pairwise(found.rollouts)):
+        raise FormatError("rollouts must be in the order of their seeds, none twice")
     used = {pair[0] for one in found.rollouts for step in one.steps for pair in ((step.token, 0), *step.top)}
     if used != found.pieces.keys():
         wrong = min(used ^ found.pieces.keys())
@@ -305,7 +311,7 @@ def _rollout(value: Any) -> Rollout:
     found = Rollout(
         seed=integer(document["seed"], "seed", -(1 << 63), (1 << 64) - 1),
         session=_session(document["session"]),
-        finished=_text(document["finished"], "finished", 64),
+        finished=_text(document["finished"], "finished", 64, 1),
         text=_text(document["text"], "text"),
         reward=_number(document["reward"], "reward"),
         steps=tuple(_step(one) for one in array(document["steps"], "steps", MAX_STEPS)),
@@ -329,7 +335,12 @@ def _step(value: Any) -> Step:
     if any(before[1] < after[1] for before, after in pairwise(top)):
         raise FormatError("top must have the likeliest token first")
     rank = integer(document["rank"], "rank", 1, _TOKEN)
-    return Step(_token(document["token"], "token"), _logprob(document["logprob"]), rank, tuple(top))
+    found = Step(_token(document["token"], "token"), _logprob(document["logprob"]), rank, tuple(top))
+    if dict(top).get(found.token, found.logprob) != found.logprob:
+        raise FormatError(f"token {found.token} has another log-probability in top than of its own")
+    if rank == 1 and found.token != top[0][0]:
+        raise FormatError(f"token {found.token} has rank 1, and is not the likeliest")
+    return found
 
 
 def _only(document: JSONObject, names: Any, what: str) -> None:
@@ -358,10 +369,33 @@ def _logprob(value: Any) -> float:
     return _number(value, "a log-probability, at most 0,", high=0)
 
 
-def _text(value: Any, where: str, limit: int = MAX_TEXT) -> str:
+def _text(value: Any, where: str, limit: int = MAX_TEXT, least: int = 0) -> str:
     """A text that may hold line ends and whatever else a model says; whoever prints it escapes it."""
-    if not isinstance(value, str) or len(value) > limit or any("\ud800" <= at <= "\udfff" for at in value):
-        raise FormatError(f"{where} must be a text of at most {limit} characters, found {short(value)}")
+    if not isinstance(value, str) or not least <= len(value) <= limit or _lone(value):
+        raise FormatError(f"{where} must be a text of {least} to {limit} characters, found {short(value)}")
+    return value
+
+
+def _lone(value: str) -> bool:
+    """Whether it holds a lone surrogate, which has no UTF-8."""
+    return any("\ud800" <= at <= "\udfff" for at in value)
+
+
+def _plain(value: Any) -> Any:
+    """``value``, whose texts have UTF-8, and which is not nested deeply; level by level, however deep it is."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        below: list[Any] = []
+        for one in level:
+            if isinstance(one, str) and _lone(one):
+                raise FormatError("sampling holds a text that has no UTF-8")
+            if isinstance(one, dict):
+                below += [*one.keys(), *one.values()]
+            elif isinstance(one, (list, tuple)):
+                below += one
+        level = below
+    if any(isinstance(one, (dict, list, tuple)) for one in level):
+        raise FormatError(f"sampling nests more than {MAX_DEPTH} levels")
     return value
 
 
