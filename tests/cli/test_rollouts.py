@@ -107,6 +107,9 @@ def test_rollouts_that_are_the_same_part_nowhere(thaw, tmp_path):
     ("arguments", "code", "cure"),
     [
         (["rollouts"], 2, "--model with a model directory, or --records"),
+        (["rollouts", "--count", "4"], 2, "--model with a model directory for --count; without it, --records"),
+        (["rollouts", "--max-tokens", "4", "--snapshot", "s"], 2, "for --snapshot and --max-tokens; without"),
+        (["rollouts", "--records", "r.json", "--max-tokens", "4"], 2, "not with --max-tokens; --model"),
         (["weights"], 2, "thaw demo needs --model with a model directory\n"),
         (["fork", "--records", "r.json"], 2, "are of thaw demo rollouts"),
         (["kv", "--count", "4"], 2, "are of thaw demo rollouts"),
@@ -217,6 +220,13 @@ def test_what_cannot_be_made(thaw, made, no_engine):
 )
 def test_reward(text, wanted):
     assert reward(text) == wanted
+
+
+def test_a_task_cannot_forge_other_rows(thaw, tmp_path):
+    write(tmp_path / "r.json", rollouts(rollout([1]), task={"model": "M of somebody else", "group": "8 rollouts"}))
+    rows = thaw("demo", "rollouts", "--records", tmp_path / "r.json").out.partition("\n\n")[0].splitlines()
+    assert [row.split()[0] for row in rows].count("model") == 1
+    assert sum(row.startswith(("task: model ", "task: group ")) for row in rows) == 2
 
 
 @pytest.mark.parametrize("more", [[], ["--json"]])

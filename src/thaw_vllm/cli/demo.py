@@ -1,4 +1,4 @@
-"""``thaw demo``: a real model, or its KV cache, frozen and thawed in fresh processes, its answers compared."""
+"""``thaw demo``: a real model, or its KV cache, frozen and thawed in fresh processes; answers compared, or ranked."""
 
 from __future__ import annotations
 
@@ -46,7 +46,9 @@ def demo(
     question: Annotated[
         list[str] | None, typer.Option(help="Ask this instead of the three built-in questions; repeat for more.")
     ] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate for each answer.")] = 48,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens to generate for each answer. [default: 48]")
+    ] = None,
     snapshot: Annotated[
         Path | None, typer.Option(help="Keep the snapshot, or the sessions, here; default: a temporary place.")
     ] = None,
@@ -59,7 +61,7 @@ def demo(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")] = False,
 ) -> None:
-    """Freeze a model, its KV cache, or a conversation, and thaw it.
+    """Freeze a model, its KV cache, or a conversation, and thaw it; or sample answers to a task, and rank them.
 
     For weights three processes run one after the other: one freezes while vLLM loads the checkpoint, one starts vLLM as
     usual and answers, one starts it from the snapshot and answers. For kv one process answers a long prompt, with
@@ -75,11 +77,15 @@ def demo(
     if what is not What.rollouts and (records is not None or count is not None or rank is not None):
         raise UsageError("--records, --count and --rank are of thaw demo rollouts")
     if model is None:
+        making = {"--question": question or None, "--snapshot": snapshot, "--count": count, "--max-tokens": max_tokens}
+        given = " and ".join(option for option, value in making.items() if value is not None)
         if records is None:
             also = ", or --records with a record to look at" * (what is What.rollouts)
+            if also and given:
+                also = f" for {given}; without it, --records looks at a record"
             raise UsageError(f"thaw demo needs --model with a model directory{also}")
-        if question or snapshot is not None or count is not None:
-            raise UsageError("a record that is there is looked at as it is; --model makes another one")
+        if given:
+            raise UsageError(f"a record is looked at as it is, not with {given}; --model makes another one")
         from ..sessions.rollouts import read
         from .rollouts import show
 
@@ -92,6 +98,7 @@ def demo(
 
     require_vllm_installed()
     check_model(model)
+    max_tokens = max_tokens or 48
     if snapshot is not None:
         require_free("--snapshot", snapshot)
     if what is What.kv:

@@ -37,7 +37,7 @@ def show(made: Rollouts, path: Path | None, rank: int, as_json: bool) -> None:
     kept = "not kept; --records FILE keeps it" if path is None else f"{plain(str(path))}, {made.id}"
     rows = [("record", kept), ("made", f"{when(made.created)} by {versions}")]
     rows += [("model", made.model), ("source", plain(made.source))]
-    rows += [(plain(name), plain(text)) for name, text in made.task.items()]
+    rows += [(f"task: {plain(name)}", plain(text)) for name, text in made.task.items()]  # no name is another row's
     rows += [
         ("sampling", plain(json.dumps(made.sampling, sort_keys=True))),
         ("log-probs", f"{made.logprobs}, natural logarithms"),
