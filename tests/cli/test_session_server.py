@@ -110,7 +110,7 @@ class TestCheckout:
 
     @pytest.mark.parametrize(("salted", "said"), [(False, "salted         no"), (True, "send the cache_salt")])
     def test_with_tokens(self, thaw, server, salted, said):
-        server.answer = json.dumps(BACK | {"token_ids": [5, 6, 7], "salted": salted}).encode()
+        server.answer = json.dumps(BACK | {"token_ids": [5, 6, 7], "salted": salted, "generated": 2}).encode()
         ran = thaw("checkout", ID, "--evict", "--show-tokens", "--model-id", "m", "--server", server.url)
         assert ran.code == 0 and said in ran.out and ran.out.endswith("token ids      5 6 7\n")
         sent = {"session": ID, "evict": True, "token_ids": True, "model_id": "m"}

@@ -78,12 +78,7 @@ class TestCore:
         assert made.num_prompt_tokens == 10 and len(made.output_token_ids) == 0
 
     def test_other_requests(self):
-        for values in (
-            {},
-            {"extra_args": {"own": 1}},
-            {"extra_args": {GENERATED: [10, 10]}},
-            {"extra_args": {GENERATED: [4, 9]}},
-        ):
+        for extra in ({}, {"own": 1}, {GENERATED: [10, 10]}, {GENERATED: [4, 9]}):
             made, _ = core().preprocess_add_request(request([*range(10)], max_tokens=5, extra_args=extra))
             assert (made.num_prompt_tokens, made.max_tokens) == (10, 5)
 

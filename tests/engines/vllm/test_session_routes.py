@@ -194,7 +194,8 @@ class TestCheckout:
         for named in ("trunk", id_, id_[:8]):
             assert server.ask("/checkout", {"session": named}) == (200, expected)
         status, answer = server.ask("/checkout", {"session": "trunk", "token_ids": True, "evict": True})
-        assert status == 200 and answer == expected | {"token_ids": [*range(9)], "salted": True}
+        told = {"token_ids": [*range(9)], "salted": True, "generated": 0, "sampling": None}
+        assert status == 200 and answer == expected | told
         asked = server.engine.asked[-1]
         options = {"store": str(server.directory), "session": id_, "model": None, "evict": True}
         assert asked == ("thaw_session_restore", options)
