@@ -86,6 +86,7 @@ def restore(options: dict[str, Any], source: str) -> dict[str, Any]:
         "blocks": len(names),
         "present": 0,
         "left_out": 0,
+        "rebuilds": False,
         "lost": 0,
         "prefixes": 1,
         "tokens": session.head.blocks * SIZE,

@@ -290,7 +290,8 @@ def test_a_real_model_is_cut_anywhere(soak: Callable, smollm2: Path, tmp_path: P
     for case in soak(small=1, full=5):
         if not weights.exists():
             freeze(smollm2, weights)
-        store = Store(tmp_path / f"store{case.number}", create=True)
+        folder = tmp_path / str(case.number)
+        store = Store(folder / "store", create=True)
         path = str(store.directory)
         prompt = [case.random.randrange(5, 40000) for _ in range(case.random.randrange(150, 260))]
         count = 160 if cases.FULL else 48
@@ -302,16 +303,16 @@ def test_a_real_model_is_cut_anywhere(soak: Callable, smollm2: Path, tmp_path: P
             for cut in cuts
         ]
         goes_on = [{"do": "resume", "session": f"cut{cut}", "store": path} for cut in cuts]
-        frozen = {"do": "freeze", "path": tmp_path / "before.thawkv"}
+        frozen = {"do": "freeze", "path": folder / "before.thawkv"}
         args = {"model": str(smollm2), "snapshot": str(weights), "max_model_len": 1024}
-        first = engine(tmp_path, [made, frozen, *branches, *goes_on], **args)
+        first = engine(folder, [made, frozen, *branches, *goes_on], **args)
         steps: list[dict[str, Any]] = []
         for cut in cuts:
-            after = {"do": "freeze", "path": tmp_path / f"after{cut}.thawkv"}
+            after = {"do": "freeze", "path": folder / f"after{cut}.thawkv"}
             only = {"do": "resume", "session": f"cut{cut}", "store": path, "only": True}
             steps += [{"do": "reset"}, only, after, goes_on[cuts.index(cut)]]
-        second = engine(tmp_path, steps, **args)
-        whole, before = first[0]["answer"], pages_by_address(tmp_path / "before.thawkv")
+        second = engine(folder, steps, **args)
+        whole, before = first[0]["answer"], pages_by_address(folder / "before.thawkv")
         furthest, equal = 0.0, 0
         for number, cut in enumerate(cuts):
             living, (reset, back, _, anew) = first[2 + len(cuts) + number], second[4 * number : 4 * number + 4]
@@ -319,7 +320,7 @@ def test_a_real_model_is_cut_anywhere(soak: Callable, smollm2: Path, tmp_path: P
             kept = (len(prompt) + cut) // SIZE
             used = (len(prompt) + cut - 1) // SIZE * SIZE  # the last token is always computed, and with it its block
             assert (back["blocks"], back["lost"], anew["answer"]["cached"]) == (kept, 0, used), cut
-            restored = pages_by_address(tmp_path / f"after{cut}.thawkv")
+            restored = pages_by_address(folder / f"after{cut}.thawkv")
             changed = {name for name, digest in restored.items() if before.get(name) != digest}
             assert not changed, (cut, len(changed), len(changed - before.keys()), len(restored), kept)
             assert len(restored) == kept * len({name[2] for name in restored})
