@@ -149,7 +149,7 @@ def test_rounds_overlap(pool: ForkPool, expected: list[dict[str, Any]]):
 def test_what_is_refused_before_anything_is_asked(pool: ForkPool, asked: dict[str, Any], message: str):
     with pytest.raises(UsageError, match=message):
         pool.fork(**{"beginning": OTHER} | asked)
-    assert pool._tasks.empty()
+    assert pool._shared.tasks.empty()
 
 
 def test_what_an_engine_refuses(pool: ForkPool):
