@@ -366,6 +366,19 @@ class TestSecond:
         assert status == 200 and found["token_ids"] == ids and found["cached"] == cached
         assert second.ask(ids) == (said, cached)
 
+    def test_a_stop_string_that_began_in_what_was_generated(self, second: Server):
+        def complete(prompt: str | list[int], **more: Any) -> Any:
+            asked = {"max_tokens": 6, "temperature": 0} | more
+            return second.client.completions.create(model=str(second.model), prompt=prompt, **asked).choices[0]
+
+        whole = complete(PROMPT, extra_body={"return_token_ids": True})
+        words, ids = whole.text.split(), whole.prompt_token_ids + whole.token_ids[:4]
+        asked: dict[str, Any] = {"max_tokens": 1, "stop": [f"{words[3]} {words[4]}"]}
+        plain = complete(ids, **asked)
+        assert (plain.finish_reason, plain.text.split()) == ("length", words[4:5])
+        rest = complete(ids, **asked, extra_body={"vllm_xargs": {"thaw_generated": [4, len(ids)]}})
+        assert (rest.finish_reason, rest.text) == ("stop", "")
+
     def test_what_is_there_stays(self, second: Server, model_id: str):
         ran = second.thaw_kv("restore", "a.thawkv", "--model-id", model_id)
         assert ran.returncode == 0 and "thawed         0 blocks" in ran.stdout, ran.stdout + ran.stderr
