@@ -50,4 +50,4 @@ def test_no_note_leaves_the_failure():
 )
 def test_the_line_that_tells_why(printed: str, told: str):
     """vLLM ends with a line that points at the one before."""
-    assert told in fresh._last_error(printed)
+    assert told in fresh.last_error(printed)
