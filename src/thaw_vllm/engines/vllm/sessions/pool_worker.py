@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import select
+import os
 import socket
 import sys
+import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 from ....errors import BrokenEngineError, ThawError
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 SHARE = 0.9
 """Of the device's memory, what the engines of a pool take together where nothing is said."""
 _LOOK = 0.5
-"""Seconds in which an idle engine's death is noticed."""
+"""Seconds in which an engine's death is noticed."""
 
 
 def main(path: str, number: str) -> int:
@@ -39,14 +41,9 @@ def main(path: str, number: str) -> int:
         except Exception as error:
             messages.send(pool, _spelt(error))
             return 1
+        threading.Thread(target=_watch, args=(llm,), daemon=True).start()
         messages.send(pool, {"ready": True})
-        while True:
-            while not select.select([pool], [], [], _LOOK)[0]:
-                if versions.has_died(llm.llm_engine.engine_core):
-                    return 1
-            task = messages.receive(pool)
-            if task is None:
-                return 0
+        while (task := messages.receive(pool)) is not None:
             try:
                 found = _prefilled(llm, task[0]) if task[0]["do"] == "prefill" else _forked(llm, task[0], pool)
             except (BrokenEngineError, versions.engine_dead()):
@@ -55,6 +52,14 @@ def main(path: str, number: str) -> int:
                 messages.send(pool, _spelt(error))
             else:
                 messages.send(pool, {"done": found})
+    return 0
+
+
+def _watch(llm: LLM) -> None:
+    """End this process with its engine core, idle or not: whoever waits for a dead one's answer may wait for ever."""
+    while not versions.has_died(llm.llm_engine.engine_core):
+        time.sleep(_LOOK)
+    os._exit(1)
 
 
 def _engine(asked: dict[str, Any]) -> LLM:
