@@ -5,6 +5,7 @@ import json
 import pytest
 from tests.cli.conftest import Ran
 
+from thaw_vllm.bench import kv
 from thaw_vllm.cli.main import main
 
 
@@ -25,6 +26,20 @@ def thaw(capfd, tmp_path, monkeypatch):
 def cpu(monkeypatch):
     """As on a machine without a GPU."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+
+
+@pytest.fixture
+def in_place_of_engines(monkeypatch, cpu):
+    """``in_place_of_engines(module, found)`` has a benchmark's module ask ``found``, which is given back."""
+
+    def use(module, found):
+        monkeypatch.setattr(module, "run", found)
+        return found
+
+    monkeypatch.setattr("thaw_vllm.engines.vllm.api.require_vllm_installed", lambda: None)
+    monkeypatch.setattr(kv, "open_checkpoint", lambda path: path)
+    monkeypatch.setattr(kv, "checkpoint_id", lambda checkpoint: "tensors-blake3:" + "ab" * 32)
+    return use
 
 
 @pytest.fixture

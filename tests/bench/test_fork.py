@@ -1,37 +1,27 @@
 """Engines that are not there, their processes replaced; and real ones once, at a small size."""
 
 import json
-import os
 from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
+from tests.bench.engines import SIZE, Engines, report
 
-from thaw_vllm.bench import ceilings, fork, kv
+from thaw_vllm.bench import ceilings, fork
 from thaw_vllm.bench.outcome import Outcome
 from thaw_vllm.bench.process import ChildError
 from thaw_vllm.bench.record import Record
 from thaw_vllm.errors import SpaceError, UsageError
 
-SIZE = 131_072
-"""Bytes of a token's keys and values."""
 KEPT = ["fork-prefills", "fork-prefix", "fork", "checkpoint"]
 WORKS = [*KEPT, "session-restore", "fork-thawed"]
 
 
-class Engines:
-    """Answers like ``fork.run``; ``kept`` and ``thawed`` change what they say, an error is raised."""
+class Asked(Engines):
+    """``kept`` and ``thawed`` change what they say."""
 
     def __init__(self, kept=None, thawed=None):
-        self.changes, self.asked = {"fork-keep": kept or {}, "fork-thaw": thawed or {}}, []
-
-    def __call__(self, task, request, say):
-        self.asked.append((task, dict(request)))
-        assert os.path.isdir(request["folder"])
-        changes = self.changes[task]
-        if isinstance(changes, Exception):
-            raise changes
-        return {"lengths": [getattr(self, task.replace("-", "_"))(tokens) | changes for tokens in request["tokens"]]}
+        super().__init__({"fork-keep": kept or {}, "fork-thaw": thawed or {}})
 
     def fork_keep(self, tokens):
         return {
@@ -57,21 +47,9 @@ def asked(seconds, cached, tokens=(1, 2, 3)):
     return [{"seconds": seconds, "tokens": list(tokens), "cached": [cached] * 3}] * 2
 
 
-def report(tokens):
-    return {"bytes": tokens * SIZE, "blocks": tokens // 16, "seconds": 0.02, "phases": {"table": 0.001, "read": 0.01}}
-
-
 @pytest.fixture
-def engines(monkeypatch, cpu):
-    def use(**options):
-        found = Engines(**options)
-        monkeypatch.setattr(fork, "run", found)
-        return found
-
-    monkeypatch.setattr("thaw_vllm.engines.vllm.api.require_vllm_installed", lambda: None)
-    monkeypatch.setattr(kv, "open_checkpoint", lambda path: path)
-    monkeypatch.setattr(kv, "checkpoint_id", lambda checkpoint: "tensors-blake3:" + "ab" * 32)
-    return use
+def engines(in_place_of_engines):
+    return lambda kept=None, thawed=None: in_place_of_engines(fork, Asked(kept, thawed))
 
 
 def test_records(thaw, model, engines, tmp_path):

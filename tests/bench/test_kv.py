@@ -1,11 +1,11 @@
 """Engines that are not there, their processes replaced; and real ones once, at a small size."""
 
 import json
-import os
 import shutil
 from importlib.util import find_spec
 
 import pytest
+from tests.bench.engines import SIZE, Engines, report
 
 from thaw_vllm.bench import ceilings, kv, kv_pages
 from thaw_vllm.bench.kv_task import prompt
@@ -14,31 +14,21 @@ from thaw_vllm.bench.process import ChildError
 from thaw_vllm.bench.record import Record
 from thaw_vllm.errors import SpaceError, ThawError
 
-SIZE = 131_072
-"""Bytes of a token's keys and values."""
 ANSWER = {"tokens": [7, 8, 9], "logprobs": [-0.5, -0.25, -1.0], "cached": 1008}
 
 
-class Engines:
-    """Answers like ``kv.run``; ``frozen`` and ``thawed`` change what they say, an error is raised."""
+class Asked(Engines):
+    """``frozen`` and ``thawed`` change what they say."""
 
     def __init__(self, frozen=None, thawed=None):
-        self.changes, self.asked = {"kv-freeze": frozen or {}, "kv-thaw": thawed or {}}, []
-
-    def __call__(self, task, request, say):
-        self.asked.append((task, request))
-        assert os.path.isdir(request["folder"])
-        changes = self.changes[task]
-        if isinstance(changes, Exception):
-            raise changes
-        return {"lengths": [getattr(self, task.replace("-", "_"))(tokens) | changes for tokens in request["tokens"]]}
+        super().__init__({"kv-freeze": frozen or {}, "kv-thaw": thawed or {}})
 
     def kv_freeze(self, tokens):
         return {
             "cold": [tokens / 1e4] * 2,
             "prefix": [0.011, 0.013],
             "freeze": [0.2, 0.1],
-            "reports": [self.report(tokens)] * 2,
+            "reports": [report(tokens)] * 2,
             "cached": 1008,
             "answer": ANSWER,
             "cold_answer": ANSWER | {"logprobs": [-0.5, -0.375, -1.0], "cached": 0},
@@ -48,7 +38,7 @@ class Engines:
         return {
             "restore": [0.09, 0.03],
             "thawed": [0.01, 0.014],
-            "reports": [self.report(tokens)] * 2,
+            "reports": [report(tokens)] * 2,
             "cached": 1008,
             "answer": ANSWER,
             "different": None,
@@ -56,27 +46,10 @@ class Engines:
             "hit_answer": ANSWER,
         }
 
-    @staticmethod
-    def report(tokens):
-        return {
-            "bytes": tokens * SIZE,
-            "blocks": tokens // 16,
-            "seconds": 0.02,
-            "phases": {"table": 0.001, "read": 0.01},
-        }
-
 
 @pytest.fixture
-def engines(monkeypatch, cpu):
-    def use(**options):
-        found = Engines(**options)
-        monkeypatch.setattr(kv, "run", found)
-        return found
-
-    monkeypatch.setattr("thaw_vllm.engines.vllm.api.require_vllm_installed", lambda: None)
-    monkeypatch.setattr(kv, "open_checkpoint", lambda path: path)
-    monkeypatch.setattr(kv, "checkpoint_id", lambda checkpoint: "tensors-blake3:" + "ab" * 32)
-    return use
+def engines(in_place_of_engines):
+    return lambda frozen=None, thawed=None: in_place_of_engines(kv, Asked(frozen, thawed))
 
 
 def test_records(thaw, model, engines, tmp_path):

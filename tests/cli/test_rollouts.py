@@ -190,7 +190,7 @@ def test_what_cannot_be_kept_is_shown_all_the_same(script, tmp_path, monkeypatch
     full = StorageError("no room")
     monkeypatch.setattr(api, "require_vllm_installed", lambda: None)
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *names, **options: tokenizer)
-    monkeypatch.setattr(demo, "engine_arguments", lambda length: ({}, ""))
+    monkeypatch.setattr(demo, "introduced", lambda console, what, model, length: {})
     monkeypatch.setattr(checkpoint, "open_checkpoint", lambda path: None)
     monkeypatch.setattr(provenance, "checkpoint_id", lambda opened: MODEL)
     monkeypatch.setattr(fresh, "run", lambda *arguments, **options: told)

@@ -1,12 +1,15 @@
 """A pool that switches over and over beside requests, on a GPU: no answer of another model's, and nothing grows.
 
-    python tests/gpu/pool_soak.py models.toml [--switches 1000] [--clients 3] [--seed N] [--seconds LIMIT]
+    python tests/gpu/pool_soak.py models.toml [--switches 1000] [--clients 3] [--seldom NAME=SHARE] [--beside]
+                                              [--seed N] [--seconds LIMIT]
 
 The models of the file are asked at random, several requests at a time, the next one always another than the last: those
 that can take one another's weights are swapped, others parked and woken, or started anew. Each answer must be the one
 that its model gave when it was asked alone at first, log-probabilities included: set VLLM_BATCH_INVARIANT=1, since how
 requests meet in a step changes roundings. Prints a JSON document; exit status 1 where something is wrong. Not part of
-the tests: it takes minutes, and snapshots of some size.
+the tests: it takes minutes, and snapshots of some size (``fine_tunes.py`` makes them).
+
+Several pools may do this side by side, each with --beside and a zygote of its own (THAW_ZYGOTE_DIR).
 """
 
 from __future__ import annotations
@@ -39,6 +42,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("models")
     parser.add_argument("--switches", type=int, default=1000)
     parser.add_argument("--clients", type=int, default=3)
+    parser.add_argument("--seldom", default="", metavar="NAME=SHARE", help="a model that is next in so many of 1")
+    parser.add_argument("--beside", action="store_true", help="others use this GPU, too: do not look at its memory")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     parser.add_argument("--seconds", type=float, default=math.inf, help="stop after this time, the start included")
     return parser.parse_args()
@@ -48,6 +53,8 @@ class Soak:
     def __init__(self, given: argparse.Namespace, pids: list[int], log: Path, client: aiohttp.ClientSession) -> None:
         self.given, self.pids, self.log, self.client = given, pids, log, client
         self.read = 0
+        name, _, share = given.seldom.partition("=")
+        self.seldom, self.share = name, float(share or 1)
         self.seconds: dict[str, list[float]] = {}
         self.random = random.Random(given.seed)
         self.prompts = [[self.random.randrange(300, 500) for _ in range(LENGTH)] for _ in range(PROMPTS)]
@@ -81,6 +88,12 @@ class Soak:
                 self.seconds.setdefault(what, []).append(float(took[1]))
         return [what for what, _ in found]
 
+    def another(self, names: list[str], last: str) -> str:
+        """The next model."""
+        others = [name for name in names if name != last]
+        weights = [self.share if name == self.seldom else 1 - self.share for name in others]
+        return self.random.choices(others, weights if self.seldom in others else None)[0]
+
     async def run(self) -> dict[str, Any]:
         async with self.client.get("/v1/models") as answer:
             names = [one["id"] for one in (await answer.json())["data"]]
@@ -92,7 +105,7 @@ class Soak:
         last = names[-1]
         print(f"asked alone, {time.monotonic() - STARTED:.0f} s", *self.changes(), file=sys.stderr, flush=True)
         while len(firsts) < self.given.switches and time.monotonic() < STARTED + self.given.seconds:
-            last = self.random.choice([name for name in names if name != last])
+            last = self.another(names, last)
             which = [self.random.randrange(PROMPTS) for _ in range(self.given.clients)]
             found = await asyncio.gather(*(self.ask(last, self.prompts[one]) for one in which))
             for one, (said, _) in zip(which, found, strict=True):
@@ -107,6 +120,8 @@ class Soak:
             if len(self.wrong) > 20:
                 break
         grown = growth(seen)
+        if self.given.beside:
+            grown.pop("gpu_mib", None)
         return {
             "seed": self.given.seed,
             "first_token": summary(firsts),

@@ -96,6 +96,17 @@ def test_every_way_to_a_model_gives_its_answer(pool: Program, alone: dict[str, A
     assert all(one["host_bytes"] > 0 for one in engines if one["state"] == "parked")
 
 
+def test_no_memory_is_left_on_the_gpu(pool: Program, alone: dict[str, Any], memory: Callable):
+    """Somebody else has taken it: neither a start nor waking succeeds, each says so, and later they do."""
+    pool.answer("first", *ASKED)
+    pool.admin("models/first/park", {})
+    with memory():
+        status, answer = pool.answer("first", *ASKED)
+        assert status == 503 and "memory" in answer["error"]["message"], answer
+    time.sleep(pool.retry_after + 0.2)
+    assert pool.answer("first", *ASKED) == alone["first"]
+
+
 @pytest.mark.parametrize(
     ("state", "before", "then"),
     [("swapping", "first", "second"), ("parking", "first", "other"), ("waking", "other", "first")],
@@ -116,17 +127,6 @@ def test_killed_in_the_middle_of_a_switch(state: str, before: str, then: str, po
     assert asyncio.run(work()) == alone[then], "another engine took its place"
     assert told(pool).count("lost") == lost + 1
     assert pool.answer(before, *ASKED) == alone[before]
-
-
-def test_no_memory_is_left_on_the_gpu(pool: Program, alone: dict[str, Any], memory: Callable):
-    """Somebody else has taken it: neither a start nor waking succeeds, each says so, and later they do."""
-    pool.answer("first", *ASKED)
-    pool.admin("models/first/park", {})
-    with memory():
-        status, answer = pool.answer("first", *ASKED)
-        assert status == 503 and "memory" in answer["error"]["message"], answer
-    time.sleep(pool.retry_after + 0.2)
-    assert pool.answer("first", *ASKED) == alone["first"]
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -288,28 +289,14 @@ def kv(
     engine restores the file and answers. Pages, tokens and log-probabilities of both are compared.
     """
     from ..bench import kv as measuring
-    from ..bench.summary import failures, kv_table
-    from ..bench.summary import plain as plainly
+    from ..bench.summary import kv_table
     from ..engines.vllm.api import require_vllm_installed
-    from .freeze import parse_engine_arg
 
-    settings = measuring.Settings(
-        model,
-        tuple(tokens or ()),
-        _places([directory] if directory else None)[0],
-        runs,
-        eager,
-        dict(parse_engine_arg(text) for text in engine_arg or []),
-        _limits(None, limit_gb, runs, None),
-    )
+    asked = _of_two_engines(model, tokens, directory, runs, eager, engine_arg, limit_gb)
+    settings = measuring.Settings(**asked)
     require_vllm_installed()
     outcome = measuring.measure(settings, _tell)
-    if as_json:
-        document(plainly(outcome))
-    else:
-        table(kv_table(outcome), right=frozenset(range(11)))
-        print("\n".join(failures(outcome.missed)))
-    _end(outcome, record)
+    _shown(outcome, kv_table, range(11), record, as_json)
     if any(missed.system == "thaw" for missed in outcome.missed):
         raise typer.Exit(1)
 
@@ -340,29 +327,14 @@ def fork(
     It keeps the trunk as a session, which a fresh engine takes up and forks. Its blocks are compared.
     """
     from ..bench import fork as measuring
-    from ..bench.summary import failures, fork_table
-    from ..bench.summary import plain as plainly
+    from ..bench.summary import fork_table
     from ..engines.vllm.api import require_vllm_installed
-    from .freeze import parse_engine_arg
 
-    settings = measuring.Settings(
-        model,
-        tuple(tokens or ()),
-        _places([directory] if directory else None)[0],
-        runs,
-        eager,
-        dict(parse_engine_arg(text) for text in engine_arg or []),
-        _limits(None, limit_gb, runs, None),
-        branches,
-    )
+    asked = _of_two_engines(model, tokens, directory, runs, eager, engine_arg, limit_gb)
+    settings = measuring.Settings(**asked, branches=branches)
     require_vllm_installed()
     outcome = measuring.measure(settings, _tell)
-    if as_json:
-        document(plainly(outcome))
-    else:
-        table(fork_table(outcome), right=frozenset(range(13)))
-        print("\n".join(failures(outcome.missed)))
-    _end(outcome, record)
+    _shown(outcome, fork_table, range(13), record, as_json)
     if any(missed.system == "thaw" for missed in outcome.missed):
         raise typer.Exit(1)
 
@@ -387,8 +359,7 @@ def swap(
     before.
     """
     from ..bench import swap as measuring
-    from ..bench.summary import failures, seconds_table
-    from ..bench.summary import plain as plainly
+    from ..bench.summary import seconds_table
     from ..engines.vllm.api import require_vllm_installed
     from ..errors import UnsupportedError
     from .freeze import parse_engine_arg
@@ -399,12 +370,7 @@ def swap(
     settings = measuring.Settings(model, (snapshot, other), runs, eager, park, args, limits)
     require_vllm_installed()
     outcome = measuring.measure(settings, _tell)
-    if as_json:
-        document(plainly(outcome))
-    else:
-        table(seconds_table(outcome.records), right=frozenset((2, 3, 4)))
-        print("\n".join(failures(outcome.missed)))
-    _end(outcome, record)
+    _shown(outcome, lambda found: seconds_table(found.records), (2, 3, 4), record, as_json)
 
 
 @app.command(epilog=examples(EXAMPLES, "report"))
@@ -476,6 +442,42 @@ def _finish(outcome: Outcome, record: bool, as_json: bool) -> None:
             print(f"{plain(title)}\n")
             table(rows, right=frozenset(range(1, 6)))
             print()
+        print("\n".join(failures(outcome.missed)))
+    _end(outcome, record)
+
+
+def _of_two_engines(
+    model: Path,
+    tokens: list[int] | None,
+    directory: Path | None,
+    runs: int,
+    eager: bool | None,
+    engine_arg: list[str] | None,
+    limit_gb: float,
+) -> dict[str, Any]:
+    """What ``kv.Settings`` are made of."""
+    from .freeze import parse_engine_arg
+
+    return {
+        "model": model,
+        "tokens": tuple(tokens or ()),
+        "directory": _places([directory] if directory else None)[0],
+        "runs": runs,
+        "eager": eager,
+        "engine_args": dict(parse_engine_arg(text) for text in engine_arg or []),
+        "limits": _limits(None, limit_gb, runs, None),
+    }
+
+
+def _shown(outcome: Outcome, rows: Callable[[Outcome], Any], right: Iterable[int], record: bool, as_json: bool) -> None:
+    """All of it as a document, or rows and what is missing."""
+    from ..bench.summary import failures
+    from ..bench.summary import plain as plainly
+
+    if as_json:
+        document(plainly(outcome))
+    else:
+        table(rows(outcome), right=frozenset(right))
         print("\n".join(failures(outcome.missed)))
     _end(outcome, record)
 

@@ -7,9 +7,12 @@ import os
 import tempfile
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 QUESTIONS = (
     "Name the capital of France.",
@@ -122,10 +125,7 @@ def demo(
         return
     questions = list(question or QUESTIONS)
     console = Console(stderr=as_json)
-    engine_args, note = engine_arguments(2048)
-    console.print(f"[bold]thaw demo[/] with [bold]{Path(model).name}[/]")
-    if note:
-        console.print(note)
+    engine_args = introduced(console, "thaw demo", model, 2048)
     environment = {"VLLM_NO_USAGE_STATS": "1"}
     with tempfile.TemporaryDirectory(prefix="thaw-demo-") as folder:
         path = snapshot or Path(folder) / f"{Path(model).name}.thaw"
@@ -183,18 +183,19 @@ def require_free(option: str, path: Path) -> None:
         raise ExistsError(f"{str(path)!r} exists; remove it, or give {option} another name") from None
 
 
-def engine_arguments(max_model_len: int) -> tuple[dict[str, Any], str]:
-    """Engine arguments for this machine, and what to say about them."""
+def introduced(console: Console, what: str, model: str, max_model_len: int) -> dict[str, Any]:
+    """Engine arguments for this machine, once it is said what is shown, and in which mode."""
     import torch
 
+    console.print(f"[bold]{what}[/] with [bold]{Path(model).name}[/]")
     if torch.cuda.is_available():
-        return {"max_model_len": max_model_len}, ""
+        return {"max_model_len": max_model_len}
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    note = (
+    console.print(
         "No GPU here, so vLLM runs on the CPU, with enforce_eager=True: compiling for the CPU takes minutes. "
         "All starts below run in this mode."
     )
-    return {"max_model_len": max_model_len, "enforce_eager": True}, note
+    return {"max_model_len": max_model_len, "enforce_eager": True}
 
 
 def _summary(path: Path) -> dict[str, Any]:

@@ -46,13 +46,10 @@ def demo_fork(
     from ..engines.vllm import fresh
     from ..weights.checkpoint import open_checkpoint
     from ..weights.provenance import checkpoint_id
-    from .demo import engine_arguments
+    from .demo import introduced
 
     console = Console(stderr=as_json)
-    engine_args, note = engine_arguments(_LENGTH)
-    console.print(f"[bold]thaw demo fork[/] with [bold]{Path(model).name}[/]")
-    if note:
-        console.print(note)
+    engine_args = introduced(console, "thaw demo fork", model, _LENGTH)
     tokenizer: Any = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
 
     def ids(text: str) -> list[int]:

@@ -35,13 +35,10 @@ def demo_kv(model: str, question: list[str] | None, max_tokens: int, path: Path 
     from ..engines.vllm import fresh
     from ..weights.checkpoint import open_checkpoint
     from ..weights.provenance import checkpoint_id
-    from .demo import engine_arguments
+    from .demo import introduced
 
     console = Console(stderr=as_json)
-    engine_args, note = engine_arguments(_LENGTH)
-    console.print(f"[bold]thaw demo kv[/] with [bold]{Path(model).name}[/]")
-    if note:
-        console.print(note)
+    engine_args = introduced(console, "thaw demo kv", model, _LENGTH)
     questions = ["\n".join(question) if question else long_prompt()]
     with console.status("0  the model id, which the cache belongs to"):
         ident = checkpoint_id(open_checkpoint(Path(model)))

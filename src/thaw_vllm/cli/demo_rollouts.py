@@ -67,7 +67,7 @@ def demo_rollouts(
         UsageError, ExistsError, StorageError: what is asked for cannot be made; no engine was started.
         ThawError: the engine could not make it, or the record could not be written.
     """
-    from .demo import engine_arguments, require_free
+    from .demo import introduced, require_free
 
     _check_numbers(max_tokens, count, rank, seed)
     if not os.path.isdir(model):
@@ -87,10 +87,7 @@ def demo_rollouts(
     from .rollouts import show
 
     console = Console(stderr=True)
-    engine_args, note = engine_arguments(_LENGTH)
-    console.print(f"[bold]thaw demo rollouts[/] with [bold]{Path(model).name}[/]")
-    if note:
-        console.print(note)
+    engine_args = introduced(console, "thaw demo rollouts", model, _LENGTH)
     tokenizer: Any = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
     prompt = list(tokenizer.encode(_PROMPT, add_special_tokens=False))
     with console.status("0  the model id, which the sessions belong to"):

@@ -197,8 +197,15 @@ def require_differences(n: int, append: Sequence[Sequence[int]], each: int, temp
         raise UsageError("greedy continuations of the same tokens are the same; give a temperature, or append")
 
 
-def own_parameters(store: Store | str | os.PathLike[str] | None, session: str) -> SamplingParams:
-    """A session's own, for another answer; vLLM's defaults where it has none."""
+def parameters(
+    given: SamplingParams | None, append: Sequence[Any], store: Store | str | os.PathLike[str] | None, session: str
+) -> SamplingParams | None:
+    """Those of branches of a session: given ones; with tokens appended its own, or vLLM's defaults where it has none.
+
+    None: its own, less what it has generated, as ``checkout`` tells them.
+    """
+    if given is not None or not append:
+        return given
     from vllm import SamplingParams
 
     place = store if isinstance(store, Store) else Store(store)
@@ -242,9 +249,8 @@ class _Plan:
 
     def of_session(self, session: str) -> SamplingParams | None:
         """Those for going on with a session; None: its own, less what it has generated."""
-        if self._params is not None or not self._append:
-            return self._params
-        return own_parameters(self.where["store"], session)
+        self._params = parameters(self._params, self._append, self.where["store"], session)
+        return self._params
 
     def prompt(self, tokens: list[int]) -> None:
         """Begin with these tokens."""
@@ -258,8 +264,7 @@ class _Plan:
         """Begin with a session."""
         self.parent, self._tokens = there.session, there.prompt["prompt_token_ids"]
         self._salt = there.prompt.get("cache_salt")
-        own = own_parameters(there.store, there.session) if self._append else there.sampling_params
-        self._params = self._params or own
+        self._params = parameters(self._params, self._append, there.store, there.session) or there.sampling_params
         self._require_differences()
 
     def _require_differences(self) -> None:

@@ -221,20 +221,18 @@ class ForkPool:
         """Ask the engines; gives the session that was made for this round alone."""
         require_agreement(n, append, labels, keep)
         document = sampling.to_json(params)
-        made = None
+        session = tokens = made = None
         if isinstance(beginning, str):
             session = self.store.find(beginning)
             own = self.store.read(session).head.sampling if document is None else document
             _require_differences(own or {}, n, append)
         else:
-            document = {} if document is None else document
+            tokens, document = ids(beginning).tolist(), document or {}
             _require_differences(document, n, append)
-            session = "0" * 32  # not known yet
         shares = list(_shares(n, len(self._shared.places)))
         asked = [
             {
                 "do": "fork",
-                "session": session,
                 "first": first,
                 "count": count,
                 "sampling": document,
@@ -246,8 +244,8 @@ class ForkPool:
         ]
         for message in asked:
             _plain(message, "what is asked")
-        if not isinstance(beginning, str):
-            session = self._prefill(ids(beginning).tolist(), begun)
+        if tokens is not None:
+            session = self._prefill(tokens, begun)
             made = None if keep else session
         for message, (first, count) in zip(asked, shares, strict=True):
             message |= {"session": session} | self._about()

@@ -14,7 +14,7 @@ from ....zygote import messages
 from .. import versions
 from . import sampling
 from .api import checkout, checkpoint
-from .forking import Branch, fork, own_parameters
+from .forking import Branch, fork, parameters
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -88,9 +88,8 @@ def _prefilled(llm: LLM, task: dict[str, Any]) -> dict[str, Any]:
 def _forked(llm: LLM, task: dict[str, Any], pool: socket.socket) -> dict[str, Any]:
     """Some of a fork's branches, each sent as it ends."""
     about = {"store": task["store"], "model_id": task["model_id"]}
-    params, first = None if task["sampling"] is None else sampling.from_json(task["sampling"]), task["first"]
-    if params is None and task["append"]:
-        params = own_parameters(task["store"], task["session"])
+    given, first = None if task["sampling"] is None else sampling.from_json(task["sampling"]), task["first"]
+    params = parameters(given, task["append"], task["store"], task["session"])
     there = checkout(llm, task["session"], sampling_params=params, **about)
     each = there.sampling_params.clone()
     if each.seed is not None:
