@@ -23,13 +23,31 @@ def sizes(*roots: int) -> dict[str, float]:
             lines = Path(f"/proc/{one}/status").read_text().splitlines()
             rss += sum(int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
             descriptors += len(os.listdir(f"/proc/{one}/fd"))
-    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-    command += ["-i", os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]]
+    return {"rss_mib": rss / 1024, "descriptors": descriptors, "processes": len(pids), "gpu_mib": gpu_memory(pids)}
+
+
+def gpu_memory(pids: list[int]) -> float:
+    """MiB of the first GPU that these processes have in use; where a container hides whose it is, all that is."""
+    device = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    by_process = _asked("--query-compute-apps=pid,used_memory", device)
+    own = [float(words[1]) for words in by_process if int(words[0]) in pids]
+    return sum(own) if own else sum(float(words[0]) for words in _asked("--query-gpu=memory.used", device))
+
+
+def whose(pids: list[int]) -> bool:
+    """Whether ``gpu_memory`` can tell these processes' own."""
+    device = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    return any(int(words[0]) in pids for words in _asked("--query-compute-apps=pid,used_memory", device))
+
+
+def _asked(query: str, device: str) -> list[list[str]]:
+    command = ["nvidia-smi", query, "--format=csv,noheader,nounits", "-i", device]
     try:
-        gpu = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0])
-    except (OSError, subprocess.SubprocessError, IndexError):
-        gpu = 0.0
-    return {"rss_mib": rss / 1024, "descriptors": descriptors, "processes": len(pids), "gpu_mib": gpu}
+        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+        found = [[word.strip() for word in line.split(",")] for line in lines if line.strip()]
+        return [words for words in found if all(word.isdigit() for word in words)]
+    except (OSError, subprocess.SubprocessError):
+        return []
 
 
 def growth(seen: list[dict[str, float]]) -> dict[str, float]:

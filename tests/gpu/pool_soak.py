@@ -30,7 +30,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import aiohttp
-from tests.gpu.growth import growth, sizes, summary, too_much
+from tests.gpu.growth import growth, sizes, summary, too_much, whose
+
+from thaw_vllm.zygote.processes import below
 
 STARTED = time.monotonic()
 CHANGE = re.compile(r"thaw\.serve: (started|swapped|parked|woken|lost|failed|swap refused) (.*)")
@@ -43,7 +45,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--switches", type=int, default=1000)
     parser.add_argument("--clients", type=int, default=3)
     parser.add_argument("--seldom", default="", metavar="NAME=SHARE", help="a model that is next in so many of 1")
-    parser.add_argument("--beside", action="store_true", help="others use this GPU, too: do not look at its memory")
+    parser.add_argument("--beside", action="store_true", help="others use this GPU, too")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     parser.add_argument("--seconds", type=float, default=math.inf, help="stop after this time, the start included")
     return parser.parse_args()
@@ -113,14 +115,15 @@ class Soak:
                     self.wrong.append([last, one, said])
             firsts.append(max(first for _, first in found))
             ways.setdefault(" ".join(self.changes()), []).append(firsts[-1])
-            if len(firsts) % max(1, self.given.switches // 40) == 0:
+            every = max(1, self.given.switches // 40)
+            if last != self.seldom and len(firsts) >= every * len(seen):  # engines are not of one size
                 seen.append(await asyncio.to_thread(sizes, *self.pids))
             if len(firsts) % 25 == 0:
                 print(f"{len(firsts)} switches, {len(self.wrong)} wrong", file=sys.stderr, flush=True)
             if len(self.wrong) > 20:
                 break
         grown = growth(seen)
-        if self.given.beside:
+        if self.given.beside and not whose([pid for root in self.pids for pid in (root, *below(root))]):
             grown.pop("gpu_mib", None)
         return {
             "seed": self.given.seed,

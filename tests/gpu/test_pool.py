@@ -22,14 +22,17 @@ pytest.importorskip("aiohttp", reason="aiohttp is not installed")
 
 from tests.engines.vllm.models import KINDS, with_tokenizer
 from tests.engines.vllm.pool_models import toml
-from tests.engines.vllm.pool_program import Program
+from tests.engines.vllm.pool_program import Program, until_healthy
 from tests.engines.vllm.test_swap import fine_tuned
 from tests.zygote.running import COMMAND, until
 
 from thaw_vllm.zygote import processes
+from thaw_vllm.zygote.place import Place
 
 ARGS = ["--max-model-len", "256", "--gpu-memory-utilization", "0.1", "--kv-cache-memory-bytes", str(64 << 20)]
 ARGS += ["--cudagraph-capture-sizes", "1", "2", "4"]
+ALONE = ["--require-zygote", *ARGS]
+FORKED = [*COMMAND, "run", "--zygote", "default", "-m", "thaw_vllm"]
 PROMPT = [5 + number % 50 for number in range(40)]
 ASKED = ("completions", {"prompt": PROMPT, "temperature": 0, "logprobs": 1, "ignore_eos": True})
 
@@ -47,17 +50,21 @@ def models(folder: Path) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def alone(models: dict[str, Path], folder: Path) -> dict[str, tuple[int, Any]]:
+def alone(zygote: Place, models: dict[str, Path], folder: Path) -> dict[str, tuple[int, Any]]:
     """What each gives in a server of its own, loaded by vLLM."""
-    found = {}
-    for name, path in models.items():
-        options = ["--model", str(path), "--served-model-name", name, "--snapshot", "none", *ARGS]
-        program = Program(folder, f"alone-{name}", *options)
-        try:
+    found, programs = {}, {}
+    try:
+        for name, path in models.items():
+            options = ["--model", str(path), "--served-model-name", name, "--snapshot", "none"]
+            own = {"THAW_STATE_DIR": str(folder / f"state-{name}")}
+            programs[name] = Program(folder, f"alone-{name}", *options, *ALONE, healthy=False, **own)
+        for name, program in programs.items():
+            until_healthy(program)
             found[name] = program.answer(name, *ASKED)
-        finally:
+    finally:
+        for program in programs.values():
             program.stop()
-        assert found[name][0] == 200, found[name]
+    assert {status for status, _ in found.values()} == {200}, found
     assert len({json.dumps(answer["choices"]) for _, answer in found.values()}) == 3, "they answer alike"
     return found
 
@@ -65,12 +72,13 @@ def alone(models: dict[str, Path], folder: Path) -> dict[str, tuple[int, Any]]:
 @pytest.fixture(scope="module")
 def pool(models: dict[str, Path], alone: dict[str, Any], folder: Path) -> Iterator[Program]:
     snapshots = {name: folder / f"{name}.thaw" for name in models}
-    for name, path in snapshots.items():
-        command = [*COMMAND, "freeze", "--model", str(models[name]), "--output", str(path)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
+    freezing = [
+        subprocess.Popen([*FORKED, "freeze", "--model", models[name], "--output", path])
+        for name, path in snapshots.items()
+    ]
+    assert [process.wait() for process in freezing] == [0, 0, 0]
     (folder / "models.toml").write_text(toml(models, snapshots, ARGS, drain=30, deadline=200))
-    program = Program(folder, "pool", "--models", str(folder / "models.toml"))
+    program = Program(folder, "pool", "--models", str(folder / "models.toml"), "--require-zygote")
     yield program
     assert program.stop() == 0, program.log.read_text()[-3000:]
 

@@ -18,9 +18,9 @@ from tests.zygote.running import COMMAND, until
 
 
 class Program:
-    """``thaw serve`` with a log, and how it is asked."""
+    """``thaw serve`` with a log, and how it is asked; made when it is healthy, unless it need not be yet."""
 
-    def __init__(self, folder: Path, name: str, *options: str, **environment: str) -> None:
+    def __init__(self, folder: Path, name: str, *options: str, healthy: bool = True, **environment: str) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -37,7 +37,8 @@ class Program:
                 signal.signal(signal.SIGINT, default)
         self.token_file = Path(variables["THAW_STATE_DIR"], "admin-token")
         self.retry_after = 0.0
-        until_healthy(self)
+        if healthy:
+            until_healthy(self)
 
     def ask(self, path: str, body: Any = None, headers: dict[str, str] | None = None) -> tuple[int, Any]:
         data = None if body is None else json.dumps(body).encode()
