@@ -33,6 +33,13 @@ _NO_TIMING = 2
 _NOT_READY = 600
 """CUDA_ERROR_NOT_READY."""
 
+
+class IpcHandle(ctypes.Structure):
+    """CUipcMemHandle, which the driver takes by value."""
+
+    _fields_ = (("reserved", ctypes.c_ubyte * 64),)
+
+
 _SIGNATURES: dict[str, list[Any]] = {
     "cuCtxGetCurrent": [POINTER],
     "cuCtxSetCurrent": [POINTER],
@@ -46,6 +53,8 @@ _SIGNATURES: dict[str, list[Any]] = {
     "cuEventRecord": [POINTER, POINTER],
     "cuGetErrorName": [INT, POINTER],
     "cuInit": [UINT],
+    "cuIpcGetMemHandle": [POINTER, ADDRESS],
+    "cuIpcOpenMemHandle_v2": [POINTER, IpcHandle, UINT],
     "cuLaunchKernel": [POINTER, UINT, UINT, UINT, UINT, UINT, UINT, UINT, POINTER, POINTER, POINTER],
     "cuMemAlloc_v2": [POINTER, SIZE],
     "cuMemFree_v2": [ADDRESS],
@@ -65,6 +74,7 @@ _SIGNATURES: dict[str, list[Any]] = {
 
 _WAITING = {
     "cuDevicePrimaryCtxRetain",
+    "cuIpcOpenMemHandle_v2",
     "cuMemFree_v2",
     "cuMemHostRegister_v2",
     "cuMemHostUnregister",

@@ -22,10 +22,12 @@ from tests.engines.vllm.session_cuts import apart
 from tests.engines.vllm.test_engine import freeze
 from tests.engines.vllm.test_kv import ARGS, OTHER, engine
 from tests.engines.vllm.test_sessions import DIVERSE
+from tests.engines.vllm.test_swap import environment as swap_safe
+from tests.zygote.running import alive
 from vllm import SamplingParams
 
 from thaw_vllm import ForkPool
-from thaw_vllm.errors import BrokenEngineError, StorageError, ThawError, UsageError
+from thaw_vllm.errors import BrokenEngineError, StorageError, ThawError, UnsupportedError, UsageError
 from thaw_vllm.sessions.fsck import fsck
 from thaw_vllm.zygote import processes
 
@@ -258,6 +260,75 @@ class TestFaults:
         assert not directory.exists() and pool.workers()[0]["pid"] is None
 
 
+class TestOneCopyOfTheWeights:
+    """Which a process of its own holds; on the CPU in the host's memory, in vLLM's build less its repacking."""
+
+    @pytest.fixture(scope="class")
+    def unpacked(self) -> Iterator[None]:
+        with mock.patch.dict(os.environ, forks.environment(swap_safe()), clear=True):
+            yield
+
+    @pytest.fixture(scope="class")
+    def frozen(self, smollm2: Path, tmp_path_factory: Any) -> Path:
+        path = tmp_path_factory.mktemp("weights") / "weights.thaw"
+        freeze(smollm2, path)
+        return path
+
+    def options(self, folder: Path, **more: Any) -> dict[str, Any]:
+        return {"workers": 2, "log_dir": folder, "zygote": ZYGOTE, **ARGS, "gpu_memory_utilization": 0.12} | more
+
+    def test_answers_are_the_same_and_nobody_writes(
+        self, smollm2: Path, frozen: Path, unpacked: None, tmp_path: Path, tmp_path_factory: Any
+    ):
+        with ForkPool(smollm2, frozen, **self.options(tmp_path, workers=1, share_weights=False)) as pool:
+            own = answers(pool.fork(OTHER, 3, PARAMS))
+            assert pool.weights_pid is None
+        folder = tmp_path_factory.mktemp("shared")
+        with ForkPool(smollm2, frozen, **self.options(folder, share_weights=True)) as pool:
+            assert alike(answers(pool.fork(OTHER, 3, PARAMS)), own)
+            for number in (0, 1):
+                log = (folder / f"worker-{number}.log").read_text()
+                mapped = shared_mapping(int(re.findall(r"pid=(\d+)\).* GB of another process", log)[-1]))
+                assert mapped["Rss"] > 200_000 and mapped["Private_Dirty"] == 0, mapped
+            holder = pool.weights_pid
+            assert holder is not None
+            os.kill(holder, signal.SIGKILL)
+            until(lambda: [one["starts"] for one in pool.workers()] == [2, 2])
+            until(lambda: {one["state"] for one in pool.workers()} == {"ready"})
+            assert pool.weights_pid not in (None, holder)
+            assert alike(answers(pool.fork(OTHER, 3, PARAMS)), own)
+            holder = pool.weights_pid
+        assert not alive(holder)
+
+    def test_an_engine_that_would_write_has_its_own(
+        self, checkpoints: Callable, weights: Path, variables: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ):
+        """vLLM's CPU build repacks weights. Unless sharing is insisted on, each engine gets its own; that is said."""
+        pool = ForkPool(checkpoints("tied"), weights, **self.options(tmp_path, share_weights=True))
+        with pytest.raises(UnsupportedError, match="repacks weights"):
+            pool.__enter__()
+        assert pool.weights_pid is None
+        pool = ForkPool(checkpoints("tied"), weights, **self.options(tmp_path))
+        assert not pool._shared.weights.asked, "there is no GPU here"
+        pool._shared.weights.asked = True
+        with pool:
+            assert len(answers(pool.fork(OTHER, 2, PARAMS))) == 2 and pool.weights_pid is None
+            assert sum(one["starts"] for one in pool.workers()) in (3, 4)
+        assert caplog.text.count("has weights of its own") == 1
+
+
+def shared_mapping(pid: int) -> dict[str, int]:
+    """kB of what a process has mapped of the shared weights."""
+    lines = Path(f"/proc/{pid}/smaps").read_text().splitlines()
+    begins = [number for number, line in enumerate(lines) if "memfd:thaw-weights" in line]
+    found: dict[str, int] = {}
+    for begin in begins:
+        for line in lines[begin + 1 : begin + 20]:
+            if (told := re.fullmatch(r"(\w+): +(\d+) kB", line)) is not None:
+                found[told[1]] = found.get(told[1], 0) + int(told[2])
+    return found
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -268,6 +339,8 @@ class TestFaults:
         ({"hf_overrides": {"f": print}}, "as JSON has them"),
         ({"snapshot": None}, "thaw id"),
         ({"model_id": "nothing"}, "model_id"),
+        ({"share_weights": True, "snapshot": None, "model_id": f"tensors-blake3:{64 * '0'}"}, "come from a snapshot"),
+        ({"share_weights": True, "tensor_parallel_size": 2}, "of one rank; leave tensor_parallel_size out"),
     ],
 )
 def test_pools_that_cannot_be(options: dict[str, Any], message: str):

@@ -20,11 +20,12 @@ from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from ...errors import UnsupportedError, UsageError
+from ...format.header import Header
 from ...format.identity import Identity, require
 from ...transport.collector import collection_paused
 from ...weights.capture import fillable
 from ...weights.freeze import FreezeReport
-from ...weights.open import open_rank
+from ...weights.open import Opened, open_rank
 from ...weights.provenance import check_source
 from ...weights.reading import RestoreOptions, reading
 from ...weights.restore import RestoreReport, match, restore
@@ -36,6 +37,7 @@ from .freezing import UNTIED, Freezing, source_checkpoint
 from .identity import engine_identity, model_directory
 from .kv import ahead
 from .progress import progress_bar
+from .shared_weights import Placeholders, place, require_shareable
 from .swap.filled import forget, note, remember
 from .versions import parallel_groups, untie, untied_by_checkpoint
 
@@ -64,6 +66,8 @@ class LoaderConfig:
             configuration, or load the checkpoint and write it there. Without a snapshot it is ``stream``.
         cache: auto: the directory in which starts keep snapshots.
         cache_bytes: auto: how large it may become; None for a share of its file system.
+        shared: thaw: the socket of a process that holds the snapshot's weights for several engines on one GPU
+            (``sessions/pool_holder``); they are mapped, not read.
         verify: thaw: hold every chunk against its checksum.
         check_source: thaw: refuse a model directory whose weight files are not the snapshot's.
         force: freeze: replace an existing snapshot.
@@ -80,6 +84,7 @@ class LoaderConfig:
     mode: str = ""
     cache: str = ""
     cache_bytes: int | None = None
+    shared: str = ""
     verify: bool = True
     check_source: bool = True
     force: bool = False
@@ -96,7 +101,7 @@ class LoaderConfig:
         """Checked; an unknown key, a wrong type or a missing snapshot raises UsageError."""
         example = """--model-loader-extra-config '{"snapshot": "weights.thaw"}'"""
         given = {} if given is None else given
-        if not isinstance(given, dict) or not _texts(given, "snapshot", "cache"):
+        if not isinstance(given, dict) or not _texts(given, "snapshot", "cache", "shared"):
             raise UsageError(f"load_format='thaw' takes the snapshot's path: {example}")
         unknown = sorted(set(given) - {f.name for f in dataclasses.fields(cls)})
         if unknown:
@@ -117,6 +122,8 @@ class LoaderConfig:
             raise UsageError("load_format='thaw': asked must be a time in seconds")
         if found.mode == "stream" and found.snapshot:
             raise UsageError("load_format='thaw': mode 'stream' reads the model directory; leave snapshot out")
+        if found.shared and found.mode != "thaw":
+            raise UsageError("load_format='thaw': weights that are shared are those of a snapshot; give it, too")
         if bool(found.cache) != (found.mode == "auto"):
             raise UsageError("load_format='thaw': mode 'auto' takes a directory as cache, and nothing else does")
         if found.mode == "auto" and found.snapshot:
@@ -134,6 +141,7 @@ class ThawModelLoader(BaseModelLoader):
     def __init__(self, load_config: LoadConfig) -> None:
         super().__init__(load_config)
         self.config = LoaderConfig.parse(load_config.model_loader_extra_config)
+        self._placeholders: Placeholders | None = None
 
     def download_model(self, model_config: ModelConfig) -> None:
         """Fetch the checkpoint when it is read; thawing needs its config and tokenizer only."""
@@ -149,7 +157,13 @@ class ThawModelLoader(BaseModelLoader):
             if self.config.mode == "auto" and (why := automatic.left_to_vllm(vllm_config, model_config)) is not None:
                 return self._as_vllm(vllm_config, model_config, prefix, why)
             self._prepare(vllm_config, model_config)
-            model: torch.nn.Module = super().load_model(vllm_config, model_config, prefix)
+            self._placeholders = Placeholders() if self.config.shared else None
+            try:
+                model: torch.nn.Module = super().load_model(vllm_config, model_config, prefix)
+            finally:
+                if self._placeholders is not None:
+                    self._placeholders.end()
+                    self._placeholders = None
             note(model, vllm_config, self.config.asked)
             return model
 
@@ -189,7 +203,8 @@ class ThawModelLoader(BaseModelLoader):
                 last_report, found = self._freeze(model, model_config, identity)
                 last_outcome = Outcome(automatic.FROZEN, config.snapshot)
             else:
-                last_report, found = self.thaw(model, model_config, identity, config.snapshot)
+                way = self.thaw if self._placeholders is None else self._place
+                last_report, found = way(model, model_config, identity, config.snapshot)
                 last_outcome = Outcome(automatic.THAWED, config.snapshot)
         model._thaw_model_id = found  # type: ignore[assignment]  # of this model, not of this process
         if config.expects_kv:
@@ -228,12 +243,7 @@ class ThawModelLoader(BaseModelLoader):
             open_rank(snapshot, identity.parallel.rank) as opened,
             reading(opened.source, targets.values(), options(progress)) as way,
         ):
-            header = opened.snapshot.header
-            require(header.identity, identity, snapshot)
-            _warn_version(header.identity, identity)
-            directory = self.directory(model_config)
-            if config.check_source and directory is not None:
-                check_source(header.source, header.identity.model, directory, snapshot)
+            header = self._checked(opened, model_config, identity, snapshot)
             checked = time.perf_counter()
             owners = audit.attribute_owners(model, header.attributes)
             match(opened.snapshot, targets, required, opened.source.name)
@@ -255,6 +265,37 @@ class ThawModelLoader(BaseModelLoader):
         )
         logger.info("%s (%s)\n%s", report.route, report.why, report.waterfall())
         return report, header.identity.model
+
+    def _place(
+        self, model: torch.nn.Module, model_config: ModelConfig, identity: Identity, snapshot: str
+    ) -> tuple[RestoreReport, str | None]:
+        """``thaw``, of weights that another process holds."""
+        assert self._placeholders is not None
+        self._placeholders.end()
+        require_shareable(model, get_current_vllm_config())
+        with open_rank(snapshot, identity.parallel.rank, with_chunks=False) as opened:
+            header = self._checked(opened, model_config, identity, snapshot)
+            owners = audit.attribute_owners(model, header.attributes)
+            report = place(model, opened, self.config.shared, self._placeholders)
+            audit.apply_attributes(owners, header.attributes)
+        logger.info(
+            "mapped %d tensors, %.2f GB of another process, in %.2f s; they are those of %s",
+            report.tensors,
+            report.bytes / 1e9,
+            report.seconds["total"],
+            snapshot,
+        )
+        return report, header.identity.model
+
+    def _checked(self, opened: Opened, model_config: ModelConfig, identity: Identity, snapshot: str) -> Header:
+        """The header of a snapshot that is the right one for this engine and this model directory."""
+        header = opened.snapshot.header
+        require(header.identity, identity, snapshot)
+        _warn_version(header.identity, identity)
+        directory = self.directory(model_config)
+        if self.config.check_source and directory is not None:
+            check_source(header.source, header.identity.model, directory, snapshot)
+        return header
 
     def _freeze(
         self, model: torch.nn.Module, model_config: ModelConfig, identity: Identity

@@ -37,11 +37,11 @@ _ROOM = 1 << 30
 class ForkPool:
     """Engines that are kept warm for forks, as a context manager.
 
-    Each has weights and a cache of its own; a beginning reaches them as a session, which each brings back once. One
-    that dies or takes too long is replaced. What one that died was in the middle of is given once more to another;
-    what took too long comes with an error. An engine of a pool cannot be parked or swapped. Rounds may overlap, from
-    several threads or tasks. A round that its caller leaves is not begun by further engines; those that are in the
-    middle of it end their share.
+    Each has a cache of its own; on a GPU they have one copy of the weights in common, which a process of its own
+    holds. A beginning reaches them as a session, which each brings back once. One that dies or takes too long is
+    replaced. What one that died was in the middle of is given once more to another; what took too long comes with an
+    error. An engine of a pool cannot be parked or swapped. Rounds may overlap, from several threads or tasks. A round
+    that its caller leaves is not begun by further engines; those that are in the middle of it end their share.
 
     Attributes:
         store: where sessions are, the beginnings of rounds too.
@@ -58,6 +58,7 @@ class ForkPool:
         timeout: float = 600.0,
         start_timeout: float = 3600.0,
         zygote: str | None = None,
+        share_weights: bool | None = None,
         log_dir: str | os.PathLike[str] | None = None,
         **engine_args: Any,
     ) -> None:
@@ -72,13 +73,17 @@ class ForkPool:
             timeout: seconds that an engine may take for its share of a round.
             start_timeout: seconds in which an engine has to have started.
             zygote: the name of one whose forks they shall be (``thaw zygote start``), which saves them the imports.
+            share_weights: whether there is one copy of the weights in the GPU's memory; None: where there can be: with
+                a snapshot, engines of one rank, an NVIDIA GPU, and a model whose weights stay as they are loaded
+                (unquantised linear layers, for one). Where not, each engine has its own.
             log_dir: where each writes what it prints; None: a directory that goes with the pool.
             engine_args: vLLM's, as of ``vllm.LLM``, as JSON has them. The engines share the device's memory evenly
                 where they do not say how much each takes; with ``kv_cache_memory_bytes`` they are started at once,
                 else one by one.
 
         Raises:
-            UsageError: numbers out of range, arguments that JSON cannot hold, or the weights are not known.
+            UsageError: numbers out of range, arguments that JSON cannot hold, the weights are not known, or they are
+                to be shared and cannot be.
         """
         if workers < 1:
             raise UsageError(f"workers must be at least 1, not {workers}")
@@ -95,7 +100,8 @@ class ForkPool:
         _plain(asked, "engine_args")
         self._given = None if store is None else os.path.abspath(store)
         logs = None if log_dir is None else os.path.abspath(log_dir)
-        self._shared = Shared(asked, zygote, logs, start_timeout, "kv_cache_memory_bytes" in engine_args)
+        at_once = "kv_cache_memory_bytes" in engine_args
+        self._shared = Shared(asked, zygote, logs, start_timeout, at_once, share_weights)
         self._entered = False
         self._removed: list[Path] = []
         self._end = weakref.finalize(self, _end, self._shared, self._removed)  # also where nobody closes it
@@ -140,6 +146,11 @@ class ForkPool:
     def workers(self) -> list[dict[str, Any]]:
         """Of each engine ``number``, ``pid`` (None: it is not running), ``state`` and ``starts``, so far."""
         return [place.told() for place in self._shared.places]
+
+    @property
+    def weights_pid(self) -> int | None:
+        """The process that holds the one copy of the weights; None: each engine has its own, or none runs."""
+        return self._shared.weights.pid
 
     def fork(
         self,
@@ -313,11 +324,13 @@ def _memory() -> Path | None:
 def _end(shared: Shared, removed: Sequence[Path]) -> None:
     """End all engines, and what waits for them; then what a pool has of its own goes."""
     shared.closing.set()
+    shared.weights.interrupt()
     for place in shared.places:
         place.interrupt()
     for place in shared.places:
         if place.thread.is_alive() and place.thread is not threading.current_thread():
             place.thread.join()
+    shared.weights.end()
     shared.refuse_in_vain()
     for directory in removed:
         shutil.rmtree(directory, ignore_errors=True)

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 import queue
-import socket
-import subprocess
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -15,17 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ....errors import BrokenEngineError, ThawError, named
-from ....zygote import messages
-from ..ending import end_group
-from ..fresh import endpoints, last_error, python
+from ....errors import BrokenEngineError, ThawError
+from .pool_process import CLOSED, POLL, Child, error_of
+from .pool_weights import SharedWeights
 
 PROGRAM = "thaw_vllm.engines.vllm.sessions.pool_worker"
 STARTS = 3
 """Engines that may fail to start one after the other before a place in the pool is given up."""
-_POLL = 0.25
-"""Seconds in which an idle engine's death is noticed, and that a pool is to end."""
-CLOSED = "the fork pool was closed"
 
 
 @dataclass(frozen=True)
@@ -94,6 +87,7 @@ class Shared:
 
     Attributes:
         asked: of each engine: model, snapshot, arguments, and how many there are.
+        weights: that they may have in common.
         zygote: whose forks they are; None: each is started anew.
         logs: where each writes what it prints; None: in ``folder``.
         start_timeout: seconds.
@@ -104,11 +98,18 @@ class Shared:
     """
 
     def __init__(
-        self, asked: dict[str, Any], zygote: str | None, logs: str | None, start_timeout: float, at_once: bool
+        self,
+        asked: dict[str, Any],
+        zygote: str | None,
+        logs: str | None,
+        start_timeout: float,
+        at_once: bool,
+        share_weights: bool | None,
     ) -> None:
         self.asked, self.zygote, self.logs, self.start_timeout = asked, zygote, logs, start_timeout
         self.folder = Path()
         self.closing = threading.Event()
+        self.weights = SharedWeights(asked["snapshot"], asked["engine_args"], share_weights, zygote, self.closing)
         self.starting: Any = contextlib.nullcontext() if at_once else threading.Lock()
         self.places = [Place(self, number) for number in range(asked["workers"])]
         self.tasks: queue.Queue[Task] = queue.Queue()
@@ -144,22 +145,16 @@ class Place:
         self.thread = threading.Thread(target=self._run, name=f"thaw-fork-{number}", daemon=True)
         self.begun = threading.Event()
         self.error: ThawError | None = None
-        self._process: subprocess.Popen[bytes] | None = None
-        self._connection: socket.socket | None = None
+        self._child = Child("an engine of the fork pool", shared.closing)
         self._state, self._starts = "starting", 0
 
     def told(self) -> dict[str, Any]:
         """As ``ForkPool.workers`` has it."""
-        process = self._process
-        pid = None if process is None or _ended(process) else process.pid
-        return {"number": self.number, "pid": pid, "state": self._state, "starts": self._starts}
+        return {"number": self.number, "pid": self._child.pid, "state": self._state, "starts": self._starts}
 
     def interrupt(self) -> None:
         """Have the thread see that the pool is closing."""
-        connection = self._connection
-        if connection is not None:
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
+        self._child.interrupt()
 
     def _run(self) -> None:
         failed = 0
@@ -180,7 +175,7 @@ class Place:
                     break
             finally:
                 self._state = "starting"
-                self._end()
+                self._child.end()
         self._state = "ended"
         self.begun.set()
         self._shared.refuse_in_vain()
@@ -190,75 +185,34 @@ class Place:
         ThawError, OSError: it did not start.
         """
         shared = self._shared
-        self._require_open()
-        self._starts += 1
-        path = shared.folder / f"{self.number}-{self._starts}.sock"
-        log = Path(shared.logs or shared.folder) / f"worker-{self.number}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
+        logs = Path(shared.logs or shared.folder)
         until = time.monotonic() + shared.start_timeout
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listening:
-            listening.bind(os.fspath(path))
-            listening.listen(1)
-            listening.settimeout(_POLL)
-            with log.open("ab") as stream:
-                printed = stream.tell()
-                self._process = subprocess.Popen(
-                    [*python(shared.zygote), "-m", PROGRAM, os.fspath(path), str(self.number)],
-                    stdin=subprocess.DEVNULL,
-                    stdout=stream,
-                    stderr=subprocess.STDOUT,
-                    env=os.environ | endpoints(os.fspath(shared.folder)),
-                    start_new_session=True,  # Ctrl-C is the pool's, which ends them all
-                )
-            self._connection = self._accepted(listening, until, log, printed)
-        path.unlink()
-        self._require_open()  # after which ``interrupt`` finds the connection
         try:
-            self._told_by(until)
-            messages.send(self._connection, shared.asked)
-            answer = self._told_by(until)
+            weights = shared.weights.there(shared.folder, logs, until)
+            try:
+                self._start_with(weights, logs, until)
+            except ThawError as error:
+                if weights is None or not shared.weights.given_up(error):
+                    raise
+                self._child.end()
+                self._start_with(None, logs, until)
         except TimeoutError:
             raise ThawError(f"an engine of the fork pool had not started after {shared.start_timeout:g} s") from None
-        if answer is None:
-            self._require_open()
-            raise ThawError(f"an engine of the fork pool ended: {_last_error(log, printed)}")
-        if "failed" in answer:
-            found = _error(answer)
-            raise found if type(found) is not ThawError else ThawError(_last_error(log, printed) or str(found))
         self._state = "ready"
 
-    def _told_by(self, until: float) -> dict[str, Any] | None:
-        """The engine's next message.
-
-        Raises:
-            TimeoutError: it was not there in time.
-        """
-        assert self._connection is not None
-        self._connection.settimeout(max(0.001, until - time.monotonic()))
-        found = messages.receive(self._connection)
-        return None if found is None else found[0]
-
-    def _require_open(self) -> None:
-        if self._shared.closing.is_set():
-            raise BrokenEngineError(CLOSED)
-
-    def _accepted(self, listening: socket.socket, until: float, log: Path, printed: int) -> socket.socket:
-        assert self._process is not None
-        while True:
-            with contextlib.suppress(TimeoutError):
-                return listening.accept()[0]
-            self._require_open()
-            if _ended(self._process):
-                raise ThawError(f"an engine of the fork pool ended: {_last_error(log, printed)}")
-            if time.monotonic() > until:
-                raise ThawError(f"an engine of the fork pool had not started after {self._shared.start_timeout:g} s")
+    def _start_with(self, weights: dict[str, Any] | None, logs: Path, until: float) -> None:
+        shared = self._shared
+        self._child.require_open()
+        self._starts += 1
+        path, log = shared.folder / f"{self.number}-{self._starts}.sock", logs / f"worker-{self.number}.log"
+        self._child.start(PROGRAM, str(self.number), path=path, log=log, until=until, zygote=shared.zygote)
+        self._child.asked(shared.asked | {"weights": weights}, until)
 
     def _serve(self) -> None:
         """Do tasks as long as the engine lives and is in time."""
-        assert self._process is not None
-        while not self._shared.closing.is_set() and not _ended(self._process):
+        while not self._shared.closing.is_set() and self._child.pid is not None:
             try:
-                task = self._shared.tasks.get(timeout=_POLL)
+                task = self._shared.tasks.get(timeout=POLL)
             except queue.Empty:
                 continue
             if task.round.left:
@@ -273,18 +227,16 @@ class Place:
 
     def _does(self, task: Task) -> bool:
         """Whether the engine may go on afterwards."""
-        assert self._connection is not None
         until = time.monotonic() + task.round.timeout
         try:
-            self._connection.settimeout(max(0.001, task.round.timeout))
-            messages.send(self._connection, task.message)
-            while (answer := self._told_by(until)) is not None:
+            self._child.send(task.message, task.round.timeout)
+            while (answer := self._child.told(until)) is not None:
                 if "branch" in answer:
                     branch = self._branch(answer["branch"])
                     task.numbers.remove(branch.number)
                     task.round.ended.put(branch)
                 elif "failed" in answer:
-                    task.fail(_error(answer))
+                    task.fail(error_of(answer))
                     return True
                 else:
                     task.found |= answer["done"]
@@ -330,17 +282,8 @@ class Place:
             cached=told["cached"],
             parent=told["parent"],
             session=told["session"],
-            error=None if error is None else _error(error),
+            error=None if error is None else error_of(error),
         )
-
-    def _end(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
-        if self._process is not None:
-            with contextlib.suppress(ProcessLookupError):  # reaped by somebody else
-                end_group(self._process)
-            self._process = None
 
 
 def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
@@ -348,22 +291,3 @@ def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
     for _, run in itertools.groupby(enumerate(sorted(numbers)), lambda pair: pair[1] - pair[0]):
         found = [number for _, number in run]
         yield found[0], len(found)
-
-
-def _last_error(log: Path, since: int) -> str:
-    """Of what an engine printed from there on."""
-    with log.open("rb") as stream:
-        stream.seek(since)
-        return last_error(stream.read().decode(errors="replace"))
-
-
-def _ended(process: subprocess.Popen[bytes]) -> bool:
-    """Without reaping it, since ``end_group`` wants to be the one that does."""
-    try:
-        return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
-    except ChildProcessError:
-        return True
-
-
-def _error(told: dict[str, Any]) -> ThawError:
-    return (named(told["failed"]) or ThawError)(told["message"])

@@ -9,18 +9,19 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-from ....errors import BrokenEngineError, ThawError
+from ....errors import BrokenEngineError
 from ....zygote import messages
 from .. import versions
 from . import sampling
 from .api import checkout, checkpoint
 from .forking import Branch, fork, parameters
+from .pool_process import spelt
 
 if TYPE_CHECKING:
     from vllm import LLM
 
 SHARE = 0.9
-"""Of the device's memory, what the engines of a pool take together where nothing is said."""
+"""Of the device's memory, what the engines of a pool and their weights take together where nothing is said."""
 _LOOK = 0.5
 """Seconds in which an engine's death is noticed."""
 
@@ -39,7 +40,7 @@ def main(path: str, number: str) -> int:
         try:
             llm = _engine(asked[0])
         except Exception as error:
-            messages.send(pool, _spelt(error))
+            messages.send(pool, spelt(error))
             return 1
         threading.Thread(target=_watch, args=(llm,), daemon=True).start()
         messages.send(pool, {"ready": True})
@@ -49,7 +50,7 @@ def main(path: str, number: str) -> int:
             except (BrokenEngineError, versions.engine_dead()):
                 return 1  # as if this process had died with it: others do what is missing
             except Exception as error:
-                messages.send(pool, _spelt(error))
+                messages.send(pool, spelt(error))
             else:
                 messages.send(pool, {"done": found})
     return 0
@@ -63,12 +64,16 @@ def _watch(llm: LLM) -> None:
 
 
 def _engine(asked: dict[str, Any]) -> LLM:
-    args = dict(asked["engine_args"])
+    args, weights = dict(asked["engine_args"]), asked["weights"]
     if not {"gpu_memory_utilization", "kv_cache_memory_bytes"} & args.keys():
-        args["gpu_memory_utilization"] = SHARE / asked["workers"]
+        held = weights["bytes"] / weights["memory"] if weights is not None and weights["memory"] else 0.0
+        args["gpu_memory_utilization"] = (SHARE - held) / asked["workers"]
     if asked["snapshot"] is not None:
         from ..api import load
 
+        if weights is not None:
+            extra = args.get("model_loader_extra_config", {})
+            args["model_loader_extra_config"] = extra | {"shared": weights["socket"]}
         return load(asked["model"], asked["snapshot"], **args)
     from vllm import LLM
 
@@ -124,14 +129,8 @@ def _told(branch: Branch, first: int) -> dict[str, Any]:
         "cached": branch.output.num_cached_tokens,
         "parent": branch.parent,
         "session": branch.session,
-        "error": None if branch.error is None else _spelt(branch.error),
+        "error": None if branch.error is None else spelt(branch.error),
     }
-
-
-def _spelt(error: Exception) -> dict[str, str]:
-    """For ``errors.named``."""
-    own = isinstance(error, ThawError)
-    return {"failed": type(error).__name__, "message": str(error) if own else f"{type(error).__name__}: {error}"}
 
 
 if __name__ == "__main__":
