@@ -33,6 +33,7 @@ class TestCheckpoint:
 
     def test_what_is_sent(self, thaw, server):
         options = ["--label", "a", "--label", "b", "--parent", "trunk", "--cache-salt", "s", "--model-id", "m"]
+        options += ["--ttl", "30m"]
         ran = thaw("checkpoint", "--prompt", "x", *options, "--server", server.url + "/base/", "--api-key", "key")
         assert ran.code == 0 and ran.err == ""
         assert [line.split()[0] for line in ran.out.splitlines()] == ["session", "tokens", "kept", "added", "seconds"]
@@ -43,10 +44,15 @@ class TestCheckpoint:
         assert json.loads(body) == {
             "prompt": "x",
             "labels": ["a", "b"],
+            "ttl": 1800,
             "parent": "trunk",
             "cache_salt": "s",
             "model_id": "m",
         }
+
+    def test_a_time_to_live_that_is_none(self, thaw, server):
+        ran = thaw("checkpoint", "--prompt", "x", "--ttl", "a week", "--server", server.url)
+        assert ran.code == 2 and "--ttl must be a time above 0" in one_line(ran) and server.asked == []
 
     def test_every_source(self, thaw, server, tmp_path):
         (tmp_path / "p.txt").write_text("from a file\n")

@@ -150,6 +150,52 @@ def test_branch(thaw, store, trunk):
     assert ran.code == 2 and "a label is empty" in ran.err and len(store.listed()[0]) == 3
 
 
+@pytest.mark.parametrize(
+    ("given", "seconds"),
+    [("7d", 7 * 86400), ("12h", 12 * 3600), ("30m", 1800), ("90s", 90), ("90", 90), ("0.5", 0.5), ("1.5h", 5400)],
+)
+def test_a_time_to_live(thaw, trunk, given, seconds):
+    found = thaw("branch", "trunk", "--ttl", given, "--json").document
+    assert found["expires"] == pytest.approx(found["created"] + seconds, abs=1e-5)
+
+
+@pytest.mark.parametrize("given", ["", "0", "0d", "-5", "-5h", "7w", "d", "1e3", "7 d", "nan", "٣d", "1.d", "999999d"])
+def test_a_time_to_live_that_is_none(thaw, store, trunk, given):
+    ran = thaw("branch", "trunk", "--ttl", given)
+    assert ran.code == 2 and "--ttl must be a time above 0" in ran.err and "7d, 12h, 30m" in ran.err
+    assert ran.err.count("\n") == 1 and len(store.listed()[0]) == 1
+
+
+def test_what_expires(thaw, store, trunk):
+    """It is shown as what it is, taken up like any other, and removed by the next gc, unless it is pinned."""
+    assert "until" not in thaw("show", "trunk").out and "expire" not in thaw("log").out
+    assert thaw("show", "trunk", "--json").document["expires"] is None
+    for given, told in (("90", "90 s"), ("30m", "30 min"), ("12h", "12 h"), ("7d", "7 days")):
+        id_ = thaw("branch", "trunk", "--ttl", given, "--json").document["id"]
+        assert f"open, expires in {told}" in thaw("log", id_).out and f", expires in {told}\n" in thaw("show", id_).out
+    gone = save(store, session(range(8), labels=("gone",), expires=9.0))[0]
+    child = thaw("branch", "gone", "--label", "child", "--json").document
+    assert child["expires"] is None and "open, expired" in thaw("log", "gone").out
+    found = {one["id"]: one["expires"] for one in thaw("log", "--json").document["sessions"]}
+    assert found[gone] == 9.0 and found[child["id"]] is None
+    assert thaw("pin", "gone").code == 0
+    assert "open, expired, pinned" in thaw("log", "gone").out and ", expired\n" in thaw("show", "gone").out
+    assert thaw("gc", "--json").document["sessions"] == [] and thaw("pin", "gone", "--off").code == 0
+    ran = thaw("gc", "--dry-run")
+    assert ["expired", gone[:12], "gone"] in [line.split() for line in ran.out.splitlines()] and store.read(gone)
+    found = thaw("gc", "--json").document
+    assert found["sessions"] == found["expired"] == [gone] and found["blocks"] == 0
+    assert "open, parent gone" in thaw("log", "child").out and thaw("show", "gone").code == 2
+
+
+def test_what_expires_takes_its_time_with_it(thaw, store, memory_path):
+    id_ = save(store, session(range(8), labels=("gone",), expires=9.0))[0]
+    file, other = memory_path / "gone.thawsession", memory_path / "other"
+    assert thaw("export", "gone", file).code == 0 and thaw("import", file, "--store", other).code == 0
+    assert thaw("show", "gone", "--store", other, "--json").document["expires"] == 9.0
+    assert thaw("gc", "--store", other, "--json").document["expired"] == [id_]
+
+
 def test_export_and_import(thaw, store, trunk, memory_path):
     file = memory_path / "a.thawsession"
     assert thaw("export", "trunk", file, "--json").document == {

@@ -75,7 +75,7 @@ def test_the_tree(ask: Any, store: Store):
     late = session([*range(9), *range(90, 99)], created=7.0, parent=trunk, fork=9, salt="pepper")
     late_id, _ = save(store, late)
     early, _ = save(store, session([*range(5), 77], created=6.0, parent=trunk, fork=5))
-    other, _ = save(store, session([1], created=1.0))
+    other, _ = save(store, session([1], created=1.0, expires=3.0))
     store.pin(early)
     ((status, told),) = ask(store.directory, "sessions")
     assert status == 200 and told["directory"] and told["broken"] == {} and told["left_out"] == 0
@@ -96,9 +96,11 @@ def test_the_tree(ask: Any, store: Store):
         "created": 5.0,
         "used": store.record(trunk).stat().st_mtime,
         "pinned": False,
+        "expires": None,
         "bytes": 3 * PAGE,
         "shared_bytes": 0,
     }
+    assert found[other]["expires"] == 3.0
     assert (found[late_id]["parent"], found[late_id]["fork"], found[late_id]["tokens"]) == (trunk, 9, 18)
     shared = difference(store, store.read(trunk), store.read(late_id)).shared_bytes
     assert (found[late_id]["bytes"], found[late_id]["shared_bytes"]) == (4 * PAGE, shared) and shared == 2 * PAGE

@@ -360,8 +360,8 @@ def test_the_tree_of_sessions(chromium: Any, folder: Path, store: Store):
     trunk = kept(store, range(40), "trunk", prompt=8, ago=7200, finished="stop")
     a = kept(store, [*range(24), *range(100, 120)], "plan-a", trunk, 24, ago=3600)
     later = kept(store, [*range(24), *range(100, 130)], "later", a, 44, ago=1800, finished="length")
-    kept(store, [*range(20), 7], "plan-b", trunk, 20, ago=900)
-    kept(store, range(5), "an old one", ago=99999)
+    kept(store, [*range(20), 7], "plan-b", trunk, 20, ago=900, expires=time.time() + 7200)
+    kept(store, range(5), "an old one", ago=99999, expires=5.0)
     served = Served(folder, Model("a", "/m"), sessions_directory=str(store.directory))
     with opened(chromium, served) as (page, _, _heard):
         item(page, "plan-b").wait_for()
@@ -372,10 +372,11 @@ def test_the_tree_of_sessions(chromium: Any, folder: Path, store: Store):
             ("trunk", "40 tokens", "finished: stop", "8 given", "40 in blocks", "made 2 h ago", trunk[:12]),
             ("plan-a", "44 tokens", "open", "from token 24 of trunk", "60 min ago", a[:12]),
             ("later", "54 tokens", "finished: length", "from token 44 of plan-a", later[:12]),
-            ("plan-b", "21 tokens", "from token 20 of trunk"),
+            ("plan-b", "21 tokens", "from token 20 of trunk", "expires in 2 h"),
+            ("an old one", "5 tokens", "· expired ·"),
         ):
             assert not [part for part in parts if part not in told[name]], told[name]
-        assert "from token" not in told["trunk"] and "model" not in told["trunk"]
+        assert not [part for part in ("from token", "model", "expire") if part in told["trunk"]]
         page_size = context().page
         assert f"{page_size * 11 / 1000:.1f} kB, {page_size * 5} B of its own" in told["plan-a"]
         drawn = "row => [...row.querySelectorAll('.rails i')].map(i => i.className)"

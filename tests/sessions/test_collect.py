@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 
 import pytest
 from hypothesis import given
@@ -12,6 +13,7 @@ from thaw_vllm.errors import StorageError, UsageError
 from thaw_vllm.sessions.branch import branch
 from thaw_vllm.sessions.collect import collect, limit
 from thaw_vllm.sessions.fsck import fsck
+from thaw_vllm.sessions.lineage import forest
 from thaw_vllm.sessions.store import Store
 
 BLOCK = 4096 + context().page
@@ -93,6 +95,60 @@ def test_pinned_ones_stay(store):
     found = collect(store, 0)
     assert found.sessions == (other,) and found.left == found.over == 3 * BLOCK
     assert resumes(store, pinned)
+
+
+def test_what_has_expired_goes(store):
+    """However lately it was used; what is still to live, and what is pinned, stays."""
+    stays, _ = save(store, session(tokens(5, 3), expires=time.time() + 1000))
+    first, last = (save(store, session(tokens(number, 3), created=float(number), expires=9.0))[0] for number in (6, 7))
+    pinned, _ = save(store, session(tokens(8, 3), expires=9.0))
+    store.pin(pinned)
+    for id_ in (first, last, pinned):
+        store.touch(id_)
+        assert resumes(store, id_)
+    dry = collect(store, dry_run=True)
+    assert dry.sessions == dry.expired == (first, last) and len(store.listed()[0]) == 4
+    assert collect(store) == dry and (dry.blocks, dry.freed, dry.left) == (4, 4 * BLOCK, 5 * BLOCK)
+    assert {one.id for one in store.listed()[0]} == {stays, pinned} and fsck(store).sound
+    assert resumes(store, stays) and resumes(store, pinned) and collect(store).sessions == ()
+    store.pin(pinned, False)
+    assert collect(store).expired == (pinned,)
+
+
+def test_what_branches_off_an_expired_one_stays(store):
+    trunk, _ = save(store, session(tokens(5, 4), expires=9.0))
+    early, whole, brief = branch(store, trunk, 9), branch(store, trunk), branch(store, trunk, 5, ttl=1000)
+    heads = [store.read(id_).head for id_ in (early, whole, brief)]
+    assert [head.expires and round(head.expires - head.created, 3) for head in heads] == [None, None, 1000]
+    assert collect(store).sessions == (trunk,) and len([*store.block_files()]) == 4
+    assert all(resumes(store, id_) for id_ in (early, whole, brief))
+    assert [(node.one.id, node.orphan) for node in forest(store.listed()[0])] == [
+        (early, True),
+        (whole, True),
+        (brief, True),
+    ]
+    store.remove(whole)
+    assert collect(store).blocks == 2 and resumes(store, early)
+
+
+def test_a_budget_counts_from_what_has_expired(store):
+    """What that leaves is enough, so nothing else goes; one that takes no room of its own goes all the same."""
+    stays, _ = save(store, session(tokens(5, 3)))
+    used(store, stays, 0)
+    gone, _ = save(store, session(tokens(6, 3), expires=9.0))
+    without, _ = save(store, session([1, 2], expires=9.0))
+    found = collect(store, 3 * BLOCK)
+    assert {*found.sessions} == {*found.expired} == {gone, without} and found.left == 3 * BLOCK
+    other, _ = save(store, session(tokens(7, 3), expires=9.0))
+    found = collect(store, 0)
+    assert (found.sessions, found.expired, found.left) == ((other, stays), (other,), 0)
+
+
+def test_a_ttl_that_is_none_publishes_nothing(store):
+    trunk, _ = save(store, session(tokens(5, 3)))
+    with pytest.raises(UsageError, match="ttl must be"):
+        branch(store, trunk, ttl=0)
+    assert [one.id for one in store.listed()[0]] == [trunk]
 
 
 def test_those_that_would_make_no_room_stay(store):

@@ -52,6 +52,7 @@ WORKS = {
     "remove": lambda store, ids, file: store.remove(ids[1]),
     "collect": lambda store, ids, file: collect(store),
     "budget": lambda store, ids, file: collect(store, 0),
+    "expire": lambda store, ids, file: collect(store),
     "import": lambda store, ids, file: bring(store, file),
     "repair": lambda store, ids, file: fsck(store, repair=True),
 }
@@ -62,7 +63,8 @@ def test_at_every_step(memory_path, what):
     step, going = 0, True
     while going:
         store = Store(memory_path / f"{step}", create=True)
-        ids = [save(store, session([1, 2, 3, 4, *[n] * 2 * SIZE]))[0] for n in (5, 6)]
+        brief = {"expires": 1.0} if what == "expire" else {}
+        ids = [save(store, session([1, 2, 3, 4, *[n] * 2 * SIZE], **brief))[0] for n in (5, 6)]
         gone, _ = save(store, session([7] * 2 * SIZE))
         file = memory_path / f"{step}.thawsession"
         export(store, gone, file)
@@ -71,7 +73,7 @@ def test_at_every_step(memory_path, what):
         if what == "repair":
             for path in needless:
                 path.write_bytes(b"")
-        elif what != "collect":
+        elif what not in ("collect", "expire"):
             collect(store)
         before = {one.id for one in store.listed()[0]}
         going = killed_at(step, lambda store=store, ids=ids, file=file: WORKS[what](store, ids, file))
@@ -81,7 +83,7 @@ def test_at_every_step(memory_path, what):
         assert found.sound and not found.strange, (what, step)
         after = {one.id for one in store.listed()[0]}
         assert all(resumes(store, id_) for id_ in after)
-        if what not in ("remove", "budget"):
+        if what not in ("remove", "budget", "expire"):
             assert before <= after
         collect(store)
         assert (left := fsck(store)).sound and not left.unneeded and not left.unfinished, (what, step)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tests.sessions.made import MODEL, session
 
 from thaw_vllm.errors import CorruptionError, FormatError, ThawError, UsageError, VersionError
-from thaw_vllm.sessions.record import MAGIC, Head, decode, decode_head, ids, record_id
+from thaw_vllm.sessions.record import EXPIRING, MAGIC, Head, decode, decode_head, expiry, ids, record_id
 
 ID = "0123456789abcdef" * 2
 WHOLE = {
@@ -25,7 +25,7 @@ WHOLE = {
 }
 
 
-@pytest.mark.parametrize("head", [{}, WHOLE])
+@pytest.mark.parametrize("head", [{}, WHOLE, WHOLE | {"expires": 7.25}])
 def test_it_survives(head):
     made = session([1, 2, 3, 4, 5, 2**31 - 1], **head)
     data = made.encode()
@@ -78,6 +78,10 @@ BAD = {
     "sampling that is a list": {"sampling": []},
     "finished by a number": {"finished": 1},
     "a field too many": {"more": 1},
+    "a lifetime that is text": {"expires": "tomorrow"},
+    "a lifetime that is none": {"expires": None},
+    "a lifetime before all": {"expires": -1},
+    "a lifetime beyond all": {"expires": 1 << 41},
     "tokens of a bool": {"count": True},
     "pages of no group": {"kept": [1]},
     "blocks of too many ranks": {"contexts": [ID] * 4096, "blocks": 1025, "count": 5000, "kept": [0]},
@@ -114,7 +118,7 @@ def test_other_files_are_told_apart():
     with pytest.raises(FormatError, match="no record"):
         decode_head(b"{}", "it", 2)
     with pytest.raises(VersionError, match="later version"):
-        decode_head(MAGIC.replace(b"1", b"2") + b"{}\n", "it", 20)
+        decode_head(MAGIC.replace(b"1", b"3") + b"{}\n", "it", 20)
     with pytest.raises(CorruptionError, match="first lines"):
         decode_head(MAGIC + b"{", "it", 20)
     with pytest.raises(ThawError, match="it: bad session"):
@@ -127,6 +131,32 @@ def test_another_spelling_is_another_record():
     other = whole.replace(b'"created":5.0', b'"created":5')
     with pytest.raises(FormatError, match="not written as records are"):
         decode(other, record_id(other), "it")
+
+
+def test_only_what_expires_is_of_version_2():
+    """So what readers of version 1 know is as it was, and they see that the rest is not for them."""
+    stays, goes = session([1], nonce="0", created=5.0), session([1], nonce="0", created=5.0, expires=7.0)
+    assert stays.encode().startswith(b"thaw session 1\n") and b"expires" not in stays.encode()
+    assert goes.encode().startswith(b"thaw session 2\n") and b'"created":5.0,"expires":7.0,' in goes.encode()
+    for one, other in ((stays, EXPIRING), (goes, MAGIC)):
+        data = other + one.encode()[len(MAGIC) :]
+        with pytest.raises(FormatError, match="version 2 say when they expire"):
+            decode(data, record_id(data), "it")
+        with pytest.raises(FormatError, match="version 2 say when they expire"):
+            decode_head(data, "it", len(data))
+
+
+def test_when_a_session_expires():
+    assert expiry(5, None) is None and expiry(5, 0.25) == 5.25 and expiry(0, 1 << 32) == 1 << 32
+    stays, goes = session([1]).head, session([1], expires=7.0).head
+    assert not stays.expired(1e12) and not goes.expired(6.9) and goes.expired(7.0) and goes.expired(8)
+    assert stays.shown("0")["expires"] is None and goes.shown("0")["expires"] == 7.0
+
+
+@pytest.mark.parametrize("ttl", [0, -1, float("nan"), float("inf"), (1 << 32) + 1, 10**400, True, "7d", [1]])
+def test_a_ttl_that_is_none(ttl):
+    with pytest.raises(UsageError, match="ttl must be a number of seconds above 0"):
+        expiry(5, ttl)
 
 
 def test_tokens_and_head_agree():

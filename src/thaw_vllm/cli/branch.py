@@ -7,12 +7,12 @@ from typing import Annotated
 import typer
 
 from .output import Json, document, pairs
-from .sessions import Labels, SessionArgument, StoreOption, opened
+from .sessions import Labels, SessionArgument, StoreOption, Ttl, opened, ttl_seconds
 
 EXAMPLES = """
 thaw branch trunk --label plan-a
 thaw branch 3f2a91c0 --at 1024 --label "before the mistake"
-thaw branch 3f2a91c0 --at -20
+thaw branch 3f2a91c0 --at -20 --ttl 12h
 """
 
 
@@ -22,17 +22,19 @@ def branch(
         int | None, typer.Option(metavar="N", help="Tokens that it has; below 0 from the end. [default: all]")
     ] = None,
     label: Labels = None,
+    ttl: Ttl = None,
     store: StoreOption = None,
     as_json: Json = False,
 ) -> None:
     """Make a session from the first tokens of another.
 
-    No engine is needed. It shares the blocks of that one. Rewinding is the same with an earlier token.
+    No engine is needed. It shares the blocks of that one. Rewinding is the same with an earlier token. That the other
+    one expires does not matter to it.
     """
     from ..sessions.branch import branch as make
 
     place = opened(store)
-    id_ = make(place, session, at, labels=label or ())
+    id_ = make(place, session, at, labels=label or (), ttl=ttl_seconds(ttl))
     head = place.read(id_).head
     if as_json:
         document(head.shown(id_))

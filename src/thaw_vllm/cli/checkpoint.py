@@ -9,11 +9,11 @@ import typer
 
 from .output import Json, document, pairs, plain, size
 from .server import LOCAL, ApiKey, ModelId, Server, Token, ask
-from .sessions import Labels
+from .sessions import Labels, Ttl, ttl_seconds
 
 EXAMPLES = """
 thaw checkpoint --request cmpl-4f1c --label plan-a
-thaw checkpoint --token-ids chat.json --parent trunk
+thaw checkpoint --token-ids chat.json --parent trunk --ttl 7d
 thaw checkpoint --prompt-file manual.txt --label manual --server http://127.0.0.1:8001
 """
 
@@ -24,6 +24,7 @@ def checkpoint(
     prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="A text, as for /v1/completions.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(metavar="FILE", help="Likewise, a text file as it is.")] = None,
     label: Labels = None,
+    ttl: Ttl = None,
     parent: Annotated[
         str | None, typer.Option(metavar="SESSION", help="What it went on from: an id, its beginning, or a label.")
     ] = None,
@@ -54,6 +55,7 @@ def checkpoint(
         "request": request,
         "prompt": prompt if prompt_file is None else text_of(prompt_file),
         "labels": label or None,
+        "ttl": ttl_seconds(ttl),
         "parent": parent,
         "cache_salt": cache_salt,
         "model_id": model_id,

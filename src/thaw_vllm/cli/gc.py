@@ -28,9 +28,9 @@ def gc(
     store: StoreOption = None,
     as_json: Json = False,
 ) -> None:
-    """Remove the blocks that no session needs.
+    """Remove expired sessions, and the blocks that none needs.
 
-    With a budget the sessions used longest ago go first; pinned ones stay. Waits for whoever uses the store.
+    With a budget the sessions used longest ago go, too; pinned ones stay. Waits for whoever uses the store.
     """
     from ..sessions.collect import collect, limit
 
@@ -42,7 +42,9 @@ def gc(
         return
     would = "would be removed" if dry_run else "removed"
     rows = [(would, f"{found.blocks} blocks, {size(found.freed)}")]
-    rows += [("session", f"{id_[:SHOWN]}  {plain(labels.get(id_, ''))}".rstrip()) for id_ in found.sessions]
+    for id_ in found.sessions:
+        what = "expired" if id_ in found.expired else "session"
+        rows.append((what, f"{id_[:SHOWN]}  {plain(labels.get(id_, ''))}".rstrip()))
     rows.append(("left", size(found.left)))
     if found.over:
         rows.append(("too much", f"{size(found.over)}, which pinned sessions hold"))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .output import Json, document, plain, table
-from .sessions import SHOWN, StoreOption, opened, state, when
+from .sessions import SHOWN, StoreOption, lifetime, opened, state, when
 
 if TYPE_CHECKING:
     from ..sessions.lineage import Node
@@ -59,7 +59,7 @@ def _row(node: Node) -> tuple[str, ...]:
     one, head = node.one, node.one.head
     at = "" if head.fork is None else str(head.fork)
     labels = ", ".join(map(plain, head.labels))
-    about = [state(head)] + ["pinned"] * one.pinned + ["parent gone"] * node.orphan
+    about = [state(head), lifetime(head), "pinned" * one.pinned, "parent gone" * node.orphan]
     kept = str(head.blocks * head.block_size)
     made = when(head.created)
-    return (node.lines + one.id[:SHOWN], at, str(head.count), kept, made, ", ".join(about), labels)
+    return (node.lines + one.id[:SHOWN], at, str(head.count), kept, made, ", ".join(filter(None, about)), labels)

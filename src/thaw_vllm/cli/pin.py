@@ -21,7 +21,10 @@ def pin(
     store: StoreOption = None,
     as_json: Json = False,
 ) -> None:
-    """Keep a session when thaw gc makes room."""
+    """Keep a session when thaw gc makes room.
+
+    Also one that expires, for as long as it is pinned.
+    """
     place = opened(store)
     with place.use():
         id_ = place.find(session)

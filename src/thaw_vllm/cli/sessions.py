@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +33,10 @@ SessionArgument = Annotated[
 Labels = Annotated[
     list[str] | None, typer.Option("--label", metavar="TEXT", help="A name of yours for it; may be repeated.")
 ]
+Ttl = Annotated[
+    str | None,
+    typer.Option("--ttl", metavar="TIME", help="Let thaw gc remove it after so long: 7d, 12h, 30m, or seconds."),
+]
 ShowText = Annotated[bool, typer.Option("--show-text", help="With the text, which a store does not show unasked.")]
 Tokenizer = Annotated[
     Path | None,
@@ -53,6 +58,49 @@ def opened(store: str | None) -> Store:
 def when(seconds: float) -> str:
     """A moment, in this machine's time."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+
+
+_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def ttl_seconds(given: str | None) -> float | None:
+    """What ``--ttl`` says.
+
+    Raises:
+        UsageError: it is no time above 0.
+    """
+    from ..errors import UsageError
+    from ..sessions.record import expiry
+
+    if given is None:
+        return None
+    found = re.fullmatch(r"([0-9]{1,12}(?:\.[0-9]{1,6})?)([smhd]?)", given.strip())
+    try:
+        if found is None:
+            raise UsageError("it is none of these")
+        seconds = float(found[1]) * _UNITS[found[2]]
+        expiry(0, seconds)
+    except UsageError:
+        raise UsageError(
+            f"--ttl must be a time above 0, of at most 136 years, as 7d, 12h, 30m, 90s or 90 (seconds), not {given!r}"
+        ) from None
+    return seconds
+
+
+def lifetime(head: Head) -> str:
+    """When it expires, or that it has; empty where it does not."""
+    if head.expires is None:
+        return ""
+    left = head.expires - time.time()
+    return f"expires in {_span(left)}" if left > 0 else "expired"
+
+
+def _span(seconds: float) -> str:
+    """A time as people say it, and the page has it."""
+    for unit, size, least in (("days", 86400, 129600), ("h", 3600, 5400), ("min", 60, 100)):
+        if seconds >= least:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def print_text(name: str, text: str) -> None:

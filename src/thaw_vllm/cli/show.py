@@ -5,7 +5,18 @@ from __future__ import annotations
 import json
 
 from .output import Json, document, pairs, plain, size
-from .sessions import SessionArgument, ShowText, StoreOption, Tokenizer, decoder, opened, print_text, state, when
+from .sessions import (
+    SessionArgument,
+    ShowText,
+    StoreOption,
+    Tokenizer,
+    decoder,
+    lifetime,
+    opened,
+    print_text,
+    state,
+    when,
+)
 
 EXAMPLES = """
 thaw show 3f2a91c0
@@ -39,6 +50,8 @@ def show(
         document(head.shown(id_) | {"pinned": pinned, "block_files": blocks, "bytes": kept} | texts)
         return
     rows = [("session", id_), ("made", f"{when(head.created)} by {plain(head.writer)}")]
+    if head.expires is not None:
+        rows.append(("until", f"{when(head.expires)}, {lifetime(head)}"))
     if head.parent is not None:
         rows.append(("branches off", f"{head.parent} after {head.fork} tokens"))
     rows += [("label", plain(label)) for label in head.labels]

@@ -27,7 +27,7 @@ LONGEST = 1 << 22
 """Tokens of a session that is compared here: what more takes would keep the router's event loop waiting."""
 TOLD = (
     *("id", "parent", "fork", "depth", "tokens", "prompt", "block_size", "blocks", "model", "labels", "finished"),
-    *("created", "used", "pinned"),
+    *("created", "used", "pinned", "expires"),
 )
 """What is told of a record: no sampling parameters, and nothing of where its model is."""
 

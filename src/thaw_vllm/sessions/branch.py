@@ -7,14 +7,16 @@ from dataclasses import replace
 
 from .. import __version__
 from ..errors import UsageError
-from .record import Session, new_nonce, now
+from .record import Session, expiry, new_nonce, now
 from .store import Store
 from .windows import kept_from, usable
 
 WRITER = f"thaw {__version__}"
 
 
-def branch(store: Store, session: str, at: int | None = None, *, labels: Sequence[str] = ()) -> str:
+def branch(
+    store: Store, session: str, at: int | None = None, *, labels: Sequence[str] = (), ttl: float | None = None
+) -> str:
     """A new session that begins like another one.
 
     Rewinding is branching at an earlier token. It shares the blocks of which it has all tokens, and so takes no room
@@ -23,35 +25,46 @@ def branch(store: Store, session: str, at: int | None = None, *, labels: Sequenc
     Args:
         session: an id, how one begins, or a label.
         at: tokens that it has, at least 1; from the end where that is below 0; None: all.
+        labels: names of yours for it.
+        ttl: seconds until it expires; None: it does not, whatever holds for the other one.
 
     Returns:
         Its id.
 
     Raises:
-        UsageError: there is no such session, or no such token.
+        UsageError: there is no such session, or no such token; a label or ``ttl`` cannot be right.
         SpaceError, StorageError: nothing was published.
     """
     with store.use():
-        return grow(store, session, at, labels)
+        return grow(store, session, at, labels, ttl)
 
 
-def grow(store: Store, session: str, at: int | None = None, labels: Sequence[str] = ()) -> str:
+def grow(
+    store: Store, session: str, at: int | None = None, labels: Sequence[str] = (), ttl: float | None = None
+) -> str:
     """``branch`` for whoever holds ``use``.
 
     Raises:
         As ``branch``.
     """
     id_ = store.find(session)
-    made = store.publish(cut(store, store.read(id_), id_, at, labels))
+    made = store.publish(cut(store, store.read(id_), id_, at, labels, ttl))
     store.touch(id_)
     return made
 
 
-def cut(store: Store, whole: Session, id_: str, at: int | None, labels: Sequence[str] = ()) -> Session:
+def cut(
+    store: Store,
+    whole: Session,
+    id_: str,
+    at: int | None,
+    labels: Sequence[str] = (),
+    ttl: float | None = None,
+) -> Session:
     """The record of a branch, not published.
 
     Raises:
-        UsageError: there is no such token.
+        UsageError: there is no such token, or ``ttl`` cannot be right.
         StorageError, FormatError, CorruptionError: what its blocks were made with cannot be read.
     """
     head = whole.head
@@ -64,12 +77,13 @@ def cut(store: Store, whole: Session, id_: str, at: int | None, labels: Sequence
         return number >= head.kept[group]
 
     blocks = usable(groups, min(head.blocks, count // size), size, there)
-    same = count == head.count
+    same, created = count == head.count, now()
     made = replace(
         head,
         count=count,
         prompt=min(head.prompt, count),
-        created=now(),
+        created=created,
+        expires=expiry(created, ttl),
         parent=id_,
         fork=count,
         labels=tuple(labels),

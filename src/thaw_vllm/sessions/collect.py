@@ -1,4 +1,4 @@
-"""Room made in a store: blocks that no session names, and the sessions that were used longest ago."""
+"""Room made in a store: blocks that no session names, sessions that have expired, and those used longest ago."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from ..errors import StorageError, ThawError, UsageError
 from ..transport.writer import remove_stale
 from ..weights.cache import limit as gigabytes_limit
 from .blocks import Name, name_of
+from .record import now
 from .store import Store
 
 GB_VARIABLE = "THAW_SESSIONS_GB"
@@ -21,7 +22,8 @@ class Collected:
     """What was removed, or would be.
 
     Attributes:
-        sessions: their ids, the one used longest ago first.
+        sessions: their ids: those that have expired, then those that a budget took, the one used longest ago first.
+        expired: the former.
         blocks: files.
         freed: bytes of blocks and records.
         left: bytes of blocks that stay.
@@ -29,6 +31,7 @@ class Collected:
     """
 
     sessions: tuple[str, ...]
+    expired: tuple[str, ...]
     blocks: int
     freed: int
     left: int
@@ -45,13 +48,16 @@ def limit(gigabytes: float | None) -> int | None:
 
 
 def collect(store: Store, budget: int | None = None, *, dry_run: bool = False) -> Collected:
-    """Remove what no session needs; with a budget also sessions, those used longest ago first, until blocks fit in it.
+    """Remove sessions that have expired and what none needs; with a budget also others, until blocks fit in it.
+
+    Of these the ones used longest ago go first. What branches off a session that goes stays, with all of its blocks.
+    This machine's clock says what has expired.
 
     Which blocks are needed follows from the records alone, counted anew each time: a process that was killed in the
     middle of anything leaves at most files that nobody needs.
 
     Args:
-        budget: bytes of blocks; None: no session is removed. Pinned sessions stay.
+        budget: bytes of blocks; None: no session is removed that has not expired. Pinned sessions stay.
         dry_run: remove nothing.
 
     Raises:
@@ -76,9 +82,12 @@ def collect(store: Store, budget: int | None = None, *, dry_run: bool = False) -
                 raise _unknown(store, {one.id: error}) from None
         listed = [one for one in listed if one.id in needed]
         sizes = {name: path.stat().st_size for path in store.block_files() if (name := name_of(path))}
-        counts = Counter(name for names in needed.values() for name in names)
+        at = now()
+        expired = [one.id for one in listed if one.head.expired(at) and not one.pinned]
+        listed = [one for one in listed if one.pinned or not one.head.expired(at)]
+        counts = Counter(name for one in listed for name in needed[one.id])
         there = sum(size for name, size in sizes.items() if name in counts)
-        gone = []
+        gone: list[str] = []
         held = {name for one in listed if one.pinned for name in needed[one.id]}
         for one in sorted(listed, key=lambda one: (one.used, one.head.created)):
             if budget is None or there <= budget:
@@ -96,9 +105,11 @@ def collect(store: Store, budget: int | None = None, *, dry_run: bool = False) -
                 there += extra
         unneeded = [name for name in sizes if not counts[name]]
         if not dry_run:
-            _remove(store, gone, unneeded, {id_ for one in listed if one.id not in gone for id_ in one.head.contexts})
+            contexts = {id_ for one in listed if one.id not in gone for id_ in one.head.contexts}
+            _remove(store, expired + gone, unneeded, contexts)
         over = 0 if budget is None else max(0, there - budget)
-        return Collected(tuple(gone), len(unneeded), sum(sizes[name] for name in unneeded), there, over)
+        freed = sum(sizes[name] for name in unneeded)
+        return Collected((*expired, *gone), tuple(expired), len(unneeded), freed, there, over)
 
 
 def _remove(store: Store, sessions: list[str], unneeded: list[Name], contexts: Collection[str]) -> None:

@@ -21,12 +21,16 @@ from .context import ID_DIGITS
 
 MAGIC = b"thaw session 1\n"
 """The first line of a record; the number is the version."""
+EXPIRING = b"thaw session 2\n"
+"""Likewise, of one that says when it expires: readers of version 1 take no other members than they know."""
 MAX_HEAD = 1 << 20
 """Bytes of the line that follows."""
 MAX_TOKENS = 1 << 26
 MAX_LABELS, MAX_LABEL = 64, 200
 MAX_RANKS = 4096
 MAX_TIME = 1 << 40
+MAX_TTL = 1 << 32
+"""Seconds."""
 MAX_ADDRESSES = 1 << 22
 """Blocks of a session, counted for each rank: a million tokens of 64 ranks in blocks of 16."""
 _HEX = frozenset("0123456789abcdef")
@@ -56,6 +60,7 @@ class Head:
         contexts: their ids, by rank.
         writer: which program made it.
         nonce: sets it apart from any other of the same content.
+        expires: seconds since 1970; from then on it may be removed. None: it stays.
     """
 
     count: int
@@ -76,6 +81,12 @@ class Head:
     source: str | None = None
     writer: str = ""
     nonce: str = ""
+    expires: float | None = None
+
+    @property
+    def magic(self) -> bytes:
+        """The record's first line."""
+        return MAGIC if self.expires is None else EXPIRING
 
     @property
     def files(self) -> int:
@@ -85,12 +96,19 @@ class Head:
     def to_json(self) -> JSONObject:
         """The record's second line."""
         found = {one.name: getattr(self, one.name) for one in fields(Head)}
+        if self.expires is None:
+            del found["expires"]
         return found | {name: list(found[name]) for name in ("kept", "contexts", "labels")}
 
     def shown(self, id_: str) -> JSONObject:
         """The session of this id as plain values that people may see: its tokens are counted, its salt is not told."""
         known = {name: value for name, value in self.to_json().items() if name not in ("nonce", "salt", "random")}
-        return {"id": id_} | known | {"tokens": known.pop("count"), "salted": self.salt is not None}
+        own = {"tokens": known.pop("count"), "salted": self.salt is not None, "expires": self.expires}
+        return {"id": id_} | known | own
+
+    def expired(self, at: float) -> bool:
+        """Whether its time is over, at so many seconds since 1970."""
+        return self.expires is not None and self.expires <= at
 
     @classmethod
     def from_json(cls, document: JSONObject) -> Head:
@@ -99,7 +117,7 @@ class Head:
         Raises:
             FormatError: what it does not allow.
         """
-        known = {one.name for one in fields(cls)}
+        known = {one.name for one in fields(cls)} - ({"expires"} - document.keys())
         if document.keys() != known:
             name = min(document.keys() ^ known)
             raise FormatError(f"the session's {name!r} is missing, or nothing known")
@@ -129,7 +147,7 @@ class Head:
             blocks=blocks,
             kept=tuple(firsts),
             contexts=tuple(hex_id(one, "contexts") for one in contexts),
-            created=_time(document["created"]),
+            created=_time(document["created"], "created"),
             parent=None if parent is None else hex_id(parent, "parent"),
             fork=None if fork is None else integer(fork, "fork", 0, count),
             labels=tuple(_label(one) for one in labels),
@@ -140,6 +158,7 @@ class Head:
             source=_text_or_none(document, "source", 4096),
             writer=text(document["writer"], "writer", 200),
             nonce=text(document["nonce"], "nonce", 64),
+            expires=_time(document["expires"], "expires") if "expires" in document else None,
         )
 
 
@@ -167,7 +186,7 @@ class Session:
             Head.from_json(parse(line, "session"))
         except (FormatError, ValueError, TypeError) as error:
             raise UsageError(f"this session cannot be kept: {error}") from None
-        return MAGIC + line + b"\n" + _little(self.tokens)
+        return self.head.magic + line + b"\n" + _little(self.tokens)
 
     @property
     def id(self) -> str:
@@ -183,6 +202,20 @@ def new_nonce() -> str:
 def now() -> float:
     """Seconds since 1970, in whole microseconds, which survive being written down."""
     return round(time.time(), 6)
+
+
+def expiry(created: float, ttl: float | None) -> float | None:
+    """When a session expires that was made at ``created`` and may live for ``ttl`` seconds; None: never.
+
+    Raises:
+        UsageError: ``ttl`` is no number above 0 and up to ``MAX_TTL``.
+    """
+    if ttl is None:
+        return None
+    given: Any = ttl
+    if isinstance(given, bool) or not isinstance(given, (int, float)) or not 0 < given <= MAX_TTL:
+        raise UsageError(f"ttl must be a number of seconds above 0, at most {MAX_TTL}, not {ttl!r}")
+    return round(created + ttl, 6)
 
 
 def ids(tokens: Sequence[int]) -> array[int]:
@@ -230,9 +263,9 @@ def decode_head(data: bytes, what: str, size: int) -> tuple[Head, int]:
     Raises:
         FormatError: it is none, or of another version; CorruptionError: it is cut, or too long.
     """
-    if not data.startswith(MAGIC):
+    if not data.startswith((MAGIC, EXPIRING)):
         if data.startswith(MAGIC[:13]):
-            raise VersionError(f"{what}: it was written by a later version of thaw; this one reads version 1")
+            raise VersionError(f"{what}: it was written by a later version of thaw; this one reads versions 1 and 2")
         raise FormatError(f"{what} is no record of a session")
     end = data.find(b"\n", len(MAGIC), len(MAGIC) + MAX_HEAD)
     if end < 0:
@@ -241,6 +274,8 @@ def decode_head(data: bytes, what: str, size: int) -> tuple[Head, int]:
         head = Head.from_json(parse(data[len(MAGIC) : end], "session"))
     except FormatError as error:
         raise type(error)(f"{what}: {error}") from None
+    if not data.startswith(head.magic):
+        raise FormatError(f"{what}: records of version 2 say when they expire, and no others do")
     if size != end + 1 + 4 * head.count:
         raise CorruptionError(
             f"{what} is damaged: it has {size} bytes, {head.count} tokens need {end + 1 + 4 * head.count}"
@@ -288,9 +323,9 @@ def _little(tokens: array[int]) -> bytes:
     return turned.tobytes()
 
 
-def _time(value: Any) -> float:
+def _time(value: Any, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= MAX_TIME:
-        raise FormatError("created must be seconds since 1970")
+        raise FormatError(f"{name} must be seconds since 1970")
     return float(value)
 
 

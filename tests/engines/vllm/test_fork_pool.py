@@ -112,6 +112,13 @@ def test_a_session_and_its_branches(pool: ForkPool, expected: list[dict[str, Any
     assert fsck(pool.store).sound
 
 
+def test_what_is_kept_for_a_time(pool: ForkPool):
+    """The beginning of a round that keeps its branches, too."""
+    (found,) = pool.fork([*OTHER, 5], 1, PARAMS, keep=True, ttl=3600)
+    heads = [pool.store.read(id_).head for id_ in (found.parent, found.session)]
+    assert [round(head.expires - head.created, 3) for head in heads] == [3600, 3600]
+
+
 def test_its_own_parameters(pool: ForkPool):
     """Of a session, less what it has generated."""
     found = [*pool.fork(OTHER, 1, SamplingParams(**DIVERSE), keep=True, labels=["own"])]
@@ -139,6 +146,8 @@ def test_rounds_overlap(pool: ForkPool, expected: list[dict[str, Any]]):
         ({"n": 0}, "n must be at least 1"),
         ({"n": 2, "append": [[5]]}, "append has 1 entries for 2"),
         ({"n": 2, "labels": ["a", "b"]}, "pass keep=True"),
+        ({"n": 2, "ttl": 60}, "pass keep=True"),
+        ({"n": 2, "keep": True, "ttl": 0}, "ttl must be"),
         ({"n": 2, "sampling_params": SamplingParams(temperature=0)}, "are the same"),
         ({"n": 2, "sampling_params": SamplingParams(n=2)}, "n of fork says how many"),
         ({"n": 2, "beginning": "nobody"}, "there is no session 'nobody'"),

@@ -17,7 +17,8 @@ from tests.sessions.made import MODEL, context, resumes, save, session
 
 from thaw_vllm.engines.vllm.sessions import api
 from thaw_vllm.engines.vllm.sessions.api import checkpoint_async, restore_session_async
-from thaw_vllm.errors import ThawError, UsageError
+from thaw_vllm.engines.vllm.sessions.forking import require_agreement
+from thaw_vllm.errors import ThawError, UnknownSessionError, UsageError
 from thaw_vllm.sessions.store import Store
 
 
@@ -163,6 +164,46 @@ def test_an_engine_that_fails(client: Client, store: Store, call: Any):
     with pytest.raises(ThawError, match="not in this version"):
         asyncio.run(call(client, store))
     assert free(store.directory)
+
+
+def test_a_time_to_live(client: Client, store: Store):
+    report = asyncio.run(checkpoint_async(client, [*range(9)], store=store, ttl=7))
+    head = store.read(report.session).head
+    assert head.expires == pytest.approx(head.created + 7, abs=1e-5)
+
+
+@pytest.mark.parametrize("ttl", [0, -1, True, "7d", float("nan")])
+def test_a_time_to_live_that_is_none(client: Client, store: Store, ttl: Any):
+    with pytest.raises(UsageError, match="ttl must be a number of seconds"):
+        asyncio.run(checkpoint_async(client, [1, 2], store=store, ttl=ttl))
+    assert client.asked == []
+
+
+def test_expired_ones_are_taken_up_until_they_are_removed(client: Client, store: Store):
+    """One that goes between being named and being read is as one that was never there."""
+    expired = save(store, session(range(18), labels=("trunk",), expires=9.0))[0]
+    report, _ = asyncio.run(restore_session_async(client, "trunk", store=store))
+    assert (report.session, report.lost) == (expired, 0)
+
+    async def late() -> None:
+        with held(store):
+            task = asyncio.create_task(restore_session_async(client, "trunk", store=store))
+            await asyncio.sleep(0.2)
+            store.remove(expired)
+        await asyncio.wait_for(task, 10)
+
+    with pytest.raises(UnknownSessionError, match="there is no session"):
+        asyncio.run(late())
+    assert free(store.directory)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [({"keep": True, "ttl": 0}, "ttl must be"), ({"keep": False, "ttl": 5}, "ttl is of sessions that are kept")],
+)
+def test_a_time_to_live_of_branches(asked: dict[str, Any], message: str):
+    with pytest.raises(UsageError, match=message):
+        require_agreement(2, (), (), **asked)
 
 
 @pytest.mark.parametrize("labels", [[""], ["a\n"], ["x" * 201], ["x"] * 65, "text"])

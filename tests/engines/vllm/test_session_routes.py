@@ -222,6 +222,13 @@ class TestBranch:
         assert server.tokens(answer["id"]) == [*range(6)]
         assert server.ask("/branch", {"session": trunk})[1]["tokens"] == 9
 
+    def test_what_expires(self, server: Server):
+        server.kept(token_ids=[*range(9)], labels=["trunk"], ttl=3600)
+        early, whole = (server.ask("/branch", {"session": "trunk"} | more)[1] for more in ({"ttl": 0.5}, {}))
+        trunk = server.ask("")[1]["sessions"][0]
+        assert trunk["expires"] == pytest.approx(trunk["created"] + 3600, abs=1e-5)
+        assert early["expires"] == pytest.approx(early["created"] + 0.5, abs=1e-5) and whole["expires"] is None
+
     @pytest.mark.parametrize("at", [0, 10, -10])
     def test_no_such_token(self, server: Server, at: int):
         server.kept(token_ids=[*range(9)], labels=["trunk"])
@@ -251,6 +258,8 @@ BAD_BODIES: list[tuple[str, Any, str]] = [
     ("checkpoint", {"prompt": "a", "labels": [""]}, "not empty"),
     ("checkpoint", {"prompt": "a", "labels": ["x" * 201]}, "at most 200"),
     ("checkpoint", {"prompt": "a", "labels": ["a\n"]}, "printable"),
+    ("checkpoint", {"prompt": "a", "ttl": 0}, "ttl must be a number of seconds"),
+    ("checkpoint", {"prompt": "a", "ttl": "7d"}, "ttl must be a number of seconds"),
     ("checkpoint", {"prompt": "a", "parent": 5}, "parent must"),
     ("checkpoint", {"prompt": "a", "parent": "nobody"}, "there is no session 'nobody' in the server's store"),
     ("checkpoint", {"prompt": "a", "model_id": "x"}, "thaw id MODEL"),
@@ -269,6 +278,7 @@ BAD_BODIES: list[tuple[str, Any, str]] = [
     ("branch", {"session": "trunk", "at": 10**30}, "a whole one"),
     ("branch", {"session": "trunk", "labels": [5]}, "must be a text"),
     ("branch", {"session": "trunk", "labels": ["a\n"]}, "printable"),
+    ("branch", {"session": "trunk", "ttl": True}, "ttl must be a number of seconds"),
     ("branch", {"session": "trunk", "path": "x"}, "no field 'path'"),
 ]
 

@@ -206,6 +206,7 @@ class Row {
       parts.push(`from token ${session.fork} of ${parent}`);
     }
     parts.push(`${session.prompt} given`, ...keptOf(session));
+    if (session.expires !== null) parts.push(session.expires > time ? `expires in ${seconds(session.expires - time)}` : "expired");
     if (session.pinned) parts.push("pinned");
     if (several) parts.push(`model ${session.model.replace(/^[a-z0-9-]+:/, "").slice(0, SHORT)}`);
     parts.push(`made ${seconds(Math.max(0, time - session.created))} ago`);

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from ....errors import FormatError, UsageError
 from ....format.identity import model_id
 from ....kv.table import MAX_SALT
-from ....sessions.record import MAX_LABEL, MAX_LABELS
+from ....sessions.record import MAX_LABEL, MAX_LABELS, expiry
 from .access import SNAPSHOT_ENDING, checked_name
 
 LARGEST_BODY = 32 * 1024 * 1024
@@ -170,6 +170,7 @@ class Checkpointing:
         token_ids: one list of them.
         prompt: a text, tokenised as the completions route does.
         labels: names for the session.
+        ttl: seconds until it expires; null: it does not.
         parent: the session that it went on from: an id, how one begins, or a label.
         cache_salt: of the request with this prompt or these token ids.
         model_id: which weights the engine holds, where it does not know.
@@ -179,12 +180,14 @@ class Checkpointing:
     token_ids: list[int] | None = None
     prompt: str | None = None
     labels: list[str] = field(default_factory=list)
+    ttl: float | None = None
     parent: str | None = None
     cache_salt: str | None = None
     model_id: str | None = None
 
     def __post_init__(self) -> None:
         _labels(self.labels)
+        expiry(0, self.ttl)
         _model(self.model_id)
         if self.parent is not None:
             _text("parent", self.parent, MAX_LABEL)
@@ -236,17 +239,20 @@ class Branching:
         session: an id, how one begins, or a label.
         at: tokens that the branch has, at least 1; from the end where that is below 0; null: all.
         labels: names for it.
+        ttl: seconds until it expires; null: it does not, whatever holds for the other one.
     """
 
     session: str
     at: int | None = None
     labels: list[str] = field(default_factory=list)
+    ttl: float | None = None
 
     def __post_init__(self) -> None:
         _text("session", self.session, MAX_LABEL)
         if self.at is not None and (type(self.at) is not int or abs(self.at) > LARGEST_TOKEN):
             raise UsageError("at must be a number of tokens, a whole one")
         _labels(self.labels)
+        expiry(0, self.ttl)
 
 
 def parse(raw: bytes, kind: type[Body]) -> Body:

@@ -14,7 +14,7 @@ from ....kv.table import storable
 from ....sessions.context import Context
 from ....sessions.diff import common_tokens
 from ....sessions.in_use import in_use
-from ....sessions.record import Head, Session, checked_labels, ids, new_nonce, now
+from ....sessions.record import Head, Session, checked_labels, expiry, ids, new_nonce, now
 from ....sessions.store import Store
 from ..client import ask, call
 from . import sampling
@@ -104,6 +104,7 @@ def checkpoint(
     index: int = 0,
     parent: str | None = None,
     labels: Sequence[str] = (),
+    ttl: float | None = None,
     cache_salt: str | None = None,
     store: StorePath = None,
     model_id: str | None = None,
@@ -117,6 +118,7 @@ def checkpoint(
         index: which of several continuations of an answer.
         parent: the session that it went on from, as ``Store.find`` takes it.
         labels: names of yours for it.
+        ttl: seconds until it expires, after which ``thaw gc`` may remove it; None: it does not.
         cache_salt: of the request, where it had one; a running request has its own.
         store: where to keep it; made where there is none.
         model_id: which weights the engine holds (``thaw id``), where it was not started from a snapshot.
@@ -129,7 +131,7 @@ def checkpoint(
     Notes:
         Only whole blocks that are cached are kept; a session without any is its tokens alone.
     """
-    made = _Checkpoint(what, sampling_params, index, parent, labels, cache_salt, store, model_id)
+    made = _Checkpoint(what, sampling_params, index, parent, labels, ttl, cache_salt, store, model_id)
     with made.store.use():
         return made.publish(call(llm, "thaw_session_keep", made.options))
 
@@ -142,13 +144,14 @@ async def checkpoint_async(
     index: int = 0,
     parent: str | None = None,
     labels: Sequence[str] = (),
+    ttl: float | None = None,
     cache_salt: str | None = None,
     store: StorePath = None,
     model_id: str | None = None,
 ) -> CheckpointReport:
     """``checkpoint`` for an ``AsyncLLM``; its steps wait meanwhile, the event loop does not."""
     made = await asyncio.to_thread(
-        _Checkpoint, what, sampling_params, index, parent, labels, cache_salt, store, model_id
+        _Checkpoint, what, sampling_params, index, parent, labels, ttl, cache_salt, store, model_id
     )
     async with in_use(made.store) as use:
         answer = await use.outliving(ask(engine, "thaw_session_keep", made.options))
@@ -266,12 +269,15 @@ class _Checkpoint:
         index: int,
         parent: str | None,
         labels: Sequence[str],
+        ttl: float | None,
         salt: str | None,
         store: StorePath,
         model_id: str | None,
     ) -> None:
         self.store = _opened(store, create=True)
         self._labels, self._sampling, self._finished = checked_labels(labels), sampling.to_json(sampling_params), None
+        expiry(now(), ttl)  # refused before an engine is asked
+        self._ttl = ttl
         self._parent = None if parent is None else self.store.find(parent)
         self._before = None if self._parent is None else self.store.read(self._parent)
         self.options: dict[str, Any] = {
@@ -303,7 +309,7 @@ class _Checkpoint:
 
     def publish(self, found: dict[str, Any]) -> CheckpointReport:
         """The session, of what the engine has answered."""
-        tokens = ids(found["tokens"])
+        tokens, created = ids(found["tokens"]), now()
         head = Head(
             count=len(tokens),
             prompt=found["prompt"] if self._prompt is None else self._prompt,
@@ -312,7 +318,7 @@ class _Checkpoint:
             blocks=found["blocks"],
             kept=tuple(found["kept"]),
             contexts=tuple(Context.from_json(one).id for one in found["contexts"]),
-            created=now(),
+            created=created,
             parent=self._parent,
             labels=self._labels,
             finished=self._finished,
@@ -321,6 +327,7 @@ class _Checkpoint:
             source=found["source"],
             writer=found["writer"],
             nonce=new_nonce(),
+            expires=expiry(created, self._ttl),
         )
         made = Session(head if self._before is None else replace(head, fork=0), tokens)
         if self._before is not None:

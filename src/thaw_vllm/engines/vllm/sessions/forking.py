@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ....errors import ThawError, UsageError
+from ....sessions.record import expiry, now
 from ....sessions.store import Store
 from ..client import require_awake
 from . import sampling
@@ -50,6 +51,7 @@ def fork(
     append: Sequence[Sequence[int]] = (),
     keep: bool = False,
     labels: Sequence[str] = (),
+    ttl: float | None = None,
     store: Store | str | os.PathLike[str] | None = None,
     model_id: str | None = None,
 ) -> Iterator[Branch]:
@@ -68,6 +70,7 @@ def fork(
         keep: each is kept as a session that branches off the beginning's, which is kept first where it is a prompt.
             One that cannot be kept is given with its error.
         labels: for each its own.
+        ttl: seconds until what is kept expires, a beginning that is kept first too; None: it does not.
         store: where sessions are kept; None: where the beginning is, or the default one.
         model_id: which weights the engine holds (``thaw id``), where it was not started from a snapshot.
 
@@ -78,7 +81,7 @@ def fork(
     require_awake(llm)
     if llm.llm_engine.has_unfinished_requests():
         raise UsageError("the engine has requests under way; fork when they have ended")
-    return _forked(llm, beginning, _Plan(n, append, labels, sampling_params, keep, store, model_id))
+    return _forked(llm, beginning, _Plan(n, append, labels, ttl, sampling_params, keep, store, model_id))
 
 
 def _forked(llm: LLM, beginning: Any, plan: _Plan) -> Iterator[Branch]:
@@ -91,7 +94,7 @@ def _forked(llm: LLM, beginning: Any, plan: _Plan) -> Iterator[Branch]:
         plan.prompt(list(ids))
         (warmed,) = llm.generate([plan.request(None)], plan.warming(), use_tqdm=False)
         if plan.keep:
-            plan.parent = checkpoint(llm, warmed.prompt_token_ids, **plan.where).session
+            plan.parent = checkpoint(llm, warmed.prompt_token_ids, ttl=plan.ttl, **plan.where).session
     else:
         plan.session(beginning)
     names = {}
@@ -125,12 +128,13 @@ async def fork_async(
     append: Sequence[Sequence[int]] = (),
     keep: bool = False,
     labels: Sequence[str] = (),
+    ttl: float | None = None,
     store: Store | str | os.PathLike[str] | None = None,
     model_id: str | None = None,
 ) -> AsyncIterator[Branch]:
     """``fork`` for an ``AsyncLLM``, beside whatever else it runs; a prompt is token ids."""
     require_awake(engine)
-    plan = _Plan(n, append, labels, sampling_params, keep, store, model_id)
+    plan = _Plan(n, append, labels, ttl, sampling_params, keep, store, model_id)
     if isinstance(beginning, str):
         raise UsageError("pass the prompt's token ids, or a session")
     plan.at(beginning)
@@ -141,7 +145,7 @@ async def fork_async(
         plan.prompt(list(beginning))
         await _whole(engine, plan.request(None), plan.warming())
         if keep:
-            plan.parent = (await checkpoint_async(engine, list(beginning), **plan.where)).session
+            plan.parent = (await checkpoint_async(engine, list(beginning), ttl=ttl, **plan.where)).session
     else:
         plan.session(beginning)
 
@@ -166,7 +170,9 @@ async def fork_async(
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def require_agreement(n: int, append: Sequence[Any], labels: Sequence[str], keep: bool) -> None:
+def require_agreement(
+    n: int, append: Sequence[Any], labels: Sequence[str], keep: bool, ttl: float | None = None
+) -> None:
     """Hold against one another what is said of N continuations.
 
     Raises:
@@ -177,8 +183,10 @@ def require_agreement(n: int, append: Sequence[Any], labels: Sequence[str], keep
     for what, given in (("append", append), ("labels", labels)):
         if given and len(given) != n:
             raise UsageError(f"{what} has {len(given)} entries for {n} continuations; give one for each, or none")
-    if labels and not keep:
-        raise UsageError("labels are of sessions that are kept; pass keep=True")
+    expiry(now(), ttl)
+    for what, own in (("labels are", labels), ("ttl is", ttl is not None)):
+        if own and not keep:
+            raise UsageError(f"{what} of sessions that are kept; pass keep=True")
 
 
 def require_differences(n: int, append: Sequence[Sequence[int]], each: int, temperature: float) -> None:
@@ -230,13 +238,15 @@ class _Plan:
         n: int,
         append: Sequence[Sequence[int]],
         labels: Sequence[str],
+        ttl: float | None,
         sampling_params: SamplingParams | None,
         keep: bool,
         store: Any,
         model_id: str | None,
     ) -> None:
-        require_agreement(n, append, labels, keep)
+        require_agreement(n, append, labels, keep, ttl)
         self._append, self._labels, self._params, self.n, self.keep = append, labels, sampling_params, n, keep
+        self.ttl = ttl
         self.where: dict[str, Any] = {"store": store, "model_id": model_id}
         self.parent: str | None = None
         self._tokens: list[int] = []
@@ -298,5 +308,5 @@ class _Plan:
 
     def about(self, number: int) -> dict[str, Any]:
         """How a continuation is kept."""
-        found: dict[str, Any] = self.where | {"parent": self.parent, "cache_salt": self._salt}
+        found: dict[str, Any] = self.where | {"parent": self.parent, "cache_salt": self._salt, "ttl": self.ttl}
         return found | ({"labels": [self._labels[number]]} if self._labels else {})

@@ -161,6 +161,7 @@ class ForkPool:
         append: Sequence[Sequence[int]] = (),
         keep: bool = False,
         labels: Sequence[str] = (),
+        ttl: float | None = None,
         timeout: float | None = None,
     ) -> Iterator[PoolBranch]:
         """N continuations of one beginning, each as soon as it has ended; begun when this returns.
@@ -169,7 +170,7 @@ class ForkPool:
             beginning: a session of the pool's store, by id, how that begins, or a label; or a prompt's token ids, which
                 one engine computes and keeps for the others until the round has ended, with ``keep`` for good.
             n: how many.
-            sampling_params, append, keep, labels: as of ``fork``.
+            sampling_params, append, keep, labels, ttl: as of ``fork``.
             timeout: seconds, in place of the pool's.
 
         Raises:
@@ -177,7 +178,7 @@ class ForkPool:
             ThawError: the beginning could not be computed.
         """
         begun = self._round(timeout)
-        trunk = self._begin(begun, beginning, n, sampling_params, append, keep, labels)
+        trunk = self._begin(begun, beginning, n, sampling_params, append, keep, labels, ttl)
         return self._branches(begun, n, trunk)
 
     def _branches(self, begun: Round, n: int, trunk: str | None) -> Iterator[PoolBranch]:
@@ -199,12 +200,14 @@ class ForkPool:
         append: Sequence[Sequence[int]] = (),
         keep: bool = False,
         labels: Sequence[str] = (),
+        ttl: float | None = None,
         timeout: float | None = None,
     ) -> AsyncIterator[PoolBranch]:
         """``fork``, for the event loop of an agent."""
         begun, trunk = self._round(timeout), None
         try:
-            trunk = await asyncio.to_thread(self._begin, begun, beginning, n, sampling_params, append, keep, labels)
+            given = (begun, beginning, n, sampling_params, append, keep, labels, ttl)
+            trunk = await asyncio.to_thread(self._begin, *given)
             for _ in range(n):
                 branch = await asyncio.to_thread(begun.ended.get)
                 assert branch is not None
@@ -228,9 +231,10 @@ class ForkPool:
         append: Sequence[Sequence[int]],
         keep: bool,
         labels: Sequence[str],
+        ttl: float | None,
     ) -> str | None:
         """Ask the engines; gives the session that was made for this round alone."""
-        require_agreement(n, append, labels, keep)
+        require_agreement(n, append, labels, keep, ttl)
         document = sampling.to_json(params)
         session = tokens = made = None
         if isinstance(beginning, str):
@@ -250,21 +254,22 @@ class ForkPool:
                 "append": [ids(one).tolist() for one in append[first : first + count]],
                 "keep": keep,
                 "labels": list(checked_labels(labels[first : first + count])),
+                "ttl": ttl,
             }
             for first, count in shares
         ]
         for message in asked:
             _plain(message, "what is asked")
         if tokens is not None:
-            session = self._prefill(tokens, begun)
+            session = self._prefill(tokens, begun, ttl)
             made = None if keep else session
         for message, (first, count) in zip(asked, shares, strict=True):
             message |= {"session": session} | self._about()
             self._shared.put(Task(message, begun, [*range(first, first + count)]))
         return made
 
-    def _prefill(self, tokens: list[int], begun: Round) -> str:
-        task = Task({"do": "prefill", "tokens": tokens} | self._about(), begun, [0])
+    def _prefill(self, tokens: list[int], begun: Round, ttl: float | None) -> str:
+        task = Task({"do": "prefill", "tokens": tokens, "ttl": ttl} | self._about(), begun, [0])
         self._shared.put(task)
         answer = begun.ended.get()
         if answer is None:

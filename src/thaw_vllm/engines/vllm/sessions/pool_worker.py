@@ -87,7 +87,7 @@ def _prefilled(llm: LLM, task: dict[str, Any]) -> dict[str, Any]:
     prompt: Any = {"prompt_token_ids": task["tokens"]}
     llm.generate([prompt], SamplingParams(max_tokens=1, temperature=0, detokenize=False), use_tqdm=False)
     about = {"store": task["store"], "model_id": task["model_id"]}
-    return {"session": checkpoint(llm, task["tokens"], **about).session}
+    return {"session": checkpoint(llm, task["tokens"], ttl=task["ttl"], **about).session}
 
 
 def _forked(llm: LLM, task: dict[str, Any], pool: socket.socket) -> dict[str, Any]:
@@ -107,6 +107,7 @@ def _forked(llm: LLM, task: dict[str, Any], pool: socket.socket) -> dict[str, An
         append=task["append"],
         keep=task["keep"],
         labels=task["labels"],
+        ttl=task["ttl"],
         **about,
     )
     for branch in branches:

@@ -50,6 +50,7 @@ class Sessions:
                 what,
                 parent=body.parent,
                 labels=body.labels,
+                ttl=body.ttl,
                 cache_salt=body.cache_salt,
                 store=self.directory,
                 model_id=body.model_id,
@@ -74,7 +75,7 @@ class Sessions:
         """The record of a new session that begins like another; the engine is not asked."""
 
         def made() -> dict[str, Any]:
-            id_ = grow(store, body.session, body.at, body.labels)
+            id_ = grow(store, body.session, body.at, body.labels, body.ttl)
             return _shown(store.read(id_).head.shown(id_))
 
         with nameless(self.directory):
