@@ -7,7 +7,14 @@ import time
 import pytest
 from tests.sessions.made import context, resumes, save, session
 
-from thaw_vllm.errors import CorruptionError, FormatError, StorageError, UsageError, VersionError
+from thaw_vllm.errors import (
+    CorruptionError,
+    FormatError,
+    StorageError,
+    UnknownSessionError,
+    UsageError,
+    VersionError,
+)
 from thaw_vllm.sessions import store as store_module
 from thaw_vllm.sessions.branch import branch
 from thaw_vllm.sessions.store import Store, default_directory
@@ -161,6 +168,41 @@ def test_pins_and_removal(store):
     with pytest.raises(UsageError, match="no session"):
         store.pin(id_)
     assert store.listed() == ([], {}) and not store.pinned(id_)
+
+
+def test_of_several_none_is_forgotten_where_one_is_pinned(store):
+    ids = [save(store, session([number]))[0] for number in range(3)]
+    store.pin(ids[1])
+    with pytest.raises(UsageError, match="is pinned; thaw pin --off"):
+        store.forget(ids)
+    assert len(store.listed()[0]) == 3
+    store.pin(ids[1], False)
+    store.forget(ids[:2])
+    assert [one.id for one in store.listed()[0]] == ids[2:]
+
+
+def test_one_that_is_being_forgotten_is_not_pinned(store, monkeypatch):
+    """Else one that was said to be kept would be gone."""
+    id_, _ = save(store, session(range(8)))
+    pinned, told = store.pinned, []
+
+    def pin():
+        try:
+            store.pin(id_)
+        except UnknownSessionError:
+            told.append("gone")
+
+    def meanwhile(which):
+        found = pinned(which)
+        thread.start()
+        thread.join(0.2)
+        return found
+
+    thread = threading.Thread(target=pin)
+    monkeypatch.setattr(store, "pinned", meanwhile)
+    store.forget([id_])
+    thread.join()
+    assert told == ["gone"] and store.listed() == ([], {}) and [*(store.directory / "pins").iterdir()] == []
 
 
 def test_a_damaged_record_does_not_hide_the_others(store):

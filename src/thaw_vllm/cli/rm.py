@@ -24,15 +24,10 @@ def rm(
 
     Blocks that nobody needs any more go with the next thaw gc.
     """
-    from ..errors import UsageError
-
     place = opened(store)
     with place.use():
         found = [*dict.fromkeys(place.find(word) for word in session)]
-        if pinned := [id_ for id_ in found if place.pinned(id_)]:
-            raise UsageError(f"the session {pinned[0][:SHOWN]} is pinned; thaw pin --off lets it go")
-        for id_ in found:
-            place.remove(id_)
+        place.forget(found)
     if as_json:
         document({"removed": found})
         return

@@ -294,16 +294,17 @@ class Store:
             StorageError: that cannot be noted.
         """
         path = self._pins / id_
-        if pinned and not self.record(id_).exists():
-            raise UnknownSessionError(f"there is no session {id_!r} in {str(self.directory)!r}")
-        try:
-            if pinned:
-                self._pins.mkdir(mode=0o700, exist_ok=True)  # git, for one, keeps no empty directories
-                path.touch(0o600)
-            else:
-                path.unlink(missing_ok=True)
-        except OSError as error:
-            raise StorageError(f"{str(path)!r} cannot be written: {error.strerror or error}") from None
+        with self._locked("pins", fcntl.LOCK_EX):
+            if pinned and not self.record(id_).exists():
+                raise UnknownSessionError(f"there is no session {id_!r} in {str(self.directory)!r}")
+            try:
+                if pinned:
+                    self._pins.mkdir(mode=0o700, exist_ok=True)  # git, for one, keeps no empty directories
+                    path.touch(0o600)
+                else:
+                    path.unlink(missing_ok=True)
+            except OSError as error:
+                raise StorageError(f"{str(path)!r} cannot be written: {error.strerror or error}") from None
 
     def pinned(self, id_: str) -> bool:
         """Whether it is kept."""
@@ -320,6 +321,19 @@ class Store:
             (self._pins / id_).unlink(missing_ok=True)
         except OSError as error:
             raise StorageError(f"the session {id_!r} cannot be removed: {error.strerror or error}") from None
+
+    def forget(self, ids: Sequence[str]) -> None:
+        """``remove`` several, none of which may be pinned. ``use`` is held.
+
+        Raises:
+            UsageError: one is pinned; none was removed.
+            StorageError: one cannot be removed.
+        """
+        with self._locked("pins", fcntl.LOCK_EX):  # nobody pins one between being looked at and removed
+            if pinned := [id_ for id_ in ids if self.pinned(id_)]:
+                raise UsageError(f"the session {pinned[0][:12]} is pinned; thaw pin --off lets it go")
+            for id_ in ids:
+                self.remove(id_)
 
     # What they name
 
@@ -439,7 +453,7 @@ def _fitting(head: Head, contexts: Sequence[Context]) -> list[Context]:
     return [*contexts]
 
 
-_PARTS = {ABOUT, "blocks", "sessions", "contexts", "pins", "gate.lock", "lock.lock"}
+_PARTS = {ABOUT, "blocks", "sessions", "contexts", "pins", "gate.lock", "lock.lock", "pins.lock"}
 
 
 def _release(lock: int) -> None:
