@@ -6,6 +6,7 @@ import asyncio
 import os
 import re
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,9 +28,10 @@ from tests.zygote.running import alive
 from vllm import SamplingParams
 
 from thaw_vllm import ForkPool
+from thaw_vllm.engines.vllm.sessions.pool_places import PoolBranch, Round, Shared, Task
 from thaw_vllm.errors import BrokenEngineError, StorageError, ThawError, UnsupportedError, UsageError
 from thaw_vllm.sessions.fsck import fsck
-from thaw_vllm.zygote import processes
+from thaw_vllm.zygote import messages, processes
 
 pytestmark = pytest.mark.vllm
 
@@ -187,6 +189,23 @@ def core_of(pool: ForkPool, number: int) -> int:
     """The engine core of a worker, which its log names."""
     log = pool.store.directory.parent / f"worker-{number}.log"
     return int(re.findall(r"EngineCore pid=(\d+)", log.read_text(errors="replace"))[-1])
+
+
+def test_what_is_taken_after_the_deadline():
+    """It counts by when it was sent: this process may have waited for a processor meanwhile."""
+    asked = {"workers": 1, "snapshot": None, "engine_args": {}}
+    place = Shared(asked, None, None, 1.0, False, False).places[0]
+    own = {"token_ids": [7], "text": "", "logprobs": None, "finish_reason": "length", "stop_reason": None, "cached": 0}
+    branch = own | {"parent": "trunk", "session": None, "error": None}
+    task = Task({"do": "fork", "session": "trunk"}, Round(timeout=1e-9), [0, 1, 2])
+    place._child._connection, engine = socket.socketpair()
+    with place._child._connection, engine:
+        for number, seconds in ((1, 0), (0, 900), (2, 900)):
+            messages.send(engine, {"branch": branch | {"number": number}, "at": time.monotonic() + seconds})
+        assert not place._does(task), "the engine is replaced"
+    found = [task.round.ended.get_nowait() for _ in range(3)]
+    assert found[0] == PoolBranch(1, 0, (7,), finish_reason="length", parent="trunk")
+    assert [(one.number, "it was not there within" in str(one.error)) for one in found[1:]] == [(0, True), (2, True)]
 
 
 class TestFaults:

@@ -70,7 +70,8 @@ class ForkPool:
             workers: engines.
             store: of sessions; None: one in memory that goes with the pool.
             model_id: which weights these are (``thaw id``); needed without a snapshot.
-            timeout: seconds that an engine may take for its share of a round.
+            timeout: seconds that an engine may take for its share of a round; branches that it has sent by then count,
+                later ones do not.
             start_timeout: seconds in which an engine has to have started.
             zygote: the name of one whose forks they shall be (``thaw zygote start``), which saves them the imports.
             share_weights: whether there is one copy of the weights in the GPU's memory; None: where there can be: with

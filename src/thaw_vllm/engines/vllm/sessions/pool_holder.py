@@ -12,7 +12,7 @@ import torch
 
 from ....weights.shared import Held
 from ....zygote import messages
-from .pool_process import spelt
+from .pool_process import spelt, tell
 
 
 def main(path: str) -> int:
@@ -25,7 +25,7 @@ def main(path: str) -> int:
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as pool:
         pool.connect(path)
-        messages.send(pool, {"holder": os.getpid()})
+        tell(pool, {"holder": os.getpid()})
         asked = messages.receive(pool)
         if asked is None:
             return 0
@@ -37,9 +37,9 @@ def main(path: str) -> int:
             listening.bind(asked[0]["socket"])
             listening.listen()
         except Exception as error:
-            messages.send(pool, spelt(error))
+            tell(pool, spelt(error))
             return 1
-        messages.send(pool, {"bytes": held.report.bytes, "memory": memory})
+        tell(pool, {"bytes": held.report.bytes, "memory": memory})
         _serve(pool, listening, {"memory": held.made.told, "content": held.content, "verified": held.report.verified})
     return 0
 

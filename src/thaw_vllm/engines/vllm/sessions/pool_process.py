@@ -96,13 +96,20 @@ class Child:
     def told(self, until: float) -> dict[str, Any] | None:
         """Its next message; None where it has ended.
 
+        One that was sent by then counts, however late this thread comes to take it.
+
         Raises:
-            TimeoutError: it was not there in time.
+            TimeoutError: none was.
         """
         assert self._connection is not None
         self._connection.settimeout(max(0.001, until - time.monotonic()))
         found = messages.receive(self._connection)
-        return None if found is None else found[0]
+        if found is None:
+            return None
+        message, _ = found
+        if message.pop("at") > until:  # it is here only because this thread was held up
+            raise TimeoutError
+        return message
 
     def send(self, message: dict[str, Any], seconds: float | None = None) -> None:
         """Ask it; within so many seconds, which a full socket may take."""
@@ -151,6 +158,11 @@ class Child:
         with self._log.open("rb") as stream:
             stream.seek(self._printed)
             return last_error(stream.read().decode(errors="replace"))
+
+
+def tell(pool: socket.socket, message: dict[str, Any]) -> None:
+    """Send it to the pool, with the time: by a clock that all processes of a machine have in common."""
+    messages.send(pool, message | {"at": time.monotonic()})
 
 
 def spelt(error: Exception) -> dict[str, str]:

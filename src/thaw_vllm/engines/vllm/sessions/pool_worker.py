@@ -15,7 +15,7 @@ from .. import versions
 from . import sampling
 from .api import checkout, checkpoint
 from .forking import Branch, fork, parameters
-from .pool_process import spelt
+from .pool_process import spelt, tell
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -33,26 +33,26 @@ def main(path: str, number: str) -> int:
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as pool:
         pool.connect(path)
-        messages.send(pool, {"worker": int(number)})
+        tell(pool, {"worker": int(number)})
         asked = messages.receive(pool)
         if asked is None:
             return 0
         try:
             llm = _engine(asked[0])
         except Exception as error:
-            messages.send(pool, spelt(error))
+            tell(pool, spelt(error))
             return 1
         threading.Thread(target=_watch, args=(llm,), daemon=True).start()
-        messages.send(pool, {"ready": True})
+        tell(pool, {"ready": True})
         while (task := messages.receive(pool)) is not None:
             try:
                 found = _prefilled(llm, task[0]) if task[0]["do"] == "prefill" else _forked(llm, task[0], pool)
             except (BrokenEngineError, versions.engine_dead()):
                 return 1  # as if this process had died with it: others do what is missing
             except Exception as error:
-                messages.send(pool, spelt(error))
+                tell(pool, spelt(error))
             else:
-                messages.send(pool, {"done": found})
+                tell(pool, {"done": found})
     return 0
 
 
@@ -113,7 +113,7 @@ def _forked(llm: LLM, task: dict[str, Any], pool: socket.socket) -> dict[str, An
     for branch in branches:
         if isinstance(branch.error, BrokenEngineError):
             raise branch.error
-        messages.send(pool, {"branch": _told(branch, first)})
+        tell(pool, {"branch": _told(branch, first)})
     return {}
 
 
