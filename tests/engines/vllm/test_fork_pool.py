@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 import signal
@@ -91,10 +92,39 @@ def kept(pool: ForkPool) -> str:
     return branch.parent
 
 
+def until(what: Callable[[], bool]) -> None:
+    while not what():
+        time.sleep(0.02)
+
+
+def all_are(pool: ForkPool, state: str) -> bool:
+    return all(one["state"] == state for one in pool.workers())
+
+
+def core_of(pool: ForkPool, number: int) -> int:
+    """The engine core of a worker, which its log names."""
+    log = Path(pool._shared.logs or pool._shared.folder) / f"worker-{number}.log"
+    return int(re.findall(r"EngineCore pid=(\d+)", log.read_text(errors="replace"))[-1])
+
+
+@contextlib.contextmanager
+def in_the_middle(pool: ForkPool, trunk: str, n: int, params: SamplingParams, **more: Any) -> Iterator[Any]:
+    """A fork of a session; each engine has its share, and stands still meanwhile, so that none can have ended it."""
+    until(lambda: all_are(pool, "ready"))
+    cores = [core_of(pool, one["number"]) for one in pool.workers()]
+    processes.send_all(cores, signal.SIGSTOP)
+    try:
+        branches = pool.fork(trunk, n, params, **more)
+        until(lambda: all_are(pool, "busy"))
+        yield branches
+    finally:
+        processes.send_all(cores, signal.SIGCONT)
+
+
 def test_a_prompt(pool: ForkPool, expected: list[dict[str, Any]]):
     found = [*pool.fork(OTHER, 5, PARAMS)]
     assert alike(answers(found), expected)
-    assert {one.worker for one in found} == {0, 1} and {one.cached for one in found} == {192}
+    assert {one.cached for one in found} == {192}
     assert all(one.finish_reason == "length" and one.session is None for one in found)
     assert len({one.parent for one in found}) == 1 and pool.store.listed()[0] == [], "it was kept for them alone"
     assert {len(one.token_ids) for one in pool.fork(OTHER, 2)} <= {*range(1, 17)}, "vLLM's defaults"
@@ -103,8 +133,10 @@ def test_a_prompt(pool: ForkPool, expected: list[dict[str, Any]]):
 def test_a_session_and_its_branches(pool: ForkPool, expected: list[dict[str, Any]]):
     trunk = kept(pool)
     names = [f"b{number}" for number in range(5)]
-    found = [*pool.fork(trunk, 5, PARAMS, keep=True, labels=names)]
-    assert alike(answers(found), expected)
+    with in_the_middle(pool, trunk, 5, PARAMS, keep=True, labels=names) as branches:
+        pass  # else the first engine may have done both shares before the second is awake
+    found = [*branches]
+    assert alike(answers(found), expected) and {one.worker for one in found} == {0, 1}
     for one in found:
         session = pool.store.read(one.session)
         assert (session.head.parent, session.head.fork, session.head.labels) == (trunk, 200, (names[one.number],))
@@ -180,17 +212,6 @@ def test_one_that_has_seen_enough(pool: ForkPool):
     assert len([*pool.fork(OTHER, 2, PARAMS)]) == 2
 
 
-def until(what: Callable[[], bool]) -> None:
-    while not what():
-        time.sleep(0.02)
-
-
-def core_of(pool: ForkPool, number: int) -> int:
-    """The engine core of a worker, which its log names."""
-    log = pool.store.directory.parent / f"worker-{number}.log"
-    return int(re.findall(r"EngineCore pid=(\d+)", log.read_text(errors="replace"))[-1])
-
-
 def test_what_is_taken_after_the_deadline():
     """It counts by when it was sent: this process may have waited for a processor meanwhile."""
     asked = {"workers": 1, "snapshot": None, "engine_args": {}}
@@ -212,24 +233,21 @@ class TestFaults:
     @pytest.mark.parametrize("alone", [False, True], ids=["all", "core"])
     def test_an_engine_that_dies_in_the_middle(self, alone: bool, pool: ForkPool, expected: list[dict[str, Any]]):
         """With all of its processes, or its core alone, as where memory runs out."""
-        before, found = sum(one["starts"] for one in pool.workers()), []
-        thread = threading.Thread(target=lambda: found.extend(pool.fork(OTHER, 4, LONG_ANSWER)))
-        thread.start()
-        until(lambda: all(one["state"] == "busy" for one in pool.workers()))
-        pid = pool.workers()[0]["pid"]
-        for process in [core_of(pool, 0)] if alone else processes.of_group(pid):
-            os.kill(process, signal.SIGKILL)
-        thread.join()
-        made = answers(found)
+        before = sum(one["starts"] for one in pool.workers())
+        with in_the_middle(pool, kept(pool), 4, LONG_ANSWER) as branches:
+            pid = pool.workers()[0]["pid"]
+            processes.send_all([core_of(pool, 0)] if alone else processes.of_group(pid), signal.SIGKILL)
+        made = answers(branches)
         assert [len(one["tokens"]) for one in made] == [250] * 4
         short = [{name: values[:8] for name, values in one.items()} for one in made]
         assert alike(short, expected[:4])
-        until(lambda: [one["state"] for one in pool.workers()] == ["ready", "ready"])
+        until(lambda: all_are(pool, "ready"))
         assert sum(one["starts"] for one in pool.workers()) == before + 1
         assert alike(answers(pool.fork(OTHER, 4, PARAMS)), expected[:4])
 
     @pytest.mark.parametrize("alone", [False, True], ids=["all", "core"])
     def test_one_that_dies_idle(self, alone: bool, pool: ForkPool):
+        until(lambda: all_are(pool, "ready"))
         before = pool.workers()[1]
         if alone:
             os.kill(core_of(pool, 1), signal.SIGKILL)
@@ -240,12 +258,14 @@ class TestFaults:
 
     def test_one_that_takes_too_long(self, pool: ForkPool, expected: list[dict[str, Any]]):
         trunk = kept(pool)
+        until(lambda: all_are(pool, "ready"))
         starts = sum(one["starts"] for one in pool.workers())
         found = [*pool.fork(trunk, 4, LONG_ANSWER, timeout=0.05)]
         assert sorted(one.number for one in found) == [0, 1, 2, 3]
         assert {str(one.error) for one in found} == {"it was not there within 0.05 s; its engine is replaced"}
         assert alike(answers(pool.fork(trunk, 4, PARAMS)), expected[:4])
-        until(lambda: sum(one["starts"] for one in pool.workers()) == starts + 2)
+        until(lambda: all_are(pool, "ready"))
+        assert sum(one["starts"] for one in pool.workers()) == starts + 2
 
     def test_weights_that_are_not_there(self, checkpoints: Callable, tmp_path: Path, variables: None):
         pool = ForkPool(checkpoints("tied"), tmp_path / "nowhere.thaw", workers=2, zygote=ZYGOTE, **ARGS)
@@ -266,7 +286,12 @@ class TestFaults:
 
     def test_closed_while_they_start(self, checkpoints: Callable, weights: Path, variables: None):
         pool = ForkPool(checkpoints("tied"), weights, workers=3, zygote=ZYGOTE, **ARGS)
-        closing = threading.Timer(1.0, pool.close)
+
+        def close() -> None:
+            until(lambda: pool.workers()[0]["pid"] is not None)
+            pool.close()
+
+        closing = threading.Thread(target=close, daemon=True)
         closing.start()
         with pytest.raises(BrokenEngineError, match="was closed"):
             pool.__enter__()
@@ -277,14 +302,11 @@ class TestFaults:
         """With a store of its own, which goes with it."""
         with ForkPool(checkpoints("tied"), weights, workers=1, zygote=ZYGOTE, **ARGS) as pool:
             directory = pool.store.directory
-            branches = pool.fork(OTHER, 2, LONG_ANSWER)
-            found: list[Any] = []
-            waiting = threading.Thread(target=lambda: found.extend(branches))
-            waiting.start()
-            until(lambda: pool.workers()[0]["state"] == "busy")
-            pool.close()
-            waiting.join()
-            assert len(found) == 2 and all("was closed" in str(one.error) for one in found)
+            closing = threading.Thread(target=pool.close)
+            with in_the_middle(pool, kept(pool), 2, LONG_ANSWER) as branches:
+                closing.start()
+                assert ["was closed" in str(one.error) for one in branches] == [True] * 2
+            closing.join()
         assert not directory.exists() and pool.workers()[0]["pid"] is None
 
 
