@@ -18,10 +18,13 @@ WORKS = [*KEPT, "session-restore", "fork-thawed"]
 
 
 class Asked(Engines):
-    """``kept`` and ``thawed`` change what they say."""
+    """``kept``, ``thawed`` and ``pool`` change what they say."""
 
-    def __init__(self, kept=None, thawed=None):
-        super().__init__({"fork-keep": kept or {}, "fork-thaw": thawed or {}})
+    def __init__(self, kept=None, thawed=None, pool=None):
+        super().__init__({"fork-keep": kept or {}, "fork-thaw": thawed or {}, "fork-pool": pool or {}})
+
+    def __call__(self, task, request, say):
+        return super().__call__(task, request, say) | {"shared": True, "mib": 20000.0}
 
     def fork_keep(self, tokens):
         return {
@@ -41,6 +44,9 @@ class Asked(Engines):
             "different": None,
         }
 
+    def fork_pool(self, tokens):
+        return {"first": 0.9, "round": [0.5, 0.4], "tokens": [[[1, 2], [3, 4]]] * 3}
+
 
 def asked(seconds, cached, tokens=(1, 2, 3)):
     """Two runs of three continuations."""
@@ -49,7 +55,7 @@ def asked(seconds, cached, tokens=(1, 2, 3)):
 
 @pytest.fixture
 def engines(in_place_of_engines):
-    return lambda kept=None, thawed=None: in_place_of_engines(fork, Asked(kept, thawed))
+    return lambda **changes: in_place_of_engines(fork, Asked(**changes))
 
 
 def test_records(thaw, model, engines, tmp_path):
@@ -89,6 +95,33 @@ def test_table_and_recorded_lines(thaw, model, engines, tmp_path):
     (file,) = (tmp_path / "benchmarks" / "results").iterdir()
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert [line["work"] for line in lines] == WORKS and {line["route"] for line in lines} == {"store", "graphs"}
+
+
+def test_a_pool(thaw, model, engines, tmp_path):
+    started = engines()
+    (tmp_path / "w.thaw").touch()
+    arguments = ("--tokens", 2048, "--tokens", 1024, "--dir", "files", "--snapshot", "w.thaw", "--workers", 3)
+    ran = thaw("bench", "fork", "--model", "M", *arguments, "--json")
+    assert ran.code == 0, ran.err
+    found = [record for record in ran.document["records"] if record["work"] == "fork-pool"]
+    assert [record["tokens"] for record in found] == [2048, 1024]
+    told = {"branches": 4, "length": 64, "workers": 3, "first_s": 0.9, "shared": True, "gpu_mib": 20000.0}
+    assert all(record.items() >= (told | {"seconds": [0.5, 0.4], "tokens_equal": True}).items() for record in found)
+    task, request = started.asked[2]
+    assert (task, request["snapshot"], request["workers"]) == ("fork-pool", "w.thaw", 3)
+    engines(pool={"tokens": [[[1]], [[2]]]})
+    ran = thaw("bench", "fork", "--model", "M", *arguments)
+    assert ran.code == 0 and " 0.4500 " in ran.out
+    ran = thaw("bench", "fork", "--model", "M", "--dir", "files", "--snapshot", "nowhere.thaw")
+    assert ran.code == 4 and "there is no snapshot 'nowhere.thaw'" in ran.err
+
+
+def test_a_pool_that_does_not_start_is_a_line(thaw, model, engines, tmp_path):
+    engines(pool=ChildError("the fork pool: ValueError: no"))
+    (tmp_path / "w.thaw").touch()
+    arguments = ("--tokens", 1024, "--dir", "files", "--snapshot", "w.thaw")
+    ran = thaw("bench", "fork", "--model", "M", *arguments)
+    assert ran.code == 1 and "fork-pool: thaw: the fork pool: ValueError: no" in ran.out
 
 
 @pytest.mark.parametrize(

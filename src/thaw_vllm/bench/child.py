@@ -32,6 +32,7 @@ TASKS = {
     "swap": "swap_task",
     "fork-keep": "fork_task",
     "fork-thaw": "fork_task",
+    "fork-pool": "fork_task",
 }
 """Task → the module here whose ``TASKS`` has it."""
 SAID = ("ready", "prepared", "done")

@@ -1,4 +1,5 @@
-"""``thaw bench fork``: a trunk forked into continuations, beside vLLM's own ways, and restored in a fresh process."""
+"""``thaw bench fork``: a trunk forked into continuations, beside vLLM's own ways, restored in a fresh process, and in a
+fork pool."""
 
 from __future__ import annotations
 
@@ -7,16 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import ThawError
+from ..errors import StorageError, ThawError
 from . import ceilings, kv
+from .fork_task import POOL_BRANCHES, POOL_TOKENS
 from .outcome import Missed, Outcome, Say
 from .record import Record, file_system_of
 
 PREFILLS, PREFIX, FORK, THAWED = "fork-prefills", "fork-prefix", "fork", "fork-thawed"
-CHECKPOINT, RESTORE = "checkpoint", "session-restore"
+CHECKPOINT, RESTORE, POOL = "checkpoint", "session-restore", "fork-pool"
 LENGTHS = (4096, 8128)
 """Trunks that are measured unless others are asked for; the longer one, with an answer, fits a model of 8192 tokens."""
-WHO = {"fork-keep": "the engine that keeps", "fork-thaw": "the engine that takes up"}
+WHO = {"fork-keep": "the engine that keeps", "fork-thaw": "the engine that takes up", "fork-pool": "the fork pool"}
 
 
 @dataclass(frozen=True)
@@ -25,19 +27,25 @@ class Settings(kv.Settings):
 
     Attributes:
         branches: continuations of each trunk, two at least.
+        snapshot: of the model, whose weights the engines of a fork pool share; None: no pool is measured.
+        workers: engines of it.
     """
 
     branches: int
+    snapshot: Path | None = None
+    workers: int = 2
 
 
 def measure(settings: Settings, say: Say) -> Outcome:
-    """The link's limit, an engine that forks and keeps, and a fresh one that takes up and forks.
+    """The link's limit, an engine that forks and keeps, a fresh one that takes up and forks, and a pool.
 
     Raises:
-        StorageError: there is no such model, or no room.
+        StorageError: there is no such model or snapshot, or no room.
         UsageError: a trunk that is too long, or too short to be cached.
-        ThawError: the first engine failed; where the second one does, that is a line.
+        ThawError: the first engine failed; where the second one or the pool does, that is a line.
     """
+    if settings.snapshot is not None and not settings.snapshot.is_file():
+        raise StorageError(f"there is no snapshot {str(settings.snapshot)!r}")
     planned = kv.plan(settings, say, LENGTHS)
     outcome = Outcome()
     if settings.limits.device != "cpu":
@@ -50,13 +58,27 @@ def measure(settings: Settings, say: Say) -> Outcome:
         except ThawError as error:
             thawed = None
             outcome.missed += [Missed(work, "thaw", "", str(error)) for work in (RESTORE, THAWED)]
+        pooled = _pooled(settings, request, outcome, say)
     for number, tokens in enumerate(planned.tokens):
         about = _About(tokens, settings.branches, planned.route, settings.directory)
         second = None if thawed is None else thawed["lengths"][number]
         outcome.records += about.kept(kept["lengths"][number], second)
         if second is not None:
             outcome.records += about.thawed(kept["lengths"][number], second)
+        if pooled is not None:
+            outcome.records.append(about.pooled(pooled["lengths"][number], pooled, settings.workers))
     return outcome
+
+
+def _pooled(settings: Settings, request: dict[str, Any], outcome: Outcome, say: Say) -> dict[str, Any] | None:
+    if settings.snapshot is None:
+        return None
+    more = {"snapshot": str(settings.snapshot), "workers": settings.workers, "branches": POOL_BRANCHES}
+    try:
+        return run("fork-pool", request | more, say)
+    except ThawError as error:
+        outcome.missed.append(Missed(POOL, "thaw", "", str(error)))
+        return None
 
 
 def run(task: str, request: dict[str, Any], say: Say) -> dict[str, Any]:
@@ -95,6 +117,14 @@ class _About:
             "tokens_equal": found["fork"][-1]["tokens"] == kept["fork"][-1]["tokens"],
         }
         yield self._asked(THAWED, "thaw", found["fork"], kept["cached"], **told)
+
+    def pooled(self, found: dict[str, Any], pool: dict[str, Any], workers: int) -> Record:
+        """Of the pool's rounds."""
+        extra: dict[str, Any] = {"tokens": self.tokens, "branches": POOL_BRANCHES, "length": POOL_TOKENS}
+        extra |= {"workers": workers, "shared": pool["shared"], "gpu_mib": pool["mib"]}
+        extra["first_s"] = round(found["first"], 6)
+        extra["tokens_equal"] = all(made == found["tokens"][0] for made in found["tokens"])
+        return Record(POOL, "thaw", self.route, 0, found["round"], "warm", False, None, None, extra)
 
     def _asked(
         self, work: str, system: str, runs: list[dict[str, Any]], wanted: int | None = None, **told: Any

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ThawError, UsageError
+from .gpu_memory import gpu_mib
 from .kv_pages import difference
 from .kv_task import file_of, import_vllm, need_room, prompt, started
 
 if TYPE_CHECKING:
+    from vllm import SamplingParams
+
     from ..engines.vllm.prompted import Prompted
+    from ..engines.vllm.sessions.pool import ForkPool
+    from ..engines.vllm.sessions.pool_places import PoolBranch
     from .child import Steps
 
 LABEL = "trunk"
 """Of the session that is kept, in a store of its own for each length."""
+POOL_BRANCHES, POOL_TOKENS = 4, 64
+"""Of a round of a fork pool: continuations, and tokens of each."""
 SEED = 1
 """Of the first continuation; the others' are the numbers after it."""
 
@@ -62,7 +69,59 @@ def thawing(request: dict[str, Any]) -> Steps:
     return {"lengths": lengths}
 
 
-TASKS = {"fork-keep": keeping, "fork-thaw": thawing}
+def pooled(request: dict[str, Any]) -> Steps:
+    """The same request, with ``snapshot`` and ``workers``: rounds of a fork pool whose engines share its weights.
+
+    The answer has ``lengths``: seconds of every ``round``, of the ``first`` one, in which each engine brings the trunk
+    back, and the ``tokens`` of each round's continuations; how many MiB of the GPU's memory it took (``mib``; None
+    where nobody tells); and whether the weights are ``shared``.
+    """
+    from ..engines.vllm.sessions.pool import ForkPool
+
+    import_vllm(request["sockets"])
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=1, seed=SEED, max_tokens=POOL_TOKENS, ignore_eos=True, detokenize=False)
+    before = gpu_mib()
+    yield
+    with ForkPool(request["model"], request["snapshot"], workers=request["workers"], **request["engine_args"]) as pool:
+        warm = pool.fork(prompt(max(request["tokens"]), request["vocabulary"], "warm"), POOL_BRANCHES, sampling)
+        _made(warm)
+        yield
+        lengths = []
+        for tokens in request["tokens"]:
+            trunk = _trunk(pool, prompt(tokens, request["vocabulary"]), sampling)
+            rounds, made = [], []
+            for _ in range(request["runs"] + 1):
+                start = time.perf_counter()
+                branches = pool.fork(trunk, POOL_BRANCHES, sampling)
+                made.append(_made(branches))
+                rounds.append(time.perf_counter() - start)
+            lengths.append({"first": rounds[0], "round": rounds[1:], "tokens": made})
+        after = gpu_mib()
+        shared = pool.weights_pid is not None
+        yield
+    return {"lengths": lengths, "shared": shared, "mib": None if before is None or after is None else after - before}
+
+
+def _trunk(pool: ForkPool, ids: list[int], sampling: SamplingParams) -> str:
+    """A session of the pool's store."""
+    (branch,) = pool.fork(ids, 1, sampling, keep=True)
+    if branch.error is not None or branch.parent is None:
+        raise branch.error or ThawError("the trunk was not kept")
+    return branch.parent
+
+
+def _made(branches: Iterator[PoolBranch]) -> list[list[int]]:
+    """The continuations' tokens, in order."""
+    found = sorted(branches, key=lambda branch: branch.number)
+    for branch in found:
+        if branch.error is not None:
+            raise branch.error
+    return [list(branch.token_ids) for branch in found]
+
+
+TASKS = {"fork-keep": keeping, "fork-thaw": thawing, "fork-pool": pooled}
 
 
 class _Forks:

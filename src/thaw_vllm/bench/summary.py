@@ -15,10 +15,10 @@ KV_HEAD = (
     *("TOKENS", "MB", "COLD S", "PREFIX S", "THAWED S", "RESTORE S", "GB/S", "OF LIMIT", "FREEZE S"),
     *("COLD/THAWED", "COLD/(RESTORE+THAWED)", "EQUAL"),
 )
-FORK_SECONDS = ("fork-prefills", "fork-prefix", "fork", "fork-thawed", "session-restore", "checkpoint")
+FORK_SECONDS = ("fork-prefills", "fork-prefix", "fork", "fork-thawed", "session-restore", "checkpoint", "fork-pool")
 FORK_HEAD = (
     *("TOKENS", "N", "MB", "PREFILLS S", "PREFIX S", "FORK S", "THAWED S", "RESTORE S", "CHECKPOINT S"),
-    *("GB/S", "OF LIMIT", "PREFILLS/FORK", "PREFILLS/(RESTORE+THAWED)", "EQUAL"),
+    *("POOL S", "GB/S", "OF LIMIT", "PREFILLS/FORK", "PREFILLS/(RESTORE+THAWED)", "EQUAL"),
 )
 LIMITS: Mapping[str, tuple[str, ...]] = {
     "restore-tmpfs": ("h2d",),

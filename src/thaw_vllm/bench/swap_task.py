@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from .gpu_memory import gpu_mib
 from .kv_task import import_vllm, prompt
 
 if TYPE_CHECKING:
@@ -113,11 +112,11 @@ class _Measuring:
         wakes: dict[str, Any] = {"seconds": [], "reports": []}
         equal = []
         for _ in range(self.request["runs"]):
-            parks["used"].append(_gpu_mib())
+            parks["used"].append(gpu_mib())
             start = time.perf_counter()
             report = leave()
             parks["seconds"].append(time.perf_counter() - start)
-            parks["left"].append(_gpu_mib())
+            parks["left"].append(gpu_mib())
             parks["reports"].append(asdict(report) if report is not None else {})
             took, report = self._until_token(come)
             wakes["seconds"].append(took)
@@ -147,14 +146,3 @@ class _Measuring:
 
 def _all(equal: list[bool | None]) -> bool | None:
     return None if None in equal else all(equal)
-
-
-def _gpu_mib() -> float | None:
-    """Memory in use on the first visible GPU, by whomever; None where nobody tells."""
-    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] or "0"
-    try:
-        told = subprocess.run([*command, "-i", chosen], capture_output=True, text=True, timeout=30, check=True).stdout
-        return float(told.split()[0])
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
-        return None

@@ -27,6 +27,7 @@ thaw bench cold-start --model Llama-3-8B/ --snapshot /dev/shm/W.thaw --mode eage
 thaw bench cold-start --model Llama-3-8B/ --loader default-loader --caches cold --reports starts/
 thaw bench kv --model Llama-3-8B/ --tokens 1024 --tokens 4096 --record
 thaw bench fork --model Llama-3-8B/ --dir /dev/shm --runs 5 --record
+thaw bench fork --model Llama-3-8B/ --snapshot /dev/shm/W.thaw --workers 4
 thaw bench swap --model Llama-3-8B/ --snapshot /dev/shm/A.thaw --other /dev/shm/B.thaw --record
 thaw bench report
 """
@@ -313,6 +314,11 @@ def fork(
         ),
     ] = None,
     branches: Annotated[int, typer.Option(min=2, help="Continuations of each trunk.")] = 8,
+    snapshot: Annotated[
+        Path | None,
+        typer.Option(help="The model's: measure a fork pool, too, whose engines share its weights."),
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Engines of the pool.")] = 2,
     directory: OneDirectory = None,
     runs: EngineRuns = 3,
     eager: Eager = None,
@@ -324,17 +330,18 @@ def fork(
     """Time the first tokens of a trunk's continuations.
 
     One engine computes them at once: as requests that share nothing, with vLLM's prefix cache, and by thaw_vllm.fork.
-    It keeps the trunk as a session, which a fresh engine takes up and forks. Its blocks are compared.
+    It keeps the trunk as a session, which a fresh engine takes up and forks. Its blocks are compared. With a snapshot,
+    rounds of a fork pool are timed, too.
     """
     from ..bench import fork as measuring
     from ..bench.summary import fork_table
     from ..engines.vllm.api import require_vllm_installed
 
     asked = _of_two_engines(model, tokens, directory, runs, eager, engine_arg, limit_gb)
-    settings = measuring.Settings(**asked, branches=branches)
+    settings = measuring.Settings(**asked, branches=branches, snapshot=snapshot, workers=workers)
     require_vllm_installed()
     outcome = measuring.measure(settings, _tell)
-    _shown(outcome, fork_table, range(13), record, as_json)
+    _shown(outcome, fork_table, range(14), record, as_json)
     if any(missed.system == "thaw" for missed in outcome.missed):
         raise typer.Exit(1)
 

@@ -127,6 +127,7 @@ class _Array:
 
 
 def _tensor(address: int, size: int, device: torch.device) -> torch.Tensor:
+    torch.cuda.init()
     found = torch.as_tensor(_Array(address, size), device=device)
     if found.data_ptr() != address:
         raise ThawError("torch has copied memory that it should have taken as it is")

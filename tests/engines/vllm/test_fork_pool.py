@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -151,6 +152,24 @@ def test_what_is_kept_for_a_time(pool: ForkPool):
     (found,) = pool.fork([*OTHER, 5], 1, PARAMS, keep=True, ttl=3600)
     heads = [pool.store.read(id_).head for id_ in (found.parent, found.session)]
     assert [round(head.expires - head.created, 3) for head in heads] == [3600, 3600]
+
+
+def test_rounds_of_a_benchmark(pool: ForkPool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """``thaw bench fork``'s, with these engines in place of new ones."""
+    from thaw_vllm.bench import fork_task
+
+    monkeypatch.setattr("thaw_vllm.engines.vllm.sessions.pool.ForkPool", lambda *_, **__: nullcontext(pool))
+    asked: dict[str, Any] = {"model": "m", "snapshot": "w.thaw", "workers": 2, "engine_args": {}, "runs": 2}
+    steps = fork_task.pooled(asked | {"tokens": [200, 100], "vocabulary": 500, "sockets": str(tmp_path)})
+    for _ in range(3):
+        next(steps)
+    with pytest.raises(StopIteration) as end:
+        next(steps)
+    found = end.value.value
+    assert found["shared"] is False and found["mib"] is None and len(found["lengths"]) == 2
+    for one in found["lengths"]:
+        assert len(one["round"]) == 2 and all(len(tokens) == 64 for made in one["tokens"] for tokens in made)
+        assert [len(made) for made in one["tokens"]] == [4] * 3
 
 
 def test_its_own_parameters(pool: ForkPool):
@@ -313,7 +332,7 @@ class TestFaults:
 class TestOneCopyOfTheWeights:
     """Which a process of its own holds; on the CPU in the host's memory, in vLLM's build less its repacking."""
 
-    @pytest.fixture(scope="class")
+    @pytest.fixture
     def unpacked(self) -> Iterator[None]:
         with mock.patch.dict(os.environ, forks.environment(swap_safe()), clear=True):
             yield
