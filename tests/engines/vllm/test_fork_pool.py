@@ -158,6 +158,7 @@ def test_rounds_of_a_benchmark(pool: ForkPool, monkeypatch: pytest.MonkeyPatch, 
     """``thaw bench fork``'s, with these engines in place of new ones."""
     from thaw_vllm.bench import fork_task
 
+    monkeypatch.setattr(fork_task, "import_vllm", lambda sockets: None)  # it sets variables, for good
     monkeypatch.setattr("thaw_vllm.engines.vllm.sessions.pool.ForkPool", lambda *_, **__: nullcontext(pool))
     asked: dict[str, Any] = {"model": "m", "snapshot": "w.thaw", "workers": 2, "engine_args": {}, "runs": 2}
     steps = fork_task.pooled(asked | {"tokens": [200, 100], "vocabulary": 500, "sockets": str(tmp_path)})
