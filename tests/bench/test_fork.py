@@ -113,7 +113,7 @@ def test_a_pool(thaw, model, engines, tmp_path):
     ran = thaw("bench", "fork", "--model", "M", *arguments)
     assert ran.code == 0 and " 0.4500 " in ran.out
     ran = thaw("bench", "fork", "--model", "M", "--dir", "files", "--snapshot", "nowhere.thaw")
-    assert ran.code == 4 and "there is no snapshot 'nowhere.thaw'" in ran.err
+    assert ran.code == 6 and "there is no snapshot 'nowhere.thaw'" in ran.err
 
 
 def test_a_pool_that_does_not_start_is_a_line(thaw, model, engines, tmp_path):

@@ -286,6 +286,7 @@ def test_forks_are_one_section(tmp_path):
         line("checkpoint", "thaw", 10.0, **kept),
         line("session-restore", "thaw", 20.0, seconds=[0.048], verified=True, **kept),
         line("fork-thawed", "thaw", 0, size=0, seconds=[0.06], with_restore=[0.105], **about),
+        line("fork-pool", "thaw", 0, size=0, seconds=[0.55], equal=None, shared=True, **about),
     ]
     (tmp_path / "r.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
     runs = load(tmp_path)
@@ -293,12 +294,26 @@ def test_forks_are_one_section(tmp_path):
     assert [h for h in made.splitlines() if h.startswith("## ")][-2:] == [f"## {TITLES[w]}" for w in ("h2d", "fork")]
     section = made.partition(f"## {TITLES['fork']}\n")[2]
     (row,) = [row for row in section.splitlines() if row.startswith("| 8128 ")]
-    figures = ["3.1500", "0.4500", "0.5000", "0.0600", "0.0480", "0.1065", "22.19", "0.444", "6.3", "30.0", "yes"]
+    figures = [
+        "3.1500",
+        "0.4500",
+        "0.5000",
+        "0.0600",
+        "0.0480",
+        "0.1065",
+        "0.5500",
+        "22.19",
+        "0.444",
+        "6.3",
+        "30.0",
+        "yes",
+    ]
     assert row == "| " + " | ".join(["8128", "8", "1065.4", *figures]) + " |"
     assert "| fork-prefills, 8128 tokens, vllm: route |  | 3.150 | 10% of 2 |  |  |  |  |" in section
     assert "| **session-restore, 8128 tokens, thaw: store** | 22.19 | 0.048 | 0% of 1 | 0.444 |  |  | yes |" in section
     of = {goal.text: goal.reached(runs) for goal in goals.GOALS}
     assert of["a session's restore of an 8k-token trunk (about 1 GiB)"] == ("0.048 s (2026-11-20)", "reached")
+    assert of["a fork pool's round of 4 × 64 tokens, trunks of up to 8k"] == ("0.55 s (2026-11-20)", "reached")
 
 
 def test_nothing_recorded(tmp_path):

@@ -88,6 +88,11 @@ def prefix_seconds(record: Record, outcome: Outcome) -> float | None:
     return record.median if prompt_tokens(record) < NEXT_SIZE else None
 
 
+def round_of_one_copy(record: Record, outcome: Outcome) -> float | None:
+    """Median seconds of a fork pool's rounds, where its engines share their weights."""
+    return prefix_seconds(record, outcome) if record.extra.get("shared") else None
+
+
 def cold_over_thawed(record: Record, outcome: Outcome) -> float | None:
     """The cold prompt's seconds to the first token over those of the thawed one of the same length, of an 8k prefix."""
     tokens = prompt_tokens(record)
@@ -188,6 +193,11 @@ GOALS = (
         at_most=True,
         unit=" s",
         digits=3,
+    ),
+    Goal(
+        *("a fork pool's round of 4 × 64 tokens, trunks of up to 8k", ("fork-pool",), None, round_of_one_copy, 0.6),
+        at_most=True,
+        unit=" s",
     ),
     Goal("first token: cold over thawed at 8k tokens", ("ttft-thawed",), None, cold_over_thawed, 10, unit=" ×"),
     _start("first token in a fork of a zygote, eager, 16 GB", "start-eager", 3.5, seconds, ZYGOTE, ZYGOTE_PRESET),
