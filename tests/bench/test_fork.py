@@ -187,6 +187,8 @@ def test_lengths_that_fit(thaw, model, engines):
         (["--model", "M", "--dir", "nowhere"], 6, "no directory 'nowhere'"),
         (["--model", "M", "--branches", "1"], 2, "--branches"),
         (["--model", "M", "--tokens", "0"], 2, "--tokens"),
+        (["--model", "M", "--workers", "2"], 2, "with --snapshot"),
+        (["--model", "M", "--workers", "5"], 2, "--workers"),
         (["--model", "M"], 2, "4096 tokens and an answer of 16 are more than the 4096"),
         (["--model", "M", "--tokens", "4090"], 2, "4090 tokens and an answer of 16 are more than the 4096"),
         (["--model", "M", "--tokens", "512", "--engine-arg", "max_model_len=512"], 2, "max_model_len=N"),

@@ -28,19 +28,17 @@ def sizes(*roots: int) -> dict[str, float]:
 
 def gpu_memory(pids: list[int]) -> float:
     """MiB of the first GPU that these processes have in use; where a container hides whose it is, all that is."""
-    device = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    by_process = _asked("--query-compute-apps=pid,used_memory", device)
-    own = [float(words[1]) for words in by_process if int(words[0]) in pids]
-    return sum(own) if own else sum(float(words[0]) for words in _asked("--query-gpu=memory.used", device))
+    own = [float(words[1]) for words in _asked("--query-compute-apps=pid,used_memory") if int(words[0]) in pids]
+    return sum(own) if own else sum(float(words[0]) for words in _asked("--query-gpu=memory.used"))
 
 
 def whose(pids: list[int]) -> bool:
     """Whether ``gpu_memory`` can tell these processes' own."""
-    device = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    return any(int(words[0]) in pids for words in _asked("--query-compute-apps=pid,used_memory", device))
+    return any(int(words[0]) in pids for words in _asked("--query-compute-apps=pid,used_memory"))
 
 
-def _asked(query: str, device: str) -> list[list[str]]:
+def _asked(query: str) -> list[list[str]]:
+    device = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] or "0"
     command = ["nvidia-smi", query, "--format=csv,noheader,nounits", "-i", device]
     try:
         lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()

@@ -44,7 +44,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("models")
     parser.add_argument("--switches", type=int, default=1000)
     parser.add_argument("--clients", type=int, default=3)
-    parser.add_argument("--seldom", default="", metavar="NAME=SHARE", help="a model that is next in so many of 1")
+    parser.add_argument("--seldom", default="", metavar="NAME=SHARE", help="choose this model with that probability")
     parser.add_argument("--beside", action="store_true", help="others use this GPU, too")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     parser.add_argument("--seconds", type=float, default=math.inf, help="stop after this time, the start included")
@@ -56,7 +56,7 @@ class Soak:
         self.given, self.pids, self.log, self.client = given, pids, log, client
         self.read = 0
         name, _, share = given.seldom.partition("=")
-        self.seldom, self.share = name, float(share or 1)
+        self.seldom, self.share = name, float(share or 0.1)
         self.seconds: dict[str, list[float]] = {}
         self.random = random.Random(given.seed)
         self.prompts = [[self.random.randrange(300, 500) for _ in range(LENGTH)] for _ in range(PROMPTS)]
@@ -93,13 +93,15 @@ class Soak:
     def another(self, names: list[str], last: str) -> str:
         """The next model."""
         others = [name for name in names if name != last]
-        weights = [self.share if name == self.seldom else 1 - self.share for name in others]
+        rest = (1 - self.share) / max(1, len(others) - 1)
+        weights = [self.share if name == self.seldom else rest for name in others]
         return self.random.choices(others, weights if self.seldom in others else None)[0]
 
     async def run(self) -> dict[str, Any]:
         async with self.client.get("/v1/models") as answer:
             names = [one["id"] for one in (await answer.json())["data"]]
         alone = {name: [(await self.ask(name, prompt))[0] for prompt in self.prompts] for name in names}
+        assert not self.seldom or self.seldom in names, f"there is no model {self.seldom!r}"
         assert len({json.dumps(said) for said in alone.values()}) == len(names), "models answer alike"
         seen: list[dict[str, float]] = []
         firsts: list[float] = []

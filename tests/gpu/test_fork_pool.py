@@ -21,6 +21,7 @@ from tests.zygote.running import alive, until
 
 from thaw_vllm import ForkPool
 from thaw_vllm.engines.vllm import fresh
+from thaw_vllm.errors import MismatchError
 from thaw_vllm.transport.shared import mapped
 from thaw_vllm.weights.layout import byte_view
 from thaw_vllm.weights.open import open_snapshot
@@ -28,9 +29,10 @@ from thaw_vllm.weights.shared import Held, views
 from thaw_vllm.zygote import messages
 from thaw_vllm.zygote.place import Place
 
-ARGS = {"max_model_len": 512, "gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 256 << 20}
+ARGS = {"max_model_len": 512, "kv_cache_memory_bytes": 256 << 20}
 MODES = {"eager": {"enforce_eager": True}, "graphs": {"compilation_config": {"cudagraph_capture_sizes": [1, 2, 4]}}}
-SHAPE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8}
+SHAPE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8, "num_key_value_heads": 4}
+SHAPE |= {"head_dim": 256}
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +66,8 @@ def held(pool: ForkPool, snapshot: Path) -> dict[str, torch.Tensor]:
         return views(mapped(told[0]["memory"], torch.device("cuda", 0)), opened.snapshot.index)
 
 
-def test_made_and_mapped(snapshot: Path):
-    """Every tensor is the snapshot's; a second GPU, or another size, is not taken for it."""
+def test_what_a_holder_has(snapshot: Path):
+    """Every tensor is the snapshot's; another GPU's memory is not taken for this one's."""
     kept = Held(snapshot, torch.device("cuda", 0))
     with open_snapshot(snapshot, with_chunks=False) as opened:
         own = views(kept.made.tensor, opened.snapshot.index)
@@ -75,6 +77,8 @@ def test_made_and_mapped(snapshot: Path):
     for name, tensor in own.items():
         assert torch.equal(byte_view(tensor).cpu(), byte_view(theirs[name])), name
     del own, theirs, tensor
+    with pytest.raises(MismatchError, match="this engine is on"):
+        mapped(kept.made.told | {"gpu": "0000:ff:00.0"}, torch.device("cuda", 0))
     kept.made.close()
     host.made.close()
 
@@ -100,7 +104,7 @@ def test_one_copy(mode: str, model: Path, snapshot: Path, zygote: Place, tmp_pat
                 assert torch.equal(byte_view(now[name]).cpu(), byte_view(tensor)), f"somebody has written to {name}"
         before = pool.weights_pid
         os.kill(before, signal.SIGKILL)
-        until(lambda: [one["starts"] for one in pool.workers()] == [2, 2], "both to be started again", 300)
+        until(lambda: all(one["starts"] > 1 for one in pool.workers()), "both to be started again", 300)
         until(lambda: {one["state"] for one in pool.workers()} == {"ready"}, "both to be ready", 300)
         assert pool.weights_pid not in (None, before)
         assert alike(answers(pool.fork(OTHER, 4, PARAMS)), own)

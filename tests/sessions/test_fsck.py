@@ -135,3 +135,15 @@ def test_strange_files_are_named_and_left(store, two):
     found = fsck(store, repair=True)
     assert sorted(found.strange) == sorted(map(str, strange)) and found.sound
     assert all(path.exists() for path in strange)
+
+
+def test_a_record_of_a_later_version_is_left(store, two):
+    """It is sound, and somebody else's to read: neither a repair nor a collection takes it or its blocks away."""
+    path = store.record(two[0])
+    later = path.read_bytes().replace(b"thaw session 1", b"thaw session 9", 1)
+    path.write_bytes(later)
+    found = fsck(store, repair=True)
+    assert not found.sound and [*found.broken] == [two[0]] and not found.repaired and str(path) in found.unread
+    with pytest.raises(StorageError, match=f"later version.*use that version, or forget it .thaw rm {two[0]}"):
+        collect(store)
+    assert path.read_bytes() == later and len([*store.block_files()]) == 4

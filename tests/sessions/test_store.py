@@ -1,5 +1,6 @@
 """The directory: made and found, sessions published, named, pinned and forgotten, by several processes at once."""
 
+import errno
 import os
 import threading
 import time
@@ -332,3 +333,23 @@ def test_a_full_disk_publishes_nothing(store, monkeypatch):
     with store.use(), pytest.raises(StorageError, match="no room"):
         store.publish(session([1]), [context()])
     assert store.listed() == ([], {}) and store_module.Store(store.directory).context_ids() == set()
+
+
+def test_nobody_is_pinned_in_a_store_that_may_only_be_read(store, monkeypatch):
+    """Nor waits for ever: without lock files whoever uses it holds its directory."""
+    id_, _ = save(store, session([1, 2, 3, 4]))
+    for lock in store.directory.glob("*.lock"):
+        lock.unlink()
+    opened = os.open
+
+    def refusing(path, flags, *more, **options):
+        if flags & os.O_CREAT and str(path).endswith(".lock"):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return opened(path, flags, *more, **options)
+
+    monkeypatch.setattr(os, "open", refusing)
+    with store.use():
+        assert store.read(id_)
+        for change in (lambda: store.pin(id_), lambda: store.forget([id_])):
+            with pytest.raises(StorageError, match=r"pins\.lock"):
+                change()

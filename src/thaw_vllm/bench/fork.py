@@ -28,7 +28,7 @@ class Settings(kv.Settings):
     Attributes:
         branches: continuations of each trunk, two at least.
         snapshot: of the model, whose weights the engines of a fork pool share; None: no pool is measured.
-        workers: engines of it.
+        workers: engines of it, ``POOL_BRANCHES`` at most.
     """
 
     branches: int

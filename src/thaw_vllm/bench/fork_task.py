@@ -72,9 +72,9 @@ def thawing(request: dict[str, Any]) -> Steps:
 def pooled(request: dict[str, Any]) -> Steps:
     """The same request, with ``snapshot`` and ``workers``: rounds of a fork pool whose engines share its weights.
 
-    The answer has ``lengths``: seconds of every ``round``, of the ``first`` one, in which each engine brings the trunk
-    back, and the ``tokens`` of each round's continuations; how many MiB of the GPU's memory it took (``mib``; None
-    where nobody tells); and whether the weights are ``shared``.
+    The answer has ``lengths``: seconds of every ``round``, once each engine has brought the trunk back; of the
+    ``first`` one, in which the first of them do; and the ``tokens`` of each round's continuations; how many MiB of the
+    GPU's memory the pool took (``mib``; None where nobody tells); and whether the weights are ``shared``.
     """
     from ..engines.vllm.sessions.pool import ForkPool
 
@@ -85,19 +85,18 @@ def pooled(request: dict[str, Any]) -> Steps:
     before = gpu_mib()
     yield
     with ForkPool(request["model"], request["snapshot"], workers=request["workers"], **request["engine_args"]) as pool:
-        warm = pool.fork(prompt(max(request["tokens"]), request["vocabulary"], "warm"), POOL_BRANCHES, sampling)
-        _made(warm)
+        _everywhere(pool, prompt(max(request["tokens"]), request["vocabulary"], "warm"), sampling)
         yield
         lengths = []
         for tokens in request["tokens"]:
             trunk = _trunk(pool, prompt(tokens, request["vocabulary"]), sampling)
+            first = _everywhere(pool, trunk, sampling)
             rounds, made = [], []
-            for _ in range(request["runs"] + 1):
+            for _ in range(request["runs"]):
                 start = time.perf_counter()
-                branches = pool.fork(trunk, POOL_BRANCHES, sampling)
-                made.append(_made(branches))
+                made.append([list(branch.token_ids) for branch in _made(pool.fork(trunk, POOL_BRANCHES, sampling))])
                 rounds.append(time.perf_counter() - start)
-            lengths.append({"first": rounds[0], "round": rounds[1:], "tokens": made})
+            lengths.append({"first": first, "round": rounds, "tokens": made})
         after = gpu_mib()
         shared = pool.weights_pid is not None
         yield
@@ -112,13 +111,24 @@ def _trunk(pool: ForkPool, ids: list[int], sampling: SamplingParams) -> str:
     return branch.parent
 
 
-def _made(branches: Iterator[PoolBranch]) -> list[list[int]]:
-    """The continuations' tokens, in order."""
+def _everywhere(pool: ForkPool, beginning: Any, sampling: SamplingParams) -> float:
+    """Rounds of it until every engine has had a share; seconds of the first."""
+    there: set[int | None] = set()
+    seconds = []
+    while len(there) < len(pool.workers()):
+        start = time.perf_counter()
+        there |= {branch.worker for branch in _made(pool.fork(beginning, POOL_BRANCHES, sampling))}
+        seconds.append(time.perf_counter() - start)
+    return seconds[0]
+
+
+def _made(branches: Iterator[PoolBranch]) -> list[PoolBranch]:
+    """A round's continuations, in order."""
     found = sorted(branches, key=lambda branch: branch.number)
     for branch in found:
         if branch.error is not None:
             raise branch.error
-    return [list(branch.token_ids) for branch in found]
+    return found
 
 
 TASKS = {"fork-keep": keeping, "fork-thaw": thawing, "fork-pool": pooled}

@@ -18,7 +18,7 @@ KV_HEAD = (
 FORK_SECONDS = ("fork-prefills", "fork-prefix", "fork", "fork-thawed", "session-restore", "checkpoint", "fork-pool")
 FORK_HEAD = (
     *("TOKENS", "N", "MB", "PREFILLS S", "PREFIX S", "FORK S", "THAWED S", "RESTORE S", "CHECKPOINT S"),
-    *("POOL S", "GB/S", "OF LIMIT", "PREFILLS/FORK", "PREFILLS/(RESTORE+THAWED)", "EQUAL"),
+    *("POOL 4×64 S", "GB/S", "OF LIMIT", "PREFILLS/FORK", "PREFILLS/(RESTORE+THAWED)", "EQUAL"),
 )
 LIMITS: Mapping[str, tuple[str, ...]] = {
     "restore-tmpfs": ("h2d",),

@@ -318,7 +318,7 @@ def fork(
         Path | None,
         typer.Option(help="The model's: measure a fork pool, too, whose engines share its weights."),
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Engines of the pool.")] = 2,
+    workers: Annotated[int | None, typer.Option(min=1, max=4, help="Engines of the pool. [default: 2]")] = None,
     directory: OneDirectory = None,
     runs: EngineRuns = 3,
     eager: Eager = None,
@@ -336,9 +336,12 @@ def fork(
     from ..bench import fork as measuring
     from ..bench.summary import fork_table
     from ..engines.vllm.api import require_vllm_installed
+    from ..errors import UsageError
 
     asked = _of_two_engines(model, tokens, directory, runs, eager, engine_arg, limit_gb)
-    settings = measuring.Settings(**asked, branches=branches, snapshot=snapshot, workers=workers)
+    if workers is not None and snapshot is None:
+        raise UsageError("--workers is of a fork pool, which is measured with --snapshot")
+    settings = measuring.Settings(**asked, branches=branches, snapshot=snapshot, workers=workers or 2)
     require_vllm_installed()
     outcome = measuring.measure(settings, _tell)
     _shown(outcome, fork_table, range(14), record, as_json)

@@ -41,7 +41,7 @@ def gc(
         document(dataclasses.asdict(found) | {"dry_run": dry_run})
         return
     would = "would be removed" if dry_run else "removed"
-    rows = [(would, f"{found.blocks} blocks, {size(found.freed)}")]
+    rows = [(would, f"{len(found.sessions)} sessions; {found.blocks} blocks, {size(found.freed)}")]
     for id_ in found.sessions:
         what = "expired" if id_ in found.expired else "session"
         rows.append((what, f"{id_[:SHOWN]}  {plain(labels.get(id_, ''))}".rstrip()))

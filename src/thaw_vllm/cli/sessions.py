@@ -96,11 +96,11 @@ def lifetime(head: Head) -> str:
 
 
 def _span(seconds: float) -> str:
-    """A time as people say it, and the page has it."""
+    """A time as people say it."""
     for unit, size, least in (("days", 86400, 129600), ("h", 3600, 5400), ("min", 60, 100)):
         if seconds >= least:
             return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.0f} s"
+    return f"{max(1, seconds):.0f} s"
 
 
 def print_text(name: str, text: str) -> None:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from ..errors import StorageError, ThawError, UsageError
+from ..errors import StorageError, ThawError, UsageError, VersionError
 from ..transport.writer import remove_stale
 from ..weights.cache import limit as gigabytes_limit
 from .blocks import Name, name_of
@@ -25,7 +25,7 @@ class Collected:
         sessions: their ids: those that have expired, then those that a budget took, the one used longest ago first.
         expired: the former.
         blocks: files.
-        freed: bytes of blocks and records.
+        freed: bytes of these.
         left: bytes of blocks that stay.
         over: bytes by which what stays is more than it may be: pinned sessions hold it.
     """
@@ -47,7 +47,7 @@ def limit(gigabytes: float | None) -> int | None:
     return gigabytes_limit(gigabytes, "--budget-gb", GB_VARIABLE)
 
 
-def collect(store: Store, budget: int | None = None, *, dry_run: bool = False) -> Collected:
+def collect(store: Store, budget: int | None = None, *, expire: bool = True, dry_run: bool = False) -> Collected:
     """Remove sessions that have expired and what none needs; with a budget also others, until blocks fit in it.
 
     Of these the ones used longest ago go first. What branches off a session that goes stays, with all of its blocks.
@@ -58,6 +58,7 @@ def collect(store: Store, budget: int | None = None, *, dry_run: bool = False) -
 
     Args:
         budget: bytes of blocks; None: no session is removed that has not expired. Pinned sessions stay.
+        expire: remove sessions that have expired.
         dry_run: remove nothing.
 
     Raises:
@@ -83,8 +84,8 @@ def collect(store: Store, budget: int | None = None, *, dry_run: bool = False) -
         listed = [one for one in listed if one.id in needed]
         sizes = {name: path.stat().st_size for path in store.block_files() if (name := name_of(path))}
         at = now()
-        expired = [one.id for one in listed if one.head.expired(at) and not one.pinned]
-        listed = [one for one in listed if one.pinned or not one.head.expired(at)]
+        expired = [one.id for one in listed if expire and one.head.expired(at) and not one.pinned]
+        listed = [one for one in listed if one.id not in expired]
         counts = Counter(name for one in listed for name in needed[one.id])
         there = sum(size for name, size in sizes.items() if name in counts)
         gone: list[str] = []
@@ -127,6 +128,8 @@ def _remove(store: Store, sessions: list[str], unneeded: list[Name], contexts: C
 def _unknown(store: Store, bad: dict[str, ThawError]) -> StorageError:
     id_, error = next(iter(bad.items()))
     cure = f"thaw rm {id_} forgets it" if isinstance(error, StorageError) else "thaw fsck --repair takes it out"
+    if isinstance(error, VersionError):
+        cure = f"use that version, or forget it (thaw rm {id_})"
     return StorageError(
         f"the session {id_} in {str(store.directory)!r} cannot be read, so what it needs is not known, and nothing was "
         f"removed: {error}; {cure}"

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..errors import FormatError, StorageError, ThawError, UsageError
+from ..errors import FormatError, StorageError, ThawError, UsageError, VersionError
 from ..transport.writer import ANY_TOKEN, hidden_name, remove_stale
 from . import blocks
 from .blocks import Name, name_of
@@ -73,7 +73,7 @@ def fsck(store: Store, *, quick: bool = False, repair: bool = False, progress: P
         listed, bad = store.listed()
         found.broken = {id_: str(error) for id_, error in bad.items()}
         for id_, problem in bad.items():
-            if isinstance(problem, FormatError):
+            if isinstance(problem, FormatError) and not isinstance(problem, VersionError):
                 unreadable.add(id_)
             else:
                 found.unread[str(store.record(id_))] = str(problem)
@@ -91,7 +91,7 @@ def fsck(store: Store, *, quick: bool = False, repair: bool = False, progress: P
             except UsageError:  # forgotten meanwhile
                 found.sessions -= 1
                 continue
-            except StorageError as error:
+            except (StorageError, VersionError) as error:
                 found.broken[one.id] = found.unread[str(store.record(one.id))] = str(error)
                 continue
             except ThawError as error:

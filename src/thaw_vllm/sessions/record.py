@@ -214,7 +214,7 @@ def expiry(created: float, ttl: float | None) -> float | None:
         return None
     given: Any = ttl
     if isinstance(given, bool) or not isinstance(given, (int, float)) or not 0 < given <= MAX_TTL:
-        raise UsageError(f"ttl must be a number of seconds above 0, at most {MAX_TTL}, not {ttl!r}")
+        raise UsageError(f"ttl must be a number of seconds above 0, at most {MAX_TTL}")
     return round(created + ttl, 6)
 
 

@@ -152,22 +152,22 @@ class Store:
             yield
 
     @contextlib.contextmanager
-    def _locked(self, name: str, how: int) -> Iterator[None]:
-        lock = self._lock(name, how)
+    def _locked(self, name: str, how: int, *, writes: bool = False) -> Iterator[None]:
+        lock = self._lock(name, how, writes=writes)
         try:
             yield
         finally:
             _release(lock)
 
-    def _lock(self, name: str, how: int) -> int:
+    def _lock(self, name: str, how: int, *, writes: bool = False) -> int:
+        """A descriptor that holds it; of a store that may only be read the directory's, unless something is written."""
         path = self.directory / f"{name}.lock"
         try:
             try:
                 found = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             except OSError as error:
-                if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                if writes or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
                     raise
-                # A store that may only be read.
                 found = os.open(path if path.exists() else self.directory, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise StorageError(f"{str(path)!r} cannot be opened: {error.strerror or error}") from None
@@ -294,7 +294,7 @@ class Store:
             StorageError: that cannot be noted.
         """
         path = self._pins / id_
-        with self._locked("pins", fcntl.LOCK_EX):
+        with self._locked("pins", fcntl.LOCK_EX, writes=True):
             if pinned and not self.record(id_).exists():
                 raise UnknownSessionError(f"there is no session {id_!r} in {str(self.directory)!r}")
             try:
@@ -329,7 +329,7 @@ class Store:
             UsageError: one is pinned; none was removed.
             StorageError: one cannot be removed.
         """
-        with self._locked("pins", fcntl.LOCK_EX):  # nobody pins one between being looked at and removed
+        with self._locked("pins", fcntl.LOCK_EX, writes=True):  # nobody pins one between being looked at and removed
             if pinned := [id_ for id_ in ids if self.pinned(id_)]:
                 raise UsageError(f"the session {pinned[0][:12]} is pinned; thaw pin --off lets it go")
             for id_ in ids:

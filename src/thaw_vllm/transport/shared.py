@@ -20,6 +20,8 @@ from ..errors import DeviceError, MismatchError, StorageError, ThawError
 from .cuda import Context, IpcHandle
 from .links import by_driver
 
+_WHOLE = 2 << 20
+"""Bytes of which CUDA wants a multiple: a smaller allocation may be part of another's block, and a handle is of all."""
 _LAZILY = 1
 """CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS, without which the driver refuses to open a handle."""
 
@@ -58,10 +60,22 @@ class Made:
         if not by_driver(device):
             raise DeviceError(f"memory of {device} cannot be shared between processes; of an NVIDIA GPU it can")
         context, handle = Context(device.index or 0), IpcHandle()
-        with context.entered():
-            self._address = context.driver.made("cuMemAlloc_v2", size)
-            context.driver.call("cuIpcGetMemHandle", ctypes.byref(handle), self._address)
-        self._context, self.tensor = context, _tensor(self._address, size, device)
+        try:
+            with context.entered():
+                try:
+                    self._address = context.driver.made("cuMemAlloc_v2", -(-size // _WHOLE) * _WHOLE)
+                except DeviceError as error:
+                    raise DeviceError(f"{size / 1e9:.1f} GB of {device} to share cannot be had: {error}") from None
+                try:
+                    context.driver.call("cuIpcGetMemHandle", ctypes.byref(handle), self._address)
+                    self.tensor = _tensor(self._address, size, device)
+                except BaseException:
+                    context.driver.call("cuMemFree_v2", self._address)
+                    raise
+        except BaseException:
+            context.close()
+            raise
+        self._context = context
         self.told = {"bytes": size, "gpu": context.bus, "handle": bytes(handle.reserved).hex()}
 
     def close(self) -> None:
@@ -127,7 +141,7 @@ class _Array:
 
 
 def _tensor(address: int, size: int, device: torch.device) -> torch.Tensor:
-    torch.cuda.init()
+    torch.cuda.init()  # type: ignore[no-untyped-call]
     found = torch.as_tensor(_Array(address, size), device=device)
     if found.data_ptr() != address:
         raise ThawError("torch has copied memory that it should have taken as it is")

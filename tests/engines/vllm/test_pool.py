@@ -279,14 +279,16 @@ def _sizes(pool: Program) -> dict[str, float]:
 
 
 class TestFaults:
-    @pytest.mark.parametrize("who", ["client", "server", "engine"])
+    @pytest.mark.parametrize("who", ["client", "server", "engine", "worker"])
     def test_what_is_killed_is_replaced(
         self, who: str, pool: Program, alone: dict[str, dict[str, Any]], zygote: Zygote
     ):
         assert pool.said("base", "greedy") == alone["base"]["greedy"]
         (engine,) = pool.admin("status")[1]["engines"]
         _, server, core, *_ = processes.below(zygote.pid)
-        os.kill({"client": engine["pid"], "server": server, "engine": core}[who], signal.SIGKILL)
+        below = {one: Path(f"/proc/{one}/cmdline").read_bytes() for one in processes.below(core)}
+        (worker,) = [one for one, words in below.items() if b"resource_tracker" not in words]
+        os.kill({"client": engine["pid"], "server": server, "engine": core, "worker": worker}[who], signal.SIGKILL)
         until(
             lambda: engine["pid"] not in [one["pid"] for one in pool.admin("status")[1]["engines"]], "it to be missed"
         )

@@ -68,8 +68,8 @@ file that the first engine froze of the trunk and of one that the fresh engine f
 byte, and how many tokens of every continuation were cached. Whether the same seeds gave the same tokens is in the
 record (`tokens_equal`); how requests meet in a step changes roundings, so nothing fails by it. With a snapshot, a fork
 pool of warm engines then continues each trunk, kept as a session of its store, in rounds of 4 continuations of 64
-tokens (`fork-pool`), from the call to the last continuation. The first round, in which each engine brings the trunk
-back, is in the record (`first_s`), with the engines' number, whether they share one copy of the weights, and how much
+tokens (`fork-pool`), from the call to the last continuation, once each engine has brought the trunk back. The first
+round is in the record (`first_s`), with the engines' number, whether they share one copy of the weights, and how much
 of the GPU's memory the pool took (`gpu_mib`, nvidia-smi's).
 
 **Swaps and parking** (`thaw bench swap`). One engine, started from a snapshot with sleep mode, takes the weights of

@@ -212,6 +212,8 @@ class ThawModelLoader(BaseModelLoader):
 
     def get_all_weights(self, model_config: ModelConfig, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         """The checkpoint's tensors for vLLM's ``reload_weights``, as vLLM's own loader has them."""
+        if self.config.shared:
+            raise UnsupportedError("other engines use these weights, too; they cannot be loaded again in one of them")
         forget(model)  # a snapshot that the weights were thawed from is not what they are now
         yield from self.source().get_all_weights(model_config, model)
 

@@ -6,11 +6,14 @@ Such an engine cannot be swapped, put to sleep or parked: the memory is not its 
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import socket
 import threading
 import time
+import weakref
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,13 +45,13 @@ logger = logging.getLogger(f"vllm.{__name__}")
 class Placeholders:
     """While a model is made, its large parameters take no memory of their own: what they hold is about to be elsewhere.
 
-    They keep class, shape, dtype, device and strides, and all lie in one place, as large as the largest: what
-    is written to one, as by an initialisation, is nonsense in the others. All of them have to get memory by ``place``.
+    They keep class, shape, dtype, device and strides, and lie in one place, as large as the largest so far: what is
+    written to one, as by an initialisation, is nonsense in the others. All of them have to get memory by ``place``.
     """
 
     def __init__(self) -> None:
-        self._held: dict[int, torch.nn.Parameter] = {}  # by id, which is nobody else's as long as it is there
-        self._place = torch.empty(0, dtype=torch.uint8)
+        self._held: dict[int, weakref.ref[torch.nn.Parameter]] = {}
+        self._places = [torch.empty(0, dtype=torch.uint8)]
         self._hook: Any = register_module_parameter_registration_hook(self._registered)
 
     def _registered(self, module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
@@ -58,19 +61,33 @@ class Placeholders:
         if size < _LEAST or unrepeated(parameter).numel() != parameter.numel():
             return
         parameter.data = parameter.data.new_empty(0)  # before the place for it is taken
-        if self._place.numel() < size or self._place.device != parameter.device:
-            self._place = torch.empty(size, dtype=torch.uint8, device=parameter.device)
-        parameter.data = self._place[:size].view(parameter.dtype).as_strided(shape, stride)
-        self._held[id(parameter)] = parameter
+        if self._places[-1].numel() < size or self._places[-1].device != parameter.device:
+            self._places.append(torch.empty(size, dtype=torch.uint8, device=parameter.device))
+        parameter.data = self._places[-1][:size].view(parameter.dtype).as_strided(shape, stride)
+        self._held[id(parameter)] = weakref.ref(parameter)
 
     def end(self) -> None:
         """The model is made; a second call does nothing."""
         self._hook.remove()
-        self._place = torch.empty(0, dtype=torch.uint8)
+
+    def left(self, targets: Mapping[str, torch.Tensor]) -> str | None:
+        """What still has no memory of its own, of a model with these parameters and buffers; None: nothing."""
+        places = {place.untyped_storage().data_ptr() for place in self._places[1:]}
+        for name, target in targets.items():
+            if target.untyped_storage().data_ptr() in places:
+                return repr(name)
+        if self._hidden(targets):
+            gc.collect()  # of modules that the model's making has replaced
+        return "a parameter that no module names" if self._hidden(targets) else None
+
+    def _hidden(self, targets: Mapping[str, torch.Tensor]) -> bool:
+        own = {id(target) for target in targets.values()}
+        return any(one() is not None for key, one in self._held.items() if key not in own)
 
     def holds(self, parameter: torch.Tensor) -> bool:
         """Whether it is a parameter without memory of its own."""
-        return id(parameter) in self._held
+        found = self._held.get(id(parameter))  # whose id may be another's by now
+        return found is not None and found() is parameter
 
 
 def require_shareable(model: torch.nn.Module, config: VllmConfig) -> None:
@@ -82,6 +99,8 @@ def require_shareable(model: torch.nn.Module, config: VllmConfig) -> None:
     why = versions.identity_processing(model) or versions.changed_by_configuration(config)
     if config.model_config.enable_sleep_mode:
         why = "it may be put to sleep, which gives its memory away"
+    if getattr(config, "weight_transfer_config", None) is not None:
+        why = "other weights may be sent to it"
     if config.parallel_config.world_size != 1:
         why = f"it has {config.parallel_config.world_size} ranks"
     if why is not None:
@@ -99,6 +118,7 @@ def place(model: torch.nn.Module, opened: Opened, holder: str, placeholders: Pla
         placeholders: under which the model was made; they have ended.
 
     Raises:
+        UnsupportedError: the model has more in the placeholders' memory than the snapshot holds.
         MismatchError: model, snapshot and what is held are not the same; the model must not be used.
         StorageError, DeviceError: nobody is there; the memory cannot be mapped.
     """
@@ -126,6 +146,11 @@ def place(model: torch.nn.Module, opened: Opened, holder: str, placeholders: Pla
         else:
             target.data.copy_(there)
     match(snapshot, targets, required, name)
+    if (left := placeholders.left(targets)) is not None:
+        raise UnsupportedError(
+            f"this engine cannot share its weights with others: {left} is made of a parameter's memory and is not in "
+            "the snapshot; give each engine its own"
+        )
     if device.type == "cuda":
         torch.cuda.empty_cache()  # of what parameters had for a moment
     end = time.perf_counter()

@@ -285,9 +285,9 @@ class ForkPool:
             return
         with contextlib.suppress(ThawError):
             with self.store.use():
-                self.store.remove(trunk)
+                self.store.forget([trunk])  # unless somebody has pinned it
             if self._given is None:
-                collect(self.store)
+                collect(self.store, expire=False)
 
     def _about(self) -> dict[str, Any]:
         return {"store": os.fspath(self.store.directory), "model_id": self._model_id}
@@ -330,11 +330,14 @@ def _memory() -> Path | None:
 def _end(shared: Shared, removed: Sequence[Path]) -> None:
     """End all engines, and what waits for them; then what a pool has of its own goes."""
     shared.closing.set()
+    if threading.current_thread() in [place.thread for place in shared.places]:  # nobody closed it; it was collected
+        threading.Thread(target=_end, args=(shared, removed), name="thaw-fork-end").start()
+        return
     shared.weights.interrupt()
     for place in shared.places:
         place.interrupt()
     for place in shared.places:
-        if place.thread.is_alive() and place.thread is not threading.current_thread():
+        if place.thread.is_alive():
             place.thread.join()
     shared.weights.end()
     shared.refuse_in_vain()

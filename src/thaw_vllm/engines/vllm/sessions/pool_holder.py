@@ -18,14 +18,14 @@ from .pool_process import spelt, tell
 def main(path: str) -> int:
     """Thaw a snapshot into memory that others may map, and tell whoever asks where it is, until the pool is gone.
 
-    The pool sends ``snapshot`` and ``socket``, at which engines ask, and is told ``bytes``, and ``memory``: of the
-    GPU, all of it; None on the host.
+    The pool sends ``snapshot`` and ``socket``, at which engines ask, and is told ``holder``, this process, ``bytes``,
+    and ``memory``: of the GPU, all of it; None on the host.
 
     Exit status: 0; 1 where that failed, which the pool is told.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as pool:
         pool.connect(path)
-        tell(pool, {"holder": os.getpid()})
+        tell(pool, {"ready": False})
         asked = messages.receive(pool)
         if asked is None:
             return 0
@@ -39,7 +39,7 @@ def main(path: str) -> int:
         except Exception as error:
             tell(pool, spelt(error))
             return 1
-        tell(pool, {"bytes": held.report.bytes, "memory": memory})
+        tell(pool, {"holder": os.getpid(), "bytes": held.report.bytes, "memory": memory})
         _serve(pool, listening, {"memory": held.made.told, "content": held.content, "verified": held.report.verified})
     return 0
 

@@ -188,11 +188,13 @@ class Place:
         logs = Path(shared.logs or shared.folder)
         until = time.monotonic() + shared.start_timeout
         try:
-            weights = shared.weights.there(shared.folder, logs, until)
+            asked = shared.weights.asked
             try:
-                self._start_with(weights, logs, until)
-            except ThawError as error:
-                if weights is None or not shared.weights.given_up(error):
+                self._start_with(shared.weights.there(shared.folder, logs, until), logs, until)
+            except TimeoutError:
+                raise
+            except (ThawError, OSError) as error:
+                if not asked or not shared.weights.given_up(error):
                     raise
                 self._child.end()
                 self._start_with(None, logs, until)

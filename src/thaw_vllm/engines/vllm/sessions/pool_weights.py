@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from ....errors import ThawError, UnsupportedError, UsageError
+from ....errors import DeviceError, UnsupportedError, UsageError
 from .pool_process import Child
 
 PROGRAM = "thaw_vllm.engines.vllm.sessions.pool_holder"
@@ -46,11 +46,12 @@ class SharedWeights:
         self._child = Child("the process that holds the weights", closing)
         self._lock, self._starts = threading.Lock(), 0
         self._told: dict[str, Any] = {}
+        self._holder: int | None = None
 
     @property
     def pid(self) -> int | None:
         """Of the process that holds them; None: there is none."""
-        return self._child.pid
+        return self._child.pid and self._holder
 
     def there(self, folder: Path, logs: Path, until: float) -> dict[str, Any] | None:
         """``socket`` at which engines ask for them, their ``bytes`` and the GPU's ``memory``; None: each has its own.
@@ -62,28 +63,26 @@ class SharedWeights:
         with self._lock:
             if not self.asked:
                 return None
-            if self._child.pid is None:
+            if self._child.pid is None or not Path(f"/proc/{self._holder}").exists():
                 self._start(folder, logs, until)
             return self._told
 
     def _start(self, folder: Path, logs: Path, until: float) -> None:
         self._child.end()
         self._starts += 1
-        place = folder / f"w{self._starts}.sock"
-        self._child.start(
-            PROGRAM, path=folder / f"w-{self._starts}.sock", log=logs / "weights.log", until=until, zygote=self._zygote
-        )
+        path, place = (folder / f"{name}{self._starts}.sock" for name in ("w-", "w"))
         try:
+            self._child.start(PROGRAM, path=path, log=logs / "weights.log", until=until, zygote=self._zygote)
             told = self._child.asked({"snapshot": self._snapshot, "socket": os.fspath(place)}, until)
         except BaseException:
             self._child.end()
             raise
-        self._told = told | {"socket": os.fspath(place)}
+        self._told, self._holder = told | {"socket": os.fspath(place)}, told["holder"]
 
-    def given_up(self, error: ThawError) -> bool:
+    def given_up(self, error: Exception) -> bool:
         """Whether an engine that could not be started with them is to try it with its own."""
         with self._lock:
-            if self.asked and not self._forced and isinstance(error, UnsupportedError):
+            if self.asked and not self._forced and isinstance(error, (UnsupportedError, DeviceError)):
                 logger.warning("each engine of the fork pool has weights of its own: %s", error)
                 self.asked = False
                 self._child.end()

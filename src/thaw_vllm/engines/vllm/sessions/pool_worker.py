@@ -9,7 +9,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-from ....errors import BrokenEngineError
+from ....errors import BrokenEngineError, UsageError
 from ....zygote import messages
 from .. import versions
 from . import sampling
@@ -65,9 +65,8 @@ def _watch(llm: LLM) -> None:
 
 def _engine(asked: dict[str, Any]) -> LLM:
     args, weights = dict(asked["engine_args"]), asked["weights"]
-    if not {"gpu_memory_utilization", "kv_cache_memory_bytes"} & args.keys():
-        held = weights["bytes"] / weights["memory"] if weights is not None and weights["memory"] else 0.0
-        args["gpu_memory_utilization"] = (SHARE - held) / asked["workers"]
+    if weights is not None or "gpu_memory_utilization" not in args:
+        args["gpu_memory_utilization"] = _share(args.get("gpu_memory_utilization"), asked["workers"], weights)
     if asked["snapshot"] is not None:
         from ..api import load
 
@@ -78,6 +77,28 @@ def _engine(asked: dict[str, Any]) -> LLM:
     from vllm import LLM
 
     return LLM(model=asked["model"], **args)
+
+
+def _share(given: float | None, workers: int, weights: dict[str, Any] | None) -> float:
+    """Of the device's memory, an engine's without its part of the weights that it shares.
+
+    Args:
+        given: with its part.
+        weights: ``bytes``, and the ``memory`` of the GPU; None: it shares none.
+
+    Raises:
+        UsageError: nothing is left.
+    """
+    whole = SHARE / workers if given is None else given
+    if weights is None or not weights["memory"]:
+        return whole
+    part: float = weights["bytes"] / weights["memory"] / workers
+    if part >= whole:
+        raise UsageError(
+            f"weights of {weights['bytes'] / 1e9:.1f} GB leave nothing of the GPU's {weights['memory'] / 1e9:.1f} GB "
+            f"to {workers} engines that may take {whole:.2f} of it each"
+        )
+    return whole - part
 
 
 def _prefilled(llm: LLM, task: dict[str, Any]) -> dict[str, Any]:
