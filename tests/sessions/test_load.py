@@ -17,6 +17,8 @@ from thaw_vllm.sessions.record import now
 from thaw_vllm.sessions.store import Store
 
 ROOT = Path(__file__).resolve().parents[2]
+STUCK = 1800
+"""Seconds after which processes wait for one another, and not for a processor."""
 
 
 def together(directory, seeds, operations):
@@ -32,7 +34,11 @@ def together(directory, seeds, operations):
         )
         for number, seed in enumerate(seeds)
     ]
-    ended = [process.communicate() for process in running]
+    try:
+        ended = [process.communicate(timeout=STUCK) for process in running]
+    finally:
+        for process in running:
+            process.kill()
     failed = [process.returncode for process in running if process.returncode]
     assert not failed, f"{seeds}: {failed}\n" + "\n".join(err for _, err in ended)
     return [json.loads(out) for out, _ in ended]

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from .output import Json, document, pairs
-from .sessions import Labels, SessionArgument, StoreOption, Ttl, opened, ttl_seconds
+from .sessions import Labels, SessionArgument, StoreOption, Ttl, lifetime, opened, ttl_seconds, when
 
 EXAMPLES = """
 thaw branch trunk --label plan-a
@@ -31,13 +31,15 @@ def branch(
     No engine is needed. It shares the blocks of that one. Rewinding is the same with an earlier token. That the other
     one expires does not matter to it.
     """
-    from ..sessions.branch import branch as make
+    from ..sessions.branch import grow
 
     place = opened(store)
-    id_ = make(place, session, at, labels=label or (), ttl=ttl_seconds(ttl))
-    head = place.read(id_).head
+    with place.use():  # nobody collects it before it is told
+        id_ = grow(place, session, at, label or (), ttl_seconds(ttl))
+        head = place.read(id_).head
     if as_json:
         document(head.shown(id_))
         return
     kept = head.blocks * head.block_size
-    pairs([("session", id_), ("tokens", str(head.count)), ("kept", f"{kept} tokens, no further room")])
+    rows = [("session", id_), ("tokens", str(head.count)), ("kept", f"{kept} tokens, no further room")]
+    pairs(rows if head.expires is None else [*rows, ("until", f"{when(head.expires)}, {lifetime(head)}")])
