@@ -22,6 +22,8 @@ ALONE = {
     "transport": ["tests/gpu/test_core.py", "tests/gpu/test_transport.py"],
     "driver": ["tests/gpu/test_process_checkpoint.py"],
     "pages": ["tests/gpu/test_kv.py", "-k", "pages_go or memory_on"],
+    "pool": ["tests/gpu/test_pool.py"],
+    "fork": ["tests/gpu/test_fork_pool.py"],
 }
 TOGETHER = {
     "tensors": ["tests/gpu/test_vllm.py", "-k", "every_tensor"],
@@ -37,7 +39,6 @@ TOGETHER = {
     "killed": ["tests/gpu/test_swap.py", "-k", "killed"],
     "zygote": ["tests/gpu/test_zygote.py"],
     "automatic": ["tests/gpu/test_automatic.py"],
-    "pool": ["tests/gpu/test_pool.py"],
 }
 
 
