@@ -85,7 +85,7 @@ def test_what_a_holder_has(snapshot: Path):
 
 @pytest.mark.parametrize("mode", list(MODES))
 def test_one_copy(mode: str, model: Path, snapshot: Path, zygote: Place, tmp_path: Path):
-    options: dict[str, Any] = {"zygote": zygote.name, **ARGS, **MODES[mode]}
+    options: dict[str, Any] = {"zygote": zygote.name, "batch": 1, **ARGS, **MODES[mode]}
     with ForkPool(model, snapshot, workers=2, share_weights=False, **options) as pool:
         own = answers(pool.fork(OTHER, 4, PARAMS))
         assert pool.weights_pid is None

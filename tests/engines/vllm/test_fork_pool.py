@@ -58,7 +58,7 @@ def variables() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def pool(checkpoints: Callable, weights: Path, variables: None, tmp_path_factory: Any) -> Iterator[ForkPool]:
     folder = tmp_path_factory.mktemp("pool")
-    options = {"workers": 2, "store": folder / "store", "log_dir": folder, "zygote": ZYGOTE}
+    options = {"workers": 2, "batch": 1, "store": folder / "store", "log_dir": folder, "zygote": ZYGOTE}
     with ForkPool(checkpoints("tied"), weights, **options, **ARGS) as found:
         yield found
     assert all(one["pid"] is None and one["state"] == "ended" for one in found.workers())
@@ -216,6 +216,27 @@ def test_what_is_refused_before_anything_is_asked(pool: ForkPool, asked: dict[st
     assert pool._shared.tasks.empty()
 
 
+@pytest.mark.parametrize(
+    ("n", "workers", "batch", "shares"),
+    [
+        (1, 4, 1, [(0, 1)]),
+        (5, 2, 1, [(0, 3), (3, 2)]),
+        (4, 2, 8, [(0, 4)]),
+        (8, 4, 8, [(0, 8)]),
+        (9, 4, 8, [(0, 5), (5, 4)]),
+        (100, 3, 8, [(0, 34), (34, 33), (67, 33)]),
+    ],
+)
+def test_shares_of_a_round(n: int, workers: int, batch: int, shares: list[tuple[int, int]]):
+    pool = ForkPool("model", "weights.thaw", workers=workers, batch=batch)
+    asked: list[Task] = []
+    with mock.patch.object(pool, "store", create=True), mock.patch.object(pool._shared, "put", asked.append):
+        pool.store.find.return_value = "trunk"
+        pool._begin(Round(1.0), "trunk", n, PARAMS, (), False, (), None)
+    assert [(task.message["first"], task.message["count"]) for task in asked] == shares
+    assert [number for task in asked for number in task.numbers] == [*range(n)]
+
+
 def test_what_an_engine_refuses(pool: ForkPool):
     """Too many tokens for this model: each branch says so, and the engines go on."""
     with pytest.raises(ThawError, match=r"max_model_len|longer|length"):
@@ -344,7 +365,8 @@ class TestOneCopyOfTheWeights:
         return path
 
     def options(self, folder: Path, **more: Any) -> dict[str, Any]:
-        return {"workers": 2, "log_dir": folder, "zygote": ZYGOTE, **ARGS, "gpu_memory_utilization": 0.12} | more
+        own = {"workers": 2, "batch": 1, "log_dir": folder, "zygote": ZYGOTE}
+        return {**ARGS, "gpu_memory_utilization": 0.12} | own | more
 
     def test_answers_are_the_same_and_nobody_writes(
         self, smollm2: Path, frozen: Path, unpacked: None, tmp_path: Path, tmp_path_factory: Any
@@ -402,6 +424,7 @@ def shared_mapping(pid: int) -> dict[str, int]:
     ("options", "message"),
     [
         ({"workers": 0}, "workers must be"),
+        ({"batch": 0}, "batch must be"),
         ({"timeout": 0}, "timeout must be"),
         ({"timeout": float("inf")}, "timeout must be"),
         ({"start_timeout": -1}, "start_timeout must be"),

@@ -53,6 +53,7 @@ class ForkPool:
         snapshot: str | os.PathLike[str] | None = None,
         *,
         workers: int = 2,
+        batch: int = 8,
         store: str | os.PathLike[str] | None = None,
         model_id: str | None = None,
         timeout: float = 600.0,
@@ -68,6 +69,9 @@ class ForkPool:
             model: a model directory.
             snapshot: the ``.thaw`` file that weights are thawed from; None: vLLM loads them.
             workers: engines.
+            batch: a round is shared among as many engines as it takes for each to have so many continuations at most,
+                evenly, or among all. Each step of an engine reads all of the weights, whatever the number of its
+                requests, and engines on one GPU take turns.
             store: of sessions; None: one in memory that goes with the pool.
             model_id: which weights these are (``thaw id``); needed without a snapshot.
             timeout: seconds that an engine may take for its share of a round; branches that it has sent by then count,
@@ -88,6 +92,9 @@ class ForkPool:
         """
         if workers < 1:
             raise UsageError(f"workers must be at least 1, not {workers}")
+        if batch < 1:
+            raise UsageError(f"batch must be at least 1, not {batch}")
+        self._batch = batch
         self._timeout, start_timeout = _seconds("timeout", timeout), _seconds("start_timeout", start_timeout)
         if snapshot is None and model_id is None:
             raise UsageError("sessions have to know whose weights they are of: pass a snapshot, or model_id (thaw id)")
@@ -245,7 +252,7 @@ class ForkPool:
         else:
             tokens, document = ids(beginning).tolist(), document or {}
             _require_differences(document, n, append)
-        shares = list(_shares(n, len(self._shared.places)))
+        shares = list(_shares(n, min(len(self._shared.places), -(-n // self._batch))))
         asked = [
             {
                 "do": "fork",
@@ -294,10 +301,10 @@ class ForkPool:
 
 
 def _shares(n: int, workers: int) -> Iterator[tuple[int, int]]:
-    """First number and count of each engine's share."""
+    """First number and count of each engine's share; of at least one engine, and of no more than ``n``."""
     size, more = divmod(n, workers)
     first = 0
-    for worker in range(min(n, workers)):
+    for worker in range(workers):
         count = size + (worker < more)
         yield first, count
         first += count
