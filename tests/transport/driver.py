@@ -163,6 +163,18 @@ class Driver(cuda.Driver):
         handle._obj.value = ctypes.addressof(memory)
         self.memory[handle._obj.value] = memory
 
+    def cuIpcGetMemHandle(self, handle, address):
+        self.inside()
+        if address not in self.memory:
+            self.wrong.append("shared memory that is not the start of any")
+        ctypes.memmove(ctypes.addressof(handle._obj), address.to_bytes(64, "little"), 64)
+
+    def cuIpcOpenMemHandle(self, address, handle, flags):
+        self.inside()
+        if flags != 1:
+            self.wrong.append("opened without CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS")
+        address._obj.value = int.from_bytes(bytes(handle.reserved), "little")
+
     def cuMemFree(self, address):
         self.inside()
         del self.memory[address]
