@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from thaw_vllm.bench.gpu_memory import gpu_mib
 from thaw_vllm.zygote.processes import below
 
 MOST = {"rss_mib": 64.0, "descriptors": 4, "processes": 0, "gpu_mib": 8.0}
@@ -28,24 +29,25 @@ def sizes(*roots: int) -> dict[str, float]:
 
 def gpu_memory(pids: list[int]) -> float:
     """MiB of the first GPU that these processes have in use; where a container hides whose it is, all that is."""
-    own = [float(words[1]) for words in _asked("--query-compute-apps=pid,used_memory") if int(words[0]) in pids]
-    return sum(own) if own else sum(float(words[0]) for words in _asked("--query-gpu=memory.used"))
+    own = _own(pids)
+    return sum(own) if own else gpu_mib() or 0.0
 
 
 def whose(pids: list[int]) -> bool:
     """Whether ``gpu_memory`` can tell these processes' own."""
-    return any(int(words[0]) in pids for words in _asked("--query-compute-apps=pid,used_memory"))
+    return bool(_own(pids))
 
 
-def _asked(query: str) -> list[list[str]]:
+def _own(pids: list[int]) -> list[float]:
     device = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] or "0"
-    command = ["nvidia-smi", query, "--format=csv,noheader,nounits", "-i", device]
+    command = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits", "-i", device]
     try:
         lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-        found = [[word.strip() for word in line.split(",")] for line in lines if line.strip()]
-        return [words for words in found if all(word.isdigit() for word in words)]
     except (OSError, subprocess.SubprocessError):
         return []
+    found = [[word.strip() for word in line.split(",")] for line in lines if line.strip()]
+    told = [words for words in found if all(word.isdigit() for word in words)]
+    return [float(used) for pid, used in told if int(pid) in pids]
 
 
 def growth(seen: list[dict[str, float]]) -> dict[str, float]:

@@ -298,8 +298,7 @@ def kv(
     require_vllm_installed()
     outcome = measuring.measure(settings, _tell)
     _shown(outcome, kv_table, range(11), record, as_json)
-    if any(missed.system == "thaw" for missed in outcome.missed):
-        raise typer.Exit(1)
+    _require_all_of_thaw(outcome)
 
 
 @app.command(epilog=examples(EXAMPLES, "fork"))
@@ -345,8 +344,7 @@ def fork(
     require_vllm_installed()
     outcome = measuring.measure(settings, _tell)
     _shown(outcome, fork_table, range(14), record, as_json)
-    if any(missed.system == "thaw" for missed in outcome.missed):
-        raise typer.Exit(1)
+    _require_all_of_thaw(outcome)
 
 
 @app.command(epilog=examples(EXAMPLES, "swap"))
@@ -490,6 +488,12 @@ def _shown(outcome: Outcome, rows: Callable[[Outcome], Any], right: Iterable[int
         table(rows(outcome), right=frozenset(right))
         print("\n".join(failures(outcome.missed)))
     _end(outcome, record)
+
+
+def _require_all_of_thaw(outcome: Outcome) -> None:
+    """Exit code 1 when something of thaw's own could not be measured."""
+    if any(missed.system == "thaw" for missed in outcome.missed):
+        raise typer.Exit(1)
 
 
 def _end(outcome: Outcome, record: bool) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from .output import Json, document, pairs
-from .sessions import Labels, SessionArgument, StoreOption, Ttl, lifetime, opened, ttl_seconds, when
+from .sessions import Labels, SessionArgument, StoreOption, Ttl, expiry_row, opened, ttl_seconds
 
 EXAMPLES = """
 thaw branch trunk --label plan-a
@@ -42,4 +42,4 @@ def branch(
         return
     kept = head.blocks * head.block_size
     rows = [("session", id_), ("tokens", str(head.count)), ("kept", f"{kept} tokens, no further room")]
-    pairs(rows if head.expires is None else [*rows, ("until", f"{when(head.expires)}, {lifetime(head)}")])
+    pairs(rows + expiry_row(head))

@@ -95,6 +95,11 @@ def lifetime(head: Head) -> str:
     return f"expires in {_span(left)}" if left > 0 else "expired"
 
 
+def expiry_row(head: Head) -> list[tuple[str, str]]:
+    """When a session expires, as a row about it; none where it does not."""
+    return [] if head.expires is None else [("until", f"{when(head.expires)}, {lifetime(head)}")]
+
+
 def _span(seconds: float) -> str:
     """A time as people say it."""
     for unit, size, least in (("days", 86400, 129600), ("h", 3600, 5400), ("min", 60, 100)):

@@ -11,7 +11,7 @@ from .sessions import (
     StoreOption,
     Tokenizer,
     decoder,
-    lifetime,
+    expiry_row,
     opened,
     print_text,
     state,
@@ -50,8 +50,7 @@ def show(
         document(head.shown(id_) | {"pinned": pinned, "block_files": blocks, "bytes": kept} | texts)
         return
     rows = [("session", id_), ("made", f"{when(head.created)} by {plain(head.writer)}")]
-    if head.expires is not None:
-        rows.append(("until", f"{when(head.expires)}, {lifetime(head)}"))
+    rows += expiry_row(head)
     if head.parent is not None:
         rows.append(("branches off", f"{head.parent} after {head.fork} tokens"))
     rows += [("label", plain(label)) for label in head.labels]

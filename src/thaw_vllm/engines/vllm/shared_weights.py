@@ -154,10 +154,11 @@ def place(model: torch.nn.Module, opened: Opened, holder: str, placeholders: Pla
     if device.type == "cuda":
         torch.cuda.empty_cache()  # of what parameters had for a moment
     end = time.perf_counter()
-    size = sum(snapshot.index.storages[one] for one in {t.storage for t in snapshot.index.tensors} if one is not None)
     seconds = {"ask": asked - start, "map": end - asked, "total": end - start}
     tensors = len(snapshot.index.tensors)
-    return RestoreReport(name, size, tensors, told["verified"], seconds, route="mapped", why="another process holds it")
+    return RestoreReport(
+        name, told["bytes"], tensors, told["verified"], seconds, route="mapped", why="another process holds it"
+    )
 
 
 def _alike(stride: tuple[int, ...], there: torch.Tensor) -> bool:

@@ -25,7 +25,6 @@ def main(path: str) -> int:
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as pool:
         pool.connect(path)
-        tell(pool, {"ready": False})
         asked = messages.receive(pool)
         if asked is None:
             return 0
@@ -40,7 +39,8 @@ def main(path: str) -> int:
             tell(pool, spelt(error))
             return 1
         tell(pool, {"holder": os.getpid(), "bytes": held.report.bytes, "memory": memory})
-        _serve(pool, listening, {"memory": held.made.told, "content": held.content, "verified": held.report.verified})
+        told = {"memory": held.made.told, "content": held.content}
+        _serve(pool, listening, told | {"bytes": held.report.bytes, "verified": held.report.verified})
     return 0
 
 

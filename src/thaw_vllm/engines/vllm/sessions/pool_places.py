@@ -207,7 +207,7 @@ class Place:
         self._child.require_open()
         self._starts += 1
         path, log = shared.folder / f"{self.number}-{self._starts}.sock", logs / f"worker-{self.number}.log"
-        self._child.start(PROGRAM, str(self.number), path=path, log=log, until=until, zygote=shared.zygote)
+        self._child.start(PROGRAM, path=path, log=log, until=until, zygote=shared.zygote)
         self._child.asked(shared.asked | {"weights": weights}, until)
 
     def _serve(self) -> None:

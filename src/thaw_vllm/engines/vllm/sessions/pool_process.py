@@ -41,11 +41,11 @@ class Child:
         process = self._process
         return None if process is None or _ended(process) else process.pid
 
-    def start(self, program: str, *words: str, path: Path, log: Path, until: float, zygote: str | None) -> None:
+    def start(self, program: str, *, path: Path, log: Path, until: float, zygote: str | None) -> None:
         """Have it run and connected.
 
         Args:
-            program: a module, that gets the socket's path and ``words``.
+            program: a module, that gets the socket's path.
             path: of the socket.
             log: where what it prints is added.
             until: when it has to have connected (``time.monotonic``).
@@ -64,7 +64,7 @@ class Child:
             with log.open("ab") as stream:
                 self._log, self._printed = log, stream.tell()
                 self._process = subprocess.Popen(
-                    [*python(zygote), "-m", program, os.fspath(path), *words],
+                    [*python(zygote), "-m", program, os.fspath(path)],
                     stdin=subprocess.DEVNULL,
                     stdout=stream,
                     stderr=subprocess.STDOUT,
@@ -82,7 +82,6 @@ class Child:
             TimeoutError: nothing in time.
             ThawError: it cannot do that, of the class that it names; or it has ended.
         """
-        self.told(until)  # that it is there
         self.send(message)
         answer = self.told(until)
         if answer is None:

@@ -1,4 +1,4 @@
-"""One engine of a fork pool, in a process of its own: ``pool_worker SOCKET NUMBER``; see ``pool``."""
+"""One engine of a fork pool, in a process of its own: ``pool_worker SOCKET``; see ``pool``."""
 
 from __future__ import annotations
 
@@ -26,14 +26,13 @@ _LOOK = 0.5
 """Seconds in which an engine's death is noticed."""
 
 
-def main(path: str, number: str) -> int:
+def main(path: str) -> int:
     """Make an engine and do what the pool asks, until it is gone.
 
     Exit status: 0; 1 where the engine could not be made, or has died, which the pool sees by the socket.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as pool:
         pool.connect(path)
-        tell(pool, {"worker": int(number)})
         asked = messages.receive(pool)
         if asked is None:
             return 0
