@@ -1,5 +1,7 @@
 """Damage is found, said of whom, taken out; and what is whole stays."""
 
+import builtins
+import io
 from pathlib import Path
 
 import pytest
@@ -110,14 +112,15 @@ def test_one_that_is_forgotten_meanwhile_is_no_fault(store, two, monkeypatch):
 def test_what_cannot_be_read_is_no_damage_and_stays(store, two, monkeypatch):
     """Such as a file of somebody else's, or a disk that fails."""
     path, record = own(store, two[0]), store.record(two[1])
-    opening = Path.open
+    opening = open
 
-    def refusing(self, *arguments, **options):
-        if self in (path, record):
+    def refusing(file, *arguments, **options):
+        if Path(file) in (path, record):
             raise PermissionError(13, "Permission denied")
-        return opening(self, *arguments, **options)
+        return opening(file, *arguments, **options)
 
-    monkeypatch.setattr(Path, "open", refusing)
+    monkeypatch.setattr(builtins, "open", refusing)
+    monkeypatch.setattr(io, "open", refusing)  # pathlib's
     found = fsck(store, repair=True)
     assert not found.sound and found.unread.keys() == {str(path), str(record)}
     assert found.damaged == found.missing == {} and found.repaired == [] and found.unneeded == 0

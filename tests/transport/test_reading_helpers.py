@@ -547,8 +547,3 @@ except ChildProcessError:
 """
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, "none\n", "")
-
-
-def test_admitting_is_for_threads(send):
-    with pytest.raises(ValueError, match="by threads"):
-        send(Work([(0, ROOM)]), admit=lambda number: True)

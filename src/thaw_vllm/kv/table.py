@@ -30,6 +30,7 @@ from ..format.kv import (
 NONE = -1
 """No parent, or no page of a group."""
 MAX_SALT = 4096
+_UNSALTED = canonical({})
 
 
 class Block(NamedTuple):
@@ -201,7 +202,7 @@ def address(parent: bytes, tokens: Sequence[int], salt: str | None = None) -> by
 
     Ours, so that it says the same everywhere: an engine's own block hashes differ between versions and processes.
     """
-    extra = canonical({} if salt is None else {"salt": salt})
+    extra = _UNSALTED if salt is None else canonical({"salt": salt})
     return hashlib.sha256(parent + _packed(tokens) + extra).digest()
 
 

@@ -18,9 +18,12 @@ PAYLOAD_AT = 4096
 """Offset of the payload: a page, so that it can be read directly, or mapped."""
 MAX_PAYLOAD = 1 << 40
 SUFFIX = ".block"
+CURE = "; thaw fsck --repair takes it out"
+"""Of a damaged block in a store."""
 
 _HEAD = struct.Struct("<8s32sHHIQQQ")
 _SUM = struct.Struct("<Q")
+_ZEROS = bytes(PAYLOAD_AT - _HEAD.size - _SUM.size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +33,15 @@ class Name:
     address: bytes
     group: int
 
-    def path(self, directory: Path) -> Path:
-        """Its file, in a directory for the address's first byte."""
+    @property
+    def file(self) -> str:
+        """Its file's path below the directory of all blocks: in one for the address's first byte."""
         digits = self.address.hex()
-        return directory / digits[:2] / f"{digits[2:]}-{self.group}{SUFFIX}"
+        return f"{digits[:2]}/{digits[2:]}-{self.group}{SUFFIX}"
+
+    def path(self, directory: Path) -> Path:
+        """Its file."""
+        return directory / self.file
 
     def __str__(self) -> str:
         return f"{self.address.hex()[:16]}-{self.group}"
@@ -62,18 +70,18 @@ class Head:
     wordsum: int
 
     @classmethod
-    def of(cls, name: Name, payload: memoryview) -> Head:
-        """With the checksums of a payload."""
-        return cls(name, len(payload), xxh3(payload), wordsum(payload))
+    def of(cls, name: Name, payload: memoryview, words: int | None = None) -> Head:
+        """With the checksums of a payload; ``words``: its word sum, where it is known."""
+        return cls(name, len(payload), xxh3(payload), wordsum(payload) if words is None else words)
 
-    def verify(self, payload: memoryview, what: str) -> None:
+    def verify(self, payload: memoryview, what: str, cure: str = "") -> None:
         """Hold a payload of this length against the checksum.
 
         Raises:
             CorruptionError: it does not agree.
         """
         if xxh3(payload) != self.xxh3:
-            raise CorruptionError(f"{what} is damaged: the checksum of its bytes does not agree")
+            raise damaged(what, cure)
 
     def encode(self) -> bytes:
         """``PAYLOAD_AT`` bytes; the second checksum at the end of the fields is over these themselves."""
@@ -96,7 +104,7 @@ class Head:
             raise FormatError(f"{what} is no block of this version of thaw, or it is damaged")
         end = _HEAD.size
         _, address, group, low, high, length, sum_, words = _HEAD.unpack_from(data)
-        if _SUM.unpack_from(data, end)[0] != xxh3(memoryview(data)[:end]) or any(data[end + 8 : PAYLOAD_AT]):
+        if _SUM.unpack_from(data, end)[0] != xxh3(memoryview(data)[:end]) or data[end + 8 : PAYLOAD_AT] != _ZEROS:
             raise CorruptionError(f"{what} is damaged: the checksum of its head does not agree")
         if low or high or length > MAX_PAYLOAD or size != PAYLOAD_AT + length:
             raise CorruptionError(f"{what} is damaged: it has {size} bytes, {PAYLOAD_AT + length} were written")
@@ -105,12 +113,13 @@ class Head:
         return cls(name, length, sum_, words)
 
 
-def write(directory: Path, name: Name, payload: memoryview, *, heal: bool = False) -> bool:
+def write(directory: Path, name: Name, payload: memoryview, *, words: int | None = None, heal: bool = False) -> bool:
     """Keep a block, unless it is there: whoever comes first writes it.
 
     Args:
         directory: of all blocks.
         payload: bytes, contiguous.
+        words: their word sum, where it is known.
         heal: look at one that is there, and replace it where it is damaged.
 
     Returns:
@@ -128,7 +137,7 @@ def write(directory: Path, name: Name, payload: memoryview, *, heal: bool = Fals
         path.parent.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
         raise StorageError(f"the directory {str(path.parent)!r} cannot be made: {error.strerror or error}") from None
-    head = Head.of(name, payload).encode()
+    head = Head.of(name, payload, words).encode()
     try:
         with StagedFile(path, len(head) + len(payload), force=there) as staged:
             staged.write(0, head)
@@ -158,28 +167,30 @@ def read(directory: Path, name: Name, into: memoryview) -> None:
     what = repr(str(name.path(directory)))
     if done != len(into):
         raise CorruptionError(f"{what} is cut")
-    try:
-        head.verify(into, what)
-    except CorruptionError as error:
-        raise CorruptionError(f"{error}; thaw fsck --repair takes it out") from None
+    head.verify(into, what, CURE)
 
 
-def check(directory: Path, name: Name, length: int) -> None:
-    """Hold a block's head against its name and its length.
+def check(directory: Path, name: Name, length: int) -> Head:
+    """A block's head, held against its name and its length.
 
     Raises:
         As ``read``.
     """
-    _read(directory, name, length, None)
+    return _read(directory, name, length, None)[0]
+
+
+def damaged(what: str, cure: str = CURE) -> CorruptionError:
+    """What to raise where the bytes of the block ``what`` do not agree with a checksum of its head."""
+    return CorruptionError(f"{what} is damaged: the checksum of its bytes does not agree{cure}")
 
 
 def _read(directory: Path, name: Name, length: int, into: memoryview | None) -> tuple[Head, int]:
     """A block's head, and how many bytes were read."""
-    path = name.path(directory)
-    what = repr(str(path))
+    path = f"{os.fspath(directory)}/{name.file}"  # pathlib would take as long as reading a head
+    what = repr(path)
     done = 0
     try:
-        with path.open("rb", buffering=0) as file:
+        with open(path, "rb", buffering=0) as file:
             head = Head.decode(_exactly(file, PAYLOAD_AT), name, os.fstat(file.fileno()).st_size, what)
             if head.length != length:
                 raise CorruptionError(f"{what} has {head.length} bytes, a block of its context has {length}")

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from ..errors import ThawError
+from ..errors import CorruptionError, ThawError
 from . import parallel
 from .checksum import damaged
 from .dispatch import dispatch
@@ -45,6 +45,10 @@ class Range(NamedTuple):
     label: str
 
 
+def _damaged(name: str, found: Range) -> CorruptionError:
+    return damaged(name, found.label, found.offset, found.length)
+
+
 def deliver(
     reader: Reader,
     name: str,
@@ -58,6 +62,7 @@ def deliver(
     landed: Callable[[int], None] | None = None,
     slot: int = SLOT,
     helpers: Helpers | None = None,
+    damage: Callable[[str, Range], CorruptionError] = _damaged,
 ) -> bool:
     """Bring every range to its place and check it there. Staging memory is a slot a thread, RING in all.
 
@@ -72,11 +77,13 @@ def deliver(
         verify: hold every range against its word sum, on the device, while others arrive.
         progress: called with the bytes that landed since the last call, in the calling thread.
         admit: asked before the first byte of a range is read, by its number, in order, one call at a time, in any
-            thread; a range that is refused is asked for again. Once admitted its place must be known to the link.
+            thread; a range that is refused is asked for again. Once admitted its place must be known to the link. It
+            may also put the range in its place in ``ranges`` with its sum, which is looked at when all are there.
         landed: called with the number of a range that is in place, in the calling thread; not checked yet.
         slot: bytes of a slot.
-        helpers: processes that read the reader's file, for a CudaLink and plain reads, not together with ``admit``;
-            the caller's to close. None reads by threads of this process.
+        helpers: processes that read the reader's source, for a CudaLink and plain reads; ``admit`` may refuse nothing
+            then. The caller's to close. None reads by threads of this process.
+        damage: what to raise for a range of the source of this name that does not agree with its sum.
 
     Returns:
         Whether helpers read all of it.
@@ -86,8 +93,6 @@ def deliver(
             and of others are in place then: nobody must use them.
         StorageError, DeviceError: reading or copying failed.
     """
-    if helpers is not None and admit is not None:
-        raise ValueError("what is admitted one after another is read by threads")
     left = [found.length for found in ranges]
     complete: list[int] = []
     lock = threading.Lock()
@@ -100,6 +105,8 @@ def deliver(
     def admitted() -> Iterator[tuple[int, int] | None]:
         for number, found in enumerate(ranges):
             while admit is not None and not admit(number):
+                if helpers is not None:
+                    raise ValueError("what has to wait for others is read by threads")
                 if stop.is_set():
                     return
                 yield None  # what has been admitted is read meanwhile: it may be what makes room
@@ -164,6 +171,5 @@ def deliver(
         raise ThawError(f"{name!r} was not read whole, through a fault of thaw; please report it")
     for number, sum_ in sorted(found.items()):
         if sum_ != ranges[number].wordsum:
-            bad = ranges[number]
-            raise damaged(name, bad.label, bad.offset, bad.length)
+            raise damage(name, ranges[number])
     return whole

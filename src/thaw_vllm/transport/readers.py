@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Protocol
 
 from ..errors import UsageError
+from .files import Files
 from .medium import IN_MEMORY, file_system, open_direct
 from .plan import BLOCK
 from .residency import Residency
@@ -200,6 +201,8 @@ def choose(source: Source, route: str = "auto", *, staged: bool = True) -> Reade
     """
     if route not in ROUTES:
         raise UsageError(f"route must be one of {', '.join(ROUTES)}, not {route!r}")
+    if isinstance(source, Files):
+        return Cached(source, "files", "they are read through the page cache")
     if not isinstance(source, FileSource):
         return Cached(source, "memory", "the bytes are in memory already")
     kind = file_system(source.descriptor)

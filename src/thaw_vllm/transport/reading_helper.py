@@ -25,6 +25,9 @@ ENDED = 1 << 16
 JOBS = 16
 """Word of the first slot's offset; its length follows, and then the other slots'."""
 
+PLAIN, LISTED = b"\0", b"\1"
+"""What comes with the descriptor of a delivery: it is of the file to read, or of a list of files (``files.Files``)."""
+
 _POPULATE = 23
 """MADV_POPULATE_WRITE of <linux/mman.h>, since Linux 5.14: bring in pages at once, as if they had been written."""
 _SPINS, _YIELDS = 500, 2500
@@ -71,7 +74,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _serve(shared: int, line: _socket.socket, control: int, first: int, slots: int, size: int) -> None:
-    """Read what comes on the socket, a file for each delivery, until its other end is closed."""
+    """Read what comes on the socket, a file or a list of them for each delivery, until its other end is closed."""
     mapped = mmap.mmap(shared, 0)
     try:  # noqa: SIM105 - see below
         mapped.madvise(_POPULATE, first, slots * size)
@@ -87,10 +90,12 @@ def _serve(shared: int, line: _socket.socket, control: int, first: int, slots: i
         if not said:
             return
         file = int.from_bytes(carried[0][2][:4], sys.byteorder)
+        stride, paths = _listed(file) if said == LISTED else (0, [])
         deliveries += 1
         while _given(words, done, deliveries, line):
             slot = done % slots
-            if not _read(file, views[slot], words[JOBS + 2 * slot], words[JOBS + 2 * slot + 1], words):
+            job = (views[slot], words[JOBS + 2 * slot], words[JOBS + 2 * slot + 1], words)
+            if not (_read_of(paths, stride, *job) if paths else _read(file, *job)):
                 return
             done += 1
             words[FILLED] = done
@@ -119,18 +124,43 @@ def _gone(line: _socket.socket) -> bool:
         return False
 
 
-def _read(file: int, view: memoryview, offset: int, length: int, words: memoryview) -> bool:
-    """A range into the beginning of a slot; False when that failed, and the words say why."""
+def _listed(file: int) -> tuple[int, list[bytes]]:
+    """How far the files of a list lie apart, and their paths."""
+    stride, *paths = posix.pread(file, posix.fstat(file).st_size, 0).split(b"\0")
+    return int(stride), paths
+
+
+def _read_of(paths: list[bytes], stride: int, view: memoryview, offset: int, length: int, words: memoryview) -> bool:
+    """A range of one of several files, as ``_read``."""
+    number, at = divmod(offset, stride)
+    try:
+        file = posix.open(paths[number], posix.O_RDONLY | posix.O_CLOEXEC)
+    except OSError as error:
+        words[AT] = offset
+        words[FAILED] = error.errno or ENDED
+        return False
+    try:
+        return _read(file, view, at, length, words, offset - at)
+    finally:
+        _close(file)
+
+
+def _read(file: int, view: memoryview, offset: int, length: int, words: memoryview, first: int = 0) -> bool:
+    """A range into the beginning of a slot; False when that failed, and the words say why.
+
+    Args:
+        first: where in the source the file begins.
+    """
     done = 0
     while done < length:
         try:
             got = posix.preadv(file, [view[done:length]], offset + done)
         except OSError as error:
-            words[AT] = offset + done
+            words[AT] = first + offset + done
             words[FAILED] = error.errno or ENDED
             return False
         if not got:
-            words[AT] = offset + done
+            words[AT] = first + offset + done
             words[FAILED] = ENDED
             return False
         done += got

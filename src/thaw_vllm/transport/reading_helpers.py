@@ -1,4 +1,4 @@
-"""Processes that read a file into shared memory, so that many cores read without one interpreter lock among them.
+"""Processes that read files into shared memory, so that many cores read without one interpreter lock among them.
 
 On an H100 host with 16 cores, 14 threads of one process read and send 16 GB from tmpfs at 20 to 38 GB/s, by the host
 and the day: each of their steps waits for the lock 60 to 100 µs. 14 processes with two slots of 2 MiB, which stay in
@@ -26,6 +26,7 @@ from types import TracebackType
 from ..errors import DeviceError
 from . import reading_helper as helper
 from .cuda import Context
+from .files import Files
 from .links import Window
 from .numa import near, pinned_to
 from .readers import Cached, Reader
@@ -65,7 +66,7 @@ def wanted(source: Source, reader: Reader, workers: int | None, cores: int, *, r
         source.size < (WORTH_RUNNING if running else _WORTH)
         or cores < _CORES
         or not able()
-        or not isinstance(source, FileSource)
+        or not isinstance(source, FileSource | Files)
         or type(reader) is not Cached
     ):
         return 0
@@ -116,14 +117,15 @@ class Helper:
         self.slots, self.windows, self.given, self.ended = slots, windows, 0, False
         self.locks: list[Future[DeviceError | None]] = []
         self._words, self._line = words, line
-        self._file: FileSource | None = None
+        self._file: FileSource | Files | None = None
         self._jobs: list[tuple[int, int]] = [(0, 0)] * len(slots)
 
-    def begin(self, file: FileSource) -> None:
-        """The next delivery, from this file, which stays the caller's."""
+    def begin(self, file: FileSource | Files) -> None:
+        """The next delivery, from this file or these, which stay the caller's."""
         self._file = file
         try:
-            socket.send_fds(self._line, [b"\0"], [file.descriptor], socket.MSG_NOSIGNAL)
+            said = helper.LISTED if file.listed else helper.PLAIN
+            socket.send_fds(self._line, [said], [file.descriptor], socket.MSG_NOSIGNAL)
         except OSError:  # it has ended, or is made to: no room for a descriptor on its way. ``check`` finds out
             _hang_up(self._line)
 
@@ -288,8 +290,8 @@ class Helpers:
         return not (self._broken or self._closed) and any(not _has_ended(line) for line in self._lines)
 
     @contextlib.contextmanager
-    def reading(self, source: FileSource) -> Iterator[None]:
-        """A delivery of this file's ranges; after one that fails they are of no more use."""
+    def reading(self, source: FileSource | Files) -> Iterator[None]:
+        """A delivery of this source's ranges; after one that fails they are of no more use."""
         sound, self._broken = not self._broken, True  # until all of them have heard of its end
         for found in self.helpers:
             found.begin(source)

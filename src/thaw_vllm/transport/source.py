@@ -52,8 +52,21 @@ def read_bytes(source: Source, offset: int, length: int) -> bytes:
     return bytes(data)
 
 
+def failed(name: str, offset: int, error: OSError) -> StorageError:
+    """What to raise when reading a file at ``offset`` failed."""
+    return StorageError(f"reading {name!r} at {offset} failed: {error.strerror}")
+
+
+def ended(name: str, offset: int, needed: int) -> CorruptionError:
+    """What to raise when a file ends at ``offset`` and should have ``needed`` bytes."""
+    return CorruptionError(f"{name!r} ends at {offset}, {needed} bytes were needed")
+
+
 class FileSource:
     """A file read with ``preadv``; owns its descriptor."""
+
+    listed = False
+    """What ``descriptor`` is of: the file itself."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
@@ -91,12 +104,12 @@ class FileSource:
             done += count
 
     def failed(self, offset: int, error: OSError) -> StorageError:
-        """What to raise when reading at ``offset`` failed."""
-        return StorageError(f"reading {self.name!r} at {offset} failed: {error.strerror}")
+        """See ``failed``."""
+        return failed(self.name, offset, error)
 
     def ended(self, offset: int, needed: int) -> CorruptionError:
-        """What to raise when the file ends at ``offset`` and should have ``needed`` bytes."""
-        return CorruptionError(f"{self.name!r} ends at {offset}, {needed} bytes were needed")
+        """See ``ended``."""
+        return ended(self.name, offset, needed)
 
     def check_unchanged(self) -> None:
         """A file renamed over ours leaves the bytes we hold alone; one written to in place does not."""

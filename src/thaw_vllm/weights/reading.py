@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from ..errors import UsageError
 from ..transport import parallel
 from ..transport.cuda import Context
+from ..transport.files import Files
 from ..transport.kept_helpers import KeptHelpers
 from ..transport.links import by_driver
 from ..transport.numa import near
@@ -88,14 +89,14 @@ def reading(
         helpers = kernel = None
         if len(gpus) == 1 and kept is not None and options.verify:
             kernel = kept.kernel(gpus[0].index or 0)
-        if staged and len(gpus) == 1 and options.processes and isinstance(source, FileSource):
+        if staged and len(gpus) == 1 and options.processes and isinstance(source, FileSource | Files):
             helpers = stack.enter_context(_helpers(source, reader, options, gpus[0].index or 0, kept))
         yield Reading(reader, helpers, kernel, time.perf_counter() - start)
 
 
 @contextlib.contextmanager
 def _helpers(
-    source: FileSource, reader: Reader, options: RestoreOptions, gpu: int, kept: KeptHelpers | None
+    source: FileSource | Files, reader: Reader, options: RestoreOptions, gpu: int, kept: KeptHelpers | None
 ) -> Iterator[Helpers | None]:
     """Near the GPU, if they are worth it; where they cannot be, threads do as well, slower."""
     with contextlib.closing(Context(gpu)) as context:

@@ -208,7 +208,7 @@ def restore_kv_cache(
 
 
 def expect_kv_restore(llm: LLM) -> None:
-    """Have an engine make ready for a restore, whose first one is then as fast as later ones.
+    """Have an engine make ready for a restore, of a file or of a session, the first one being as fast as others then.
 
     On a GPU helper processes come up, with 56 MiB of page-locked memory in all, and wait ten minutes for it. Returns
     before they are there, 50 ms. ``load(..., kv_snapshot=...)`` and a server with ``THAW_KV_DIR`` need no such call.

@@ -170,7 +170,7 @@ def restore(core: Any, options: dict[str, Any]) -> dict[str, Any]:
     require_awake(core)
     pool, path = versions.block_pool(core), options["path"]
     layout = core_layout(core, pool)
-    described = describe(core, pool, path)
+    described = describe(core, pool, _size(path))
     model = model_of(core, options.get("model"), required=True)
     phases.end("identify")
     wanted = Identity.from_json(described["identity"] | {"model": model})
@@ -254,6 +254,14 @@ def bring_in(
 
 _Page = tuple[int, int, int, bytes]
 """A page of a table: block, group, slot, and under which key the pool knows it."""
+
+
+def _size(path: str) -> int:
+    """Bytes of a file; 0 where there is none, which others find out."""
+    try:
+        return os.path.getsize(path)
+    except OSError:
+        return 0
 
 
 def _names(core: Any, table: Table) -> list[bytes]:
@@ -352,9 +360,13 @@ def require_awake(core: Any) -> None:
         raise UsageError("the engine is asleep or paused, and its cache may be gone; wake it up first")
 
 
-def describe(core: Any, pool: Any, path: str | None = None) -> dict[str, Any]:
-    """Rank 0's identity, once every rank has said that it understands its memory; ``path``: of what is restored."""
-    options = {"blocks": pool.num_gpu_blocks, "path": path}
+def describe(core: Any, pool: Any, moved: int | None = None) -> dict[str, Any]:
+    """Rank 0's identity, once every rank has said that it understands its memory.
+
+    Args:
+        moved: bytes of the restore that this begins, so that what it needs is made ready meanwhile; None: of none.
+    """
+    options = {"blocks": pool.num_gpu_blocks, "moved": moved}
     answers = core.model_executor.collective_rpc("thaw_kv_describe", args=(options,))
     return all_raised(answers)[0]
 

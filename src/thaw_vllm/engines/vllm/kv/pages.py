@@ -56,15 +56,13 @@ def describe(worker: Any, options: dict[str, Any]) -> dict[str, Any]:
     """This rank's identity, once its regions are known to be of known layouts.
 
     Args:
-        options: ``blocks`` of the pool; ``path`` of a file that ``fill`` will be asked for, or None.
+        options: ``blocks`` of the pool; ``moved``: bytes of a restore that this begins, or None.
     """
     device: torch.device | None = getattr(worker, "_thaw_kv_device", None)
-    if device is None or options["path"] is None:  # once is enough for a restore: ``fill`` looks again
+    if device is None or options["moved"] is None:  # once is enough for a restore: ``fill`` looks again
         device = worker._thaw_kv_device = regions(worker, options["blocks"])[0][1].device
-    if options["path"] is not None and by_driver(device):
-        with contextlib.suppress(OSError):  # there is none, which the core finds out
-            if os.path.getsize(options["path"]) >= WORTH_RUNNING:
-                ahead.kept(device).start(device.index or 0)  # while the core reads what the file holds
+    if (options["moved"] or 0) >= WORTH_RUNNING and by_driver(device):
+        ahead.kept(device).start(device.index or 0)  # while the core reads what there is
     return {"identity": identity(worker).to_json()}
 
 
@@ -200,7 +198,7 @@ def _gathered(found: list[tuple[Region, torch.Tensor]], ids: list[int]) -> Itera
         return
     with contextlib.ExitStack() as stack:
         gathered = {}
-        first = next(_groups(found, len(ids), _room(device)))
+        first = next(_groups(found, len(ids), room_on(device)))
         try:
             memory = stack.enter_context(scratch(_size(first, len(ids)), device))
             parts, numbers = _cut(memory, first, len(ids)), rows(ids, device)
@@ -246,7 +244,7 @@ def _cut(memory: torch.Tensor, group: list[tuple[Region, torch.Tensor]], pages: 
     return parts
 
 
-def _room(device: torch.device) -> int:
+def room_on(device: torch.device) -> int:
     """Bytes that pages on their way may take in a device's memory now."""
     if device.type != "cuda":
         return _ON_HOST
@@ -328,9 +326,9 @@ def _pass(
 ) -> None:
     """``held`` pages of each region into memory on the way, a group of regions at a time, and from there to blocks."""
     device = found[0][1].device
-    longest, room = max(_size([item], held) for item in found), _room(device)
+    longest, room = max(_size([item], held) for item in found), room_on(device)
     where = device if longest <= room else torch.device("cpu")
-    groups = [*_groups(found, held, max(room if where == device else _room(where), longest))]
+    groups = [*_groups(found, held, max(room if where == device else room_on(where), longest))]
     size = max(_size(group, held) for group in groups)
     into = rows(ids, device)
     taken = None if slots == [*range(held)] else rows(slots, where)

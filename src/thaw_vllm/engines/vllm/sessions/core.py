@@ -126,12 +126,13 @@ def restore_session(core: Any, options: dict[str, Any]) -> dict[str, Any]:
     require_awake(core)
     pool = versions.block_pool(core)
     layout = core_layout(core, pool)
-    described = describe(core, pool)
-    model = model_of(core, options.get("model"), required=True)
-    phases.end("identify")
     store = Store(options["store"])
     session = store.read(options["session"])
     contexts = store.contexts(session.head)
+    phases.end("record")
+    described = describe(core, pool, session.head.files * contexts[0].page)
+    model = model_of(core, options.get("model"), required=True)
+    phases.end("identify")
     what = f"the session {options['session'][:12]}"
     require_context(contexts, Identity.from_json(described["identity"] | {"model": model}), layout, what)
     table, pages, lost = _table(store, session, contexts)
@@ -194,7 +195,8 @@ def _table(store: Store, session: Session, contexts: list[Context]) -> tuple[Tab
     What follows a block that is missing is of no use, nor is what a window would need of one.
     """
     head, groups = session.head, contexts[0].layout.groups
-    count, there, lost = rest(session, contexts, lambda name: not name.path(store.blocks).exists())
+    directory = os.fspath(store.blocks)
+    count, there, lost = rest(session, contexts, lambda name: not os.path.exists(f"{directory}/{name.file}"))
     kept = kept_from(groups, count, head.block_size, there)
     pages = [(number, group) for number in range(count) for group in range(len(groups)) if number >= kept[group]]
     slots = {page: slot for slot, page in enumerate(pages)}

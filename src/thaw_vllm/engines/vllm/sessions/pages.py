@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
-from ....errors import MismatchError
+from ....errors import CorruptionError, MismatchError
 from ....format.identity import require
 from ....format.kv import Region, require_layout
 from ....sessions import blocks
 from ....sessions.blocks import Name
 from ....sessions.context import Context
 from ....sessions.store import Store
-from ....transport import parallel
+from ....transport import cuda, parallel
 from ....transport.collector import collection_paused
+from ....transport.files import Files
+from ....transport.links import Place, by_driver, link_to
+from ....transport.pipeline import Range, deliver
+from ....transport.wordsum_cuda import CudaSums
 from ....weights.layout import byte_view, host_bytes
+from ....weights.reading import RestoreOptions, reading
 from ....weights.waterfall import Phases
 from ..answers import answering
-from ..kv.pages import identity, whole_layout
-from ..kv.regions import gather, regions, rows, scatter
+from ..kv import ahead
+from ..kv.pages import identity, room_on, whole_layout
+from ..kv.regions import gather, regions, rows, scatter, scratch
 
 _AT_ONCE = 64 << 20
 """Bytes of blocks that are on their way at once."""
 
 Regions = list[tuple[Region, torch.Tensor]]
+Wanted = list[tuple[Name, int]]
+"""Blocks of a store, and where each goes in the pool."""
 
 
 @answering
@@ -53,11 +63,11 @@ def write(worker: Any, options: dict[str, Any]) -> dict[str, Any]:
     phases.end("open")
     added = 0
     for part in _parts(wanted, context.page):
-        payloads = _gathered(found, [id_ for _, id_ in part])
+        payloads, sums = _gathered(found, [id_ for _, id_ in part])
         phases.end("gather")
 
-        def keep(at: int, part: Any = part, payloads: Any = payloads) -> bool:
-            return blocks.write(directory, part[at][0], payloads[at])
+        def keep(at: int, part: Any = part, payloads: Any = payloads, sums: Any = sums) -> bool:
+            return blocks.write(directory, part[at][0], payloads[at], words=sums[at])
 
         added += _each(len(part), keep)
         phases.end("write")
@@ -87,19 +97,61 @@ def fill(worker: Any, options: dict[str, Any]) -> dict[str, Any]:
             raise MismatchError(f"{options['what']} has fewer blocks than were asked for")
         wanted = [(names[slot], id_) for slot, id_ in zip(options["slots"], options["ids"], strict=True)]
         phases.end("open")
-        for part in _parts(wanted, context.page):
-            room = torch.empty((len(part), context.page), dtype=torch.uint8, pin_memory=found[0][1].is_cuda)
-            views = [host_bytes(byte_view(row)) for row in room]
+        bring = _to_device if by_driver(found[0][1].device) else _through_host
+        bring(store, found, wanted, context.page, phases)
+    return {"bytes": len(wanted) * context.page, "phases": phases.seconds}
 
-            def read(at: int, part: Any = part, views: Any = views) -> bool:
-                blocks.read(store.blocks, part[at][0], views[at])
+
+def _through_host(store: Store, found: Regions, wanted: Wanted, page: int, phases: Phases) -> None:
+    """Read and verified by threads, and copied by torch from there."""
+    for part in _parts(wanted, page):
+        room = torch.empty((len(part), page), dtype=torch.uint8, pin_memory=found[0][1].is_cuda)
+        views = [host_bytes(byte_view(row)) for row in room]
+
+        def read(at: int, part: Any = part, views: Any = views) -> bool:
+            blocks.read(store.blocks, part[at][0], views[at])
+            return True
+
+        _each(len(part), read)
+        phases.end("read")
+        _scattered(found, room.to(found[0][1].device, non_blocking=True), [id_ for _, id_ in part])
+        phases.end("scatter")
+
+
+def _to_device(store: Store, found: Regions, wanted: Wanted, page: int, phases: Phases) -> None:
+    """By the same way as a file of KV blocks (``kv.pages``): helpers read, and the GPU verifies."""
+    device, directory = found[0][1].device, os.fspath(store.blocks)
+    step = max(1, min(len(wanted), room_on(device) // page))
+    paths = [f"{directory}/{name.file}" for name, _ in wanted]
+    with (
+        contextlib.closing(Files(paths, blocks.PAYLOAD_AT + page, directory)) as files,
+        scratch(step * page, device) as memory,
+        reading(files, [memory], RestoreOptions(), ahead.kept(device)) as way,
+    ):
+        phases.end("room")
+        for first in range(0, len(wanted), step):
+            part = wanted[first : first + step]
+            begins = range(first * files.stride + blocks.PAYLOAD_AT, files.size, files.stride)
+            ranges = [Range(at, page, 0, paths[first + n]) for n, at in zip(range(len(part)), begins, strict=False)]
+            places = [Place(memory, number * page, page) for number in range(len(part))]
+
+            def head(number: int, part: Wanted = part, ranges: list[Range] = ranges) -> bool:
+                sum_ = blocks.check(store.blocks, part[number][0], page).wordsum
+                ranges[number] = ranges[number]._replace(wordsum=sum_)
                 return True
 
-            _each(len(part), read)
+            with contextlib.closing(link_to(places, way.kernel)) as link:
+                workers = parallel.default_workers()
+                options: dict[str, Any] = {"workers": workers, "admit": head, "helpers": way.helpers}
+                deliver(way.reader, directory, ranges, link, damage=_damaged, **options)
             phases.end("read")
-            _scattered(found, room, [id_ for _, id_ in part])
+            _scattered(found, memory[: len(part) * page].view(len(part), page), [id_ for _, id_ in part])
             phases.end("scatter")
-    return {"bytes": len(wanted) * context.page, "phases": phases.seconds}
+    phases.end("close")
+
+
+def _damaged(_: str, block: Range) -> CorruptionError:
+    return blocks.damaged(repr(block.label))
 
 
 def _names(context: Context, options: dict[str, Any]) -> list[Name]:
@@ -108,14 +160,14 @@ def _names(context: Context, options: dict[str, Any]) -> list[Name]:
     return [Name(addresses[number], group) for number, group in options["pages"]]
 
 
-def _parts(items: list[tuple[Name, int]], page: int) -> Iterator[list[tuple[Name, int]]]:
+def _parts(items: Wanted, page: int) -> Iterator[Wanted]:
     step = max(1, _AT_ONCE // page)
     for first in range(0, len(items), step):
         yield items[first : first + step]
 
 
-def _gathered(found: Regions, ids: list[int]) -> list[memoryview]:
-    """The bytes of blocks: each one's page of every region, one after another."""
+def _gathered(found: Regions, ids: list[int]) -> tuple[list[memoryview], list[int | None]]:
+    """The bytes of blocks, each one's page of every region, one after another; and their word sums where a GPU is."""
     device = found[0][1].device
     room = torch.empty((len(ids), sum(region.page for region, _ in found)), dtype=torch.uint8, device=device)
     numbers, at = rows(ids, device), 0
@@ -124,13 +176,31 @@ def _gathered(found: Regions, ids: list[int]) -> list[memoryview]:
         gather(view, numbers, part)
         room[:, at : at + region.page] = part
         at += region.page
-    return [host_bytes(byte_view(row)) for row in room.cpu()]
+    sums: list[int | None] = [None] * len(ids)
+    if by_driver(device):
+        sums = [*_sums(room)]
+        room = torch.empty(room.shape, dtype=torch.uint8, pin_memory=True).copy_(room)
+    return [host_bytes(byte_view(row)) for row in room.cpu()], sums
 
 
-def _scattered(found: Regions, room: torch.Tensor, ids: list[int]) -> None:
-    """The other way."""
-    device = found[0][1].device
-    there, into, at = room.to(device, non_blocking=True), rows(ids, device), 0
+def _sums(room: torch.Tensor) -> list[int]:
+    """Of each row, on its GPU: a processor takes longer for them than for writing the bytes."""
+    device, page = room.device, room.shape[1]
+    torch.cuda.current_stream(device).synchronize()
+    kernel = ahead.kept(device).kernel(device.index or 0)
+    with (
+        contextlib.closing(cuda.Context(device.index or 0)) as context,
+        context.entered(),
+        CudaSums(context, len(room), kernel) as sums,
+    ):
+        sums.add([(room.data_ptr() + number * page, page) for number in range(len(room))])
+        return sums.results()
+
+
+def _scattered(found: Regions, there: torch.Tensor, ids: list[int]) -> None:
+    """The other way, of bytes on the regions' device."""
+    device = there.device
+    into, at = rows(ids, device), 0
     for region, view in found:
         scatter(view, there[:, at : at + region.page].contiguous(), None, into)
         at += region.page
