@@ -57,6 +57,7 @@ test: lint
 	$(RUN) pytest $(PARALLEL) $(ARGS)
 
 soak: setup
+	$(BOOTSTRAP) model
 	echo "seed $(SEED); make soak SEED=$(SEED) repeats it"
 	THAW_SOAK=1 THAW_SEED=$(SEED) $(RUN) pytest tests -m soak --timeout 0 $(ARGS)
 

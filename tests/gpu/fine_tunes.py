@@ -2,7 +2,8 @@
 
     python tests/gpu/fine_tunes.py MODEL FOLDER [--kv-bytes 1073741824]
 
-Writes model directories, their snapshots and ``models.toml`` to FOLDER, on tmpfs best.
+Writes model directories, their snapshots and pools' files to FOLDER, on tmpfs best: ``models.toml``, where one engine
+has room at a time, and ``steady.toml``, where two have and the third model's stays.
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ def main() -> None:
     args = ["--max-model-len", "512", "--gpu-memory-utilization", "0.1", "--kv-cache-memory-bytes", str(given.kv_bytes)]
     args += ["--cudagraph-capture-sizes", *SIZES]
     (given.folder / "models.toml").write_text(toml(models, snapshots, args, drain=30, deadline=300))
+    own = {name: {"share": 0.5, "pinned": name == "other"} for name in models}
+    (given.folder / "steady.toml").write_text(toml(models, snapshots, args, own, drain=30, deadline=300))
 
 
 if __name__ == "__main__":

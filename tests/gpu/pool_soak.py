@@ -1,13 +1,16 @@
 """A pool that switches over and over beside requests, on a GPU: no answer of another model's, and nothing grows.
 
-    python tests/gpu/pool_soak.py models.toml [--switches 1000] [--clients 3] [--seldom NAME=SHARE] [--beside]
-                                              [--seed N] [--seconds LIMIT]
+    python tests/gpu/pool_soak.py models.toml [--switches 1000] [--clients 3] [--seldom NAME=SHARE | --steady NAME]
+                                              [--beside] [--seed N] [--seconds LIMIT]
 
 The models of the file are asked at random, several requests at a time, the next one always another than the last: those
 that can take one another's weights are swapped, others parked and woken, or started anew. Each answer must be the one
 that its model gave when it was asked alone at first, log-probabilities included: set VLLM_BATCH_INVARIANT=1, since how
 requests meet in a step changes roundings. Prints a JSON document; exit status 1 where something is wrong. Not part of
 the tests: it takes minutes, and snapshots of some size (``fine_tunes.py`` makes them).
+
+With ``--steady`` one model is not among those that take turns, but asked all the time, one request after another:
+first alone, then while the others switch. It has an engine of its own, and its seconds say what switches cost it.
 
 Several pools may do this side by side, each with --beside and a zygote of its own (THAW_ZYGOTE_DIR).
 """
@@ -16,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import math
 import random
@@ -37,6 +41,8 @@ from thaw_vllm.zygote.processes import below
 STARTED = time.monotonic()
 CHANGE = re.compile(r"thaw\.serve: (started|swapped|parked|woken|lost|failed|swap refused) (.*)")
 PROMPTS, LENGTH, ANSWER = 12, 60, 8
+QUIET = 300
+"""Requests to the steady model before others switch."""
 
 
 def parse() -> argparse.Namespace:
@@ -45,6 +51,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--switches", type=int, default=1000)
     parser.add_argument("--clients", type=int, default=3)
     parser.add_argument("--seldom", default="", metavar="NAME=SHARE", help="choose this model with that probability")
+    parser.add_argument("--steady", default="", metavar="NAME", help="ask this model all the time instead")
     parser.add_argument("--beside", action="store_true", help="others use this GPU, too")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     parser.add_argument("--seconds", type=float, default=math.inf, help="stop after this time, the start included")
@@ -61,6 +68,8 @@ class Soak:
         self.random = random.Random(given.seed)
         self.prompts = [[self.random.randrange(300, 500) for _ in range(LENGTH)] for _ in range(PROMPTS)]
         self.wrong: list[Any] = []
+        self.random_steady = random.Random(given.seed + 1)
+        self.asked: list[tuple[float, float, float]] = []
 
     async def ask(self, model: str, prompt: list[int]) -> tuple[str, float]:
         """What was said, and when the first of it was there."""
@@ -97,12 +106,43 @@ class Soak:
         weights = [self.share if name == self.seldom else rest for name in others]
         return self.random.choices(others, weights if self.seldom in others else None)[0]
 
+    async def steady(self, alone: list[str]) -> None:
+        """One request after another to the steady model, until it is cancelled."""
+        while True:
+            one, start = self.random_steady.randrange(PROMPTS), time.perf_counter()
+            said, first = await self.ask(self.given.steady, self.prompts[one])
+            self.asked.append((start, first, time.perf_counter() - start))
+            if said != alone[one]:
+                self.wrong.append([self.given.steady, one, said])
+
+    def told_steady(self, begun: float) -> dict[str, Any]:
+        """Seconds to the first token and to the last, before others began to switch and meanwhile."""
+        parts = {
+            "quiet": [one for one in self.asked if one[0] + one[2] <= begun],
+            "meanwhile": [one for one in self.asked if one[0] > begun],
+        }
+        return {
+            when: {
+                name: summary(times) | {"p99": sorted(times)[int(0.99 * len(times))]}
+                for name, times in (("first", [one[1] for one in found]), ("whole", [one[2] for one in found]))
+            }
+            for when, found in parts.items()
+            if found
+        }
+
     async def run(self) -> dict[str, Any]:
         async with self.client.get("/v1/models") as answer:
             names = [one["id"] for one in (await answer.json())["data"]]
         alone = {name: [(await self.ask(name, prompt))[0] for prompt in self.prompts] for name in names}
         assert not self.seldom or self.seldom in names, f"there is no model {self.seldom!r}"
         assert len({json.dumps(said) for said in alone.values()}) == len(names), "models answer alike"
+        steady = None
+        if self.given.steady:
+            names.remove(self.given.steady)
+            steady = asyncio.create_task(self.steady(alone[self.given.steady]))
+            while len(self.asked) < QUIET and not steady.done():
+                await asyncio.sleep(0.01)
+        begun = time.perf_counter()
         seen: list[dict[str, float]] = []
         firsts: list[float] = []
         ways: dict[str, list[float]] = {}
@@ -124,6 +164,10 @@ class Soak:
                 print(f"{len(firsts)} switches, {len(self.wrong)} wrong", file=sys.stderr, flush=True)
             if len(self.wrong) > 20:
                 break
+        if steady is not None:
+            steady.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await steady
         grown = growth(seen)
         if self.given.beside and not whose([pid for root in self.pids for pid in (root, *below(root))]):
             grown.pop("gpu_mib", None)
@@ -132,6 +176,7 @@ class Soak:
             "first_token": summary(firsts),
             "by_way": {way: summary(times) for way, times in sorted(ways.items())},
             "changes": {what: summary(times) for what, times in sorted(self.seconds.items())},
+            **({} if steady is None else {"steady": self.told_steady(begun)}),
             "wrong": self.wrong[:20],
             "grown": grown,
             "sizes": [seen[0], seen[-1]] if seen else [],

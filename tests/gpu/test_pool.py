@@ -97,7 +97,7 @@ def engine(pool: Program, state: str) -> int | None:
 def core_of(pid: int, folder: Path) -> int:
     """The process that has the GPU: a zygote's child, so that only the reports of its start tell whose it is."""
     server, core = sorted(int(path.stem) for path in folder.glob(f"state/starts/*-{pid}/*.jsonl"))
-    assert Path(f"/proc/{core}/stat").read_text().split()[3] == str(server)
+    assert core in processes.children(server)
     return core
 
 

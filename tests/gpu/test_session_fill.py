@@ -11,10 +11,11 @@ from tests.engines.vllm.test_session_fill import Kept
 
 from thaw_vllm.engines.vllm.kv import ahead
 from thaw_vllm.engines.vllm.sessions import pages
-from thaw_vllm.errors import CorruptionError
+from thaw_vllm.errors import CorruptionError, StorageError
 from thaw_vllm.sessions import blocks
 from thaw_vllm.sessions.store import Store
 from thaw_vllm.transport import reading_helpers
+from thaw_vllm.transport.files import Files
 
 PAGE, LAYERS, COUNT = 64 << 10, 32, 128
 """The shape of an 8b model's blocks: 2 MiB less half a page."""
@@ -47,6 +48,7 @@ def test_every_page(who: str, room: int | None, kept: Kept, used: list[Any], mon
     device = torch.device("cuda", 0)
     if who == "helpers":
         ahead.kept(device).start(0)
+        monkeypatch.setattr(Files, "read_into", lambda *_: pytest.fail("read here"))
     else:
         ahead.kept(device).close()
     for _ in range(2):
@@ -67,4 +69,21 @@ def test_flipped_bit(seed: int, kept: Kept):
     ahead.kept(torch.device("cuda", 0)).start(0)
     with pytest.raises(CorruptionError, match=f"'{path}' is damaged: .* does not agree; thaw fsck --repair takes it"):
         kept.fill(pages._to_device)
+    data[blocks.PAYLOAD_AT + 70_001 * (seed + 1)] ^= 1 << seed
+    path.write_bytes(data)
+    kept.fill(pages._to_device)
+    assert kept.correct()
+    ahead.kept(torch.device("cuda", 0)).close()
+
+
+def test_missing_one(kept: Kept):
+    """And the next restore works."""
+    path = kept.path(100)
+    path.rename(path.with_name("elsewhere"))
+    ahead.kept(torch.device("cuda", 0)).start(0)
+    with pytest.raises(StorageError, match=f"'{path}' is missing; thaw fsck shows"):
+        kept.fill(pages._to_device)
+    path.with_name("elsewhere").rename(path)
+    kept.fill(pages._to_device)
+    assert kept.correct()
     ahead.kept(torch.device("cuda", 0)).close()

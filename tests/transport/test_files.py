@@ -137,6 +137,41 @@ def test_one_delivery_after_another(tmp_path):
                 assert work.arrived()
 
 
+def test_parts_of_one_list(tmp_path):
+    """Delivered one after another, the helpers killed in between."""
+    for killed in (0, 1, 3):
+        work = Work(tmp_path / str(killed), 30, ROOM + 7)
+        with contextlib.closing(work.files), Helpers(0, 3, slot=ROOM) as helpers, helpers.reading(work.files):
+            reader = choose(work.files)
+            for first in range(0, 30, 12):
+                runs, ranges = runs_of(work)[first : first + 12], work.ranges[first : first + 12]
+
+                def admit(number, first=first, ranges=ranges, work=work):
+                    work.admit(first + number)
+                    ranges[number] = work.ranges[first + number]
+                    return True
+
+                with contextlib.closing(CudaLink(0, runs)) as link:
+                    deliver(reader, "it", ranges, link, workers=2, helpers=helpers, admit=admit)
+                if not first:
+                    kill(helpers, killed)
+        assert work.arrived() and work.asked == [*range(30)]
+
+
+def test_admitting_that_fails(tmp_path, send):
+    """What is under way is waited for, and nothing is left (see the fixtures)."""
+    work = Work(tmp_path / "files", 40, 2 * ROOM)
+
+    def admit(number):
+        if number == 17:
+            raise StorageError("no head")
+        return work.admit(number)
+
+    with pytest.raises(StorageError, match="no head"):
+        send(work, admit=admit)
+    assert work.asked == [*range(17)]
+
+
 def test_threads_read_them(tmp_path, send):
     work = Work(tmp_path / "files", 30, ROOM + 5)
     assert not send(work, lambda helpers: kill(helpers, 3))

@@ -47,9 +47,14 @@ class Files:
             OSError: there can be none.
         """
         if self._list < 0:
-            self._list = os.memfd_create("thaw-files", os.MFD_CLOEXEC)
-            with open(self._list, "wb", closefd=False) as file:
-                file.write(b"\0".join([str(self.stride).encode(), *map(os.fsencode, self.paths)]))
+            made = os.memfd_create("thaw-files", os.MFD_CLOEXEC)
+            try:
+                with open(made, "wb", closefd=False) as file:
+                    file.write(b"\0".join([str(self.stride).encode(), *map(os.fsencode, self.paths)]))
+            except BaseException:
+                os.close(made)
+                raise
+            self._list = made
         return self._list
 
     def read_into(self, offset: int, view: memoryview) -> None:

@@ -55,7 +55,7 @@ _PATIENCE = 0.1
 def wanted(source: Source, reader: Reader, workers: int | None, cores: int, *, running: bool = False) -> int:
     """How many helpers to start for a source that goes to a GPU; 0 for none.
 
-    Their words in shared memory rely on stores being seen in order, as on x86-64. Only for plain reads of a file, and
+    Their words in shared memory rely on stores being seen in order, as on x86-64. Only for plain reads of files, and
     where this process is an ordinary interpreter that can be started again.
 
     Args:

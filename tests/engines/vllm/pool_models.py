@@ -37,11 +37,18 @@ def _set_template(directory: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
 
 
-def toml(models: dict[str, Path], snapshots: dict[str, Path], args: list[str], **settings: Any) -> str:
-    """A pool's file."""
+def toml(
+    models: dict[str, Path],
+    snapshots: dict[str, Path],
+    args: list[str],
+    own: dict[str, dict[str, Any]] | None = None,
+    **settings: Any,
+) -> str:
+    """A pool's file; ``own``: settings of some of its models."""
     lines = [f"{name} = {json.dumps(value)}" for name, value in settings.items()]
     for name, path in models.items():
         lines += [f"[models.{name}]", f"path = {json.dumps(str(path))}", f"args = {json.dumps(args)}"]
         if name in snapshots:
             lines.append(f"snapshot = {json.dumps(str(snapshots[name]))}")
+        lines += [f"{key} = {json.dumps(value)}" for key, value in (own or {}).get(name, {}).items()]
     return "\n".join(lines) + "\n"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+import shutil
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +14,7 @@ import torch
 from tests.sessions import made
 
 from thaw_vllm.engines.vllm.sessions import pages
-from thaw_vllm.errors import CorruptionError, StorageError
+from thaw_vllm.errors import CorruptionError, DeviceError, StorageError
 from thaw_vllm.format.kv import Region
 from thaw_vllm.sessions import blocks
 from thaw_vllm.sessions.context import Context
@@ -99,6 +102,48 @@ def test_a_few_at_a_time(way: Any, store: Store, monkeypatch: Any):
     assert kept.correct()
 
 
+def test_heads_are_looked_at_beforehand_on_a_disk(store: Store, monkeypatch: Any):
+    """By many threads, not one after another while what copies waits."""
+    kept, own = Kept(store, 4096), threading.get_ident()
+    monkeypatch.setattr(pages, "_in_memory", lambda directory: False)
+    check = blocks.check
+
+    def checked(*arguments: Any) -> blocks.Head:
+        assert threading.get_ident() != own
+        return check(*arguments)
+
+    monkeypatch.setattr(blocks, "check", checked)
+    kept.fill(pages._to_device)
+    assert kept.correct()
+
+
+def test_a_device_without_room(store: Store, monkeypatch: Any):
+    """Blocks go through host memory then."""
+    kept, asked = Kept(store, 4096), []
+
+    @contextlib.contextmanager
+    def scratch(size: int, device: torch.device) -> Any:
+        asked.append(size)
+        raise DeviceError("out of memory")
+        yield
+
+    monkeypatch.setattr(pages, "scratch", scratch)
+    kept.fill(pages._to_device)
+    assert kept.correct() and asked == [BLOCKS * kept.page]
+
+
+def test_memory_that_may_not_be_locked(monkeypatch: Any):
+    empty = torch.empty
+
+    def refusing(*arguments: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
+        if pin_memory:
+            raise RuntimeError("CUDA error: operation not permitted")
+        return empty(*arguments, **options)
+
+    monkeypatch.setattr(torch, "empty", refusing)
+    assert pages._host_room(3, 5, pinned=True).shape == (3, 5)
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_damaged_ones_are_named(way: Any, store: Store):
     kept = Kept(store, 4096)
@@ -117,6 +162,6 @@ def test_missing_and_strange_ones_are_named(way: Any, store: Store):
     path.rename(path.with_name("elsewhere"))
     with pytest.raises(StorageError, match=f"'{path}' is missing; thaw fsck shows"):
         kept.fill(way)
-    kept.path(8).rename(path)
+    shutil.copy(kept.path(8), path)
     with pytest.raises(CorruptionError, match="another block than its name says"):
         kept.fill(way)

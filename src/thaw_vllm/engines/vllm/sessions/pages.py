@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ....errors import CorruptionError, MismatchError
+from ....errors import CorruptionError, DeviceError, MismatchError
 from ....format.identity import require
 from ....format.kv import Region, require_layout
 from ....sessions import blocks
@@ -22,6 +22,7 @@ from ....transport import cuda, parallel
 from ....transport.collector import collection_paused
 from ....transport.files import Files
 from ....transport.links import Place, by_driver, link_to
+from ....transport.medium import in_memory
 from ....transport.pipeline import Range, deliver
 from ....transport.wordsum_cuda import CudaSums
 from ....weights.layout import byte_view, host_bytes
@@ -62,8 +63,11 @@ def write(worker: Any, options: dict[str, Any]) -> dict[str, Any]:
     wanted = [(name, id_) for name, id_ in zip(names, options["ids"], strict=True) if not name.path(directory).exists()]
     phases.end("open")
     added = 0
+    host: torch.Tensor | None = None
     for part in _parts(wanted, context.page):
-        payloads, sums = _gathered(found, [id_ for _, id_ in part])
+        if host is None and by_driver(found[0][1].device):
+            host = _host_room(len(part), context.page, pinned=True)
+        payloads, sums = _gathered(found, [id_ for _, id_ in part], host)
         phases.end("gather")
 
         def keep(at: int, part: Any = part, payloads: Any = payloads, sums: Any = sums) -> bool:
@@ -77,7 +81,7 @@ def write(worker: Any, options: dict[str, Any]) -> dict[str, Any]:
 @answering
 @torch.inference_mode()
 def fill(worker: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """Put a store's blocks into blocks that nobody uses, each verified before it is copied.
+    """Put a store's blocks into blocks that nobody uses, each verified before it is put there.
 
     Args:
         options: ``store``; ``contexts``: ids by rank; ``what``, for messages; ``blocks`` of the pool; ``layout``
@@ -104,17 +108,18 @@ def fill(worker: Any, options: dict[str, Any]) -> dict[str, Any]:
 
 def _through_host(store: Store, found: Regions, wanted: Wanted, page: int, phases: Phases) -> None:
     """Read and verified by threads, and copied by torch from there."""
+    device = found[0][1].device
     for part in _parts(wanted, page):
-        room = torch.empty((len(part), page), dtype=torch.uint8, pin_memory=found[0][1].is_cuda)
+        room = _host_room(len(part), page, pinned=device.type == "cuda")
         views = [host_bytes(byte_view(row)) for row in room]
 
         def read(at: int, part: Any = part, views: Any = views) -> bool:
-            blocks.read(store.blocks, part[at][0], views[at])
+            blocks.read(store.blocks, part[at][0], views[at], words=False)
             return True
 
         _each(len(part), read)
         phases.end("read")
-        _scattered(found, room.to(found[0][1].device, non_blocking=True), [id_ for _, id_ in part])
+        _scattered(found, room.to(device, non_blocking=True), [id_ for _, id_ in part])
         phases.end("scatter")
 
 
@@ -123,11 +128,15 @@ def _to_device(store: Store, found: Regions, wanted: Wanted, page: int, phases: 
     device, directory = found[0][1].device, os.fspath(store.blocks)
     step = max(1, min(len(wanted), room_on(device) // page))
     paths = [f"{directory}/{name.file}" for name, _ in wanted]
-    with (
-        contextlib.closing(Files(paths, blocks.PAYLOAD_AT + page, directory)) as files,
-        scratch(step * page, device) as memory,
-        reading(files, [memory], RestoreOptions(), ahead.kept(device)) as way,
-    ):
+    with contextlib.ExitStack() as stack:
+        try:
+            memory = stack.enter_context(scratch(step * page, device))
+        except DeviceError:  # not even for one block
+            _through_host(store, found, wanted, page, phases)
+            return
+        files = stack.enter_context(contextlib.closing(Files(paths, blocks.PAYLOAD_AT + page, directory)))
+        way = stack.enter_context(reading(files, [memory], RestoreOptions(), ahead.kept(device)))
+        at_hand = _in_memory(directory)
         phases.end("room")
         for first in range(0, len(wanted), step):
             part = wanted[first : first + step]
@@ -135,19 +144,31 @@ def _to_device(store: Store, found: Regions, wanted: Wanted, page: int, phases: 
             ranges = [Range(at, page, 0, paths[first + n]) for n, at in zip(range(len(part)), begins, strict=False)]
             places = [Place(memory, number * page, page) for number in range(len(part))]
 
-            def head(number: int, part: Wanted = part, ranges: list[Range] = ranges) -> bool:
-                sum_ = blocks.check(store.blocks, part[number][0], page).wordsum
-                ranges[number] = ranges[number]._replace(wordsum=sum_)
+            def admit(number: int, part: Wanted = part, ranges: list[Range] = ranges) -> bool:
+                words = blocks.check(store.blocks, part[number][0], page).wordsum
+                ranges[number] = ranges[number]._replace(wordsum=words)
                 return True
 
+            options: dict[str, Any] = {"workers": parallel.default_workers(), "helpers": way.helpers}
+            if at_hand:
+                options["admit"] = admit
+            else:  # many at once: a disk may take its time for each
+                _each(len(part), admit)
             with contextlib.closing(link_to(places, way.kernel)) as link:
-                workers = parallel.default_workers()
-                options: dict[str, Any] = {"workers": workers, "admit": head, "helpers": way.helpers}
                 deliver(way.reader, directory, ranges, link, damage=_damaged, **options)
             phases.end("read")
             _scattered(found, memory[: len(part) * page].view(len(part), page), [id_ for _, id_ in part])
             phases.end("scatter")
     phases.end("close")
+
+
+def _in_memory(directory: str) -> bool:
+    """Whether files of a directory are memory already."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        return in_memory(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _damaged(_: str, block: Range) -> CorruptionError:
@@ -166,8 +187,20 @@ def _parts(items: Wanted, page: int) -> Iterator[Wanted]:
         yield items[first : first + step]
 
 
-def _gathered(found: Regions, ids: list[int]) -> tuple[list[memoryview], list[int | None]]:
-    """The bytes of blocks, each one's page of every region, one after another; and their word sums where a GPU is."""
+def _host_room(count: int, page: int, *, pinned: bool) -> torch.Tensor:
+    """Memory for so many blocks; page-locked if that is wanted, and allowed here."""
+    if pinned:
+        with contextlib.suppress(RuntimeError):
+            return torch.empty((count, page), dtype=torch.uint8, pin_memory=True)
+    return torch.empty((count, page), dtype=torch.uint8)
+
+
+def _gathered(found: Regions, ids: list[int], host: torch.Tensor | None) -> tuple[list[memoryview], list[int | None]]:
+    """The bytes of blocks, each one's page of every region, one after another; and their word sums.
+
+    Args:
+        host: rows for as many blocks, where an NVIDIA GPU has them, which computes the sums; None: they stay unknown.
+    """
     device = found[0][1].device
     room = torch.empty((len(ids), sum(region.page for region, _ in found)), dtype=torch.uint8, device=device)
     numbers, at = rows(ids, device), 0
@@ -177,9 +210,9 @@ def _gathered(found: Regions, ids: list[int]) -> tuple[list[memoryview], list[in
         room[:, at : at + region.page] = part
         at += region.page
     sums: list[int | None] = [None] * len(ids)
-    if by_driver(device):
+    if host is not None:
         sums = [*_sums(room)]
-        room = torch.empty(room.shape, dtype=torch.uint8, pin_memory=True).copy_(room)
+        room = host[: len(ids)].copy_(room)
     return [host_bytes(byte_view(row)) for row in room.cpu()], sums
 
 
@@ -202,7 +235,10 @@ def _scattered(found: Regions, there: torch.Tensor, ids: list[int]) -> None:
     device = there.device
     into, at = rows(ids, device), 0
     for region, view in found:
-        scatter(view, there[:, at : at + region.page].contiguous(), None, into)
+        step = max(1, _AT_ONCE // region.page)  # torch's allocator keeps what was asked of it
+        for first in range(0, len(ids), step):
+            part = there[first : first + step, at : at + region.page].contiguous()
+            scatter(view, part, None, into[first : first + step])
         at += region.page
     if device.type == "cuda":  # before the next part takes its place
         torch.cuda.current_stream(device).synchronize()
