@@ -42,4 +42,4 @@ def branch(
         return
     kept = head.blocks * head.block_size
     rows = [("session", id_), ("tokens", str(head.count)), ("kept", f"{kept} tokens, no further room")]
-    pairs(rows + expiry_row(head))
+    pairs(rows + expiry_row(head.expires))

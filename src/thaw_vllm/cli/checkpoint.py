@@ -9,7 +9,7 @@ import typer
 
 from .output import Json, document, pairs, plain, size
 from .server import LOCAL, ApiKey, ModelId, Server, Token, ask
-from .sessions import Labels, Ttl, ttl_seconds
+from .sessions import Labels, Ttl, expiry_row, ttl_seconds
 
 EXAMPLES = """
 thaw checkpoint --request cmpl-4f1c --label plan-a
@@ -77,5 +77,6 @@ def checkpoint(
             ("kept", f"{answer['blocks']} blocks"),
             ("added", f"{answer['added']} files of blocks, {size(answer['bytes'])}"),
             ("seconds", f"{answer['seconds']:.2f}"),
+            *expiry_row(answer.get("expires")),
         ]
     )

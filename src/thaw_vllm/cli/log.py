@@ -59,7 +59,7 @@ def _row(node: Node) -> tuple[str, ...]:
     one, head = node.one, node.one.head
     at = "" if head.fork is None else str(head.fork)
     labels = ", ".join(map(plain, head.labels))
-    about = [state(head), lifetime(head), "pinned" * one.pinned, "parent gone" * node.orphan]
+    about = [state(head), lifetime(head.expires), "pinned" * one.pinned, "parent gone" * node.orphan]
     kept = str(head.blocks * head.block_size)
     made = when(head.created)
     return (node.lines + one.id[:SHOWN], at, str(head.count), kept, made, ", ".join(filter(None, about)), labels)

@@ -87,17 +87,17 @@ def ttl_seconds(given: str | None) -> float | None:
     return seconds
 
 
-def lifetime(head: Head) -> str:
+def lifetime(expires: float | None) -> str:
     """When it expires, or that it has; empty where it does not."""
-    if head.expires is None:
+    if expires is None:
         return ""
-    left = head.expires - time.time()
+    left = expires - time.time()
     return f"expires in {_span(left)}" if left > 0 else "expired"
 
 
-def expiry_row(head: Head) -> list[tuple[str, str]]:
+def expiry_row(expires: float | None) -> list[tuple[str, str]]:
     """When a session expires, as a row about it; none where it does not."""
-    return [] if head.expires is None else [("until", f"{when(head.expires)}, {lifetime(head)}")]
+    return [] if expires is None else [("until", f"{when(expires)}, {lifetime(expires)}")]
 
 
 def _span(seconds: float) -> str:

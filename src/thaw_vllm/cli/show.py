@@ -50,7 +50,7 @@ def show(
         document(head.shown(id_) | {"pinned": pinned, "block_files": blocks, "bytes": kept} | texts)
         return
     rows = [("session", id_), ("made", f"{when(head.created)} by {plain(head.writer)}")]
-    rows += expiry_row(head)
+    rows += expiry_row(head.expires)
     if head.parent is not None:
         rows.append(("branches off", f"{head.parent} after {head.fork} tokens"))
     rows += [("label", plain(label)) for label in head.labels]

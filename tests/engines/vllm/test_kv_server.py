@@ -297,9 +297,9 @@ class TestFirst:
         report = json.loads(ran.stdout)
         assert (report["tokens"], report["blocks"], report["added"]) == (300, 2, 2) and "store" not in report
         (tmp_path / "ids.json").write_text(json.dumps([int(word[1:]) for word in KEPT_SALTED.split()]))
-        options = ["--token-ids", tmp_path / "ids.json", "--label", "salted", "--parent", "kept"]
+        options = ["--token-ids", tmp_path / "ids.json", "--label", "salted", "--parent", "kept", "--ttl", "7d"]
         ran = first.thaw("checkpoint", *options, "--cache-salt", "pepper", "--model-id", model_id)
-        assert ran.returncode == 0 and "2 files of blocks" in ran.stdout, ran.stderr
+        assert ran.returncode == 0 and "2 files of blocks" in ran.stdout and "expires in 7 days" in ran.stdout, ran
         status, branch = first.route("sessions/branch", {"session": "kept", "at": 140, "labels": ["early"]})
         assert status == 200 and (branch["tokens"], branch["parent"]) == (140, report["session"])
         status, told = first.route("sessions")

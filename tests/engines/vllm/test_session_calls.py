@@ -169,7 +169,7 @@ def test_an_engine_that_fails(client: Client, store: Store, call: Any):
 def test_a_time_to_live(client: Client, store: Store):
     report = asyncio.run(checkpoint_async(client, [*range(9)], store=store, ttl=7))
     head = store.read(report.session).head
-    assert head.expires == pytest.approx(head.created + 7, abs=1e-5)
+    assert head.expires == report.expires == pytest.approx(head.created + 7, abs=1e-5)
 
 
 @pytest.mark.parametrize("ttl", [0, -1, True, "7d", float("nan")])

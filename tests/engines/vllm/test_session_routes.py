@@ -138,6 +138,7 @@ class TestWhatIsKept:
             "bytes": 2 * page,
             "seconds": 0.25,
             "phases": {"workers": 0.25},
+            "expires": None,
         }
         head = server.store.read(answer["session"]).head
         assert (head.labels, head.salt, head.prompt) == (("a", "b"), "s", 9)

@@ -40,6 +40,7 @@ class CheckpointReport:
         bytes: of those.
         seconds: in the engine.
         phases: seconds of each, in order; of several ranks the slowest one's.
+        expires: seconds since 1970; None: it stays.
     """
 
     session: str
@@ -50,6 +51,7 @@ class CheckpointReport:
     bytes: int
     seconds: float
     phases: dict[str, float] = field(default_factory=dict)
+    expires: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -342,6 +344,7 @@ class _Checkpoint:
             found["bytes"],
             found["seconds"],
             found["phases"],
+            head.expires,
         )
 
 
