@@ -350,6 +350,13 @@ class TestFaults:
         assert not directory.exists() and pool.workers()[0]["pid"] is None
 
 
+@pytest.fixture(scope="module")
+def frozen(smollm2: Path, tmp_path_factory: Any) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "weights.thaw"
+    freeze(smollm2, path)
+    return path
+
+
 class TestOneCopyOfTheWeights:
     """Which a process of its own holds; on the CPU in the host's memory, in vLLM's build less its repacking."""
 
@@ -357,12 +364,6 @@ class TestOneCopyOfTheWeights:
     def unpacked(self) -> Iterator[None]:
         with mock.patch.dict(os.environ, forks.environment(swap_safe()), clear=True):
             yield
-
-    @pytest.fixture(scope="class")
-    def frozen(self, smollm2: Path, tmp_path_factory: Any) -> Path:
-        path = tmp_path_factory.mktemp("weights") / "weights.thaw"
-        freeze(smollm2, path)
-        return path
 
     def options(self, folder: Path, **more: Any) -> dict[str, Any]:
         own = {"workers": 2, "batch": 1, "log_dir": folder, "zygote": ZYGOTE}
