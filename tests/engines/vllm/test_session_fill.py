@@ -165,3 +165,6 @@ def test_missing_and_strange_ones_are_named(way: Any, store: Store):
     shutil.copy(kept.path(8), path)
     with pytest.raises(CorruptionError, match="another block than its name says"):
         kept.fill(way)
+    store.blocks.rename(store.blocks.with_name("gone"))
+    with pytest.raises(StorageError, match="is missing; thaw fsck shows"):
+        kept.fill(way)

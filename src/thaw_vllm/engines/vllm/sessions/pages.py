@@ -163,8 +163,11 @@ def _to_device(store: Store, found: Regions, wanted: Wanted, page: int, phases: 
 
 
 def _in_memory(directory: str) -> bool:
-    """Whether files of a directory are memory already."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    """Whether files of a directory are memory already; also where there is none, which others find out."""
+    try:
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return True
     try:
         return in_memory(descriptor)
     finally:
