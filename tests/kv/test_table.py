@@ -79,15 +79,15 @@ def test_addresses_tell_everything_apart():
     """Parent, tokens, their order, salt, and what the first parent stands for."""
     ids, one = Identity("kv", model="m", config="c", dtype="d"), layout()
     seen = {
-        address(root(ids, one), (1, 2, 3, 4)),
-        address(root(ids, one), (1, 2, 4, 3)),
-        address(root(ids, one), (1, 2, 3, 4), "salt"),
-        address(root(ids, one), (1, 2, 3, 4), ""),
-        address(address(root(ids, one), (1, 2, 3, 4)), (1, 2, 3, 4)),
+        address(root(ids, one), packed(1, 2, 3, 4)),
+        address(root(ids, one), packed(1, 2, 4, 3)),
+        address(root(ids, one), packed(1, 2, 3, 4), "salt"),
+        address(root(ids, one), packed(1, 2, 3, 4), ""),
+        address(address(root(ids, one), packed(1, 2, 3, 4)), packed(1, 2, 3, 4)),
     }
     for changed in ({"model": "n"}, {"config": "e"}, {"dtype": "f"}, {"quantization": "q"}):
         other = Identity(**{"stage": "kv", "model": "m", "config": "c", "dtype": "d"} | changed)
-        seen.add(address(root(other, one), (1, 2, 3, 4)))
+        seen.add(address(root(other, one), packed(1, 2, 3, 4)))
     assert len(seen) == 9
 
 
@@ -95,8 +95,12 @@ def test_address_of_the_document():
     """docs/format.md, section 16."""
     base = root(Identity("kv", model="tensors-blake3:" + "0" * 64, dtype="bfloat16"), layout())
     assert base.hex() == "766f05a51951bb8d9d006ab3cd31649105312883a00d161e24afe682b046e8e4"
-    assert address(base, (1, 2, 3, 4)).hex() == "014994fa8e09004516839e9a4ee0b853cb7a1a94798c71f18818ba8c625e852a"
-    assert address(base, (1, 2, 3, 4), "s").hex() == "36662dd8d01341b163279a9ab1052cbee0a4eb6a2da884c02e582a4bc6358f36"
+    tokens = packed(1, 2, 3, 4)
+    assert address(base, tokens).hex() == "014994fa8e09004516839e9a4ee0b853cb7a1a94798c71f18818ba8c625e852a"
+    assert (
+        address(base, packed(1, 2, 3, 4), "s").hex()
+        == "36662dd8d01341b163279a9ab1052cbee0a4eb6a2da884c02e582a4bc6358f36"
+    )
 
 
 def changed(table, name, shape=None, data=None):

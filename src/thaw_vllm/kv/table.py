@@ -7,7 +7,7 @@ import json
 import math
 import sys
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -30,6 +30,7 @@ from ..format.kv import (
 NONE = -1
 """No parent, or no page of a group."""
 MAX_SALT = 4096
+TOKEN_BYTES = 4
 _UNSALTED = canonical({})
 
 
@@ -98,9 +99,9 @@ class Table:
         """
         count = len(self.blocks)
         found = {
-            TOKENS: ("int32", (count, self.block_size), _packed(t for b in self.blocks for t in b.tokens)),
-            PARENTS: ("int32", (count,), _packed(b.parent for b in self.blocks)),
-            SLOTS: ("int32", (count, self.groups), _packed(s for b in self.blocks for s in b.slots)),
+            TOKENS: ("int32", (count, self.block_size), packed(t for b in self.blocks for t in b.tokens)),
+            PARENTS: ("int32", (count,), packed(b.parent for b in self.blocks)),
+            SLOTS: ("int32", (count, self.groups), packed(s for b in self.blocks for s in b.slots)),
         }
         length = max((len(b.hash) for b in self.blocks), default=0)
         if length:
@@ -197,20 +198,24 @@ def root(identity: Identity, layout: Layout) -> bytes:
     return hashlib.sha256(canonical([*known, layout.cache_dtype, layout.block_size])).digest()
 
 
-def address(parent: bytes, tokens: Sequence[int], salt: str | None = None) -> bytes:
+def address(parent: bytes, tokens: bytes, salt: str | None = None) -> bytes:
     """The address of a block: SHA-256 over its parent's (``root`` for a first one), its tokens and its salt.
 
     Ours, so that it says the same everywhere: an engine's own block hashes differ between versions and processes.
+
+    Args:
+        tokens: as ``packed`` gives them.
     """
     extra = _UNSALTED if salt is None else canonical({"salt": salt})
-    return hashlib.sha256(parent + _packed(tokens) + extra).digest()
+    return hashlib.sha256(parent + tokens + extra).digest()
 
 
 def addresses(table: Table, base: bytes) -> list[bytes]:
     """The address of each block."""
     found: list[bytes] = []
     for block in table.blocks:
-        found.append(address(base if block.parent == NONE else found[block.parent], block.tokens, block.salt))
+        parent = base if block.parent == NONE else found[block.parent]
+        found.append(address(parent, packed(block.tokens), block.salt))
     return found
 
 
@@ -237,9 +242,10 @@ class Builder:
         return Table(self.block_size, self.groups, tuple(self._blocks))
 
 
-def _packed(numbers: Iterable[int]) -> bytes:
+def packed(numbers: Iterable[int]) -> bytes:
+    """Token ids and the like as files hold them: int32, little-endian."""
     found = array("i", numbers)
-    assert found.itemsize == 4
+    assert found.itemsize == TOKEN_BYTES
     if sys.byteorder == "big":
         found.byteswap()
     return found.tobytes()

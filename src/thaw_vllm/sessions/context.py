@@ -12,7 +12,7 @@ from ..errors import FormatError
 from ..format.document import JSONObject, canonical, mapping
 from ..format.identity import Identity
 from ..format.kv import Layout
-from ..kv.table import address
+from ..kv.table import TOKEN_BYTES, address, packed
 
 ID_DIGITS = 32
 """Hexadecimal digits of the ids of contexts and sessions: 128 bits of SHA-256."""
@@ -74,6 +74,7 @@ class Context:
             salt: the cache salt of the request; it belongs to the first block, and so to all that follow.
         """
         size, parent = self.layout.block_size, self.digest
-        for at in range(0, blocks * size, size):
-            parent = address(parent, tokens[at : at + size], salt if at == 0 else None)
+        data = packed(tokens[: blocks * size])
+        for at in range(0, len(data), TOKEN_BYTES * size):
+            parent = address(parent, data[at : at + TOKEN_BYTES * size], salt if at == 0 else None)
             yield parent

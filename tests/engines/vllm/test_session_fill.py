@@ -168,3 +168,17 @@ def test_missing_and_strange_ones_are_named(way: Any, store: Store):
     store.blocks.rename(store.blocks.with_name("gone"))
     with pytest.raises(StorageError, match="is missing; thaw fsck shows"):
         kept.fill(way)
+
+
+def test_regions_of_other_words():
+    """A row's bytes of a region may begin between that region's words."""
+    rows = torch.arange(5 * 22, dtype=torch.uint8).view(5, 22)
+    views = [
+        torch.zeros((8, size // kind.itemsize), dtype=kind) for size, kind in ((6, torch.int16), (16, torch.int64))
+    ]
+    regions = [(Region(str(n), "uint8", (6 + 10 * n,), (1,), 6 + 10 * n), view) for n, view in enumerate(views)]
+    pages._scattered(regions, rows, [7, 0, 3, 2, 5])
+    for at, (region, view) in zip((0, 6), regions, strict=True):
+        expected = torch.zeros((8, region.page), dtype=torch.uint8)
+        expected[[7, 0, 3, 2, 5]] = rows[:, at : at + region.page]
+        assert torch.equal(view.view(torch.uint8), expected)

@@ -196,7 +196,7 @@ def _table(store: Store, session: Session, contexts: list[Context]) -> tuple[Tab
     """
     head, groups = session.head, contexts[0].layout.groups
     directory = os.fspath(store.blocks)
-    count, there, lost = rest(session, contexts, lambda name: not os.path.exists(f"{directory}/{name.file}"))
+    count, there, lost = rest(session, contexts, lambda name: not os.access(f"{directory}/{name.file}", os.F_OK))
     kept = kept_from(groups, count, head.block_size, there)
     pages = [(number, group) for number in range(count) for group in range(len(groups)) if number >= kept[group]]
     slots = {page: slot for slot, page in enumerate(pages)}

@@ -240,7 +240,9 @@ def _scattered(found: Regions, there: torch.Tensor, ids: list[int]) -> None:
     for region, view in found:
         step = max(1, _AT_ONCE // region.page)  # torch's allocator keeps what was asked of it
         for first in range(0, len(ids), step):
-            part = there[first : first + step, at : at + region.page].contiguous()
+            part = there[first : first + step, at : at + region.page]
+            if (at | there.shape[1]) % view.element_size():  # words of this region lie across those of the rows
+                part = part.contiguous()
             scatter(view, part, None, into[first : first + step])
         at += region.page
     if device.type == "cuda":  # before the next part takes its place
