@@ -205,9 +205,15 @@ def test_one_that_is_not_what_it_was(hurt, error, why, tmp_path, send):
         send(work)
 
 
-def test_what_has_to_wait_is_for_threads(tmp_path, send):
-    with pytest.raises(ValueError, match="read by threads"):
-        send(Work(tmp_path / "files", 3, 10), admit=lambda number: number != 2)
+def test_what_has_to_wait_is_asked_for_again(tmp_path, send):
+    """And what was admitted before lands meanwhile."""
+    work, landed = Work(tmp_path / "files", 30, 2 * ROOM), []
+
+    def admit(number):
+        return len(landed) >= number - 2 and work.admit(number)
+
+    assert send(work, admit=admit, landed=landed.append)
+    assert work.arrived()
 
 
 def test_they_lie_further_apart_than_a_plan_reads_along():

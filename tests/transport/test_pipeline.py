@@ -248,6 +248,18 @@ class Failing:
             with self.lock:
                 self.inside -= 1
 
+    def admits(self, number):
+        self.count("admits")
+        return self.link.admits(number)
+
+    def landed(self, number):
+        self.count("landed there")
+        self.link.landed(number)
+
+    def settle(self):
+        self.count("settle")
+        self.link.settle()
+
     @contextlib.contextmanager
     def sums(self, count):
         self.count("sums")
@@ -270,7 +282,7 @@ class Watched:
 
 @pytest.mark.parametrize("error", [StorageError("device"), DeviceError("device"), MemoryError(), KeyboardInterrupt()])
 @pytest.mark.parametrize("number", [0, 1, 5])
-@pytest.mark.parametrize("where", ["read", "lane", "send", "sums", "add", "results", "progress", "admit", "landed"])
+@pytest.mark.parametrize("where", ["read", "lane", "send", "sums", "add", "results", "progress", "admit", "landed"] + ["admits", "landed there", "settle"])
 def test_error_is_raised_once_everything_has_ended(where, number, error, reader):
     work = Work([(0, 30_000)] * 40)
     failing = Failing(where, error, number, reader(work), host(work))
@@ -285,7 +297,7 @@ def test_error_is_raised_once_everything_has_ended(where, number, error, reader)
         deliver(failing, "it", work.ranges, failing, workers=3, slot=ROOM, progress=progress, **calls)
 
     # These are called a number of times that depends on the threads' luck, or once.
-    rare = {"lane": 3, "sums": 1, "add": 1, "results": 1, "progress": 1}
+    rare = {"lane": 3, "settle": 1, "sums": 1, "add": 1, "results": 1, "progress": 1}
     if number >= rare.get(where, 100):
         with contextlib.suppress(type(error)):
             go()

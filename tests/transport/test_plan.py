@@ -110,5 +110,5 @@ def test_ranges_out_of_order(ranges):
 
 def test_nothing_is_joined_across_a_none():
     found = list(steps([(0, 10), None, (10, 10), (20, 5), None, None, (25, 1)], 2 * BLOCK))
-    assert [(step.offset, step.length) for step in found] == [(0, 10), (10, 15), (25, 1)]
-    assert [cut.range for step in found for cut in step.cuts] == [0, 1, 2, 3]
+    assert [step and (step.offset, step.length) for step in found] == [(0, 10), None, (10, 15), None, None, (25, 1)]
+    assert [cut.range for step in found if step for cut in step.cuts] == [0, 1, 2, 3]

@@ -1,11 +1,51 @@
 """Stored bytes to original bytes and back.
 
-Format version 1 knows one codec, number 0: the stored bytes are the original ones. A new codec is one new file
-here, one line in the table, and a number in docs/format.md.
+A codec is one file here, one line in the table, and a number in docs/format.md.
 """
 
 from __future__ import annotations
 
-from ..format.chunks import RAW
+import functools
+from typing import Any
 
-NAMES: dict[int, str] = {RAW: "raw"}
+from ..format.chunks import PLANES, RAW
+
+NAMES: dict[int, str] = {RAW: "raw", PLANES: "planes"}
+
+
+def encode(data: memoryview, width: int) -> tuple[int, bytes | memoryview]:
+    """The codec of a chunk, and its stored bytes: ``data`` itself where no codec makes it shorter.
+
+    Args:
+        width: bytes of the elements that the chunk holds.
+    """
+    from . import planes
+
+    frame = planes.encode(data, width, tools())
+    return (RAW, data) if frame is None else (PLANES, frame)
+
+
+def decode(codec: int, stored: memoryview, out: memoryview) -> None:
+    """A chunk's original bytes, into ``out``; what they are worth their checksums tell.
+
+    Raises:
+        FormatError: the stored bytes are not what the codec makes of so many.
+    """
+    from . import planes
+
+    if codec == PLANES:
+        planes.decode(stored, out, tools())
+    else:
+        out[:] = stored
+
+
+@functools.cache
+def tools() -> Any:
+    """numba's machine code where numba is installed, else numpy."""
+    from . import planes
+
+    try:
+        from . import planes_numba
+    except ImportError:
+        return planes
+    return planes_numba

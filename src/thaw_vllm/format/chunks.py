@@ -13,6 +13,8 @@ assert _RECORD.size == CHUNK_RECORD
 
 RAW = 0
 """Codec 0: the stored bytes are the original bytes."""
+PLANES = 1
+"""Codec 1: planes of bytes, entropy-coded (docs/format.md, section 8; ``codecs.planes``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +25,7 @@ class Chunk:
         stored_at: offset in the payload, a multiple of 4 KiB.
         at: offset of the first original byte within its storage.
         length: original bytes.
-        stored: bytes in the payload; equal to ``length`` for codec 0.
+        stored: bytes in the payload; equal to ``length`` for codec 0, fewer for others.
         storage: number of the storage in the index.
         codec: how the stored bytes become the original ones.
         xxh3: XXH3-64 of the original bytes, for processors.

@@ -12,7 +12,7 @@ from . import chunks as chunk_table
 from . import header as header_section
 from . import index as index_section
 from . import preamble as preamble_section
-from .chunks import RAW, Chunk
+from .chunks import PLANES, RAW, Chunk
 from .document import dump, parse
 from .header import Header
 from .index import Index
@@ -100,10 +100,11 @@ def check_chunks(chunks: tuple[Chunk, ...], storages: tuple[int, ...], payload: 
             raise FormatError(f"chunk {number}: {chunk.length} bytes do not fit its storage or the limit {MAX_CHUNK}")
         if chunk.length % HASH_BLOCK and at + chunk.length != storages[storage]:
             raise FormatError(f"chunk {number}: only a storage's last chunk may be no multiple of {HASH_BLOCK} bytes")
-        if chunk.codec != RAW:
+        if chunk.codec not in (RAW, PLANES):
             raise VersionError(f"chunk {number}: codec {chunk.codec} is not known to this reader; upgrade thaw")
-        if chunk.stored != chunk.length:
-            raise FormatError(f"chunk {number}: {chunk.stored} stored bytes for {chunk.length} raw ones")
+        if chunk.stored != chunk.length if chunk.codec == RAW else not 0 < chunk.stored < chunk.length:
+            kind = "raw ones" if chunk.codec == RAW else "compressed ones"
+            raise FormatError(f"chunk {number}: {chunk.stored} stored bytes for {chunk.length} {kind}")
         if chunk.stored_at != align(end) or chunk.stored_at + chunk.stored > payload:
             raise FormatError(f"chunk {number}: starts at {chunk.stored_at}, not at the next multiple of {ALIGNMENT}")
         end = chunk.stored_at + chunk.stored

@@ -60,6 +60,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     "cuMemFree_v2": [ADDRESS],
     "cuMemHostRegister_v2": [POINTER, SIZE, UINT],
     "cuMemHostUnregister": [POINTER],
+    "cuMemcpyDtoDAsync_v2": [ADDRESS, ADDRESS, SIZE, POINTER],
     "cuMemcpyDtoHAsync_v2": [POINTER, ADDRESS, SIZE, POINTER],
     "cuMemcpyHtoDAsync_v2": [ADDRESS, POINTER, SIZE, POINTER],
     "cuMemsetD8Async": [ADDRESS, ctypes.c_ubyte, SIZE, POINTER],

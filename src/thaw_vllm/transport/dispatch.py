@@ -19,12 +19,13 @@ _STREAMS, _TOGETHER = 4, 4
 """Streams, and the most slots that are copied from on one of them before the next: a driver's call takes 5 to 10 µs,
 and this way a slot needs one and a half of them, not three. Together they hold half of what helpers have."""
 
+_END = Step(0, 0, ())
 _SPINS = 8
 """Looks in vain after which other threads are let run, which takes 50 µs."""
 
 
 def dispatch(
-    plan: Iterator[Step],
+    plan: Iterator[Step | None],
     helpers: Helpers,
     link: CudaLink,
     arrive: Callable[[Step], None],
@@ -33,7 +34,7 @@ def dispatch(
     """Have helpers read every step of a plan, and copy each to its places. The caller has entered the link's context.
 
     Args:
-        plan: steps no longer than the helpers' slots; taken from as slots come free.
+        plan: steps no longer than the helpers' slots; taken from as slots come free. A None says: not now.
         helpers: stay the caller's.
         link: where to.
         arrive: called with a step that has landed.
@@ -78,7 +79,10 @@ def dispatch(
                 looked = time.perf_counter()
             if not moved:
                 if all(queue.landed == queue.helper.given for queue in queues):
-                    return any(queue.done for queue in queues)
+                    if any(queue.done for queue in queues):
+                        return True
+                    if all(queue.helper.ended for queue in queues):
+                        return False
                 rests += 1
                 if rests % _SPINS == 0:
                     time.sleep(0)  # let other threads run
@@ -120,17 +124,18 @@ class _Queue:
             self._link.refused(lock.result())
         step = self._steps[number]
         assert step is not None
-        self.helper.windows[number].send(step, 0, self._link.runs, stream)
+        self.helper.windows[number].send(step, 0, self._link, stream)
         self._sent += 1
         return step
 
-    def give(self, plan: Iterator[Step]) -> bool:
+    def give(self, plan: Iterator[Step | None]) -> bool:
         """Have slots filled that are free; whether there were any, and steps for them."""
         before = self.helper.given
         while not self.helper.ended and not self.done and self.helper.given < self.landed + len(self._steps):
-            step = next(plan, None)
-            if step is None:
+            step = next(plan, _END)
+            if step is _END:
                 self.done = True
+            if step is None or step is _END:
                 break
             self._steps[self.helper.given % len(self._steps)] = step
             self.helper.give(step.offset, step.length)

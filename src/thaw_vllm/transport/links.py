@@ -50,8 +50,31 @@ class Link(Protocol):
     def sums(self, count: int) -> contextlib.AbstractContextManager[Sums]:
         """For the calling thread, of at most ``count`` ranges."""
 
+    def admits(self, number: int) -> bool:
+        """Asked before a range is read, in any thread, until it says yes: whether there is room for it."""
+
+    def landed(self, number: int) -> None:
+        """A range is there, in any thread; what is left to be done for it is asked for."""
+
+    def settle(self) -> None:
+        """Wait for that."""
+
     def close(self) -> None:
         """Let go of the device."""
+
+
+class _AsItIs:
+    """For links whose ranges land where they stay."""
+
+    def admits(self, number: int) -> bool:
+        """See Link."""
+        return True
+
+    def landed(self, number: int) -> None:
+        """See Link."""
+
+    def settle(self) -> None:
+        """See Link."""
 
 
 class Place(NamedTuple):
@@ -87,13 +110,16 @@ def link_to(places: Sequence[Place], kernel: Kernel | None = None) -> Link:
     """
     device = places[0].view.device
     if by_driver(device):
-        return CudaLink(
-            device.index or 0, [(place.view.data_ptr() + place.begin, place.length) for place in places], kernel
-        )
+        return CudaLink(device.index or 0, runs_of(places), kernel)
     return TorchLink(places, device.type)
 
 
-class TorchLink:
+def runs_of(places: Sequence[Place]) -> list[tuple[int, int]]:
+    """Address and bytes of each."""
+    return [(place.view.data_ptr() + place.begin, place.length) for place in places]
+
+
+class TorchLink(_AsItIs):
     """Copies that have ended when ``copy_`` returns; for every device that torch knows, the host among them."""
 
     def __init__(self, places: Sequence[Place], device: str) -> None:
@@ -145,7 +171,7 @@ class _TorchSums:
         return self._found
 
 
-class CudaLink:
+class CudaLink(_AsItIs):
     """Asynchronous copies from page-locked slots, a stream a thread; sums by a kernel, many chunks a launch.
 
     Owns a reference to the GPU's primary context until closed.
@@ -154,7 +180,10 @@ class CudaLink:
         context: that reference.
         runs: address and bytes of each range.
         cores: those near the GPU; empty where it makes no difference.
+        looks: whether ``seen`` wants to see how ranges begin.
     """
+
+    looks = False
 
     def __init__(self, device: int, runs: Sequence[tuple[int, int]], kernel: Kernel | None = None) -> None:
         """
@@ -184,6 +213,9 @@ class CudaLink:
                     yield lane
                 finally:
                     lane.close()
+
+    def seen(self, number: int, head: memoryview) -> None:
+        """How a range begins, in host memory, before it lands."""
 
     def refused(self, error: DeviceError | None) -> None:
         """A slot cannot be page-locked (some containers forbid it): it works without, slower, and the name says so."""
@@ -218,10 +250,12 @@ class Window:
             return error
         return None
 
-    def send(self, step: Step, head: int, runs: Sequence[tuple[int, int]], stream: Stream) -> None:
-        """Ask for the copies of what is wanted of a step, which begins at ``head`` in the slot, to its runs."""
-        base = self._slot.address + head
+    def send(self, step: Step, head: int, link: CudaLink, stream: Stream) -> None:
+        """Ask for the copies of what is wanted of a step, which begins at ``head`` in the slot, to the link's runs."""
+        base, runs = self._slot.address + head, link.runs
         for cut in step.cuts:
+            if link.looks and not cut.begin:
+                link.seen(cut.range, self._slot.view[head + cut.at : head + cut.at + cut.length])
             result = self._copy(runs[cut.range][0] + cut.begin, base + cut.at, cut.length, stream.handle)
             if result:
                 self._driver.check("cuMemcpyHtoDAsync_v2", result)
@@ -244,7 +278,7 @@ class _CudaLane:
         if not self._tried:
             self._tried = True
             self._link.refused(self._window.lock())
-        self._window.send(step, head, self._link.runs, self._stream)
+        self._window.send(step, head, self._link, self._stream)
         self._stream.synchronize()
 
     def close(self) -> None:

@@ -34,15 +34,17 @@ class Range(NamedTuple):
 
     Attributes:
         offset: absolute, in the source.
-        length: bytes.
-        wordsum: expected (docs/format.md, section 6).
+        length: bytes there.
+        wordsum: expected of the original bytes (docs/format.md, section 6).
         label: what a message calls it.
+        coded: whether those are compressed.
     """
 
     offset: int
     length: int
     wordsum: int
     label: str
+    coded: bool = False
 
 
 def _damaged(name: str, found: Range) -> CorruptionError:
@@ -104,13 +106,11 @@ def deliver(
 
     def admitted() -> Iterator[tuple[int, int] | None]:
         for number, found in enumerate(ranges):
-            while admit is not None and not admit(number):
-                if helpers is not None:
-                    raise ValueError("what has to wait for others is read by threads")
-                if stop.is_set():
-                    return
-                yield None  # what has been admitted is read meanwhile: it may be what makes room
-                time.sleep(parallel.POLL / 4)
+            for admits in (link.admits, admit) if admit is not None else (link.admits,):
+                while not admits(number):
+                    if stop.is_set():
+                        return
+                    yield None  # what has been admitted is read meanwhile: it may be what makes room
             if not found.length:
                 with lock:
                     complete.append(number)
@@ -120,12 +120,17 @@ def deliver(
 
     def arrive(step: Step) -> None:
         nonlocal arrived
+        whole = []
         with lock:
             for cut in step.cuts:
                 arrived += cut.length
                 left[cut.range] -= cut.length
                 if not left[cut.range]:
-                    complete.append(cut.range)
+                    whole.append(cut.range)
+        for number in whole:
+            link.landed(number)
+        with lock:
+            complete.extend(whole)
 
     def body(_: threading.Event) -> None:
         with lock:
@@ -134,6 +139,9 @@ def deliver(
             for step in plan:
                 if stop.is_set():
                     return
+                if step is None:
+                    time.sleep(parallel.POLL / 4)
+                    continue
                 lane.send(step, reader.read(step.offset, step.length, mine.view))
                 arrive(step)
 
@@ -166,6 +174,7 @@ def deliver(
                 spare += staging.slots
                 parallel.crew(body, workers, meanwhile, stop=stop)
         meanwhile()
+        link.settle()
         found = sums.results() if sums is not None else {}
     if any(left) or (verify and len(found) != len(ranges)):
         raise ThawError(f"{name!r} was not read whole, through a fault of thaw; please report it")

@@ -33,7 +33,7 @@ class Step(NamedTuple):
     cuts: tuple[Cut, ...]
 
 
-def steps(ranges: Iterable[tuple[int, int] | None], slot: int, join: int = BLOCK) -> Iterator[Step]:
+def steps(ranges: Iterable[tuple[int, int] | None], slot: int, join: int = BLOCK) -> Iterator[Step | None]:
     """Cover ranges with reads of at most ``slot`` bytes.
 
     Small neighbours share a read, long ranges are cut. A range is cut where the next read then begins at a multiple of
@@ -41,7 +41,7 @@ def steps(ranges: Iterable[tuple[int, int] | None], slot: int, join: int = BLOCK
 
     Args:
         ranges: offset and length of each, in order of offset, none overlapping another; empty ones are passed over. At
-            a None, which counts for none, what was joined so far is given at once.
+            a None, which counts for none, what was joined so far is given at once, and the None after it.
         slot: bytes, at least 2 * BLOCK.
         join: neighbours with at most this many unwanted bytes between them are read together.
 
@@ -63,6 +63,7 @@ def steps(ranges: Iterable[tuple[int, int] | None], slot: int, join: int = BLOCK
         if item is None:
             if cuts:
                 yield made()
+            yield None
             continue
         number += 1
         offset, length = item

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 import xxhash
 
+from ..codecs import decode
+from ..errors import FormatError
+from ..format.chunks import RAW, Chunk
 from .checksum import damaged
 from .parallel import run
 from .source import Source
@@ -32,20 +35,36 @@ class Piece:
 
     Attributes:
         offset: absolute, in the source.
-        length: bytes.
-        xxh3: expected XXH3-64.
+        stored: bytes there.
+        length: original bytes.
+        codec: how they become the original ones.
+        xxh3: expected XXH3-64 of those.
         label: what a message calls it.
         into: writable contiguous bytes of the destination, when it is host memory; filled directly.
         deliver: otherwise called with the bytes, in a reader thread; they are the reader's and reused afterwards.
-            With neither, the piece is only checked, in a step of memory.
+            With neither, the piece is only checked; a raw one takes a step of memory then.
     """
 
     offset: int
+    stored: int
     length: int
+    codec: int
     xxh3: int
     label: str
     into: memoryview | None = None
     deliver: Callable[[memoryview], None] | None = None
+
+
+def piece_of(
+    chunk: Chunk,
+    payload_at: int,
+    label: str,
+    into: memoryview | None = None,
+    deliver: Callable[[memoryview], None] | None = None,
+) -> Piece:
+    """A chunk of a snapshot whose payload begins at ``payload_at``; see Piece."""
+    place = payload_at + chunk.stored_at
+    return Piece(place, chunk.stored, chunk.length, chunk.codec, chunk.xxh3, label, into, deliver)
 
 
 def read(
@@ -56,7 +75,8 @@ def read(
     verify: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Read every piece. Staging memory is one chunk a worker, and none where ``into`` is given.
+    """Read every piece. Staging memory is one chunk a worker, and none where ``into`` is given; for compressed pieces
+    their stored bytes in addition, and what decoding takes, about the piece's length.
 
     Args:
         source: where from.
@@ -64,7 +84,7 @@ def read(
         workers: threads.
         verify: hold every piece against its checksum. A piece that goes ``into`` memory is there before it is
             checked; ``deliver`` is called only with checked bytes.
-        progress: called with the bytes of each finished piece, from any thread.
+        progress: called with the stored bytes of each finished piece, from any thread.
 
     Raises:
         CorruptionError: a piece's bytes do not agree with its checksum, or the source ends early.
@@ -73,29 +93,42 @@ def read(
     local = threading.local()
     step = step_size(workers)
 
-    def slot(length: int) -> memoryview:
-        held: bytearray | None = getattr(local, "slot", None)
+    def slot(length: int, kind: str = "slot") -> memoryview:
+        held: bytearray | None = getattr(local, kind, None)
         if held is None or len(held) < length:
-            held = local.slot = bytearray(length)
+            held = bytearray(length)
+            setattr(local, kind, held)
         return memoryview(held)[:length]
 
     def work(piece: Piece) -> None:
         if piece.into is not None:
             view = piece.into
-        elif piece.deliver is not None or not verify:
+        elif piece.deliver is not None or not verify or piece.codec != RAW:
             view = slot(piece.length)
         else:
             view = slot(min(piece.length, step))
-        if verify:
+        if piece.codec != RAW:
+            _read_decoded(source, piece, slot(piece.stored, "stored"), view, verify)
+        elif verify:
             _read_verified(source, piece, view, step)
         else:
             source.read_into(piece.offset, view)
         if piece.deliver is not None:
             piece.deliver(view)
         if progress is not None:
-            progress(piece.length)
+            progress(piece.stored)
 
     run(pieces, work, workers)
+
+
+def _read_decoded(source: Source, piece: Piece, stored: memoryview, view: memoryview, verify: bool) -> None:
+    source.read_into(piece.offset, stored)
+    try:
+        decode(piece.codec, stored, view)
+    except FormatError as error:
+        raise damaged(source.name, piece.label, piece.offset, piece.stored) from error
+    if verify and xxhash.xxh3_64_intdigest(view) != piece.xxh3:
+        raise damaged(source.name, piece.label, piece.offset, piece.stored)
 
 
 def _read_verified(source: Source, piece: Piece, view: memoryview, step: int) -> None:

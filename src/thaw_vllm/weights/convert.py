@@ -23,7 +23,7 @@ from ..format.header import Header
 from ..format.identity import Identity
 from ..format.index import TENSOR, File, Index, Tensor
 from ..transport import parallel
-from ..transport.read import Piece, read
+from ..transport.read import Piece, piece_of, read
 from ..transport.source import FileSource, Source
 from ..transport.writer import StagedFile, check_target
 from .capture import Captured, HeldBytes, Storage
@@ -369,7 +369,7 @@ def _write_tensors(opened: Opened, places: dict[str, tuple[StagedFile, int]], wo
     base = snapshot.preamble.payload_at
 
     def piece(chunk: Chunk, **where: Any) -> Piece:
-        return Piece(base + chunk.stored_at, chunk.length, chunk.xxh3, names[chunk.storage], **where)
+        return piece_of(chunk, base, names[chunk.storage], **where)
 
     pieces = (piece(c, deliver=copying(parts)) for c, parts in zip(snapshot.chunks, copies, strict=True) if parts)
     read(opened.source, pieces, workers=workers)

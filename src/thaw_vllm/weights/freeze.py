@@ -11,13 +11,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..codecs import encode
 from ..errors import FormatError, UnsupportedError, UsageError
-from ..format.chunks import Chunk
+from ..format.chunks import RAW, Chunk
 from ..format.document import dump
+from ..format.dtypes import ITEM_SIZE
 from ..format.header import Header
 from ..format.identity import Identity
-from ..format.index import from_json
+from ..format.index import Index, from_json
 from ..format.limits import DEFAULT_CHUNK, HASH_BLOCK, MAX_CHUNK
+from ..format.preamble import align
 from ..format.snapshot import front, lay_out, read
 from ..transport import parallel
 from ..transport.checksum import wordsum, xxh3
@@ -45,13 +48,15 @@ class FreezeOptions:
         force: replace an existing file.
         mode: permission bits of the file, 0 to 0o777.
         chunk_size: bytes, a multiple of 4 MiB up to 64 MiB.
+        compress: store chunks by codec 1 that it makes shorter. Takes the room of the original bytes while it writes.
         workers: threads; None for what the machine bears.
-        progress: called as (bytes done, bytes in all) from any thread.
+        progress: called as (original bytes done, bytes in all) from any thread.
     """
 
     force: bool = False
     mode: int = 0o600
     chunk_size: int = DEFAULT_CHUNK
+    compress: bool = False
     workers: int | None = None
     progress: Callable[[int, int], None] | None = None
 
@@ -158,6 +163,7 @@ class SnapshotWriter:
         lock = threading.Lock()
         pending = parallel.Shared(enumerate(self._chunks))
         done = 0
+        order, widths = _Order(), element_sizes(self._captured.index)
 
         def write(number: int, chunk: Chunk, lane: DrainLane | None) -> None:
             nonlocal done
@@ -170,8 +176,16 @@ class SnapshotWriter:
             data = padded[: chunk.length]
             digests = block_digests(data)
             found = on_device[number] if number in on_device else wordsum(data)
-            summed = dataclasses.replace(chunk, xxh3=xxh3(data), wordsum=found)
-            file.write_bulk(self._payload_at + chunk.stored_at, padded)
+            codec = RAW
+            if options.compress:
+                codec, stored = encode(data, widths[chunk.storage])
+            summed = dataclasses.replace(chunk, xxh3=xxh3(data), wordsum=found, codec=codec)
+            if codec != RAW:
+                summed = dataclasses.replace(summed, stored=len(stored))
+                padded = lane.hold(memoryview(stored)) if aligned and lane is not None else memoryview(stored)
+            place = order.place(number, summed.stored) if options.compress else chunk.stored_at
+            summed = dataclasses.replace(summed, stored_at=place)
+            file.write_bulk(self._payload_at + place, padded)
             with lock:
                 sums[number], blocks[chunk.storage, chunk.at] = summed, digests
                 done += chunk.length
@@ -182,14 +196,21 @@ class SnapshotWriter:
             with drain.lane() if staged else contextlib.nullcontext() as lane:
                 for number, chunk in pending:
                     if stop.is_set():
-                        return
-                    write(number, chunk, lane)
+                        return order.abandon()
+                    try:
+                        write(number, chunk, lane)
+                    except BaseException:
+                        order.abandon()
+                        raise
 
         devices = sorted({run.device for run in runs.values()})
         with Drain(workers if staged else 1, longest or 1, devices) as drain:
             on_device = dict(zip(runs, drain.sums(list(runs.values())), strict=True))
             parallel.crew(body, workers)
         self._chunks = tuple(sums[i] for i in range(len(self._chunks)))
+        if options.compress:
+            self.size = self._payload_at + order.end
+            file.cut(self.size)
         by_storage: list[list[bytes]] = [[] for _ in storages]
         for (storage, _), digests in sorted(blocks.items()):
             by_storage[storage] += digests
@@ -237,6 +258,48 @@ class SnapshotWriter:
 
     def __exit__(self, *_: object) -> None:
         self.discard()
+
+
+class _Order:
+    """Where chunks lie whose stored lengths are known one by one, in any order: one after another all the same.
+
+    Attributes:
+        end: of the last one that has its place, rounded up to ALIGNMENT.
+    """
+
+    def __init__(self) -> None:
+        self.end, self._next = 0, 0
+        self._changed = threading.Condition()
+
+    def place(self, number: int, length: int) -> int:
+        """The offset of a chunk in the payload; waits for those before it."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._next == number or self._next < 0)
+            if self._next < 0:
+                raise _Abandoned
+            at, self.end = self.end, align(self.end + length)
+            self._next += 1
+            self._changed.notify_all()
+            return at
+
+    def abandon(self) -> None:
+        """A chunk will get no place: nobody waits for it."""
+        with self._changed:
+            self._next = -1
+            self._changed.notify_all()
+
+
+class _Abandoned(Exception):
+    """Another thread has failed, whose error is told."""
+
+
+def element_sizes(index: Index) -> list[int]:
+    """Bytes of the elements that each storage holds, by its first tensor; 1 where no tensor does."""
+    found = [1] * len(index.storages)
+    for tensor in reversed(index.tensors):
+        if tensor.storage is not None:
+            found[tensor.storage] = ITEM_SIZE[tensor.dtype]
+    return found
 
 
 def write_snapshot(

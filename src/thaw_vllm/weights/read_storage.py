@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..format.snapshot import Snapshot
-from ..transport.read import Piece, read
+from ..transport.read import piece_of, read
 from ..transport.source import Source
 
 
@@ -21,7 +21,7 @@ def filled(snapshot: Snapshot, source: Source, storage: int | None) -> bytes:
     read(
         source,
         [
-            Piece(base + c.stored_at, c.length, c.xxh3, f"storage {storage}", view[c.at : c.at + c.length])
+            piece_of(c, base, f"storage {storage}", view[c.at : c.at + c.length])
             for c in snapshot.chunks
             if c.storage == storage
         ],

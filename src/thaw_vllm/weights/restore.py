@@ -12,14 +12,16 @@ from typing import Any
 
 import torch
 
-from ..errors import MismatchError, UsageError
-from ..format.chunks import Chunk
+from ..errors import CorruptionError, MismatchError, UsageError
+from ..format.chunks import RAW, Chunk
 from ..format.index import Tensor
 from ..format.snapshot import Snapshot
 from ..transport import parallel
-from ..transport.links import CudaLink, Place, by_driver, link_to
+from ..transport.checksum import damaged
+from ..transport.coded_link import CodedLink
+from ..transport.links import CudaLink, Link, Place, by_driver, link_to, runs_of
 from ..transport.pipeline import Range, deliver
-from ..transport.read import Piece, read
+from ..transport.read import Piece, piece_of, read
 from ..transport.readers import Through
 from ..transport.resident import Resident
 from ..transport.source import FileSource, Source
@@ -43,6 +45,7 @@ class RestoreReport:
         route: how the bytes moved.
         why: why that way.
         sources: bytes by where they came from (``cached``, ``direct``), where that was told apart.
+        stored: bytes that moved: fewer than ``bytes`` where the snapshot is compressed; 0 where nothing was read.
     """
 
     path: str
@@ -54,11 +57,17 @@ class RestoreReport:
     route: str = ""
     why: str = ""
     sources: dict[str, int] = field(default_factory=dict)
+    stored: int = 0
 
     @property
     def gb_per_s(self) -> float:
-        """Decimal gigabytes a second, everything counted."""
+        """Decimal gigabytes of original bytes a second, everything counted."""
         return self.bytes / 1e9 / max(self.seconds["total"], 1e-9)
+
+    @property
+    def wire_gb_per_s(self) -> float:
+        """The same of the bytes that moved."""
+        return self.stored / 1e9 / max(self.seconds["total"], 1e-9)
 
     def waterfall(self) -> str:
         """The phases as lines of text with bars."""
@@ -100,6 +109,7 @@ def restore(
     entries = [entry for entry in snapshot.index.tensors if not partial or entry.name in targets]
     storages = {entry.storage for entry in entries if entry.storage is not None}
     total = sum(snapshot.index.storages[storage] for storage in storages)
+    stored = sum(chunk.stored for chunk in snapshot.chunks if chunk.storage in storages)
     done, lock = 0, threading.Lock()
 
     def advance(count: int) -> None:
@@ -107,7 +117,7 @@ def restore(
         with lock:
             done += count
             if options.progress is not None:
-                options.progress(done, total)
+                options.progress(done, stored)
 
     match(snapshot, targets, required, source.name, partial=partial)
     matched = time.perf_counter()
@@ -145,6 +155,7 @@ def restore(
         " → ".join([way.reader.route, *names]),
         way.reader.why,
         way.reader.summary(),
+        stored,
     )
 
 
@@ -159,14 +170,25 @@ def _to_device(
 ) -> str:
     """Bring chunks to one device; returns what reports call the way."""
     name, helpers = source.name, way.helpers
-    with contextlib.closing(link_to(places, way.kernel)) as link:
-        if isinstance(link, CudaLink) and isinstance(source, Resident) and source.locked is not None:
+    with contextlib.closing(_link(name, way, ranges, places)) as link:
+        if type(link) is CudaLink and isinstance(source, Resident) and source.locked is not None:
             source.send(link.context, ranges, link.runs, verify=verify, progress=progress)
             return f"page-locked memory to cuda:{link.context.device}"
         options: dict[str, Any] = {"workers": workers, "verify": verify, "progress": progress}
         if not deliver(way.reader, name, ranges, link, helpers=helpers, **options) or helpers is None:
             return link.name
         return f"{len(helpers.helpers)} processes → {link.name}"
+
+
+def _link(name: str, way: Reading, ranges: list[Range], places: list[Place]) -> Link:
+    if not any(found.coded for found in ranges):
+        return link_to(places, way.kernel)
+
+    def damage(number: int) -> CorruptionError:
+        return damaged(name, ranges[number].label, ranges[number].offset, ranges[number].length)
+
+    stored = [found.length if found.coded else 0 for found in ranges]
+    return CodedLink(places[0].view.device.index or 0, runs_of(places), stored, damage, way.kernel)
 
 
 def match(
@@ -287,16 +309,18 @@ def sort(snapshot: Snapshot, targets: Mapping[str, torch.Tensor]) -> Work:
         target = targets[owner.name]
         if chunk.storage != storage:
             storage, direct, label = chunk.storage, _direct(owner, target), repr(owner.name)
-        place = base + chunk.stored_at
         if direct is None:
-            scatter = _scatter(owner, target, chunk)
-            found.host.append(Piece(place, chunk.length, chunk.xxh3, label, None, scatter))
+            found.host.append(piece_of(chunk, base, label, None, _scatter(owner, target, chunk)))
         elif direct[1] is not None:
             into = direct[1][chunk.at : chunk.at + chunk.length]
-            found.host.append(Piece(place, chunk.length, chunk.xxh3, label, into))
+            found.host.append(piece_of(chunk, base, label, into))
+        elif chunk.codec != RAW and not by_driver(target.device):
+            copy = _copy(direct[0][chunk.at : chunk.at + chunk.length])
+            found.host.append(piece_of(chunk, base, label, None, copy))
         else:
             ranges, places = found.devices.setdefault(target.device, ([], []))
-            ranges.append(Range(place, chunk.length, chunk.wordsum, label))
+            place = base + chunk.stored_at
+            ranges.append(Range(place, chunk.stored, chunk.wordsum, label, chunk.codec != RAW))
             places.append(Place(direct[0], chunk.at, chunk.length))
     return found
 
@@ -327,6 +351,16 @@ def _scatter(entry: Tensor, target: torch.Tensor, chunk: Chunk) -> Callable[[mem
             for part in runs(seen, chunk.at // item, (chunk.at + chunk.length) // item):
                 part.copy_(elements[position : position + part.numel()].view(part.shape))
                 position += part.numel()
+
+    return deliver
+
+
+def _copy(view: torch.Tensor) -> Callable[[memoryview], None]:
+    """As it lies, to a device whose way knows no codec."""
+
+    def deliver(data: memoryview) -> None:
+        with torch.inference_mode():  # see _scatter
+            view.copy_(torch.frombuffer(data, dtype=torch.uint8))
 
     return deliver
 

@@ -13,7 +13,7 @@ from ..format.chunks import Chunk
 from ..format.header import Header
 from ..format.snapshot import Snapshot
 from ..transport import parallel
-from ..transport.read import Piece, read
+from ..transport.read import piece_of, read
 from ..transport.source import Source
 from .digest import block_digests, bytes_digest, content_id
 from .open import Opened, open_rank, open_snapshot
@@ -140,7 +140,7 @@ def _check_chunks(opened: Opened, workers: int, content: bool, advance: Callable
         return deliver
 
     pieces = (
-        Piece(base + c.stored_at, c.length, c.xxh3, owners[c.storage], deliver=hashing(c) if content else None)
+        piece_of(c, base, owners[c.storage], deliver=hashing(c) if content else None)
         for c in snapshot.chunks
     )
     read(opened.source, pieces, workers=workers, progress=advance)

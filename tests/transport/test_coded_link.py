@@ -1,0 +1,163 @@
+"""Compressed ranges on their way to a GPU; the GPU is made up (driver.py), its kernels are numpy."""
+
+import contextlib
+import random
+
+import numpy as np
+import pytest
+import torch
+from tests.transport.test_reading_helpers import kill, no_children, unmoved  # noqa: F401 - fixtures
+
+from thaw_vllm.codecs import planes
+from thaw_vllm.errors import CorruptionError, DeviceError
+from thaw_vllm.transport import coded_link, parallel
+from thaw_vllm.transport.checksum import damaged, wordsum
+from thaw_vllm.transport.coded_link import CodedLink
+from thaw_vllm.transport.pipeline import Range, deliver
+from thaw_vllm.transport.plan import BLOCK
+from thaw_vllm.transport.readers import Cached, choose
+from thaw_vllm.transport.reading_helpers import Helpers
+from thaw_vllm.transport.source import FileSource, MemorySource
+
+pytestmark = pytest.mark.usefixtures("no_leaks", "no_children")
+
+ROOM = 4 * BLOCK
+
+
+def data_of(kind, elements, seed):
+    """Bytes that some of the planes of are coded."""
+    normal = np.random.default_rng(seed).normal(0, 0.02, elements).astype(np.float32)
+    halves = (normal.view(np.uint32) >> 16).astype(np.uint16)
+    if kind == "bfloat16":
+        return halves.tobytes(), 2
+    if kind == "float32":
+        return normal.tobytes(), 4
+    if kind == "widened":  # two coded planes
+        return (halves.astype(np.uint32) << 16).tobytes(), 4
+    if kind == "bytes":
+        return np.abs(normal * 500).astype(np.uint8).tobytes(), 1
+    return random.Random(seed).randbytes(2 * elements), 2
+
+
+KINDS = ["bfloat16", "raw", "float32", "widened", "bytes"]
+
+
+class Work:
+    """Chunks of each kind in one source, and where they go."""
+
+    def __init__(self, count, elements, kinds=KINDS, shift=0, tail=3):
+        self.data, stored, coded = [], [], []
+        for number in range(count):
+            data, width = data_of(kinds[number % len(kinds)], elements, number)
+            data += bytes(range(tail))
+            frame = planes.encode(memoryview(data), width)
+            assert (frame is None) == (kinds[number % len(kinds)] == "raw")
+            self.data.append(data)
+            stored.append(frame or data)
+            coded.append(frame is not None)
+        self.ranges, self.file, at = [], bytearray(), 0
+        for number, (data, bytes_) in enumerate(zip(self.data, stored, strict=True)):
+            self.ranges.append(Range(at, len(bytes_), wordsum(memoryview(data)), f"chunk {number}", coded[number]))
+            self.file += bytes_ + bytes(-len(bytes_) % BLOCK)
+            at = len(self.file)
+        self.room = torch.zeros(sum(len(data) + 32 for data in self.data) + 64, dtype=torch.uint8)
+        self.runs, place = [], self.room.data_ptr() + -self.room.data_ptr() % 16 + shift
+        for data in self.data:
+            self.runs.append((place, len(data)))
+            place += len(data) + -len(data) % 16
+        self.stored = [found.length if found.coded else 0 for found in self.ranges]
+
+    def damage(self, number):
+        found = self.ranges[number]
+        return damaged("it", found.label, found.offset, found.length)
+
+    def link(self):
+        return CodedLink(0, self.runs, self.stored, self.damage)
+
+    def arrived(self):
+        base = self.room.data_ptr()
+        room = bytes(self.room.numpy())
+        return [room[at - base : at - base + size] for at, size in self.runs] == self.data
+
+
+@pytest.fixture(params=["threads", "helpers"])
+def send(request, tmp_path, monkeypatch):
+    monkeypatch.setattr(parallel, "POLL", 0.001)
+
+    def sent(work, **options):
+        with contextlib.ExitStack() as stack:
+            if request.param == "threads":
+                source = stack.enter_context(contextlib.closing(MemorySource(bytes(work.file))))
+                reader = Cached(source, "memory", "a test")
+            else:
+                (tmp_path / "file").write_bytes(work.file)
+                source = stack.enter_context(FileSource(tmp_path / "file"))
+                reader = stack.enter_context(contextlib.closing(choose(source, "cached")))
+                helpers = stack.enter_context(Helpers(0, 3, slot=ROOM))
+                stack.enter_context(helpers.reading(source))
+                options["helpers"] = helpers
+            link = stack.enter_context(contextlib.closing(work.link()))
+            return deliver(reader, "it", work.ranges, link, workers=3, slot=ROOM, **options)
+
+    return sent
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("shift", [0, 2])
+def test_every_kind(shift, verify, send, driver):
+    work = Work(20, 40 * planes.ROW, shift=shift)
+    told = []
+    send(work, verify=verify, progress=told.append)
+    assert work.arrived() and sum(told) == sum(found.length for found in work.ranges)
+
+
+def test_several_blocks(send, driver):
+    work = Work(5, 2 * planes.BLOCK + 3 * planes.ROW)
+    send(work)
+    assert work.arrived()
+
+
+@pytest.mark.parametrize("room", [1, 2.5, 4])
+def test_little_scratch(room, send, driver, monkeypatch):
+    """Ranges wait for those before them."""
+    work = Work(40, 3 * planes.BLOCK)
+    need = max(stored + 2 * length for stored, (_, length) in zip(work.stored, work.runs, strict=True))
+    monkeypatch.setattr(coded_link, "SCRATCH", int(room * need))
+    send(work)
+    assert work.arrived()
+
+
+def test_more_than_there_are_events_for(send, driver):
+    work = Work(150, 40 * planes.ROW, ["bytes"], tail=0)
+    send(work)
+    assert work.arrived()
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_flipped_bit(seed, send, driver):
+    """Of anything but what lies between the parts of a frame."""
+    work, rng = Work(10, 40 * planes.ROW, tail=0), random.Random(seed)
+    number = rng.choice([n for n, found in enumerate(work.ranges) if found.coded])
+    found = work.ranges[number]
+    frame = planes.layout(bytes(work.file[found.offset : found.offset + planes.HEAD]), len(work.data[number]))
+    between = {at for low, high in planes.gaps(frame) for at in range(low, high)}
+    at = rng.choice([at for at in range(found.length) if at not in between] if seed > 4 else range(planes.HEAD))
+    work.file[found.offset + at] ^= 1 << rng.randrange(8)
+    with pytest.raises(CorruptionError, match=f"chunk {number}"):
+        send(work)
+
+
+def test_nothing_compressed(send, driver):
+    work = Work(5, 100, ["raw"])
+    send(work)
+    assert work.arrived() and not any(name.startswith(b"planes") for name in driver.names.values())
+
+
+@pytest.mark.parametrize("call", ["cuMemAlloc_v2", "cuModuleLoadData", "cuLaunchKernel", "cuStreamCreate"])
+@pytest.mark.parametrize("number", [0, 1, 3])
+def test_driver_refuses(call, number, send, driver):
+    """Nothing is left (see the fixtures)."""
+    work = Work(20, 40 * planes.ROW)
+    driver.refuse[call] = number
+    with contextlib.suppress(DeviceError):
+        send(work)
