@@ -131,7 +131,7 @@ def test_all_is_the_union_of_the_extras(distribution):
         return {f"{canonicalize_name(line.name)}{line.specifier}" for line in requirements(distribution, extra)}
 
     names = set(distribution.metadata.get_all("Provides-Extra"))
-    assert names == {"vllm", "serve", "convert", "demo", "plots", "all", "dev"}
+    assert names == {"vllm", "serve", "convert", "compress", "demo", "plots", "all", "dev"}
     assert listed("all") == set().union(*(listed(extra) for extra in names - {"all", "dev"}))
 
 

@@ -127,10 +127,12 @@ def test_freeze(thaw, medium, memory_path, disk):
     ran = thaw("bench", "freeze", *SMALL, *arguments)
     assert ran.code == 0, ran.err
     found = {r["system"]: r for r in ran.document["records"] if r["system"] != "limit"}
-    assert set(found) == {"thaw", "safetensors"}
+    assert set(found) == {"thaw", "thaw-compressed", "safetensors"}
+    assert found["thaw-compressed"]["file_size"] < 0.7 * found["thaw"]["file_size"]
     for line in found.values():
         assert line["work"] == ("freeze-tmpfs" if medium == "memory" else "freeze-disk")
-        assert line["equal"] is True and line["file_size"] >= line["bytes"] > 0 and line["of_limit"] > 0
+        assert line["equal"] is True and line["bytes"] > 0 and line["of_limit"] > 0
+        assert (line["file_size"] < line["bytes"]) == (line["system"] == "thaw-compressed")
     assert not list(place.iterdir())
 
 
@@ -138,7 +140,11 @@ def test_freeze(thaw, medium, memory_path, disk):
     ("arguments", "code", "says"),
     [
         (["limits", "--work", "nothing"], 2, "there is no work 'nothing'; there are h2d"),
-        (["weights", "--system", "magic"], 2, "there is no system 'magic'; there are thaw, safetensors"),
+        (
+            ["weights", "--system", "magic"],
+            2,
+            "there is no system 'magic'; there are thaw, thaw-compressed, safetensors",
+        ),
         (["weights", "--work", "restore"], 2, "restore-tmpfs"),
         (["weights", "--dir", "nowhere"], 6, "there is no directory 'nowhere'"),
         (["weights", "--device", "tpu"], 2, "--device takes cuda, cuda:N or cpu"),
@@ -162,10 +168,13 @@ def test_registry_is_the_folder():
     assert folder == set(RIVALS.values())
 
 
-@pytest.mark.parametrize("name", ["thaw", *RIVALS])
+FILES = ("safetensors", "thaw", "thaw-compressed", "native")
+
+
+@pytest.mark.parametrize("name", weights.ALL_SYSTEMS)
 def test_every_system_says_what_it_is(name):
     found = system(name)
-    assert found.name == name and found.package and found.devices and found.files in ("safetensors", "thaw", "native")
+    assert found.name == name and found.package and found.devices and found.files in FILES
     assert found.pins <= found.in_place
     if found.installed() is not None and "cpu" in found.devices:
         found.prepare(torch.device("cpu"))
@@ -175,5 +184,5 @@ def test_missing_rivals_have_the_install_line(monkeypatch):
     for name in RIVALS:
         monkeypatch.setattr(type(system(name)), "installed", lambda self: None)
     present, missed = weights.present(weights.ALL_SYSTEMS, "cpu")
-    assert [s.name for s in present] == ["thaw"]
+    assert [s.name for s in present] == ["thaw", "thaw-compressed"]
     assert missed == {name: f"not installed: pip install {name}" for name in RIVALS}

@@ -61,7 +61,7 @@ def test_defaults_are_the_engines(thaw, freezing):
     ran = thaw("freeze", "--model", "M", "--output", "w.thaw")
     assert ran.code == 0
     sizes = {"tensor_parallel_size": 1, "pipeline_parallel_size": 1}
-    quiet = {"force": False, "source_format": "auto", "use_tqdm_on_load": False}
+    quiet = {"force": False, "compress": False, "source_format": "auto", "use_tqdm_on_load": False}
     assert freezing == [("M", Path("w.thaw"), sizes | quiet)]
     assert "w.thaw.0" in ran.out and "2.00 GB/s" in ran.out and "0" * 64 in ran.out
     assert "INFO" not in ran.out and "INFO something" in ran.err
@@ -78,7 +78,15 @@ def test_every_option_reaches_the_engine(thaw, freezing):
         "--quantization",
         "fp8",
     ]
-    options += ["--max-model-len", 128, "--trust-remote-code", "--source-format", "safetensors", "--force"]
+    options += [
+        "--max-model-len",
+        128,
+        "--trust-remote-code",
+        "--source-format",
+        "safetensors",
+        "--force",
+        "--compress",
+    ]
     options += ["--engine-arg", "seed=7", "--engine-arg", "use-tqdm-on-load=true"]
     assert thaw("freeze", "--model", "M", "--output", "w.thaw", *options).code == 0
     ((_, _, arguments),) = freezing
@@ -88,6 +96,7 @@ def test_every_option_reaches_the_engine(thaw, freezing):
         "dtype": "float16",
         "quantization": "fp8",
         "max_model_len": 128,
+        "compress": True,
         "trust_remote_code": True,
         "source_format": "safetensors",
         "force": True,

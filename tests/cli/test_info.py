@@ -52,13 +52,13 @@ def test_json(thaw, snapshot):
     ran = thaw("info", snapshot, "--json")
     assert ran.code == 0 and ran.err == ""
     found = ran.document
-    with open_snapshot(snapshot, with_chunks=False) as opened:
+    with open_snapshot(snapshot) as opened:
         assert found == describe(opened)
     assert [t["name"] for t in found["tensors"]] == NAMES
     assert found["tensors"][1]["tied_to"] == "embed.weight" and found["tensors"][0]["tied_to"] is None
     assert found["ties"] == {"embed.weight": ["head.weight"]}
     assert found["path"] == str(snapshot) and found["file_size"] == snapshot.stat().st_size
-    assert found["by_dtype"]["float32"] == {"tensors": 2, "bytes": 176}
+    assert found["by_dtype"]["float32"] == {"tensors": 2, "bytes": 176, "stored": 176}
     assert found["identity"]["stage"] == "module" and found["set"] is None
     assert sum(counts["bytes"] for counts in found["by_dtype"].values()) == found["bytes"]
 

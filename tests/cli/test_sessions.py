@@ -28,8 +28,11 @@ def trunk(store):
 def test_without_a_store(thaw, memory_path, monkeypatch, command):
     monkeypatch.setenv("THAW_SESSIONS_DIR", str(memory_path / "none"))
     ran = thaw(*command)
-    assert ran.code == 6 and ran.out == "" and "holds no sessions; thaw checkpoint makes them" in ran.err
+    assert ran.code == 6 and ran.out == "" and "does not exist: thaw checkpoint makes a store" in ran.err
     assert not (memory_path / "none").exists()
+    (memory_path / "none").mkdir()
+    assert "holds no sessions; thaw checkpoint makes them" in thaw(*command).err
+    assert not [*(memory_path / "none").iterdir()]
 
 
 def test_an_empty_store(thaw, store):

@@ -23,7 +23,7 @@ from thaw_vllm.sessions.store import Store, default_directory
 
 def test_it_is_made_once_and_private(tmp_path):
     place = tmp_path / "a" / "b"
-    with pytest.raises(StorageError, match="holds no sessions; thaw checkpoint"):
+    with pytest.raises(StorageError, match="does not exist: thaw checkpoint"):
         Store(place)
     Store(place, create=True)
     Store(place, create=True)

@@ -282,7 +282,13 @@ class Watched:
 
 @pytest.mark.parametrize("error", [StorageError("device"), DeviceError("device"), MemoryError(), KeyboardInterrupt()])
 @pytest.mark.parametrize("number", [0, 1, 5])
-@pytest.mark.parametrize("where", ["read", "lane", "send", "sums", "add", "results", "progress", "admit", "landed"] + ["admits", "landed there", "settle"])
+@pytest.mark.parametrize(
+    "where",
+    [
+        *("read", "lane", "send", "sums", "add", "results", "progress", "admit", "landed"),
+        *("admits", "landed there", "settle"),
+    ],
+)
 def test_error_is_raised_once_everything_has_ended(where, number, error, reader):
     work = Work([(0, 30_000)] * 40)
     failing = Failing(where, error, number, reader(work), host(work))

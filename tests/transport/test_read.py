@@ -5,8 +5,8 @@ import threading
 import pytest
 
 from thaw_vllm.errors import CorruptionError, StorageError
-from thaw_vllm.transport.checksum import xxh3
 from thaw_vllm.format.chunks import RAW
+from thaw_vllm.transport.checksum import xxh3
 from thaw_vllm.transport.read import STEP, Piece, read
 from thaw_vllm.transport.source import MemorySource
 
@@ -21,7 +21,9 @@ def pieces(deliver=None, into=None, wrong=None):
     for number, (start, stop) in enumerate(SPANS):
         checksum = xxh3(memoryview(DATA[start:stop])) ^ (number == wrong)
         given = None if into is None else into[start:stop]
-        yield Piece(start, stop - start, stop - start, RAW, checksum, f"piece {number}", given, deliver and deliver(number))
+        yield Piece(
+            start, stop - start, stop - start, RAW, checksum, f"piece {number}", given, deliver and deliver(number)
+        )
 
 
 @pytest.mark.parametrize("verify", [True, False])

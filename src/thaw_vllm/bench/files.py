@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import SpaceError
 from ..transport import parallel
-from .systems import NATIVE, SAFETENSORS, THAW
+from .systems import COMPRESSED, NATIVE, SAFETENSORS, THAW
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +25,7 @@ MANIFEST = "manifest.json"
 SHARD = 5 * 10**9
 """Bytes of one safetensors file, as transformers splits them: four for Llama 3 8B."""
 PIECE = 16 << 20
-NAMES = {THAW: "model.thaw", NATIVE: "model.native"}
+NAMES = {THAW: "model.thaw", COMPRESSED: "model-compressed.thaw", NATIVE: "model.native"}
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def make(request: dict[str, Any]) -> Steps:
             if layout == SAFETENSORS:
                 paths[layout] = write_safetensors(model.tensors, folder)
             else:
-                (system("thaw") if layout == THAW else native).freeze(model, folder / NAMES[layout])
+                (native if layout == NATIVE else system(layout)).freeze(model, folder / NAMES[layout])
                 paths[layout] = [NAMES[layout]]
         except Exception as error:  # a rival that cannot write is a line in the table, not the end
             if layout == SAFETENSORS:

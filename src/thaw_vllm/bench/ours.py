@@ -13,7 +13,7 @@ import thaw_vllm
 
 from ..errors import UnsupportedError
 from .llama import Model
-from .systems import THAW, Restored, System
+from .systems import COMPRESSED, THAW, Restored, System
 
 
 class Thaw(System):
@@ -21,6 +21,7 @@ class Thaw(System):
 
     name, package, files = "thaw", "thaw-vllm", THAW
     in_place = freezes = pins = True
+    options: Mapping[str, Any] = {}
 
     def installed(self) -> str | None:
         """This very code, also where it was not installed as a distribution."""
@@ -46,7 +47,7 @@ class Thaw(System):
 
     def freeze(self, model: Model, path: Path) -> Mapping[str, Any]:
         """freeze_model."""
-        report: Any = thaw_vllm.freeze_model(model, path, force=True)
+        report: Any = thaw_vllm.freeze_model(model, path, force=True, **self.options)
         return {"phases": dict(report.seconds), "file_size": report.file_size} | {
             key: getattr(report, key) for key in ("route", "why") if getattr(report, key, "")
         }
@@ -54,4 +55,13 @@ class Thaw(System):
     @staticmethod
     def _restored(model: Model, report: Any) -> Restored:
         route = getattr(report, "route", "") or "restore_model"
-        return Restored(model.tensors, route, getattr(report, "why", ""), dict(report.seconds))
+        stored = getattr(report, "stored", 0)
+        moved = stored if stored < report.bytes else None
+        return Restored(model.tensors, route, getattr(report, "why", ""), dict(report.seconds), moved)
+
+
+class Compressed(Thaw):
+    """The same, of a snapshot that is compressed."""
+
+    name, files = "thaw-compressed", COMPRESSED
+    options: Mapping[str, Any] = {"compress": True}

@@ -68,4 +68,5 @@ def _answer(
         "route": found.route,
         "why": found.why,
         "phases": dict(found.phases),
+        "stored": found.stored,
     }

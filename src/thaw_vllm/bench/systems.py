@@ -15,7 +15,7 @@ import torch
 from ..errors import UsageError
 from .llama import Model
 
-SAFETENSORS, THAW, NATIVE = "safetensors", "thaw", "native"
+SAFETENSORS, THAW, COMPRESSED, NATIVE = "safetensors", "thaw", "thaw-compressed", "native"
 """Whose files a system reads; see ``files``."""
 
 
@@ -28,12 +28,14 @@ class Restored:
         route: how the bytes moved, in the system's words.
         why: why that way.
         phases: seconds by phase where the system tells.
+        stored: bytes that moved, where they are not those of the tensors.
     """
 
     tensors: Mapping[str, torch.Tensor]
     route: str
     why: str = ""
     phases: Mapping[str, float] = field(default_factory=dict)
+    stored: int | None = None
 
 
 class System(ABC):

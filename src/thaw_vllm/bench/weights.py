@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -16,7 +17,7 @@ from .llama import Shape, shape_for
 from .outcome import Missed, Outcome, Say
 from .process import ChildError, ask
 from .record import Record, file_system_of
-from .rivals import OURS, RIVALS, system
+from .rivals import OURS, OURS_COMPRESSED, RIVALS, system
 from .rounds import Entry, Sample
 from .systems import NATIVE, THAW, System
 
@@ -26,7 +27,7 @@ CPU = "restore-cpu"
 """What they are called where the destination is host memory; ``medium`` tells them apart."""
 MEDIUM = {TMPFS: "tmpfs", PAGECACHE: "pagecache", DISK: "disk", WARM: "pinned"}
 VERIFIED, UNVERIFIED = "verified", "unverified"
-ALL_SYSTEMS = (OURS, *RIVALS)
+ALL_SYSTEMS = (OURS, OURS_COMPRESSED, *RIVALS)
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,11 @@ def _restore(work: str, files: Files, shape: Shape, systems: Sequence[System], s
             "runs": settings.runs,
         }
         # From a disk the checksums cost nothing that can be seen; the time is better spent on another run.
-        labels = ([VERIFIED] if work == DISK else [VERIFIED, UNVERIFIED]) if candidate.name == OURS else [""]
+        labels = (
+            ([VERIFIED] if work == DISK else [VERIFIED, UNVERIFIED])
+            if candidate.name in (OURS, OURS_COMPRESSED)
+            else [""]
+        )
         for label in labels:
             task = "warm" if work == WARM else "restore"
             entries.append(Entry(candidate.name, label, task, request | {"verify": label == VERIFIED}, tuple(paths)))
@@ -201,6 +206,9 @@ def _record(work: str, named: str, entry: Entry, samples: Sequence[Sample], file
         "machine_mib": max(sample.machine_mib for sample in samples),
         "phases": {name: round(value, 4) for name, value in answers[-1]["phases"].items()},
     }
+    if answers[-1].get("stored") is not None:
+        extra["stored"] = answers[-1]["stored"]
+        extra["wire_gb_per_s"] = round(answers[-1]["stored"] / 1e9 / statistics.median(seconds), 3)
     if answers[-1]["why"]:
         extra["why"] = answers[-1]["why"]
     if different is not None:

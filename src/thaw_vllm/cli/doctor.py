@@ -35,6 +35,7 @@ OPTIONAL = {
     "uvicorn": "vLLM's server, thaw serve",
     "aiohttp": "thaw serve with several models",
     "prometheus-client": "vLLM's server, thaw serve with several models",
+    "numba": "vLLM; compressing and decompressing with processors",
     "accelerate": "making the demo's model",
     "gguf": "making the demo's model",
 }

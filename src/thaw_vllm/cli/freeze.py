@@ -17,6 +17,7 @@ from .output import Force, Json, document, pairs, plain, size, stdout_to_stderr
 EXAMPLES = """
 thaw freeze --model Llama-3-8B/ --output llama.thaw
 thaw freeze --model Llama-3-70B/ --output llama.thaw --tensor-parallel-size 4
+thaw freeze --model Llama-3-8B/ --output llama.thaw --compress
 thaw freeze --model M --output m.thaw --engine-arg 'hf_overrides={"rope_theta": 1000000}'
 """
 
@@ -38,6 +39,9 @@ def freeze(
     engine_arg: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="Any other engine argument, its value in JSON.")
     ] = None,
+    compress: Annotated[
+        bool, typer.Option("--compress", help="Store what shrinks losslessly compressed: bfloat16 by a third.")
+    ] = False,
     force: Force = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show vLLM's own log.")] = False,
     as_json: Json = False,
@@ -56,6 +60,7 @@ def freeze(
         "max_model_len": max_model_len,
         "trust_remote_code": trust_remote_code or None,
         "force": force,
+        "compress": compress,
         "source_format": source_format,
         "use_tqdm_on_load": sys.stderr.isatty(),
     }

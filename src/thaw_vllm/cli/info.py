@@ -39,17 +39,16 @@ def info(
 ) -> None:
     """Show what a snapshot holds and which model it is.
 
-    Reads its header and index only, of KV blocks the table too, so it is as quick for 100 GB as for 1 MB; thaw verify
-    reads the rest. Tokens and text are somebody's prompt and are shown only when asked for.
+    Reads all but its weights or pages, so it takes milliseconds for 100 GB too; thaw verify reads the rest. Tokens and
+    text are somebody's prompt and are shown only when asked for.
     """
-    from ..weights.open import Opened, open_snapshot, sections
+    from ..weights.open import open_snapshot
 
     if show_text != (tokenizer is not None):
         raise UsageError("--show-text and --tokenizer DIR belong together: text needs the model's tokenizer")
-    with open_snapshot(file, with_chunks=False) as opened:
+    with open_snapshot(file) as opened:
         found = describe(opened)
         if opened.snapshot.header.kv is not None:
-            opened = Opened(opened.source, sections(opened.source))
             decode = prefixes.decoder(tokenizer) if tokenizer is not None else None
             found |= prefixes.describe(opened, ids=show_tokens, decode=decode)
         elif show_text or show_tokens:
@@ -68,14 +67,20 @@ def describe(opened: Opened) -> dict[str, Any]:
     header, index = snapshot.header, snapshot.index
     owners = {other: name for name, others in index.ties.items() for other in others}
     by_dtype: dict[str, dict[str, int]] = {}
+    stored = [0] * len(index.storages)
+    for chunk in snapshot.chunks:
+        stored[chunk.storage] += chunk.stored
     for tensor in index.tensors:
-        counts = by_dtype.setdefault(tensor.dtype, {"tensors": 0, "bytes": 0})
+        counts = by_dtype.setdefault(tensor.dtype, {"tensors": 0, "bytes": 0, "stored": 0})
         counts["tensors"] += 1
         counts["bytes"] += 0 if tensor.name in owners else tensor.bytes
+        if tensor.storage is not None and tensor.name not in owners:
+            counts["stored"] += stored[tensor.storage]
     return {
         "path": opened.source.name,
         "file_size": opened.source.size,
         "bytes": snapshot.bytes,
+        "stored": sum(stored),
         "model": header.identity.model,
         "content": header.content,
         "identity": header.identity.to_json(),
@@ -143,8 +148,14 @@ def _show(found: dict[str, Any]) -> None:
 
 def _counts(by_dtype: dict[str, dict[str, int]]) -> list[tuple[str, str]]:
     found = sorted(by_dtype.items(), key=lambda item: -item[1]["bytes"])
-    rows = [("tensors", f"{counts['tensors']} {dtype}, {size(counts['bytes'])}") for dtype, counts in found]
+    rows = [("tensors", f"{counts['tensors']} {dtype}, {_sizes(counts)}") for dtype, counts in found]
     return rows or [("tensors", "none")]
+
+
+def _sizes(counts: dict[str, int]) -> str:
+    if counts["stored"] >= counts["bytes"]:
+        return size(counts["bytes"])
+    return f"{size(counts['bytes'])}, compressed to {size(counts['stored'])} ({counts['stored'] / counts['bytes']:.3f})"
 
 
 def _parallel(sizes: dict[str, int]) -> str:

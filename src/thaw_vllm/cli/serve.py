@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import sys
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 LOCALHOST = "127.0.0.1"
 NOT_FOR_SEVERAL = ("uds", "served-model-name", "load-format", "model-loader-extra-config", "api-server-count")
+ROUTERS = ("host", "port", "api-key", "register", "allowed-host")
+"""Options of the router, which are gone from those of servers by the time that these are looked at."""
 EXAMPLES = """
 thaw serve --model Llama-3-8B/
 thaw serve --model Llama-3-8B/ --snapshot W.thaw
@@ -322,6 +325,9 @@ def _several(
     for words in (options, *(model.args for model in settings.models.values())):
         for name in given(words):
             option = name.replace("_", "-")
+            meant = difflib.get_close_matches(option, ROUTERS, 1, 0.75)
+            if meant and words is options:  # else every server would be started with it, and refuse it
+                raise UsageError(f"there is no option --{option}; did you mean --{meant[0]}?")
             if option in NOT_FOR_SEVERAL or option.startswith("ssl-"):
                 raise UsageError(f"--{option} cannot be given for several models; leave it out")
     try:

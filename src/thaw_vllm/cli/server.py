@@ -87,7 +87,9 @@ def ask(server: str, what: str, token: str | None, api_key: str | None, body: di
         status, raw = response.status, response.read()
     except (OSError, http.client.HTTPException) as error:
         why = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise ThawError(f"the server at {server} does not answer: {why}; is vllm serve running there?") from None
+        raise ThawError(
+            f"the server at {server} does not answer: {why}; is thaw serve (or vllm serve) running there?"
+        ) from None
     finally:
         connection.close()
     try:

@@ -1,4 +1,4 @@
-"""Codec 1: elements cut into planes of bytes, and those planes that gain are entropy-coded (docs/format.md, section 8).
+"""Codec 1: elements cut into planes of bytes, of which those that gain are entropy-coded (docs/format.md, section 17).
 
 The exponents of weights in floating point are nearly predictable, signs and mantissas are not. An element turned left
 by one bit has its exponent in its highest byte; the bytes of a chunk's elements at one place are a plane. A plane is
@@ -45,7 +45,6 @@ SAMPLE = 1 << 20
 _HEAD = struct.Struct("<BBBB4I")
 
 
-
 class Tools(Protocol):
     """What passes over every byte: this module's functions, or faster ones of the same names."""
 
@@ -61,8 +60,9 @@ class Tools(Protocol):
     def coded(self, plane: Bytes, table: Words) -> tuple[Numbers, Numbers, Words]:
         """A plane's blocks: where the words of each end, the states they are decoded from, and the words."""
 
-    def decoded(self, table: Words, ends: Numbers, states: Numbers, words: Words, out: Bytes) -> None:
-        """The other way, into ``out``: the plane."""
+    def decoded(self, table: Words, ends: Numbers, states: Numbers, words: Words, out: Bytes) -> bool:
+        """The other way, into ``out``: the plane. Whether every block ended as it has to: damage in what its last words
+        say shows nowhere else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,8 +214,7 @@ def decode(stored: memoryview, out: memoryview, tools: Tools | None = None) -> N
         tools: to do it with; None for this module's own.
 
     Raises:
-        FormatError: what docs/format.md does not allow; of the words, only what would read beyond them. Checksums tell
-            whether the bytes are the original ones.
+        FormatError: what docs/format.md does not allow. Checksums tell whether the bytes are the original ones.
     """
     tools = tools or _OWN
     frame = layout(bytes(stored[:HEAD]), len(out))
@@ -225,7 +224,8 @@ def decode(stored: memoryview, out: memoryview, tools: Tools | None = None) -> N
     planes = np.empty((frame.width, frame.elements), np.uint8)
     for number, place in enumerate(frame.planes):
         if place.coded:
-            tools.decoded(*checked(data, frame, place), planes[number])
+            if not tools.decoded(*checked(data, frame, place), planes[number]):
+                raise FormatError(f"the words of plane {number} do not end where they have to")
         else:
             planes[number] = data[place.at : place.at + frame.elements]
     for low, high in gaps(frame):
@@ -338,7 +338,7 @@ def coded(plane: Bytes, table: npt.NDArray[np.uint16]) -> tuple[Numbers, Numbers
     return ends, state, words[taken]
 
 
-def decoded(table: Words, ends: Numbers, states: Numbers, words: Words, out: Bytes) -> None:
+def decoded(table: Words, ends: Numbers, states: Numbers, words: Words, out: Bytes) -> bool:
     """See Tools."""
     blocks = len(ends)
     frequency = table.astype(np.uint32)
@@ -363,6 +363,7 @@ def decoded(table: Words, ends: Numbers, states: Numbers, words: Words, out: Byt
             next_ = next_ + taken[:, -1:]
         state[:there], at[:there] = own, next_
     out[:] = steps.reshape(-1)[: len(out)]
+    return bool((state == START).all() and (at[:, 0] == ends).all())
 
 
 _OWN: Any = sys.modules[__name__]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
+import numba  # type: ignore[import-untyped]
 import numpy as np
 
 from . import planes
@@ -47,8 +47,8 @@ def _coded(plane: Any, frequency: Any, begin: Any, ends: Any, states: Any, words
 
 
 @_compiled
-def _decoded(entry: Any, ends: Any, states: Any, words: Any, out: Any) -> None:
-    last = len(words) - 1
+def _decoded(entry: Any, ends: Any, states: Any, words: Any, out: Any) -> bool:
+    last, sound = len(words) - 1, True
     for block in range(len(ends)):
         state = states[block].copy()
         at = 0 if block == 0 else np.int64(ends[block - 1])
@@ -65,6 +65,8 @@ def _decoded(entry: Any, ends: Any, states: Any, words: Any, out: Any) -> None:
                         own = own << np.uint32(16) | np.uint32(words[min(at, last)])
                         at += 1
                     state[lane] = own
+        sound = bool(sound and at == ends[block] and np.all(state == np.uint32(START)))
+    return sound
 
 
 @_compiled
@@ -127,10 +129,11 @@ def coded(plane: Bytes, table: Words) -> tuple[Numbers, Numbers, Words]:
     return ends, states, words[: ends[-1]]
 
 
-def decoded(table: Words, ends: Numbers, states: Numbers, words: Words, out: Bytes) -> None:
+def decoded(table: Words, ends: Numbers, states: Numbers, words: Words, out: Bytes) -> bool:
     """See ``planes.decoded``."""
     frequency = table.astype(np.uint32)
     symbol = np.repeat(np.arange(256, dtype=np.uint32), frequency)
     place = np.arange(TOTAL, dtype=np.uint32) - (np.cumsum(frequency) - frequency).astype(np.uint32)[symbol]
     entry = symbol | frequency[symbol] - np.uint32(1) << np.uint32(8) | place << np.uint32(20)
-    _decoded(entry, ends, states, words if len(words) else np.zeros(1, np.uint16), out)
+    sound = _decoded(entry, ends, states, words if len(words) else np.zeros(1, np.uint16), out)
+    return bool(sound)

@@ -14,7 +14,7 @@ assert _RECORD.size == CHUNK_RECORD
 RAW = 0
 """Codec 0: the stored bytes are the original bytes."""
 PLANES = 1
-"""Codec 1: planes of bytes, entropy-coded (docs/format.md, section 8; ``codecs.planes``)."""
+"""Codec 1: planes of bytes, entropy-coded (docs/format.md, section 17; ``codecs.planes``)."""
 
 
 @dataclass(frozen=True, slots=True)

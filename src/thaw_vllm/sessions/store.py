@@ -93,6 +93,11 @@ class Store:
         about = self.directory / ABOUT
         if not about.exists():
             if not create and not self._sessions.is_dir():  # else only that file is gone, or was not made yet
+                if not self.directory.is_dir():
+                    kind = "is no directory" if self.directory.exists() else "does not exist"
+                    raise StorageError(
+                        f"{shown} {kind}: thaw checkpoint makes a store, --store or {VARIABLE} says where it is"
+                    )
                 raise StorageError(
                     f"{shown} holds no sessions; thaw checkpoint makes them, --store or {VARIABLE} says where they are"
                 )

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from ..codecs.planes import ALIGN, HEAD, Frame, layout
 from ..errors import CorruptionError, FormatError
 from .cuda import Stream
-from .links import CudaLink, Sums
+from .links import CudaLink
 from .planes_cuda import PlaneKernels, room
 from .wordsum_cuda import CudaSums, Kernel
 
@@ -135,14 +135,20 @@ class CodedLink(CudaLink):
             raise self._damage(number)
         self._frames[number] = frame
 
-    def landed(self, number: int) -> None:
-        """See Link."""
+    def landed(self, number: int, after: int = 0) -> None:
+        """See Link.
+
+        Args:
+            after: an event before which the range may not have landed; 0 where it has.
+        """
         if not self._stored[number]:
             return
         with self._lock, self.context.entered():
             frame = self._frames.pop(number)
             stream, event = self._streams[self._launched % _STREAMS], self._launched // _STREAMS % _EVENTS
             self._launched += 1
+            if after:
+                self.context.driver.call("cuStreamWaitEvent", stream.handle, after, 0)
             stored, (out, length) = self._memory + self._places[number][0], self.finals[number]
             planes = _aligned(stored + frame.size)
             there = out if out % ALIGN == 0 else _aligned(planes + room(frame))
@@ -153,10 +159,10 @@ class CodedLink(CudaLink):
             self._events[number] = stream, event
 
     @contextlib.contextmanager
-    def sums(self, count: int) -> Iterator[Sums]:
+    def sums(self, count: int) -> Iterator[DecodedSums]:
         """See Link."""
         with self.context.entered(), CudaSums(self.context, count, self._kernel) as sums:
-            yield _Decoded(self, sums)
+            yield DecodedSums(self, sums)
 
     def wait(self, sums: CudaSums) -> None:
         """Let sums wait for what is being decoded."""
@@ -192,15 +198,20 @@ def _aligned(address: int) -> int:
     return -(-address // ALIGN) * ALIGN
 
 
-class _Decoded:
+class DecodedSums:
+    """Of ranges that may still be being decoded; see ``links.Sums``."""
+
     def __init__(self, link: CodedLink, sums: CudaSums) -> None:
         self._link, self._sums = link, sums
         self._order: list[int] = []
+        self.after = sums.after
 
     def add(self, ranges: Sequence[int]) -> None:
+        """Ask for ranges by number, once what is being decoded is there."""
         self._link.wait(self._sums)
         self._sums.add([self._link.finals[number] for number in ranges])
         self._order += ranges
 
     def results(self) -> dict[int, int]:
+        """Range to sum; waits for them."""
         return dict(zip(self._order, self._sums.results(), strict=True))

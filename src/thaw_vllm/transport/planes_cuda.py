@@ -7,6 +7,7 @@ buffers that are named is read or written: what a hostile frame decodes to, its 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import threading
 
@@ -227,6 +228,10 @@ class PlaneKernels:
                     self._loaded[width, plane] = module, 0
                     self._loaded[width, plane] = module, self._context.driver.made("cuModuleGetFunction", module, name)
             return self._loaded[width, plane][1]
+
+    def entered(self) -> contextlib.AbstractContextManager[None]:
+        """Make the GPU's context the calling thread's meanwhile."""
+        return self._context.entered()
 
     def decode(self, frame: Frame, stored: int, planes: int, out: int, stream: int) -> None:
         """Ask for a frame to be decoded. The caller has entered the context.

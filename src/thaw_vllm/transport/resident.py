@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import mmap
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 
+from ..codecs.planes import HEAD
 from ..errors import DeviceError, StorageError
 from . import parallel
 from .checksum import damaged
+from .coded_link import CodedLink
 from .cuda import Context, Stream
 from .medium import in_memory
 from .pipeline import Range
@@ -23,6 +26,8 @@ LOCK = 128 << 20
 from one locked part to the next."""
 TASK = 16 << 20
 """Bytes that one thread reads at a time."""
+_MARKS = 64
+"""Events of a stream that copies; by the time that one is used again, whoever had to wait for it has been told so."""
 GROUP = 16
 """Ranges whose sums are asked for at once, while those after them arrive."""
 
@@ -229,6 +234,56 @@ class Resident(MemorySource):
         for found, result in zip(ranges if verify else (), results, strict=True):
             if result != found.wordsum:
                 raise damaged(self.name, found.label, found.offset, found.length)
+
+    def send_coded(
+        self,
+        link: CodedLink,
+        ranges: Sequence[Range],
+        *,
+        verify: bool,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        """``send`` where some ranges are compressed: each is decoded as soon as it is there, while others arrive.
+
+        Args:
+            link: to that GPU, of these ranges.
+        """
+        assert self.locked is not None
+        call, found = link.context.driver.call, dict[int, int]()
+        with link.context.entered(), contextlib.ExitStack() as stack:
+            stream = Stream(link.context, events=_MARKS)
+            stack.callback(stream.close)  # last: what waits for its events is over by then
+            sums = stack.enter_context(link.sums(len(ranges))) if verify else None
+            stack.callback(link.settle)
+            asked = 0
+            for number, wanted in enumerate(ranges):
+                while not link.admits(number):
+                    time.sleep(0)  # others run meanwhile
+                if wanted.coded:
+                    head = memoryview(bytearray(min(wanted.length, HEAD)))
+                    self.read_into(wanted.offset, head)
+                    link.seen(number, head)
+                address = link.runs[number][0]
+                for held, size in self.locked.pieces(wanted.offset, wanted.length):
+                    call("cuMemcpyHtoDAsync_v2", address, held, size, stream.handle)
+                    address += size
+                event = stream.events[number % _MARKS]
+                stream.mark(number % _MARKS)
+                link.landed(number, event)
+                if progress is not None:
+                    progress(wanted.length)
+                if sums is not None and (number + 1 - asked == GROUP or number + 1 == len(ranges)):
+                    sums.after(event)
+                    sums.add(range(asked, number + 1))
+                    asked = number + 1
+            link.settle()
+            stream.synchronize()
+            if sums is not None:
+                found = sums.results()
+        for number, result in found.items():
+            wanted = ranges[number]
+            if result != wanted.wordsum:
+                raise damaged(self.name, wanted.label, wanted.offset, wanted.length)
 
     def _kernel(self, device: int) -> Kernel:
         """Kept: loading it would take its time from every restore."""

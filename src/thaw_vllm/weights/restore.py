@@ -171,8 +171,11 @@ def _to_device(
     """Bring chunks to one device; returns what reports call the way."""
     name, helpers = source.name, way.helpers
     with contextlib.closing(_link(name, way, ranges, places)) as link:
-        if type(link) is CudaLink and isinstance(source, Resident) and source.locked is not None:
-            source.send(link.context, ranges, link.runs, verify=verify, progress=progress)
+        if isinstance(link, CudaLink) and isinstance(source, Resident) and source.locked is not None:
+            if isinstance(link, CodedLink):
+                source.send_coded(link, ranges, verify=verify, progress=progress)
+            else:
+                source.send(link.context, ranges, link.runs, verify=verify, progress=progress)
             return f"page-locked memory to cuda:{link.context.device}"
         options: dict[str, Any] = {"workers": workers, "verify": verify, "progress": progress}
         if not deliver(way.reader, name, ranges, link, helpers=helpers, **options) or helpers is None:

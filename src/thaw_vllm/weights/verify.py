@@ -139,10 +139,7 @@ def _check_chunks(opened: Opened, workers: int, content: bool, advance: Callable
 
         return deliver
 
-    pieces = (
-        piece_of(c, base, owners[c.storage], deliver=hashing(c) if content else None)
-        for c in snapshot.chunks
-    )
+    pieces = (piece_of(c, base, owners[c.storage], deliver=hashing(c) if content else None) for c in snapshot.chunks)
     read(opened.source, pieces, workers=workers, progress=advance)
     if not content:
         return

@@ -18,7 +18,7 @@ RIVALS = {
     "thaw-native": "native",
 }
 """Name → the file here with its ``SYSTEM``. A new rival is one file and one line."""
-OURS = "thaw"
+OURS, OURS_COMPRESSED = "thaw", "thaw-compressed"
 
 
 def system(name: str) -> System:
@@ -27,11 +27,11 @@ def system(name: str) -> System:
     Raises:
         UsageError: there is none.
     """
-    if name == OURS:
-        from ..ours import Thaw
+    if name in (OURS, OURS_COMPRESSED):
+        from ..ours import Compressed, Thaw
 
-        return Thaw()
+        return Thaw() if name == OURS else Compressed()
     if name not in RIVALS:
-        raise UsageError(f"there is no system {name!r}; there are {', '.join([OURS, *RIVALS])}")
+        raise UsageError(f"there is no system {name!r}; there are {', '.join([OURS, OURS_COMPRESSED, *RIVALS])}")
     found: System = import_module(f"{__name__}.{RIVALS[name]}").SYSTEM
     return found

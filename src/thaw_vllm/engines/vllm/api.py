@@ -112,7 +112,8 @@ def freeze_checkpoint(model: str, path: str | os.PathLike[str], **engine_args: A
         model: model directory or hub name.
         path: the snapshot's path, the manifest's when there are several ranks.
         engine_args: vLLM's engine arguments (``tensor_parallel_size``, ``dtype``, ``quantization``, …), and
-            ``force``, ``source_format``, ``workers`` of LoaderConfig. ``enforce_eager`` makes no difference here.
+            ``force``, ``compress``, ``source_format``, ``workers`` of LoaderConfig. ``enforce_eager`` makes no
+            difference here.
 
     Returns:
         One report a rank.
@@ -124,7 +125,8 @@ def freeze_checkpoint(model: str, path: str | os.PathLike[str], **engine_args: A
         raise UsageError(f"freezing sets {taken[0]} itself; leave it out (source_format names vLLM's load format)")
     path = os.path.abspath(os.fspath(path))
     extra: dict[str, Any] = {"snapshot": path, "mode": "freeze"}
-    extra |= {name: engine_args.pop(name) for name in ("force", "source_format", "workers") if name in engine_args}
+    ours = ("force", "compress", "source_format", "workers")
+    extra |= {name: engine_args.pop(name) for name in ours if name in engine_args}
     check_target(Path(path), bool(extra.get("force")))
     check_model(model)
     versions.vllm_version()

@@ -112,7 +112,7 @@ class Freezing:
         )
         self._captured = capture(module_tensors(model, also=audit.changed_buffers(self._before, after)), files)
 
-    def write(self, path: str, *, force: bool, workers: int | None) -> FreezeReport:
+    def write(self, path: str, *, force: bool, workers: int | None, compress: bool = False) -> FreezeReport:
         """Publish it, and note on the model that its weights are this snapshot's.
 
         Raises:
@@ -125,7 +125,7 @@ class Freezing:
                 path,
                 header,
                 captured,
-                FreezeOptions(force=force, workers=workers, progress=progress),
+                FreezeOptions(force=force, compress=compress, workers=workers, progress=progress),
                 world_exchange(),
                 ident.result if ident is not None else lambda: None,
             )

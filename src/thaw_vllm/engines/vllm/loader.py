@@ -71,6 +71,7 @@ class LoaderConfig:
         verify: thaw: hold every chunk against its checksum.
         check_source: thaw: refuse a model directory whose weight files are not the snapshot's.
         force: freeze: replace an existing snapshot.
+        compress: freeze: store what shrinks by codec 1.
         source_format: freeze: vLLM's load format for the checkpoint.
         source_config: freeze: that loader's own extra config.
         workers: threads or helper processes a rank; None for what the machine bears.
@@ -88,6 +89,7 @@ class LoaderConfig:
     verify: bool = True
     check_source: bool = True
     force: bool = False
+    compress: bool = False
     source_format: str = "auto"
     source_config: dict[str, Any] = dataclasses.field(default_factory=dict)
     workers: int | None = None
@@ -113,7 +115,7 @@ class LoaderConfig:
             raise UsageError(f"load_format='thaw' needs the snapshot's path: {example}")
         options: dict[str, Any] = {"mode": "thaw" if given.get("snapshot") else "stream"}
         found = cls(**options | given)
-        for name in ("verify", "check_source", "force", "processes", "expects_kv"):
+        for name in ("verify", "check_source", "force", "compress", "processes", "expects_kv"):
             if not isinstance(getattr(found, name), bool):
                 raise UsageError(f"load_format='thaw': {name} must be true or false")
         if found.workers is not None and (type(found.workers) is not int or found.workers < 1):
@@ -307,7 +309,7 @@ class ThawModelLoader(BaseModelLoader):
         freezing = Freezing(model, model_config, identity, directory, checkpoint)
         self.source().load_weights(model, model_config)
         freezing.prepare()
-        report = freezing.write(config.snapshot, force=config.force, workers=config.workers)
+        report = freezing.write(config.snapshot, force=config.force, workers=config.workers, compress=config.compress)
         return report, report.model
 
     def _stream(self, model: torch.nn.Module, model_config: ModelConfig) -> StreamReport | None:

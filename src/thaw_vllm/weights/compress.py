@@ -1,0 +1,153 @@
+"""A snapshot written again with another codec: the same header, tensors and ids, other stored bytes."""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from ..errors import CorruptionError, StorageError, UsageError
+from ..format.limits import DEFAULT_CHUNK, HASH_BLOCK
+from ..transport import parallel
+from ..transport.drain import Run
+from ..transport.read import piece_of, read
+from ..transport.writer import check_target
+from .capture import Captured
+from .freeze import FreezeOptions, FreezeReport
+from .open import Opened, open_rank, open_snapshot
+from .ranks import Exchange, freeze_rank
+
+
+def rewrite(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    compress: bool = True,
+    force: bool = False,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[FreezeReport]:
+    """Write a snapshot anew, every chunk verified on its way; content and model ids stay.
+
+    Args:
+        source: one file, or the manifest of a set, of which every rank's file is written.
+        target: where to; not ``source``.
+        compress: by codec 1 what it makes shorter; False for nothing compressed.
+        force: replace what is there.
+        workers: threads; None for what the machine bears.
+        progress: called as (original bytes done, bytes in all) from any thread.
+
+    Returns:
+        One report a rank.
+
+    Raises:
+        UsageError: another rank's file of a set than its manifest; the source itself as target.
+        FormatError, VersionError, CorruptionError, StorageError: the source is unsound or cannot be read.
+        ExistsError, SpaceError: of the target.
+    """
+    place = Path(target)
+    check_target(place, force)
+    with contextlib.suppress(OSError):
+        if os.path.samefile(source, target):
+            raise UsageError(f"{str(place)!r} is read while it would be written; choose another name, then rename it")
+    with open_snapshot(source, with_chunks=False) as opened:
+        identity, ranks = opened.snapshot.header.identity, opened.snapshot.header.ranks
+        world = len(ranks.members) + 1 if ranks is not None else 1
+        if ranks is not None and identity.parallel.rank:
+            raise UsageError(f"{os.fspath(source)!r} is one rank of a set; give the manifest, rank 0's file")
+    with contextlib.ExitStack() as stack:
+        every = [stack.enter_context(open_rank(source, rank)) for rank in range(world)]
+        total = sum(found.snapshot.bytes for found in every)
+        share = max(1, (workers or parallel.default_workers()) // world)
+        reports: dict[int, FreezeReport] = {}
+        done, lock = [0] * world, threading.Lock()
+        board, numbers = _Board(world), [*range(world)]
+
+        def body(stop: threading.Event) -> None:
+            rank = numbers.pop()
+            header, index = every[rank].snapshot.header, every[rank].snapshot.index
+
+            def advance(count: int, _: int) -> None:
+                if stop.is_set():
+                    raise StorageError("writing was broken off")
+                with lock:
+                    done[rank] = count
+                    if progress is not None:
+                        progress(sum(done), total)
+
+            options = FreezeOptions(force, 0o600, _chunk_size(every[rank]), compress, share, advance)
+            captured = Captured(index, tuple(_Stored(every[rank], n) for n in range(len(index.storages))), ())
+
+            model = header.identity.model
+            made = reports[rank] = freeze_rank(place, header, captured, options, board.exchange(rank), lambda: model)
+            if made.content != header.content:
+                raise CorruptionError(
+                    f"{every[rank].source.name!r} says its content id is {header.content}, its bytes give "
+                    f"{made.content}; it was altered after it was frozen, and so is what was written"
+                )
+
+        if world == 1:
+            body(threading.Event())
+        else:
+            parallel.crew(body, world)
+        for found in every:
+            found.source.check_unchanged()
+    return [reports[rank] for rank in range(world)]
+
+
+def _chunk_size(opened: Opened) -> int:
+    """The same chunks again, where they are all of one size."""
+    return max(
+        (chunk.length for chunk in opened.snapshot.chunks if not chunk.length % HASH_BLOCK), default=DEFAULT_CHUNK
+    )
+
+
+class _Stored:
+    """A storage of a snapshot; see ``capture.Storage``. Every chunk is verified each time that some of it is read."""
+
+    def __init__(self, opened: Opened, number: int) -> None:
+        snapshot = opened.snapshot
+        self.length = snapshot.index.storages[number]
+        self._source, self._base, self._label = opened.source, snapshot.preamble.payload_at, f"storage {number}"
+        self._chunks = [chunk for chunk in snapshot.chunks if chunk.storage == number]
+
+    def read(self, at: int, length: int) -> memoryview:
+        """See Storage."""
+        out = memoryview(bytearray(length))
+        first = bisect.bisect_right(self._chunks, at, key=lambda chunk: chunk.at) - 1
+        for chunk in self._chunks[first:]:
+            if chunk.at >= at + length:
+                break
+            low, high = max(at, chunk.at), min(at + length, chunk.at + chunk.length)
+            whole = high - low == chunk.length
+            room = out[low - at : high - at] if whole else memoryview(bytearray(chunk.length))
+            read(self._source, [piece_of(chunk, self._base, self._label, room)], workers=1)
+            if not whole:
+                out[low - at : high - at] = room[low - chunk.at : high - chunk.at]
+        return out
+
+    def run(self, at: int, length: int) -> Run | None:
+        """They are in host memory."""
+        return None
+
+
+class _Board:
+    """Where threads, one a rank, exchange messages."""
+
+    def __init__(self, world: int) -> None:
+        self._messages, self._barrier = [b""] * world, threading.Barrier(world)
+
+    def exchange(self, rank: int) -> Exchange:
+        """For the thread of a rank."""
+
+        def exchanged(message: bytes) -> list[bytes]:
+            self._messages[rank] = message
+            self._barrier.wait()
+            found = [*self._messages]
+            self._barrier.wait()
+            return found
+
+        return exchanged
