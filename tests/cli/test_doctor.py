@@ -194,7 +194,7 @@ def test_optional_packages_are_those_of_the_extras():
         name: set(re.findall(r'"([a-z-]+)[^;"]*"', line))
         for name, line in re.findall(r"^(\w+) = (\[.+\])$", text, re.M)
     }
-    used = {"vllm", "convert", "demo"} | ({"serve"} & set(COMMANDS))
+    used = {"vllm", "convert", "compress", "demo"} | ({"serve"} & set(COMMANDS))
     assert set().union(*(extras[name] for name in used)) == set(OPTIONAL)
 
 
