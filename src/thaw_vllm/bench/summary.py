@@ -20,6 +20,8 @@ FORK_HEAD = (
     *("TOKENS", "N", "MB", "PREFILLS S", "PREFIX S", "FORK S", "THAWED S", "RESTORE S", "CHECKPOINT S"),
     *("POOL 4×64 S", "GB/S", "OF LIMIT", "PREFILLS/FORK", "PREFILLS/(RESTORE+THAWED)", "EQUAL"),
 )
+COMPRESSED = "-compressed"
+"""How a work is called whose snapshot is compressed; bytes and speeds are those of the original bytes."""
 LIMITS: Mapping[str, tuple[str, ...]] = {
     "restore-tmpfs": ("h2d",),
     "restore-pagecache": ("h2d",),
@@ -45,12 +47,20 @@ ON_HOST = {
 """The same where the model is in host memory, by medium or work."""
 
 
+def uncompressed(work: str) -> str:
+    """The same of a snapshot that is not compressed."""
+    return work.removesuffix(COMPRESSED)
+
+
 def limit_of(record: Record, outcome: Outcome) -> Record | None:
-    """The limit of the same run that ``record`` is held against; None if it was not measured."""
-    directory = record.extra.get("directory")
-    if record.work == "restore-cpu":
+    """The limit of the same run that ``record`` is held against; None if it was not measured.
+
+    A compressed one is held against the limit of the bytes that it becomes: it may be faster.
+    """
+    directory, work = record.extra.get("directory"), uncompressed(record.work)
+    if work == "restore-cpu":
         return outcome.limit(*ON_HOST.get(str(record.extra.get("medium")), ("memory-read",)), directory=directory)
-    chains = [works[record.work] for works in (LIMITS, ON_DISK, ON_HOST) if record.work in works]
+    chains = [works[work] for works in (LIMITS, ON_DISK, ON_HOST) if work in works]
     found = (outcome.limit(*chain, directory=directory) for chain in chains)
     return next((limit for limit in found if limit is not None), None)
 
@@ -70,7 +80,7 @@ def of_rival(record: Record, outcome: Outcome) -> float | None:
 def section(record: Record) -> tuple[str, str, str]:
     """Which table it is a row of: work, medium or kind of start, directory."""
     kind = record.extra.get("medium") or record.extra.get("start") or ""
-    return record.work, str(kind), str(record.extra.get("directory", ""))
+    return uncompressed(record.work), str(kind), str(record.extra.get("directory", ""))
 
 
 def prompt_tokens(record: Record) -> int:
@@ -101,7 +111,8 @@ def label(record: Record) -> str:
     """Which line it is, within its group."""
     checked = ", verified" if record.verified else ", unverified" if record.system == "thaw" else ""
     length = f"{prompt_tokens(record)} tokens, " if prompt_tokens(record) else ""
-    return f"{length}{record.system}{checked if record.work.startswith('restore') else ''}: {record.route}"
+    small = " compressed" if record.work.endswith(COMPRESSED) else ""
+    return f"{length}{record.system}{small}{checked if record.work.startswith('restore') else ''}: {record.route}"
 
 
 def row(record: Record, outcome: Outcome) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from .process import ChildError, ask
 from .record import Record, file_system_of
 from .rivals import OURS, OURS_COMPRESSED, RIVALS, system
 from .rounds import Entry, Sample
+from .summary import COMPRESSED
 from .systems import NATIVE, THAW, System
 
 TMPFS, PAGECACHE, DISK, WARM = "restore-tmpfs", "restore-pagecache", "restore-disk", "restore-warm"
@@ -215,9 +216,10 @@ def _record(work: str, named: str, entry: Entry, samples: Sequence[Sample], file
         extra["different"] = different
     if "pin_seconds" in answers[-1]:
         extra["pin_seconds"] = [round(answer["pin_seconds"], 4) for answer in answers]
+    small = entry.system == OURS_COMPRESSED
     return Record(
-        named,
-        entry.system,
+        named + COMPRESSED * small,
+        OURS if small else entry.system,
         answers[-1]["route"],
         files.bytes,
         seconds,
