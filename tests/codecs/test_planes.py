@@ -1,8 +1,10 @@
 """Codec 1, held against itself, against numba's, and against a decoder that docs/format.md alone describes."""
 
-import contextlib
+import os
 import random
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -220,6 +222,44 @@ def test_noise_instead_of_a_frame(seed):
     frame = bytearray(planes.encode(memoryview(data), width))
     for _ in range(rng.randrange(1, 200)):
         frame[rng.randrange(32 if rng.random() < 0.02 else 600, len(frame))] = rng.randrange(256)
+    sound = []
     for tools in BOTH:
-        with contextlib.suppress(FormatError):
-            planes.decode(memoryview(bytes(frame)), memoryview(bytearray(len(data))), tools)
+        room = bytearray(b"\xa5" * (len(data) + 128))
+        try:
+            planes.decode(memoryview(bytes(frame)), memoryview(room)[64:-64], tools)
+            sound.append(True)
+        except FormatError:
+            sound.append(False)
+        assert room[:64] == room[-64:] == b"\xa5" * 64
+    assert sound[0] == sound[1]
+
+
+def test_chosen_by_more_than_how_it_begins():
+    """A chunk that begins with noise, and one that ends with it."""
+    noise, zeros = random.Random(3).randbytes(1 << 20), bytes(15 << 20)
+    for data in (noise + zeros, zeros + noise):
+        frame = planes.encode(memoryview(data), 2, planes_numba)
+        assert len(frame) < 0.2 * len(data)
+        room = bytearray(len(data))
+        planes.decode(memoryview(frame), memoryview(room), planes_numba)
+        assert room == data
+
+
+def test_a_cache_that_cannot_be_written(tmp_path):
+    """As of a full home; in a process of its own, which may write no file at all."""
+    script = """
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+import signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+from thaw_vllm.codecs import decode, encode, tools
+assert tools().__name__.endswith("planes_numba")
+data = memoryview(bytes(range(8)) * 10_000)
+codec, stored = encode(data, 2)
+room = bytearray(len(data))
+decode(codec, memoryview(stored), memoryview(room))
+assert codec == 1 and room == data
+"""
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True, timeout=300)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size]

@@ -208,5 +208,29 @@ def test_driver_refuses(call, number, send, driver):
     """Nothing is left (see the fixtures)."""
     work = Work(20, 40 * planes.ROW)
     driver.refuse[call] = number
-    with contextlib.suppress(DeviceError):
+    try:
         send(work)
+    except DeviceError:
+        assert driver.refuse[call] < 0
+    else:  # it was never called so often, or less memory did as well
+        assert work.arrived() and (driver.refuse[call] >= 0 or call == "cuMemAlloc_v2")
+
+
+@pytest.mark.parametrize("refusals", [1, 3, 30])
+def test_less_memory_than_wanted(refusals, send, driver, monkeypatch):
+    """Half of it, and half of that; less than one range takes is too little."""
+    work, real = Work(40, 40 * planes.ROW), driver.functions["cuMemAlloc_v2"]
+    asked = []
+
+    def refusing(handle, size):
+        asked.append(size)
+        return 2 if len(asked) <= refusals else real(handle, size)
+
+    monkeypatch.setitem(driver.functions, "cuMemAlloc_v2", refusing)
+    if refusals < 30:
+        send(work)
+        assert work.arrived() and asked[0] > asked[1] and asked[refusals] < asked[0] / 1.9**refusals + 256
+    else:
+        with pytest.raises(DeviceError):
+            send(work)
+        assert asked == sorted(asked, reverse=True) and len(asked) < 10

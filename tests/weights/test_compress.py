@@ -125,6 +125,8 @@ def test_a_set(world, tmp_path):
         member = tmp_path / opened.snapshot.header.ranks.members[0].name
     with pytest.raises(UsageError, match="give the manifest"):
         rewrite(member, tmp_path / "other.thaw")
+    with pytest.raises(UsageError, match="choose another name"):
+        rewrite(tmp_path / "small.thaw", member, force=True)
     os.unlink(member)
     with pytest.raises(CorruptionError, match="is missing"):
         rewrite(tmp_path / "small.thaw", tmp_path / "other.thaw")
@@ -194,6 +196,42 @@ def test_full_disk(failing, files, tmp_path, monkeypatch):
     assert not [*tmp_path.iterdir()]
 
 
+@pytest.mark.parametrize("world", [2, 3])
+def test_one_rank_fails(world, tmp_path, monkeypatch):
+    """Nobody waits for it."""
+    assert all(freeze_threads(tmp_path / "w.thaw", 1.0, world))
+    before, real = {*tmp_path.iterdir()}, freeze.block_digests
+    calls = []
+
+    def digests(data):
+        calls.append(data)
+        if len(calls) == 2:
+            raise SpaceError("full")
+        return real(data)
+
+    monkeypatch.setattr(freeze, "block_digests", digests)
+    with pytest.raises(ThawError):
+        rewrite(tmp_path / "w.thaw", tmp_path / "small.thaw")
+    assert {*tmp_path.iterdir()} == before
+
+
+def test_ctrl_c_before_every_rank_has_begun(tmp_path, monkeypatch):
+    assert all(freeze_threads(tmp_path / "w.thaw", 1.0, 3))
+    before, real = {*tmp_path.iterdir()}, threading.Thread.start
+    begun = []
+
+    def start(self):
+        begun.append(self)
+        if len(begun) == 3:
+            raise KeyboardInterrupt
+        real(self)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(KeyboardInterrupt):
+        rewrite(tmp_path / "w.thaw", tmp_path / "small.thaw")
+    assert {*tmp_path.iterdir()} == before
+
+
 @pytest.mark.parametrize("compress", [True, False])
 def test_ctrl_c(compress, files, tmp_path, monkeypatch):
     real = freeze.block_digests
@@ -217,5 +255,9 @@ def test_altered_and_sealed_again(tmp_path):
         thaw_vllm.freeze_model(model(), tmp_path / "w.thaw")
     finally:
         freeze.content_id = real
-    with pytest.raises(ThawError, match="was altered"):
-        rewrite(tmp_path / "w.thaw", tmp_path / "new.thaw")
+    (tmp_path / "old.thaw").write_bytes(b"old")
+    for name in ("new.thaw", "old.thaw"):
+        with pytest.raises(CorruptionError, match="was altered"):
+            rewrite(tmp_path / "w.thaw", tmp_path / name, force=True)
+    assert (tmp_path / "old.thaw").read_bytes() == b"old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["old.thaw", "w.thaw"]

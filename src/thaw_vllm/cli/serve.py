@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
 LOCALHOST = "127.0.0.1"
 NOT_FOR_SEVERAL = ("uds", "served-model-name", "load-format", "model-loader-extra-config", "api-server-count")
-ROUTERS = ("host", "port", "api-key", "register", "allowed-host")
-"""Options of the router, which are gone from those of servers by the time that these are looked at."""
+ROUTERS = {"host": 0.75, "port": 0.75, "api-key": 0.75, "register": 0.75, "allowed-host": 0.9}
+"""Options of the router, which are gone from those of servers by the time that these are looked at; and how alike
+another is that was meant as one of them. vLLM has none that is."""
 EXAMPLES = """
 thaw serve --model Llama-3-8B/
 thaw serve --model Llama-3-8B/ --snapshot W.thaw
@@ -290,6 +291,12 @@ def _shared(
     return found
 
 
+def meant_for_router(option: str) -> str | None:
+    """The router's option that was mistyped as this one."""
+    alike = (name for name, least in ROUTERS.items() if difflib.SequenceMatcher(a=name, b=option).ratio() >= least)
+    return next(alike, None)
+
+
 def _several(
     models: Path | None,
     register: list[str],
@@ -325,9 +332,9 @@ def _several(
     for words in (options, *(model.args for model in settings.models.values())):
         for name in given(words):
             option = name.replace("_", "-")
-            meant = difflib.get_close_matches(option, ROUTERS, 1, 0.75)
+            meant = meant_for_router(option)
             if meant and words is options:  # else every server would be started with it, and refuse it
-                raise UsageError(f"there is no option --{option}; did you mean --{meant[0]}?")
+                raise UsageError(f"there is no option --{option}; did you mean --{meant}?")
             if option in NOT_FOR_SEVERAL or option.startswith("ssl-"):
                 raise UsageError(f"--{option} cannot be given for several models; leave it out")
     try:

@@ -48,4 +48,5 @@ def tools() -> Any:
         from . import planes_numba
     except ImportError:
         return planes
+    planes_numba.ready()
     return planes_numba

@@ -41,7 +41,8 @@ ALIGN = 16
 GAIN = 1 / 32
 """By which share a plane, and a chunk, has to become shorter to be worth coding."""
 SAMPLE = 1 << 20
-"""Bytes of a chunk by which it is chosen how to cut its elements."""
+"""Bytes of a chunk by which it is chosen how to cut its elements, and which planes to code; in so many runs."""
+_RUNS = 16
 _HEAD = struct.Struct("<BBBB4I")
 
 
@@ -160,7 +161,7 @@ def _aligned(at: int) -> int:
 
 
 def encode(data: memoryview | Bytes, width: int, tools: Tools | None = None) -> bytes | None:
-    """A frame that holds ``data``; None where it would not be shorter by a 32nd.
+    """A frame that holds ``data``; None where it would not be shorter by a 32nd, or a sample of it says so.
 
     Args:
         data: bytes of a chunk.
@@ -170,10 +171,11 @@ def encode(data: memoryview | Bytes, width: int, tools: Tools | None = None) -> 
     """
     tools = tools or _OWN
     raw = np.frombuffer(data, np.uint8)
+    sample = _sample(raw)
     best: tuple[float, int, int, Counts] | None = None
     for wide, turn in {(width, 1), (width, 0), (1, 0)} if width in WIDTHS[1:] else {(1, 0)}:
         if len(raw) >= ROW * wide:
-            counts = np.stack([tools.counted(plane) for plane in tools.split(raw[:SAMPLE], wide, turn)])
+            counts = np.stack([tools.counted(plane) for plane in tools.split(sample, wide, turn)])
             found = _bits(counts).sum() / (8 * counts.sum())
             if best is None or found < best[0]:
                 best = found, wide, turn, counts
@@ -266,6 +268,15 @@ def checked(data: Bytes, frame: Frame, place: Plane) -> tuple[Words, Numbers, Nu
         raise FormatError("a plane's blocks do not divide its words")
     states = part(place.states, LANES * frame.blocks, "<u4").reshape(-1, LANES)
     return table, ends, states, part(place.words, place.count, "<u2")
+
+
+def _sample(raw: Bytes) -> Bytes:
+    """All of a short chunk; runs from all over a long one."""
+    if len(raw) <= SAMPLE:
+        return raw
+    run = SAMPLE // _RUNS
+    starts = ((len(raw) - run) * n // (_RUNS - 1) // (ROW * WIDTHS[-1]) * (ROW * WIDTHS[-1]) for n in range(_RUNS))
+    return np.concatenate([raw[at : at + run] for at in starts])
 
 
 def _bits(counts: Counts) -> npt.NDArray[np.float64]:

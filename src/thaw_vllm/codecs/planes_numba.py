@@ -16,9 +16,9 @@ _ROWS = BLOCK // ROW
 def _compiled(function: Any) -> Any:
     """Without the interpreter's lock; kept in numba's cache, where there is a directory for it."""
     try:
-        return numba.njit(nogil=True, cache=True, boundscheck=False)(function)
+        return numba.njit(nogil=True, cache=True)(function)
     except RuntimeError:  # neither beside this file nor in the user's home
-        return numba.njit(nogil=True, boundscheck=False)(function)
+        return numba.njit(nogil=True)(function)
 
 
 @_compiled
@@ -137,3 +137,23 @@ def decoded(table: Words, ends: Numbers, states: Numbers, words: Words, out: Byt
     entry = symbol | frequency[symbol] - np.uint32(1) << np.uint32(8) | place << np.uint32(20)
     sound = _decoded(entry, ends, states, words if len(words) else np.zeros(1, np.uint16), out)
     return bool(sound)
+
+
+def ready() -> None:
+    """Compile everything, or load it from the cache; where that cannot be written, do without."""
+    try:
+        _try_out()
+    except OSError:
+        own = globals()
+        for name in ("_coded", "_decoded", "_counted", "_split2", "_merged2"):
+            own[name] = numba.njit(nogil=True)(own[name].py_func)
+        _try_out()
+
+
+def _try_out() -> None:
+    data = np.zeros(2 * ROW, np.uint8)
+    parts = split(data, 2, 1)
+    table = planes.frequencies(counted(parts[1]))
+    out = np.empty(ROW, np.uint8)
+    assert decoded(table, *coded(parts[1], table), out)
+    merge(parts, 1, data)

@@ -57,7 +57,7 @@ def read(source: Read, file_size: int, *, with_chunks: bool = True) -> Snapshot:
     Args:
         source: reads ranges of the file.
         file_size: its size in bytes.
-        with_chunks: False leaves the chunk table unread (``thaw info`` on any size of model).
+        with_chunks: False leaves the chunk table unread (what a file is, whatever its size).
 
     Raises:
         FormatError, VersionError, CorruptionError: docs/format.md says what is allowed.

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
 from ..codecs.planes import ALIGN, HEAD, Frame, layout
-from ..errors import CorruptionError, FormatError
+from ..errors import CorruptionError, DeviceError, FormatError
 from .cuda import Stream
 from .links import CudaLink
 from .planes_cuda import PlaneKernels, room
@@ -49,7 +49,7 @@ class CodedLink(CudaLink):
             kernels: that decode, on this device, borrowed; None has them loaded.
 
         Raises:
-            DeviceError: no memory.
+            DeviceError: no memory for one range; with less than SCRATCH fewer are under way at once.
         """
         super().__init__(device, runs, kernel)
         self.finals, self._stored = runs, stored
@@ -66,9 +66,10 @@ class CodedLink(CudaLink):
         self._own: PlaneKernels | None = None
         try:
             needs = [self._need(number) for number in range(len(stored)) if stored[number]]
-            self._size = max(max(needs, default=0), min(SCRATCH, sum(needs)))
+            least = max(needs, default=0)
+            self._size = max(least, min(SCRATCH, sum(needs)))
             with self.context.entered():
-                self._memory = self.context.driver.made("cuMemAlloc_v2", self._size) if needs else 0
+                self._take(least)
                 for _ in range(_STREAMS if needs else 0):
                     self._streams.append(Stream(self.context, events=_EVENTS + 1))
             if kernels is None:
@@ -79,6 +80,16 @@ class CodedLink(CudaLink):
         except BaseException:
             self.close()
             raise
+
+    def _take(self, least: int) -> None:
+        """Scratch memory: as much as is wanted, or half of it, and so on; at least for one range."""
+        while self._size and not self._memory:
+            try:
+                self._memory = self.context.driver.made("cuMemAlloc_v2", self._size)
+            except DeviceError:
+                if self._size == least:
+                    raise
+                self._size = max(least, self._size // 2 // _APART * _APART)
 
     def _need(self, number: int) -> int:
         address, length = self.finals[number]

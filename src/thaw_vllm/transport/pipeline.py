@@ -83,8 +83,8 @@ def deliver(
             may also put the range in its place in ``ranges`` with its sum, which is looked at when all are there.
         landed: called with the number of a range that is in place, in the calling thread; not checked yet.
         slot: bytes of a slot.
-        helpers: processes that read the reader's source, for a CudaLink and plain reads; ``admit`` may refuse nothing
-            then. The caller's to close. None reads by threads of this process.
+        helpers: processes that read the reader's source, for a CudaLink and plain reads. The caller's to close. None
+            reads by threads of this process.
         damage: what to raise for a range of the source of this name that does not agree with its sum.
 
     Returns:

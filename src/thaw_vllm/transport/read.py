@@ -76,7 +76,7 @@ def read(
     progress: Callable[[int], None] | None = None,
 ) -> None:
     """Read every piece. Staging memory is one chunk a worker, and none where ``into`` is given; for compressed pieces
-    their stored bytes in addition, and what decoding takes, about the piece's length.
+    their stored bytes in addition, and what decoding takes: the piece's length with numba, four times that without.
 
     Args:
         source: where from.

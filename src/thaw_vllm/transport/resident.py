@@ -16,6 +16,7 @@ from .coded_link import CodedLink
 from .cuda import Context, Stream
 from .medium import in_memory
 from .pipeline import Range
+from .planes_cuda import PlaneKernels
 from .readers import Reader
 from .source import FileSource, MemorySource
 from .staging import HUGE, address_of, advise_huge
@@ -131,6 +132,7 @@ class Resident(MemorySource):
         self._held: mmap.mmap | None = None
         self.locked: Locked | None = None
         self._kernels: dict[int, Kernel] = {}
+        self._decoders: dict[int, PlaneKernels] = {}
         self._lock = threading.Lock()
         try:
             if not (file.size and in_memory(file.descriptor) and self._map(context, workers)):
@@ -292,6 +294,13 @@ class Resident(MemorySource):
                 self._kernels[device] = Kernel(device)
             return self._kernels[device]
 
+    def decoders(self, device: int) -> PlaneKernels:
+        """Those that decode compressed ranges on a GPU; kept likewise, and this object's."""
+        with self._lock:
+            if device not in self._decoders:
+                self._decoders[device] = PlaneKernels(device)
+            return self._decoders[device]
+
     def close(self) -> None:
         """Unlock and return the memory; nothing may be copying from it. A second call does nothing."""
         if self._held is not None:
@@ -299,14 +308,15 @@ class Resident(MemorySource):
             self._release()
 
     def _release(self) -> None:
-        kernels, self._kernels = self._kernels, {}
+        kernels: list[Kernel | PlaneKernels] = [*self._kernels.values(), *self._decoders.values()]
+        self._kernels, self._decoders = {}, {}
         locked, self.locked = self.locked, None
         held, self._held = self._held, None
         try:
             with contextlib.ExitStack() as stack:  # each in any case
                 if locked is not None:
                     stack.callback(locked.close)
-                for kernel in kernels.values():
+                for kernel in kernels:
                     stack.callback(kernel.close)
         finally:
             if held is not None:

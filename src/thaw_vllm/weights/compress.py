@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import CorruptionError, StorageError, UsageError
+from ..format.chunks import Chunk
 from ..format.limits import DEFAULT_CHUNK, HASH_BLOCK
 from ..transport import parallel
 from ..transport.drain import Run
@@ -19,6 +20,9 @@ from .capture import Captured
 from .freeze import FreezeOptions, FreezeReport
 from .open import Opened, open_rank, open_snapshot
 from .ranks import Exchange, freeze_rank
+
+_GLANCE = 0.2
+"""Seconds between two looks at whether others have failed."""
 
 
 def rewrite(
@@ -30,11 +34,11 @@ def rewrite(
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[FreezeReport]:
-    """Write a snapshot anew, every chunk verified on its way; content and model ids stay.
+    """Write a snapshot anew, every chunk verified on its way, and the content id before it is published; ids stay.
 
     Args:
         source: one file, or the manifest of a set, of which every rank's file is written.
-        target: where to; not ``source``.
+        target: where to; no file of ``source``.
         compress: by codec 1 what it makes shorter; False for nothing compressed.
         force: replace what is there.
         workers: threads; None for what the machine bears.
@@ -44,15 +48,12 @@ def rewrite(
         One report a rank.
 
     Raises:
-        UsageError: another rank's file of a set than its manifest; the source itself as target.
+        UsageError: another rank's file of a set than its manifest; a file of the source as target.
         FormatError, VersionError, CorruptionError, StorageError: the source is unsound or cannot be read.
         ExistsError, SpaceError: of the target.
     """
     place = Path(target)
     check_target(place, force)
-    with contextlib.suppress(OSError):
-        if os.path.samefile(source, target):
-            raise UsageError(f"{str(place)!r} is read while it would be written; choose another name, then rename it")
     with open_snapshot(source, with_chunks=False) as opened:
         identity, ranks = opened.snapshot.header.identity, opened.snapshot.header.ranks
         world = len(ranks.members) + 1 if ranks is not None else 1
@@ -60,6 +61,12 @@ def rewrite(
             raise UsageError(f"{os.fspath(source)!r} is one rank of a set; give the manifest, rank 0's file")
     with contextlib.ExitStack() as stack:
         every = [stack.enter_context(open_rank(source, rank)) for rank in range(world)]
+        for found in every:
+            with contextlib.suppress(OSError):
+                if os.path.samefile(found.source.name, place):
+                    raise UsageError(
+                        f"{str(place)!r} is read while it would be written; choose another name, then rename it"
+                    )
         total = sum(found.snapshot.bytes for found in every)
         share = max(1, (workers or parallel.default_workers()) // world)
         reports: dict[int, FreezeReport] = {}
@@ -68,7 +75,8 @@ def rewrite(
 
         def body(stop: threading.Event) -> None:
             rank = numbers.pop()
-            header, index = every[rank].snapshot.header, every[rank].snapshot.index
+            opened = every[rank]
+            header, index = opened.snapshot.header, opened.snapshot.index
 
             def advance(count: int, _: int) -> None:
                 if stop.is_set():
@@ -78,23 +86,23 @@ def rewrite(
                     if progress is not None:
                         progress(sum(done), total)
 
-            options = FreezeOptions(force, 0o600, _chunk_size(every[rank]), compress, share, advance)
-            captured = Captured(index, tuple(_Stored(every[rank], n) for n in range(len(index.storages))), ())
+            def check(content: str) -> None:
+                opened.source.check_unchanged()
+                if content != header.content:
+                    raise CorruptionError(
+                        f"{opened.source.name!r} says its content id is {header.content}, its bytes give {content}; it "
+                        "was altered after it was frozen: get it again from where you trust it, or freeze again"
+                    )
 
-            model = header.identity.model
-            made = reports[rank] = freeze_rank(place, header, captured, options, board.exchange(rank), lambda: model)
-            if made.content != header.content:
-                raise CorruptionError(
-                    f"{every[rank].source.name!r} says its content id is {header.content}, its bytes give "
-                    f"{made.content}; it was altered after it was frozen, and so is what was written"
-                )
+            options = FreezeOptions(force, 0o600, _chunk_size(opened), compress, share, advance)
+            captured = Captured(index, _storages(opened), ())
+            exchange, model = board.exchange(rank, stop), header.identity.model
+            reports[rank] = freeze_rank(place, header, captured, options, exchange, lambda: model, check)
 
         if world == 1:
             body(threading.Event())
         else:
             parallel.crew(body, world)
-        for found in every:
-            found.source.check_unchanged()
     return [reports[rank] for rank in range(world)]
 
 
@@ -105,14 +113,20 @@ def _chunk_size(opened: Opened) -> int:
     )
 
 
+def _storages(opened: Opened) -> tuple[_Stored, ...]:
+    chunks: list[list[Chunk]] = [[] for _ in opened.snapshot.index.storages]
+    for chunk in opened.snapshot.chunks:
+        chunks[chunk.storage].append(chunk)
+    return tuple(_Stored(opened, number, found) for number, found in enumerate(chunks))
+
+
 class _Stored:
     """A storage of a snapshot; see ``capture.Storage``. Every chunk is verified each time that some of it is read."""
 
-    def __init__(self, opened: Opened, number: int) -> None:
-        snapshot = opened.snapshot
-        self.length = snapshot.index.storages[number]
-        self._source, self._base, self._label = opened.source, snapshot.preamble.payload_at, f"storage {number}"
-        self._chunks = [chunk for chunk in snapshot.chunks if chunk.storage == number]
+    def __init__(self, opened: Opened, number: int, chunks: list[Chunk]) -> None:
+        self.length, self._chunks = opened.snapshot.index.storages[number], chunks
+        self._source, self._base = opened.source, opened.snapshot.preamble.payload_at
+        self._label = f"storage {number}"
 
     def read(self, at: int, length: int) -> memoryview:
         """See Storage."""
@@ -135,19 +149,33 @@ class _Stored:
 
 
 class _Board:
-    """Where threads, one a rank, exchange messages."""
+    """Where threads, one a rank, exchange messages; who waits looks whether the others are to stop."""
 
     def __init__(self, world: int) -> None:
-        self._messages, self._barrier = [b""] * world, threading.Barrier(world)
+        self._world, self._round = world, 0
+        self._given: dict[int, bytes] = {}
+        self._last: list[bytes] = []
+        self._changed = threading.Condition()
 
-    def exchange(self, rank: int) -> Exchange:
-        """For the thread of a rank."""
+    def exchange(self, rank: int, stop: threading.Event) -> Exchange:
+        """For the thread of a rank.
+
+        Args:
+            stop: set when another thread has failed, or the caller was interrupted.
+        """
 
         def exchanged(message: bytes) -> list[bytes]:
-            self._messages[rank] = message
-            self._barrier.wait()
-            found = [*self._messages]
-            self._barrier.wait()
-            return found
+            with self._changed:
+                now = self._round
+                self._given[rank] = message
+                if len(self._given) == self._world:
+                    self._last, self._given = [self._given[n] for n in range(self._world)], {}
+                    self._round += 1
+                    self._changed.notify_all()
+                while self._round == now:
+                    if stop.is_set():
+                        raise StorageError("writing was broken off")
+                    self._changed.wait(_GLANCE)
+                return self._last  # the next round cannot end before this rank has come back
 
         return exchanged

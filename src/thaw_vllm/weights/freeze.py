@@ -48,7 +48,8 @@ class FreezeOptions:
         force: replace an existing file.
         mode: permission bits of the file, 0 to 0o777.
         chunk_size: bytes, a multiple of 4 MiB up to 64 MiB.
-        compress: store chunks by codec 1 that it makes shorter. Takes the room of the original bytes while it writes.
+        compress: store chunks by codec 1 that a sample of them says become shorter. Takes the room of the original
+            bytes while it writes.
         workers: threads; None for what the machine bears.
         progress: called as (original bytes done, bytes in all) from any thread.
     """
@@ -184,6 +185,8 @@ class SnapshotWriter:
                 summed = dataclasses.replace(summed, stored=len(stored))
                 padded = lane.hold(memoryview(stored)) if aligned and lane is not None else memoryview(stored)
             place = order.place(number, summed.stored) if options.compress else chunk.stored_at
+            if place is None:  # another thread has failed, and says why
+                return
             summed = dataclasses.replace(summed, stored_at=place)
             file.write_bulk(self._payload_at + place, padded)
             with lock:
@@ -271,12 +274,12 @@ class _Order:
         self.end, self._next = 0, 0
         self._changed = threading.Condition()
 
-    def place(self, number: int, length: int) -> int:
-        """The offset of a chunk in the payload; waits for those before it."""
+    def place(self, number: int, length: int) -> int | None:
+        """The offset of a chunk in the payload; waits for those before it. None when one of them will have none."""
         with self._changed:
             self._changed.wait_for(lambda: self._next == number or self._next < 0)
             if self._next < 0:
-                raise _Abandoned
+                return None
             at, self.end = self.end, align(self.end + length)
             self._next += 1
             self._changed.notify_all()
@@ -287,10 +290,6 @@ class _Order:
         with self._changed:
             self._next = -1
             self._changed.notify_all()
-
-
-class _Abandoned(Exception):
-    """Another thread has failed, whose error is told."""
 
 
 def element_sizes(index: Index) -> list[int]:

@@ -57,6 +57,7 @@ def freeze_rank(
     options: FreezeOptions,
     exchange: Exchange,
     model_id: Callable[[], str | None],
+    check: Callable[[str], None] | None = None,
 ) -> FreezeReport:
     """Write this rank's file of a set (or the only file) and publish the set once every rank has written.
 
@@ -71,6 +72,7 @@ def freeze_rank(
         options: as for a single file.
         exchange: an all-gather among the ranks.
         model_id: called on rank 0 once its payload is written; its answer goes into every rank's header.
+        check: called on every rank with its content id, before anything is published; may raise.
 
     Raises:
         ThawError: this rank's own failure, or StorageError naming the rank that failed.
@@ -101,6 +103,8 @@ def freeze_rank(
             others = world - 1 if rank == 0 else 0
             writer = stack.enter_context(SnapshotWriter(path, header, captured, own, others))
             content = writer.write_payload()
+            if check is not None:
+                check(content)
             written.append(writer)
             return {
                 "name": path.name,

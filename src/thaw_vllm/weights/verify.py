@@ -86,7 +86,7 @@ def verify(
         ReplacedError: a file was written to, or the set was replaced, meanwhile.
 
     Notes:
-        Memory is one MiB a thread, with ``content`` one chunk a thread.
+        Memory is one MiB a thread, with ``content`` one chunk a thread; of compressed chunks more (``transport.read``).
     """
     start = time.perf_counter()
     workers = workers or parallel.default_workers()

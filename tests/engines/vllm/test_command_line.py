@@ -1,5 +1,11 @@
 """Engine arguments as the server's command line has them."""
 
+import contextlib
+import importlib
+
+import pytest
+
+from thaw_vllm.cli.serve import ROUTERS, meant_for_router
 from thaw_vllm.engines.vllm.command_line import given, options
 
 
@@ -32,3 +38,20 @@ def test_values():
     assert given(["-O3", "word", "-O.x=1", "-O=2"]) == {"O": "2"}
     assert given(["-O3", "word"]) == {"O": "3"}
     assert list(given(["--tp-size=4", "-tp", "2", "--tp-size", "8"]).items()) == [("tp", "2"), ("tp_size", "8")]
+
+
+@pytest.mark.vllm
+def test_no_option_of_vllms_is_taken_for_a_mistyped_one_of_the_routers():
+    for name in ("vllm.entrypoints.launchers.cli_args", "vllm.entrypoints.openai.cli_args"):
+        with contextlib.suppress(ImportError):
+            arguments = importlib.import_module(name)
+            break
+    parser = arguments.make_arg_parser(arguments.FlexibleArgumentParser())
+    known = {word.lstrip("-") for action in parser._actions for word in action.option_strings}
+    assert {"host", "port", "api-key", "allowed-methods"} <= known
+    assert not {name: meant for name in known - {*ROUTERS} if (meant := meant_for_router(name))}
+
+
+@pytest.mark.parametrize("word", ["prot", "prt", "hots", "apikey", "allowed-hosts", "alowed-host", "registr"])
+def test_mistyped_options_of_the_router(word):
+    assert meant_for_router(word) in ROUTERS

@@ -97,7 +97,7 @@ class TestWithoutTheCheckpoint:
         directory = room / "gone"
         shutil.copytree(checkpoints("moe"), directory)
         path = room / "moe.thaw"
-        freeze(directory, path)
+        freeze(directory, path, compress=True)
         expected = ask(directory, None)["outputs"]
         shutil.rmtree(directory)
         assert ask(None, path)["outputs"] == expected

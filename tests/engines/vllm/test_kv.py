@@ -20,6 +20,7 @@ from tests.engines.vllm.test_engine import freeze
 from thaw_vllm.bench.kv_pages import pages_by_address
 from thaw_vllm.errors import MismatchError
 from thaw_vllm.format.kv import Group
+from thaw_vllm.weights.compress import rewrite
 from thaw_vllm.weights.open import open_snapshot
 
 pytestmark = pytest.mark.vllm
@@ -193,7 +194,10 @@ def bad(frozen: SimpleNamespace) -> dict[str, tuple[Path, str]]:
 
 @pytest.fixture(scope="module")
 def thawed(frozen: SimpleNamespace, bad: dict[str, tuple[Path, str]], checkpoints: Callable) -> SimpleNamespace:
-    """Another process: bad files first, then the good one."""
+    """Another process: bad files first, then the good one, and the same compressed."""
+    small = frozen.folder / "small.thawkv"
+    rewrite(frozen.everything, small)
+    assert small.stat().st_size < frozen.everything.stat().st_size
     steps: list[dict[str, Any]] = []
     for path, _ in bad.values():
         steps += [{"do": "restore", "path": path}, {"do": "info"}]
@@ -206,7 +210,7 @@ def thawed(frozen: SimpleNamespace, bad: dict[str, tuple[Path, str]], checkpoint
         {"do": "ask", "prompts": [OTHER], "salt": "s2"},
         {"do": "ask", "prompts": [OTHER], "salt": "s1"},
         {"do": "reset"},
-        {"do": "restore", "path": frozen.everything},
+        {"do": "restore", "path": small},
         {"do": "freeze", "path": frozen.folder / "again.thawkv"},
     ]
     answers = engine(frozen.folder, steps, model=str(checkpoints("tied")), snapshot=str(frozen.weights))

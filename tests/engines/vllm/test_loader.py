@@ -24,6 +24,11 @@ def test_every_tensor_is_equal(kind: str, checkpoints: Callable, load: Callable,
     assert frozen.raw == default.raw
     assert thawed.raw == default.raw
     assert thawed.processed() == default.processed()
+    small = tmp_path / "small.thaw"
+    load(directory, **thaw_args(small, mode="freeze", compress=True))
+    compressed = load(directory, **thaw_args(small))
+    assert compressed.raw == default.raw and small.stat().st_size < snapshot.stat().st_size
+    assert compressed.processed() == default.processed()
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
