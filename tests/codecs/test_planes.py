@@ -254,7 +254,7 @@ import signal
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 from thaw_vllm.codecs import decode, encode, tools
 assert tools().__name__.endswith("planes_numba")
-data = memoryview(bytes(range(8)) * 10_000)
+data = memoryview(bytes(range(8)) * 200_000)
 codec, stored = encode(data, 2)
 room = bytearray(len(data))
 decode(codec, memoryview(stored), memoryview(room))

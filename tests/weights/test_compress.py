@@ -3,10 +3,13 @@
 import _thread
 import os
 import random
+import subprocess
+import sys
 import threading
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tests.weights.modules import state
 from tests.weights.worlds import freeze_threads, loaded
 
@@ -16,6 +19,7 @@ from thaw_vllm.format.chunks import PLANES, RAW
 from thaw_vllm.transport import writer
 from thaw_vllm.weights import freeze
 from thaw_vllm.weights.compress import rewrite
+from thaw_vllm.weights.convert import from_checkpoint
 from thaw_vllm.weights.open import open_snapshot
 from thaw_vllm.weights.verify import verify
 
@@ -261,3 +265,25 @@ def test_altered_and_sealed_again(tmp_path):
             rewrite(tmp_path / "w.thaw", tmp_path / name, force=True)
     assert (tmp_path / "old.thaw").read_bytes() == b"old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["old.thaw", "w.thaw"]
+
+
+def test_carried_files_stay_as_they_are(tmp_path):
+    """They are read before an engine starts, which must not find numba there."""
+    directory = tmp_path / "checkpoint"
+    directory.mkdir()
+    save_file({"w": (torch.randn(900_000) * 0.02).bfloat16()}, directory / "model.safetensors")
+    (directory / "config.json").write_text("{" + " " * 2_000_000 + "}")
+    (directory / "tokenizer.json").write_text("{" + " " * 2_000_000 + "}")
+    from_checkpoint(directory, tmp_path / "plain.thaw")
+    rewrite(tmp_path / "plain.thaw", tmp_path / "w.thaw")
+    script = f"""
+import sys
+from thaw_vllm.weights.open import open_snapshot
+from thaw_vllm.weights.read_storage import filled
+with open_snapshot({str(tmp_path / "w.thaw")!r}) as opened:
+    index = opened.snapshot.index
+    assert {{chunk.codec for chunk in opened.snapshot.chunks}} == {{0, 1}}
+    assert sum(len(filled(opened.snapshot, opened.source, file.storage)) for file in index.files) == 4_000_004
+assert "numba" not in sys.modules and "llvmlite" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=300)

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..format.chunks import PLANES, RAW
 
+_LARGE = 1 << 20
 NAMES: dict[int, str] = {RAW: "raw", PLANES: "planes"}
 
 
@@ -21,7 +22,7 @@ def encode(data: memoryview, width: int) -> tuple[int, bytes | memoryview]:
     """
     from . import planes
 
-    frame = planes.encode(data, width, tools())
+    frame = planes.encode(data, width, _for(len(data)))
     return (RAW, data) if frame is None else (PLANES, frame)
 
 
@@ -34,9 +35,16 @@ def decode(codec: int, stored: memoryview, out: memoryview) -> None:
     from . import planes
 
     if codec == PLANES:
-        planes.decode(stored, out, tools())
+        planes.decode(stored, out, _for(len(out)))
     else:
         out[:] = stored
+
+
+def _for(size: int) -> Any:
+    """numpy for what is small: numba takes 0.4 s to come up. And where an engine has not begun yet nothing large is
+    read, which has to be so: vLLM 0.32's CPU build looks through all modules when a worker starts, and fails at
+    llvmlite's, numba's compiler."""
+    return tools() if size >= _LARGE else None
 
 
 @functools.cache

@@ -178,7 +178,7 @@ class SnapshotWriter:
             digests = block_digests(data)
             found = on_device[number] if number in on_device else wordsum(data)
             codec = RAW
-            if options.compress:
+            if options.compress and widths[chunk.storage]:
                 codec, stored = encode(data, widths[chunk.storage])
             summed = dataclasses.replace(chunk, xxh3=xxh3(data), wordsum=found, codec=codec)
             if codec != RAW:
@@ -293,8 +293,8 @@ class _Order:
 
 
 def element_sizes(index: Index) -> list[int]:
-    """Bytes of the elements that each storage holds, by its first tensor; 1 where no tensor does."""
-    found = [1] * len(index.storages)
+    """Bytes of the elements of each storage, by its first tensor; 0 for a carried file, which stays as it is."""
+    found = [0] * len(index.storages)
     for tensor in reversed(index.tensors):
         if tensor.storage is not None:
             found[tensor.storage] = ITEM_SIZE[tensor.dtype]
