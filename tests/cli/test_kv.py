@@ -118,6 +118,7 @@ def test_no_address(thaw, server, url):
 
 
 @pytest.mark.parametrize("token", ["", "ünïcode and long enough", "two\nlines and long enough"])
-def test_tokens_that_cannot_be_sent(thaw, server, token):
+def test_tokens_that_cannot_be_sent(thaw, server, token, tmp_path, monkeypatch):
+    monkeypatch.setenv("THAW_STATE_DIR", str(tmp_path))  # where no server of this user has left a token
     ran = thaw("kv", "info", "--server", server.url, "--token", token)
     assert ran.code == 2 and "token" in one_line(ran) and server.asked == []
