@@ -146,7 +146,7 @@ def bad(change):
     """A sound frame, changed: ``change(frame, layout)``."""
     data, width, _ = DATA["bfloat16"]
     frame = bytearray(planes.encode(memoryview(data), width))
-    changed = change(frame, planes.layout(bytes(frame), len(data)))
+    changed = change(frame, planes.layout(bytes(frame), len(data), len(frame)))
     return bytes(frame if changed is None else changed), len(data)
 
 
@@ -207,7 +207,7 @@ def test_words_that_ask_for_more(tools):
         planes.decode(memoryview(frame), memoryview(bytearray(length)), tools)
     data = bytes(N)
     frame = bytearray(planes.encode(memoryview(data), 1))
-    found = planes.layout(bytes(frame), N)
+    found = planes.layout(bytes(frame), N, len(frame))
     assert not found.planes[0].count
     frame[found.planes[0].states : found.planes[0].words] = bytes(found.planes[0].words - found.planes[0].states)
     with pytest.raises(FormatError, match="do not end"):

@@ -75,6 +75,22 @@ class Work:
     def link(self):
         return CodedLink(0, self.runs, self.stored, self.damage)
 
+    def sent_with_a_flipped_bit(self, send, rng, within=None):
+        """Of a compressed chunk, not between the parts of its frame; told, or of no use."""
+        number = rng.choice([n for n, found in enumerate(self.ranges) if found.coded])
+        found = self.ranges[number]
+        head = bytes(self.file[found.offset : found.offset + planes.HEAD])
+        gaps = planes.gaps(planes.layout(head, len(self.data[number]), found.length))
+        between = {at for low, high in gaps for at in range(low, high)}
+        at = rng.choice([at for at in range(within or found.length) if at not in between])
+        self.file[found.offset + at] ^= 1 << rng.randrange(8)
+        try:
+            send(self)
+        except CorruptionError as error:
+            assert f"chunk {number}" in str(error)
+        else:  # as a bit of the last words of a block
+            assert self.arrived()
+
     def arrived(self):
         base = self.room.data_ptr()
         room = bytes(self.room.cpu().numpy())
@@ -138,18 +154,7 @@ def test_more_than_there_are_events_for(send, driver):
 def test_flipped_bit(seed, send, driver):
     """Of anything but what lies between the parts of a frame."""
     work, rng = Work(10, 40 * planes.ROW, tail=0), random.Random(seed)
-    number = rng.choice([n for n, found in enumerate(work.ranges) if found.coded])
-    found = work.ranges[number]
-    frame = planes.layout(bytes(work.file[found.offset : found.offset + planes.HEAD]), len(work.data[number]))
-    between = {at for low, high in planes.gaps(frame) for at in range(low, high)}
-    at = rng.choice([at for at in range(found.length) if at not in between] if seed > 4 else range(planes.HEAD))
-    work.file[found.offset + at] ^= 1 << rng.randrange(8)
-    try:
-        send(work)
-    except CorruptionError as error:
-        assert f"chunk {number}" in str(error)
-    else:  # a bit that was of no use, as of the last words of a block
-        assert work.arrived()
+    work.sent_with_a_flipped_bit(send, rng, planes.HEAD if seed <= 4 else None)
 
 
 @pytest.mark.parametrize("place", range(0, planes.HEAD, 3))

@@ -12,9 +12,9 @@ from .files import check_room
 from .llama import Shape, shape_for
 from .outcome import Missed, Outcome, Say
 from .record import Record, file_system_of
-from .rivals import OURS, OURS_COMPRESSED
+from .rivals import OURS
 from .rounds import Entry, Sample
-from .summary import COMPRESSED
+from .summary import recorded
 from .systems import SAFETENSORS
 from .weights import present
 
@@ -87,10 +87,9 @@ def _record(work: str, entry: Entry, samples: Sequence[Sample], shape: Shape, di
     extra |= {key: answers[-1][key] for key in ("why", "phases") if key in answers[-1]}
     if different is not None:
         extra["different"] = different
-    small = entry.system == OURS_COMPRESSED
-    system = OURS if small else entry.system
+    named, system = recorded(work, entry.system)
     return Record(
-        work + COMPRESSED * small,
+        named,
         system,
         answers[-1].get("route") or ("freeze_model" if system == OURS else SAFETENSORS),
         shape.bytes,

@@ -8,6 +8,7 @@ from typing import Any
 
 from .outcome import Missed, Outcome, spread
 from .record import Record
+from .rivals import OURS, OURS_COMPRESSED
 
 HEAD = ("", "GB/S", "SPREAD", "OF LIMIT", "OF BEST RIVAL", "PEAK MIB", "EQUAL")
 KV_SECONDS = ("ttft-cold", "ttft-prefix", "ttft-thawed", "kv-restore")
@@ -45,6 +46,11 @@ ON_HOST = {
     "freeze-disk": ("disk-write",),
 }
 """The same where the model is in host memory, by medium or work."""
+
+
+def recorded(work: str, system: str) -> tuple[str, str]:
+    """Work and system as a record has them: compressed snapshots are a work of thaw's, not a system."""
+    return (work + COMPRESSED, OURS) if system == OURS_COMPRESSED else (work, system)
 
 
 def uncompressed(work: str) -> str:

@@ -19,7 +19,7 @@ from .process import ChildError, ask
 from .record import Record, file_system_of
 from .rivals import OURS, OURS_COMPRESSED, RIVALS, system
 from .rounds import Entry, Sample
-from .summary import COMPRESSED
+from .summary import recorded
 from .systems import NATIVE, THAW, System
 
 TMPFS, PAGECACHE, DISK, WARM = "restore-tmpfs", "restore-pagecache", "restore-disk", "restore-warm"
@@ -161,11 +161,8 @@ def _restore(work: str, files: Files, shape: Shape, systems: Sequence[System], s
             "runs": settings.runs,
         }
         # From a disk the checksums cost nothing that can be seen; the time is better spent on another run.
-        labels = (
-            ([VERIFIED] if work == DISK else [VERIFIED, UNVERIFIED])
-            if candidate.name in (OURS, OURS_COMPRESSED)
-            else [""]
-        )
+        checked = [VERIFIED] if work == DISK else [VERIFIED, UNVERIFIED]
+        labels = checked if candidate.name in (OURS, OURS_COMPRESSED) else [""]
         for label in labels:
             task = "warm" if work == WARM else "restore"
             entries.append(Entry(candidate.name, label, task, request | {"verify": label == VERIFIED}, tuple(paths)))
@@ -216,10 +213,8 @@ def _record(work: str, named: str, entry: Entry, samples: Sequence[Sample], file
         extra["different"] = different
     if "pin_seconds" in answers[-1]:
         extra["pin_seconds"] = [round(answer["pin_seconds"], 4) for answer in answers]
-    small = entry.system == OURS_COMPRESSED
     return Record(
-        named + COMPRESSED * small,
-        OURS if small else entry.system,
+        *recorded(named, entry.system),
         answers[-1]["route"],
         files.bytes,
         seconds,

@@ -116,11 +116,12 @@ class Frame:
         return -(-self.elements // BLOCK)
 
 
-def layout(head: bytes, length: int) -> Frame:
+def layout(head: bytes, length: int, stored: int) -> Frame:
     """Where everything is, from a frame's first HEAD bytes.
 
     Args:
         length: original bytes of the chunk.
+        stored: bytes of the frame.
 
     Raises:
         FormatError: what docs/format.md does not allow.
@@ -135,7 +136,10 @@ def layout(head: bytes, length: int) -> Frame:
     elements = length // (ROW * width) * ROW
     if not elements:
         raise FormatError(f"a frame of {length} bytes has no row of {ROW} elements")
-    return _laid_out(width, turn, elements, [n if coded >> k & 1 else None for k, n in enumerate(counts)], length)
+    frame = _laid_out(width, turn, elements, [n if coded >> k & 1 else None for k, n in enumerate(counts)], length)
+    if frame.size != stored:
+        raise FormatError(f"a frame has {stored} bytes, what it says of itself needs {frame.size}")
+    return frame
 
 
 def _laid_out(width: int, turn: int, elements: int, counts: list[int | None], length: int) -> Frame:
@@ -144,19 +148,20 @@ def _laid_out(width: int, turn: int, elements: int, counts: list[int | None], le
     for number, count in enumerate(counts[:width]):
         if count is None:
             planes.append(Plane(at))
-            at = _aligned(at + elements)
+            at = aligned(at + elements)
             continue
         if count > elements:
             raise FormatError(f"plane {number} has {count} words for {elements} elements")
         ends = at + 512
-        states = _aligned(ends + 4 * blocks)
+        states = aligned(ends + 4 * blocks)
         words = states + 4 * LANES * blocks
         planes.append(Plane(at, ends, states, words, count))
-        at = _aligned(words + 2 * count)
+        at = aligned(words + 2 * count)
     return Frame(width, turn, elements, tuple(planes), at, at + length - elements * width)
 
 
-def _aligned(at: int) -> int:
+def aligned(at: int) -> int:
+    """The next multiple of ALIGN."""
     return -(-at // ALIGN) * ALIGN
 
 
@@ -219,9 +224,7 @@ def decode(stored: memoryview, out: memoryview, tools: Tools | None = None) -> N
         FormatError: what docs/format.md does not allow. Checksums tell whether the bytes are the original ones.
     """
     tools = tools or _OWN
-    frame = layout(bytes(stored[:HEAD]), len(out))
-    if frame.size != len(stored):
-        raise FormatError(f"a frame has {len(stored)} bytes, what it says of itself needs {frame.size}")
+    frame = layout(bytes(stored[:HEAD]), len(out), len(stored))
     data, into = np.frombuffer(stored, np.uint8), np.frombuffer(out, np.uint8)
     planes = np.empty((frame.width, frame.elements), np.uint8)
     for number, place in enumerate(frame.planes):

@@ -7,7 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
-from ..codecs.planes import ALIGN, HEAD, Frame, layout
+from ..codecs.planes import ALIGN, HEAD, Frame, aligned, layout
 from ..errors import CorruptionError, DeviceError, FormatError
 from .cuda import Stream
 from .links import CudaLink
@@ -139,12 +139,9 @@ class CodedLink(CudaLink):
         if not self._stored[number]:
             return
         try:
-            frame = layout(bytes(head[:HEAD]), self.finals[number][1])
+            self._frames[number] = layout(bytes(head[:HEAD]), self.finals[number][1], self._stored[number])
         except FormatError as error:
             raise self._damage(number) from error
-        if frame.size != self._stored[number]:
-            raise self._damage(number)
-        self._frames[number] = frame
 
     def landed(self, number: int, after: int = 0) -> None:
         """See Link.
@@ -161,8 +158,8 @@ class CodedLink(CudaLink):
             if after:
                 self.context.driver.call("cuStreamWaitEvent", stream.handle, after, 0)
             stored, (out, length) = self._memory + self._places[number][0], self.finals[number]
-            planes = _aligned(stored + frame.size)
-            there = out if out % ALIGN == 0 else _aligned(planes + room(frame))
+            planes = aligned(stored + frame.size)
+            there = out if out % ALIGN == 0 else aligned(planes + room(frame))
             self._kernels.decode(frame, stored, planes, there, stream.handle)
             if there != out:
                 self.context.driver.call("cuMemcpyDtoDAsync_v2", out, there, length, stream.handle)
@@ -203,10 +200,6 @@ class CodedLink(CudaLink):
                 stack.callback(self.context.driver["cuMemFree_v2"], memory)
             for stream in streams:
                 stack.callback(stream.close)
-
-
-def _aligned(address: int) -> int:
-    return -(-address // ALIGN) * ALIGN
 
 
 class DecodedSums:

@@ -177,18 +177,17 @@ class SnapshotWriter:
             data = padded[: chunk.length]
             digests = block_digests(data)
             found = on_device[number] if number in on_device else wordsum(data)
-            codec = RAW
-            if options.compress and widths[chunk.storage]:
-                codec, stored = encode(data, widths[chunk.storage])
-            summed = dataclasses.replace(chunk, xxh3=xxh3(data), wordsum=found, codec=codec)
-            if codec != RAW:
-                summed = dataclasses.replace(summed, stored=len(stored))
-                padded = lane.hold(memoryview(stored)) if aligned and lane is not None else memoryview(stored)
-            place = order.place(number, summed.stored) if options.compress else chunk.stored_at
-            if place is None:  # another thread has failed, and says why
-                return
-            summed = dataclasses.replace(summed, stored_at=place)
-            file.write_bulk(self._payload_at + place, padded)
+            summed = dataclasses.replace(chunk, xxh3=xxh3(data), wordsum=found)
+            if options.compress:
+                width = widths[chunk.storage]
+                codec, stored = encode(data, width) if width else (RAW, data)
+                place = order.place(number, len(stored))
+                if place is None:  # another thread has failed, and says why
+                    return
+                summed = dataclasses.replace(summed, codec=codec, stored=len(stored), stored_at=place)
+                if codec != RAW:
+                    padded = lane.hold(memoryview(stored)) if aligned and lane is not None else memoryview(stored)
+            file.write_bulk(self._payload_at + summed.stored_at, padded)
             with lock:
                 sums[number], blocks[chunk.storage, chunk.at] = summed, digests
                 done += chunk.length
