@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ALONE = {
     "transport": ["tests/gpu/test_core.py", "tests/gpu/test_transport.py"],
     "fill": ["tests/gpu/test_session_fill.py"],
-    "coded": ["tests/gpu/test_coded_link.py"],
+    "coded": ["tests/gpu/test_coded_link.py", "tests/gpu/test_encoder.py"],
     "driver": ["tests/gpu/test_process_checkpoint.py"],
     "pages": ["tests/gpu/test_kv.py", "-k", "pages_go or memory_on"],
     "pool": ["tests/gpu/test_pool.py"],

@@ -7,6 +7,7 @@ or in ``wrong``.
 
 import collections
 import ctypes
+import itertools
 import threading
 
 import numpy as np
@@ -15,6 +16,7 @@ from thaw_vllm.codecs import planes
 from thaw_vllm.transport import cuda
 from thaw_vllm.transport.checksum import wordsum
 from thaw_vllm.transport.planes_cuda import WARPS
+from thaw_vllm.transport.planes_encode_cuda import WARPS as ENCODE_WARPS
 
 OTHERS = 0x107
 """The context of another GPU, in which the fixture ``driver`` leaves the calling thread."""
@@ -35,10 +37,6 @@ def decode(width, plane, values):
     table, ends, states, words, count, *addresses, turn, rows, out = values
     elements = rows * planes.ROW
     blocks = -(-elements // planes.BLOCK)
-
-    def array(address, size, kind):
-        return np.frombuffer(ctypes.string_at(address, size * np.dtype(kind).itemsize), kind)
-
     found = np.empty((width, elements), np.uint8)
     own = array(table, 256, "<u2"), array(ends, blocks, "<u4"), array(states, 32 * blocks, "<u4").reshape(-1, 32)
     for number in range(width):
@@ -53,6 +51,60 @@ def decode(width, plane, values):
     ctypes.memmove(out, whole.tobytes(), len(whole))
 
 
+def array(address, size, kind):
+    return np.frombuffer(ctypes.string_at(address, size * np.dtype(kind).itemsize), kind)
+
+
+def put(address, numbers):
+    ctypes.memmove(address, numbers.tobytes(), numbers.nbytes)
+
+
+def cut(data, rows, width, turn):
+    return planes.split(array(data, rows * planes.ROW * width, np.uint8), width, turn)
+
+
+def count(width, grid, data, span, parts, each, rows, turn, counts):
+    """What the kernels of ``planes_encode_cuda`` do, this one and those that follow."""
+    found = array(counts, 256 * width, "<u4").reshape(width, 256).astype(np.int64)
+    for block in range(grid):
+        start = span * block // parts // 512 * 512
+        left = min(each, rows - start // (planes.ROW * width))
+        for plane, part in zip(found, cut(data + start, left, width, turn), strict=True):
+            plane += planes.counted(part)
+    put(counts, found.astype("<u4"))
+
+
+def encode(width, grid, data, turn, shift, table, rows, places, counts, states):
+    entries = array(table, 256, "<u4")
+    plane = np.ascontiguousarray(cut(data, rows, width, turn)[shift // 8])
+    ends, found, words = planes.coded(plane, (entries & 0xFFFF).astype(np.uint16))
+    assert grid == -(-len(ends) // ENCODE_WARPS)
+    sizes = np.diff(ends.astype(np.int64), prepend=0)
+    for block, (end, size) in enumerate(zip(ends, sizes, strict=True)):
+        put(places + 2 * (planes.BLOCK * (block + 1) - int(size)), words[end - size : end])
+    put(counts, sizes.astype("<u4"))
+    put(states, found)
+
+
+def plane(width, grid, data, turn, shift, rows, out):
+    assert grid == -(-rows // ENCODE_WARPS)
+    put(out, np.ascontiguousarray(cut(data, rows, width, turn)[shift // 8]))
+
+
+def pack(_, grid, places, ends, out):
+    for block, (first, end) in enumerate(itertools.pairwise([0, *array(ends, grid, "<u4").tolist()])):
+        words = array(places + 2 * (planes.BLOCK * (block + 1) - (end - first)), end - first, "<u2")
+        put(out + 2 * first, words)
+
+
+ENCODE = {
+    b"count": (count, (u64, u64, u32, u32, u32, u32, u64)),
+    b"encode": (encode, (u64, u32, u32, u64, u32, u64, u64, u64)),
+    b"plane": (plane, (u64, u32, u32, u32, u64)),
+    b"pack": (pack, (u64, u64, u64)),
+}
+
+
 class Driver(cuda.Driver):
     """Attributes: ``wrong`` (what was done against the rules), ``calls`` (names), ``refuse`` (name: which call)."""
 
@@ -62,7 +114,7 @@ class Driver(cuda.Driver):
         self.handles = iter(range(0x1000, 1 << 40))
         self.streams, self.events, self.locked, self.memory = {}, {}, {}, {}
         self.asked = collections.Counter()
-        self.names = {}
+        self.entries, self.names, self.launched = {}, {}, set()
         self.modules, self.contexts, self.wrong, self.calls, self.refuse = set(), 0, [], [], {}
         self.functions = {name: self.function(name) for name in cuda._SIGNATURES}
 
@@ -228,8 +280,9 @@ class Driver(cuda.Driver):
             self.streams[stream].append((None, lambda: ctypes.memmove(to, taken, size)))
 
     def cuMemcpyDtoHAsync(self, to, source, size, stream):
-        self.cuStreamSynchronize(stream)
-        ctypes.memmove(to, source, size)
+        self.streams[stream].append((None, lambda: ctypes.memmove(to, source, size)))
+        if not self.is_locked(to, size):
+            self.cuStreamSynchronize(stream)
 
     def cuMemsetD8Async(self, to, value, size, stream):
         self.streams[stream].append((None, lambda: ctypes.memset(to, value, size)))
@@ -241,11 +294,11 @@ class Driver(cuda.Driver):
 
     def cuModuleLoadData(self, handle, text):
         self.inside()
-        self.names[self.make(handle)] = text.partition(b".entry ")[2].partition(b"(")[0]
+        self.entries[self.make(handle)] = {entry.partition(b"(")[0] for entry in text.split(b".entry ")[1:]}
         self.modules.add(handle._obj.value)
 
     def cuModuleGetFunction(self, handle, module, name):
-        assert self.names[module] == name
+        assert name in self.entries[module]
         self.names[self.make(handle)] = name
 
     def cuModuleUnload(self, module):
@@ -253,6 +306,7 @@ class Driver(cuda.Driver):
         self.modules.remove(module)
 
     def cuLaunchKernel(self, function, x, y, z, a, b, c, shared, stream, parameters, extra):
+        self.launched.add(self.names[function])
         kind, _, shape = self.names[function].partition(b"_")
         if kind == b"planes":
             assert (y, z, a, b, c) == (1, 1, 256, 1, 1)
@@ -260,6 +314,12 @@ class Driver(cuda.Driver):
             width, plane = map(int, shape.split(b"_"))
             assert x == -(-values[10] // (WARPS * planes.BLOCK // planes.ROW))
             self.streams[stream].append((None, lambda: decode(width, plane, values)))
+            return
+        if kind in ENCODE:
+            assert (y, z, a, b, c) == (1, 1, 256, 1, 1)
+            kernel, types = ENCODE[kind]
+            values = [read(address).value for read, address in zip(types, parameters, strict=True)]
+            self.streams[stream].append((None, lambda: kernel(int(shape or 0), x, *values)))
             return
         assert kind == b"wordsum" and (y, z, a, b, c) == (32, 1, 256, 1, 1)
         table, sums = (u64(parameters[number]).value for number in range(2))

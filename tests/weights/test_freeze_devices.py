@@ -68,6 +68,29 @@ def captured(module):
 
 
 @pytest.mark.parametrize("place", ["memory", "disk"])
+@pytest.mark.parametrize("refused", [None, "cuMemAlloc_v2"])
+def test_compressed(refused, place, driver, tmp_path, memory_path, monkeypatch):
+    """By a GPU, and by the processor where the GPU cannot: the same bytes."""
+    monkeypatch.setattr(bulk, "LARGE", 0)
+    found = torch.nn.Module()
+    normal = torch.randn(3 * MIB + 17, generator=torch.Generator().manual_seed(5))
+    kinds = [torch.bfloat16, torch.float32, torch.uint8, torch.bfloat16, torch.float16]
+    for number, (kind, size) in enumerate(zip(kinds, (3 * MIB + 17, MIB, MIB, 5, MIB), strict=True)):
+        data = torch.randint(0, 255, (size,), dtype=kind) if kind == torch.uint8 else normal[:size].to(kind)
+        found.register_buffer(f"t{number}", data)
+    options = FreezeOptions(chunk_size=4 * MIB, workers=4, compress=True)
+    there = (memory_path if place == "memory" else tmp_path) / "w.thaw"
+    plain = write_snapshot(tmp_path / "plain.thaw", HEADER, capture(module_tensors(found), FILES), options)
+    if refused:
+        driver.refuse[refused] = 0  # of the first GPU; the second one does its own
+    written = write_snapshot(there, HEADER, captured(found), options)
+    assert written.file_size == plain.file_size < 0.9 * written.bytes
+    assert there.read_bytes() == (tmp_path / "plain.thaw").read_bytes()
+    assert {b"encode_2", b"pack", b"plane_2"} <= driver.launched
+    verify(there)
+
+
+@pytest.mark.parametrize("place", ["memory", "disk"])
 @pytest.mark.parametrize("large", [0, bulk.LARGE])
 @pytest.mark.parametrize("workers", [1, 4])
 def test_every_byte_and_file(workers, large, place, driver, tmp_path, memory_path, monkeypatch):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import struct
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -115,6 +116,12 @@ class Frame:
         """Of a coded plane."""
         return -(-self.elements // BLOCK)
 
+    def head(self) -> bytes:
+        """Its first HEAD bytes."""
+        bits = sum(1 << number for number, place in enumerate(self.planes) if place.coded)
+        counts = [place.count for place in self.planes] + [0] * (4 - self.width)
+        return _HEAD.pack(self.width, self.turn, bits, 0, *counts).ljust(HEAD, b"\0")
+
 
 def layout(head: bytes, length: int, stored: int) -> Frame:
     """Where everything is, from a frame's first HEAD bytes.
@@ -165,6 +172,50 @@ def aligned(at: int) -> int:
     return -(-at // ALIGN) * ALIGN
 
 
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """What becomes of a chunk's elements.
+
+    Attributes:
+        width: bytes of an element.
+        turn: bits by which elements are turned left.
+        coded: numbers of the planes that are entropy-coded; the others are raw.
+    """
+
+    width: int
+    turn: int
+    coded: tuple[int, ...]
+
+
+def cut(length: int, width: int, counts: Callable[[int, int], Counts]) -> Cut | None:
+    """How to cut a chunk, by a sample of it; None where that says that it would not be shorter by a 32nd.
+
+    Args:
+        length: bytes of the chunk.
+        width: bytes of its elements: which of WIDTHS, any other counts as 1.
+        counts: of a width and a turn, how often each byte occurs in the sample's planes, ``(width, 256)``.
+    """
+    best: tuple[float, int, int, Counts] | None = None
+    for wide, turn in ((1, 0), (width, 0), (width, 1)) if width in WIDTHS[1:] else ((1, 0),):
+        if length >= ROW * wide:
+            found = counts(wide, turn)
+            share = _bits(found).sum() / (8 * found.sum())
+            if best is None or share < best[0]:
+                best = share, wide, turn, found
+    if best is None or best[0] > 1 - GAIN:
+        return None
+    _, width, turn, found = best
+    worth = _bits(found) < 8 * (1 - GAIN) * found.sum(axis=1)
+    return Cut(width, turn, tuple(number for number, gains in enumerate(worth) if gains))
+
+
+def framed(how: Cut, length: int, words: Mapping[int, int]) -> Frame | None:
+    """The frame of a chunk of ``length`` bytes, by the words of each coded plane; None where it gains too little."""
+    elements = length // (ROW * how.width) * ROW
+    frame = _laid_out(how.width, how.turn, elements, [words.get(number) for number in range(how.width)], length)
+    return None if frame.size > length * (1 - GAIN) else frame
+
+
 def encode(data: memoryview | Bytes, width: int, tools: Tools | None = None) -> bytes | None:
     """A frame that holds ``data``; None where it would not be shorter by a 32nd, or a sample of it says so.
 
@@ -174,43 +225,29 @@ def encode(data: memoryview | Bytes, width: int, tools: Tools | None = None) -> 
             planes are coded, is measured.
         tools: to do it with; None for this module's own.
     """
-    tools = tools or _OWN
+    pass_ = tools or _OWN
     raw = np.frombuffer(data, np.uint8)
     sample = _sample(raw)
-    best: tuple[float, int, int, Counts] | None = None
-    for wide, turn in {(width, 1), (width, 0), (1, 0)} if width in WIDTHS[1:] else {(1, 0)}:
-        if len(raw) >= ROW * wide:
-            counts = np.stack([tools.counted(plane) for plane in tools.split(sample, wide, turn)])
-            found = _bits(counts).sum() / (8 * counts.sum())
-            if best is None or found < best[0]:
-                best = found, wide, turn, counts
-    if best is None or best[0] > 1 - GAIN:
+    how = cut(len(raw), width, lambda w, turn: np.stack([pass_.counted(part) for part in pass_.split(sample, w, turn)]))
+    if how is None:
         return None
-    _, width, turn, counts = best
-    planes = tools.split(raw, width, turn)
-    elements = planes.shape[1]
-    worth = _bits(counts) < 8 * (1 - GAIN) * counts.sum(axis=1)
-    parts: list[tuple[npt.NDArray[Any], ...] | None] = []
-    for plane, gains in zip(planes, worth, strict=True):
-        if not gains:
-            parts.append(None)
-            continue
-        table = frequencies(tools.counted(plane))
-        parts.append((table, *tools.coded(plane, table)))
-    counted = [None if part is None else len(part[3]) for part in parts]
-    frame = _laid_out(width, turn, elements, counted, len(raw))
-    if frame.size > len(raw) * (1 - GAIN):
+    planes = pass_.split(raw, how.width, how.turn)
+    parts: dict[int, tuple[npt.NDArray[Any], ...]] = {}
+    for number in how.coded:
+        table = frequencies(pass_.counted(planes[number]))
+        parts[number] = table, *pass_.coded(planes[number], table)
+    frame = framed(how, len(raw), {number: len(part[3]) for number, part in parts.items()})
+    if frame is None:
         return None
     out = np.zeros(frame.size, np.uint8)
-    bits = sum(1 << number for number, part in enumerate(parts) if part is not None)
-    _HEAD.pack_into(out.data, 0, width, turn, bits, 0, *[count or 0 for count in counted], *[0] * (4 - width))
-    for plane, part, place in zip(planes, parts, frame.planes, strict=True):
-        if part is None:
-            out[place.at : place.at + elements] = plane
+    out[:HEAD] = np.frombuffer(frame.head(), np.uint8)
+    for number, place in enumerate(frame.planes):
+        if not place.coded:
+            out[place.at : place.at + frame.elements] = planes[number]
             continue
-        for at, array in zip((place.at, place.ends, place.states, place.words), part, strict=True):
+        for at, array in zip((place.at, place.ends, place.states, place.words), parts[number], strict=True):
             out[at : at + array.nbytes] = array.reshape(-1).view(np.uint8)
-    out[frame.tail :] = raw[elements * width :]
+    out[frame.tail :] = raw[frame.elements * frame.width :]
     return out.tobytes()
 
 
@@ -273,13 +310,16 @@ def checked(data: Bytes, frame: Frame, place: Plane) -> tuple[Words, Numbers, Nu
     return table, ends, states, part(place.words, place.count, "<u2")
 
 
+def runs(length: int) -> list[tuple[int, int]]:
+    """The sample of a chunk, as offsets and lengths: all of a short one, runs from all over a long one."""
+    if length <= SAMPLE:
+        return [(0, length)]
+    run, step = SAMPLE // _RUNS, ROW * WIDTHS[-1]
+    return [((length - run) * n // (_RUNS - 1) // step * step, run) for n in range(_RUNS)]
+
+
 def _sample(raw: Bytes) -> Bytes:
-    """All of a short chunk; runs from all over a long one."""
-    if len(raw) <= SAMPLE:
-        return raw
-    run = SAMPLE // _RUNS
-    starts = ((len(raw) - run) * n // (_RUNS - 1) // (ROW * WIDTHS[-1]) * (ROW * WIDTHS[-1]) for n in range(_RUNS))
-    return np.concatenate([raw[at : at + run] for at in starts])
+    return np.concatenate([raw[at : at + run] for at, run in runs(len(raw))])
 
 
 def _bits(counts: Counts) -> npt.NDArray[np.float64]:

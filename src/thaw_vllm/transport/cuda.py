@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from types import TracebackType
 from typing import Any
@@ -127,6 +127,19 @@ class Driver:
         handle = POINTER()
         self.call(name, ctypes.byref(handle), *arguments)
         return handle.value or 0
+
+    def launch(self, function: int, grid: Sequence[int], threads: int, values: Sequence[Any], stream: int) -> None:
+        """Ask for a kernel.
+
+        Args:
+            grid: blocks in one, two or three directions.
+            threads: of a block.
+            values: its parameters, of ctypes' types; the driver has taken them when this returns.
+            stream: the stream's handle.
+        """
+        parameters = (ctypes.c_void_p * len(values))(*[ctypes.addressof(value) for value in values])
+        x, y, z = [*grid, 1, 1][:3]
+        self.call("cuLaunchKernel", function, x, y, z, threads, 1, 1, UINT(0), stream, parameters, None)
 
 
 @cache

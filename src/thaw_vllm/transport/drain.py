@@ -11,6 +11,7 @@ from types import TracebackType
 
 from ..errors import DeviceError
 from .cuda import Context, Stream
+from .encoder import Encoder
 from .numa import near, pinned_to
 from .plan import BLOCK
 from .source import copy
@@ -30,12 +31,13 @@ class Run:
 class Drain:
     """Staging memory of one slot a thread, and the GPUs that bytes come from; owns both until closed."""
 
-    def __init__(self, workers: int, size: int, devices: Sequence[int] = ()) -> None:
+    def __init__(self, workers: int, size: int, devices: Sequence[int] = (), *, encodes: bool = False) -> None:
         """
         Args:
             workers: threads that will each enter ``lane`` once.
             size: bytes of the longest piece.
             devices: the GPUs that runs will name.
+            encodes: whether they are to be compressed where they lie.
 
         Raises:
             DeviceError: a GPU or its driver refused.
@@ -45,6 +47,10 @@ class Drain:
             self._contexts = {device: stack.enter_context(contextlib.closing(Context(device))) for device in devices}
             # Whole pages, which may be larger than a block: each slot is page-locked on its own.
             staging = stack.enter_context(Staging(workers, -(-size // mmap.PAGESIZE) * mmap.PAGESIZE))
+            self._encoders: dict[int, Encoder] = {}
+            for device, context in self._contexts.items() if encodes else ():
+                with contextlib.suppress(DeviceError):  # no memory for it: processors can do it as well
+                    self._encoders[device] = stack.enter_context(contextlib.closing(Encoder(context, size, workers)))
             cores = [near(context.bus) for context in self._contexts.values()]
             self._stack = stack.pop_all()
         self._spare, self._lock = list(staging.slots), threading.Lock()
@@ -67,7 +73,7 @@ class Drain:
         with self._lock:
             slot = self._spare.pop()
         with pinned_to(self._cores):
-            lane = DrainLane(self._contexts, slot)
+            lane = DrainLane(self._contexts, self._encoders, slot)
             try:
                 yield lane
             finally:
@@ -87,8 +93,8 @@ class Drain:
 class DrainLane:
     """One thread's slot; what it holds is good until the next call."""
 
-    def __init__(self, contexts: dict[int, Context], slot: Slot) -> None:
-        self._contexts, self._slot = contexts, slot
+    def __init__(self, contexts: dict[int, Context], encoders: dict[int, Encoder], slot: Slot) -> None:
+        self._contexts, self._encoders, self._slot = contexts, encoders, slot
         self._streams: dict[int, Stream] = {}
         self._locked: Context | None = None
         self._tried = False
@@ -110,14 +116,29 @@ class DrainLane:
         stream = self._streams[run.device]
         context.driver.call("cuMemcpyDtoHAsync_v2", self._slot.address, run.address, run.length, stream.handle)
         stream.synchronize()
-        return self._padded(run.length)
+        return self.padded(run.length)
+
+    def encodes(self, run: Run) -> bool:
+        """Whether ``encode`` is for this run."""
+        return run.device in self._encoders and Encoder.takes(run.address)
+
+    def encode(self, run: Run, width: int) -> int | None:
+        """Put the frame of a run that ``bring`` brought in its bytes' place; returns its length. None, and the slot as
+        it was, where it gains too little.
+
+        Args:
+            width: see ``codecs.planes.encode``.
+        """
+        stream = self._streams[run.device].handle
+        return self._encoders[run.device].encode(run.address, run.length, width, self._slot.view, stream)
 
     def hold(self, data: memoryview) -> memoryview:
         """A copy of host bytes in the slot, filled up likewise."""
         copy(self._slot.view[: len(data)], data)
-        return self._padded(len(data))
+        return self.padded(len(data))
 
-    def _padded(self, length: int) -> memoryview:
+    def padded(self, length: int) -> memoryview:
+        """What the slot begins with, filled up likewise."""
         end = -(-length // BLOCK) * BLOCK
         self._slot.view[length:end] = bytes(end - length)
         return self._slot.view[:end]

@@ -8,7 +8,6 @@ buffers that are named is read or written: what a hostile frame decodes to, its 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import threading
 
 from ..codecs.planes import BITS, BLOCK, LANES, ROW, START, TOTAL, Frame, Plane
@@ -280,11 +279,8 @@ class PlaneKernels:
             UINT(frame.elements // ROW),
             ADDRESS(out),
         ]
-        parameters = (ctypes.c_void_p * len(values))(*[ctypes.addressof(value) for value in values])
-        grid = -(-frame.blocks // WARPS)
-        function = self.load(width, plane)
-        call = self._context.driver.call
-        call("cuLaunchKernel", function, grid, 1, 1, _THREADS, 1, 1, UINT(0), stream, parameters, None)
+        grid = [-(-frame.blocks // WARPS)]
+        self._context.driver.launch(self.load(width, plane), grid, _THREADS, values, stream)
 
     def close(self) -> None:
         """Unload them; nothing may be running. A second call does nothing."""

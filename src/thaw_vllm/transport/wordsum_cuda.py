@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any
 
 from .checksum import LANES
-from .cuda import ADDRESS, UINT, Context, Stream
+from .cuda import ADDRESS, Context, Stream
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
@@ -232,10 +232,8 @@ class CudaSums:
         # Kept: GPUs that read the host's pages as they are may not have taken the bytes when the call returns.
         self._tables.append(table)
         call("cuMemcpyHtoDAsync_v2", at, ctypes.addressof(table), ctypes.sizeof(table), stream)
-        values = (ADDRESS(at), ADDRESS(out))
-        parameters = (ctypes.c_void_p * 2)(*[ctypes.addressof(value) for value in values])
-        grid = (len(runs), LANES // _BLOCK, 1)
-        call("cuLaunchKernel", self._kernel, *grid, _THREADS, 1, 1, UINT(0), stream, parameters, None)
+        grid = len(runs), LANES // _BLOCK
+        self._driver.launch(self._kernel, grid, _THREADS, [ADDRESS(at), ADDRESS(out)], stream)
         self._asked += len(runs)
 
     def results(self) -> list[int]:

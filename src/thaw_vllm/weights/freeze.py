@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..codecs import encode
 from ..errors import FormatError, UnsupportedError, UsageError
-from ..format.chunks import RAW, Chunk
+from ..format.chunks import PLANES, RAW, Chunk
 from ..format.document import dump
 from ..format.dtypes import ITEM_SIZE
 from ..format.header import Header
@@ -24,7 +24,7 @@ from ..format.preamble import align
 from ..format.snapshot import front, lay_out, read
 from ..transport import parallel
 from ..transport.checksum import wordsum, xxh3
-from ..transport.drain import Drain, DrainLane
+from ..transport.drain import Drain, DrainLane, Run
 from ..transport.writer import StagedFile
 from .capture import Captured
 from .digest import block_digests, bytes_digest, content_id, model_id
@@ -180,13 +180,11 @@ class SnapshotWriter:
             summed = dataclasses.replace(chunk, xxh3=xxh3(data), wordsum=found)
             if options.compress:
                 width = widths[chunk.storage]
-                codec, stored = encode(data, width) if width else (RAW, data)
-                place = order.place(number, len(stored))
+                codec, stored, padded = _shortened(runs.get(number), width, padded, chunk.length, lane)
+                place = order.place(number, stored)
                 if place is None:  # another thread has failed, and says why
                     return
-                summed = dataclasses.replace(summed, codec=codec, stored=len(stored), stored_at=place)
-                if codec != RAW:
-                    padded = lane.hold(memoryview(stored)) if aligned and lane is not None else memoryview(stored)
+                summed = dataclasses.replace(summed, codec=codec, stored=stored, stored_at=place)
             file.write_bulk(self._payload_at + summed.stored_at, padded)
             with lock:
                 sums[number], blocks[chunk.storage, chunk.at] = summed, digests
@@ -206,7 +204,7 @@ class SnapshotWriter:
                         raise
 
         devices = sorted({run.device for run in runs.values()})
-        with Drain(workers if staged else 1, longest or 1, devices) as drain:
+        with Drain(workers if staged else 1, longest or 1, devices, encodes=options.compress) as drain:
             on_device = dict(zip(runs, drain.sums(list(runs.values())), strict=True))
             parallel.crew(body, workers)
         self._chunks = tuple(sums[i] for i in range(len(self._chunks)))
@@ -260,6 +258,27 @@ class SnapshotWriter:
 
     def __exit__(self, *_: object) -> None:
         self.discard()
+
+
+def _shortened(
+    run: Run | None, width: int, padded: memoryview, length: int, lane: DrainLane | None
+) -> tuple[int, int, memoryview]:
+    """Codec of a chunk, stored bytes, and these themselves, filled up where its own are.
+
+    Args:
+        run: where it lies in a GPU's memory.
+        width: of its elements; 0 where it is to stay as it is.
+        padded: its bytes.
+        length: of them.
+        lane: holds them.
+    """
+    if run is not None and lane is not None and width and lane.encodes(run):
+        size = lane.encode(run, width)
+        return (RAW, length, padded) if size is None else (PLANES, size, lane.padded(size))
+    codec, stored = encode(padded[:length], width) if width else (RAW, padded)
+    if codec == RAW:
+        return RAW, length, padded
+    return codec, len(stored), memoryview(stored) if lane is None else lane.hold(memoryview(stored))
 
 
 class _Order:

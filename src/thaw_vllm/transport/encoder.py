@@ -1,0 +1,288 @@
+"""Chunks in a GPU's memory to the frames that ``codecs.planes.encode`` makes of them, in the host's.
+
+The GPU counts bytes, codes planes and puts their words together (``planes_encode_cuda``); the processor decides how to
+cut a chunk, makes the frequencies, and lays the frame out, all of which is short.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import queue
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..codecs.planes import (
+    ALIGN,
+    BLOCK,
+    HEAD,
+    LANES,
+    ROW,
+    Counts,
+    Cut,
+    Frame,
+    Numbers,
+    Words,
+    cut,
+    framed,
+    frequencies,
+    gaps,
+    runs,
+)
+from ..errors import DeviceError
+from .cuda import ADDRESS, UINT, Context, Driver
+from .planes_encode_cuda import ENTRIES, THREADS, WARPS, source
+from .staging import address_of
+
+ROOM = 256 << 20
+"""Bytes of device memory at most for what is being encoded, but enough for one chunk: each takes three times its length
+for half a millisecond, so that few at once keep the link busy."""
+_COUNTED = 64
+"""Rows that a block of threads counts."""
+_APART = 256
+
+
+class Encoder:
+    """Encodes on one GPU, several chunks at once, each in a thread; owns memory on both sides until closed."""
+
+    def __init__(self, context: Context, longest: int, chunks: int) -> None:
+        """
+        Args:
+            context: of the GPU, borrowed.
+            longest: bytes of the longest chunk.
+            chunks: at once at most; fewer where ROOM or the GPU's free memory is not enough for them.
+
+        Raises:
+            DeviceError: no memory for one, or the driver does not take the kernels.
+        """
+        self._context, self._module = context, 0
+        self._areas: list[_Area] = []
+        self._spare: queue.SimpleQueue[_Area] = queue.SimpleQueue()
+        driver = context.driver
+        try:
+            with context.entered():
+                self._module = driver.made("cuModuleLoadData", source())
+                functions = {name: driver.made("cuModuleGetFunction", self._module, name.encode()) for name in ENTRIES}
+                while len(self._areas) < max(1, min(chunks, ROOM // _size(longest))):
+                    try:
+                        self._areas.append(_Area(driver, functions, longest))
+                    except DeviceError:
+                        if not self._areas:
+                            raise
+                        break
+        except BaseException:
+            self.close()
+            raise
+        for area in self._areas:
+            self._spare.put(area)
+
+    @staticmethod
+    def takes(address: int) -> bool:
+        """Whether a chunk may lie there: four elements are read at once."""
+        return address % ALIGN == 0
+
+    def encode(self, address: int, length: int, width: int, out: memoryview, stream: int) -> int | None:
+        """A chunk's frame into ``out``; returns its length. None, and ``out`` as it was, where it gains too little.
+
+        The calling thread has entered the context. What is asked of the stream has ended when this returns.
+
+        Args:
+            address: of the chunk; see ``takes``.
+            length: its bytes.
+            width: see ``planes.encode``.
+            out: ``length`` bytes at least; the GPU writes to it faster where it is page-locked.
+            stream: a stream's handle.
+
+        Raises:
+            DeviceError.
+        """
+        area = self._spare.get()
+        try:
+            return _Chunk(area, address, length, stream).encode(width, out)
+        finally:
+            with contextlib.suppress(DeviceError):  # after an error the area is nobody else's before it has ended
+                area.driver.call("cuStreamSynchronize", stream)
+            self._spare.put(area)
+
+    def close(self) -> None:
+        """Let go of everything; nothing may be under way. A second call does nothing."""
+        areas, self._areas = self._areas, []
+        module, self._module = self._module, 0
+        if module:
+            with self._context.entered(), contextlib.ExitStack() as stack:
+                stack.callback(self._context.driver["cuModuleUnload"], module)
+                for area in areas:
+                    stack.callback(area.close)
+
+
+def _blocks(longest: int) -> int:
+    """Of all planes of a chunk together, at most."""
+    return longest // BLOCK + 4
+
+
+def _places(longest: int) -> list[int]:
+    """Where an area's parts begin, and where the last one ends; the first four exist in the host's memory as well."""
+    blocks = _blocks(longest)
+    places = [0]
+    for size in (4 * 1024, 4 * 1024, 4 * blocks, 4 * blocks, 4 * LANES * blocks, 2 * BLOCK * blocks, longest):
+        places.append(places[-1] + -(-size // _APART) * _APART)
+    return places
+
+
+def _size(longest: int) -> int:
+    return _places(longest)[-1]
+
+
+class _Area:
+    """Memory for one chunk, owned until closed.
+
+    Attributes:
+        bins: address of how often each byte occurs, as all up to ``states`` uint32 in both memories.
+        tables: of a byte's frequency, and 65,536 times where its range begins.
+        sizes: words of each block.
+        ends: of each block's words among a plane's.
+        states: of coders, uint32.
+        words: a place of BLOCK uint16 for each block.
+        parts: of the frame, each where it lies in it.
+    """
+
+    def __init__(self, driver: Driver, functions: dict[str, int], longest: int) -> None:
+        self.driver, self.functions = driver, functions
+        places = _places(longest)
+        self._device, self._locked = 0, 0
+        self._memory = mmap.mmap(-1, -(-places[4] // mmap.PAGESIZE) * mmap.PAGESIZE)
+        self._host = memoryview(self._memory)
+        self._address = address_of(self._host)
+        try:
+            self._device = driver.made("cuMemAlloc_v2", places[-1])
+            with contextlib.suppress(DeviceError):  # where locking is forbidden the driver copies by its own memory
+                driver.call("cuMemHostRegister_v2", self._address, len(self._host), 1)
+                self._locked = self._address
+        except BaseException:
+            self.close()
+            raise
+        starts = [self._device + at for at in places]
+        self.bins, self.tables, self.sizes, self.ends, self.states, self.words, self.parts, _ = starts
+
+    def fetched(self, at: int, count: int, stream: int) -> Numbers:
+        """Numbers at an address of one of the first four parts; waits for them."""
+        offset = at - self._device
+        self.driver.call("cuMemcpyDtoHAsync_v2", self._address + offset, at, 4 * count, stream)
+        self.driver.call("cuStreamSynchronize", stream)
+        numbers: Numbers = np.frombuffer(self._host, np.uint32, count, offset).copy()
+        return numbers
+
+    def give(self, at: int, numbers: Numbers, stream: int) -> None:
+        """The other way, without waiting."""
+        offset, size = at - self._device, numbers.nbytes
+        self._host[offset : offset + size] = numbers.tobytes()
+        self.driver.call("cuMemcpyHtoDAsync_v2", at, self._address + offset, size, stream)
+
+    def close(self) -> None:
+        """Free it."""
+        if self._locked:
+            self.driver["cuMemHostUnregister"](self._locked)
+        if self._device:
+            self.driver["cuMemFree_v2"](self._device)
+        self._host.release()
+        self._memory.close()
+
+
+class _Chunk:
+    """One on its way, in an area that is its own meanwhile."""
+
+    def __init__(self, area: _Area, address: int, length: int, stream: int) -> None:
+        self._area, self._address, self._length, self._stream = area, address, length, stream
+
+    def encode(self, width: int, out: memoryview) -> int | None:
+        """See Encoder."""
+        how = cut(self._length, width, self._sampled)
+        if how is None:
+            return None
+        counts = self._counted(how.width, how.turn)
+        tables = {plane: frequencies(counts[plane]) for plane in how.coded}
+        ends = self._coded(how, tables)
+        frame = framed(how, self._length, {plane: int(ends[plane][-1]) for plane in how.coded})
+        if frame is None:
+            return None
+        self._gather(frame, ends, out)
+        out[:HEAD] = frame.head()
+        for plane in how.coded:
+            place = frame.planes[plane]
+            out[place.at : place.at + 512] = tables[plane].astype("<u2").tobytes()
+            out[place.ends : place.ends + 4 * frame.blocks] = ends[plane].astype("<u4").tobytes()
+        for low, high in gaps(frame):
+            out[low:high] = bytes(high - low)
+        return frame.size
+
+    def _sampled(self, width: int, turn: int) -> Counts:
+        places = runs(self._length)
+        if len(places) == 1:
+            return self._counted(width, turn)
+        run = places[0][1]
+        return self._bins(width, turn, len(places), (self._length - run, len(places) - 1, run // (ROW * width)))
+
+    def _counted(self, width: int, turn: int) -> Counts:
+        grid = -(-self._rows(width) // _COUNTED)
+        return self._bins(width, turn, grid, (_COUNTED * ROW * width, 1, _COUNTED))
+
+    def _rows(self, width: int) -> int:
+        return self._length // (ROW * width)
+
+    def _bins(self, width: int, turn: int, grid: int, how: tuple[int, int, int]) -> Counts:
+        """How often each byte occurs; ``how``: see the kernel's span, parts and each."""
+        area, (span, parts, each) = self._area, how
+        area.driver.call("cuMemsetD8Async", area.bins, 0, 1024 * width, self._stream)
+        numbers = [UINT(number) for number in (parts, each, self._rows(width), turn)]
+        self._launch(f"count_{width}", grid, [ADDRESS(self._address), ADDRESS(span), *numbers, ADDRESS(area.bins)])
+        return area.fetched(area.bins, 256 * width, self._stream).reshape(width, 256).astype(np.int64)
+
+    def _coded(self, how: Cut, tables: dict[int, Words]) -> dict[int, Numbers]:
+        """Where the words of each plane's blocks end; the words are on the GPU."""
+        area, rows = self._area, self._rows(how.width)
+        blocks = -(-rows * ROW // BLOCK)
+        packed = np.zeros((len(tables), 256), np.uint32)
+        for row, table in zip(packed, tables.values(), strict=True):
+            shares = table.astype(np.uint32)
+            row[:] = np.where(shares > 0, shares | (np.cumsum(shares) - shares) << 16, 0)
+        area.give(area.tables, packed, self._stream)
+        for number, plane in enumerate(tables):
+            numbers = [UINT(how.turn), UINT(8 * plane), ADDRESS(area.tables + 1024 * number), UINT(rows)]
+            first = blocks * number
+            places = area.words + 2 * BLOCK * first, area.sizes + 4 * first, area.states + 4 * LANES * first
+            values = [ADDRESS(self._address), *numbers, *[ADDRESS(place) for place in places]]
+            self._launch(f"encode_{how.width}", -(-blocks // WARPS), values)
+        sizes = area.fetched(area.sizes, blocks * len(tables), self._stream).reshape(-1, blocks)
+        return dict(zip(tables, np.cumsum(sizes, axis=1, dtype=np.uint32), strict=True))
+
+    def _gather(self, frame: Frame, ends: dict[int, Numbers], out: memoryview) -> None:
+        """What the GPU has of a frame to its places in ``out``."""
+        area = self._area
+        area.give(area.ends, np.concatenate([*ends.values()]), self._stream)
+        first = 0
+        for plane, place in enumerate(frame.planes):
+            part = area.parts + place.at
+            if not place.coded:
+                numbers = [UINT(frame.turn), UINT(8 * plane), UINT(frame.elements // ROW)]
+                values = [ADDRESS(self._address), *numbers, ADDRESS(part)]
+                self._launch(f"plane_{frame.width}", -(-frame.elements // (ROW * WARPS)), values)
+                self._fetch(out, place.at, part, frame.elements)
+                continue
+            words = area.words + 2 * BLOCK * first, area.ends + 4 * first, area.parts + place.words
+            self._launch("pack", frame.blocks, [ADDRESS(address) for address in words])
+            self._fetch(out, place.words, area.parts + place.words, 2 * place.count)
+            self._fetch(out, place.states, area.states + 4 * LANES * first, 4 * LANES * frame.blocks)
+            first += frame.blocks
+        end = self._address + frame.elements * frame.width
+        self._fetch(out, frame.tail, end, frame.size - frame.tail)
+        area.driver.call("cuStreamSynchronize", self._stream)
+
+    def _fetch(self, out: memoryview, at: int, source: int, size: int) -> None:
+        if size:
+            into = address_of(out) + at
+            self._area.driver.call("cuMemcpyDtoHAsync_v2", into, source, size, self._stream)
+
+    def _launch(self, name: str, grid: int, values: Sequence[Any]) -> None:
+        self._area.driver.launch(self._area.functions[name], [grid], THREADS, values, self._stream)
