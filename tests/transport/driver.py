@@ -97,7 +97,13 @@ def pack(_, grid, places, ends, out):
         put(out + 2 * first, words)
 
 
+def move(_, grid, from_, to, count):
+    assert grid == -(-count // 256)
+    ctypes.memmove(to, from_, 4 * count)
+
+
 ENCODE = {
+    b"move": (move, (u64, u64, u32)),
     b"count": (count, (u64, u64, u32, u32, u32, u32, u64)),
     b"encode": (encode, (u64, u32, u32, u64, u32, u64, u64, u64)),
     b"plane": (plane, (u64, u32, u32, u32, u64)),
@@ -112,7 +118,7 @@ class Driver(cuda.Driver):
         self.lock = threading.RLock()
         self.current = threading.local()
         self.handles = iter(range(0x1000, 1 << 40))
-        self.streams, self.events, self.locked, self.memory = {}, {}, {}, {}
+        self.streams, self.events, self.locked, self.memory, self.mapped = {}, {}, {}, {}, set()
         self.asked = collections.Counter()
         self.entries, self.names, self.launched = {}, {}, set()
         self.modules, self.contexts, self.wrong, self.calls, self.refuse = set(), 0, [], [], {}
@@ -231,10 +237,18 @@ class Driver(cuda.Driver):
         if address % 4096:
             self.wrong.append("locked across the middle of a page")
         self.locked[address] = size
+        if flags & 2:
+            self.mapped.add(address)
 
     def cuMemHostUnregister(self, address):
         self.inside()
         del self.locked[address]
+        self.mapped.discard(address)
+
+    def cuMemHostGetDevicePointer(self, handle, address, flags):
+        if address not in self.locked or address not in self.mapped:
+            self.wrong.append("memory that the GPU does not see")
+        handle._obj.value = address
 
     def is_locked(self, address, size):
         return any(at <= address and address + size <= at + length for at, length in self.locked.items())

@@ -109,9 +109,10 @@ def test_no_encoder_then(call, driver):
         assert not lane.encodes(Run(0, 1 << 20, 8000))
 
 
-def test_less_memory_and_none_to_lock(driver):
+@pytest.mark.parametrize("call", ["cuMemHostRegister_v2", "cuMemHostGetDevicePointer_v2"])
+def test_less_memory_and_none_to_lock(call, driver):
     driver.refuse["cuMemAlloc_v2"] = 2
-    driver.refuse["cuMemHostRegister_v2"] = 0
+    driver.refuse[call] = 0
     data, width, _ = DATA["bfloat16"]
     assert encoded(data, width, chunks=4) == planes.encode(memoryview(data), width)
     assert driver.calls.count("cuMemAlloc_v2") == 3

@@ -187,21 +187,27 @@ class Cut:
     coded: tuple[int, ...]
 
 
+def cuts(length: int, width: int) -> list[tuple[int, int]]:
+    """Widths and turns by which elements of so many bytes may be cut, the likeliest last."""
+    found = [(1, 0), (width, 0), (width, 1)] if width in WIDTHS[1:] else [(1, 0)]
+    return [(wide, turn) for wide, turn in found if length >= ROW * wide]
+
+
 def cut(length: int, width: int, counts: Callable[[int, int], Counts]) -> Cut | None:
     """How to cut a chunk, by a sample of it; None where that says that it would not be shorter by a 32nd.
 
     Args:
         length: bytes of the chunk.
         width: bytes of its elements: which of WIDTHS, any other counts as 1.
-        counts: of a width and a turn, how often each byte occurs in the sample's planes, ``(width, 256)``.
+        counts: of a width and a turn (see ``cuts``), how often each byte occurs in the sample's planes,
+            ``(width, 256)``.
     """
     best: tuple[float, int, int, Counts] | None = None
-    for wide, turn in ((1, 0), (width, 0), (width, 1)) if width in WIDTHS[1:] else ((1, 0),):
-        if length >= ROW * wide:
-            found = counts(wide, turn)
-            share = _bits(found).sum() / (8 * found.sum())
-            if best is None or share < best[0]:
-                best = share, wide, turn, found
+    for wide, turn in cuts(length, width):
+        found = counts(wide, turn)
+        share = _bits(found).sum() / (8 * found.sum())
+        if best is None or share < best[0]:
+            best = share, wide, turn, found
     if best is None or best[0] > 1 - GAIN:
         return None
     _, width, turn, found = best

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import mmap
 import os
-from functools import cache
-from typing import Any, Protocol
+from typing import Protocol
 
 from .medium import IN_MEMORY, file_system, open_direct
 from .plan import BLOCK
 from .source import copy
-from .staging import address_of
+from .staging import address_of, populate
 
 LARGE = 64 << 20
 """Bytes from which a file is worth more than plain writes."""
-
-_POPULATE_WRITE = 23
-"""MADV_POPULATE_WRITE, Linux 5.14: takes pages for a part of a mapping, or says that there are none."""
 
 
 class Bulk(Protocol):
@@ -122,7 +117,7 @@ class Mapped(Plain):
         if not len(view) or end > self._size:
             return super().write(offset, view)
         with mmap.mmap(self._file, end - low, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE, offset=low) as piece:
-            if _madvise()(address_of(piece), end - low, _POPULATE_WRITE):
+            if not populate(address_of(piece), end - low):
                 return super().write(offset, view)
             with memoryview(piece) as room:
                 copy(room[offset - low :], view)
@@ -140,11 +135,3 @@ def choose(descriptor: int, size: int) -> Bulk:
         return Direct(descriptor, f"{named} has direct writes")
     except OSError as error:
         return Plain(descriptor, f"{named} refuses better: {error.strerror}")
-
-
-@cache
-def _madvise() -> Any:
-    function = ctypes.CDLL(None, use_errno=True).madvise
-    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    function.restype = ctypes.c_int
-    return function

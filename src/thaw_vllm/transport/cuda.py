@@ -58,6 +58,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     "cuLaunchKernel": [POINTER, UINT, UINT, UINT, UINT, UINT, UINT, UINT, POINTER, POINTER, POINTER],
     "cuMemAlloc_v2": [POINTER, SIZE],
     "cuMemFree_v2": [ADDRESS],
+    "cuMemHostGetDevicePointer_v2": [POINTER, POINTER, UINT],
     "cuMemHostRegister_v2": [POINTER, SIZE, UINT],
     "cuMemHostUnregister": [POINTER],
     "cuMemcpyDtoDAsync_v2": [ADDRESS, ADDRESS, SIZE, POINTER],

@@ -26,6 +26,7 @@ from ..codecs.planes import (
     Numbers,
     Words,
     cut,
+    cuts,
     framed,
     frequencies,
     gaps,
@@ -41,7 +42,11 @@ ROOM = 256 << 20
 for half a millisecond, so that few at once keep the link busy."""
 _COUNTED = 64
 """Rows that a block of threads counts."""
+_BINS = 4 * 4 * 256
+"""Bytes of how often each byte occurs in four planes, uint32."""
 _APART = 256
+_PORTABLE, _MAPPED = 1, 2
+"""CU_MEMHOSTREGISTER_PORTABLE and _DEVICEMAP."""
 
 
 class Encoder:
@@ -101,9 +106,11 @@ class Encoder:
         area = self._spare.get()
         try:
             return _Chunk(area, address, length, stream).encode(width, out)
-        finally:
-            with contextlib.suppress(DeviceError):  # after an error the area is nobody else's before it has ended
+        except BaseException:
+            with contextlib.suppress(DeviceError):  # the area is nobody else's before all has ended
                 area.driver.call("cuStreamSynchronize", stream)
+            raise
+        finally:
             self._spare.put(area)
 
     def close(self) -> None:
@@ -126,7 +133,7 @@ def _places(longest: int) -> list[int]:
     """Where an area's parts begin, and where the last one ends; the first four exist in the host's memory as well."""
     blocks = _blocks(longest)
     places = [0]
-    for size in (4 * 1024, 4 * 1024, 4 * blocks, 4 * blocks, 4 * LANES * blocks, 2 * BLOCK * blocks, longest):
+    for size in (4 * _BINS, _BINS, 4 * blocks, 4 * blocks, 4 * LANES * blocks, 2 * BLOCK * blocks, longest):
         places.append(places[-1] + -(-size // _APART) * _APART)
     return places
 
@@ -139,7 +146,8 @@ class _Area:
     """Memory for one chunk, owned until closed.
 
     Attributes:
-        bins: address of how often each byte occurs, as all up to ``states`` uint32 in both memories.
+        bins: address of how often each byte occurs, by four ways to count; as all before ``states`` uint32 in both
+            memories.
         tables: of a byte's frequency, and 65,536 times where its range begins.
         sizes: words of each block.
         ends: of each block's words among a plane's.
@@ -151,15 +159,16 @@ class _Area:
     def __init__(self, driver: Driver, functions: dict[str, int], longest: int) -> None:
         self.driver, self.functions = driver, functions
         places = _places(longest)
-        self._device, self._locked = 0, 0
+        self._device = self._locked = self._seen = 0
         self._memory = mmap.mmap(-1, -(-places[4] // mmap.PAGESIZE) * mmap.PAGESIZE)
         self._host = memoryview(self._memory)
         self._address = address_of(self._host)
         try:
             self._device = driver.made("cuMemAlloc_v2", places[-1])
             with contextlib.suppress(DeviceError):  # where locking is forbidden the driver copies by its own memory
-                driver.call("cuMemHostRegister_v2", self._address, len(self._host), 1)
+                driver.call("cuMemHostRegister_v2", self._address, len(self._host), _PORTABLE | _MAPPED)
                 self._locked = self._address
+                self._seen = driver.made("cuMemHostGetDevicePointer_v2", self._locked, 0)
         except BaseException:
             self.close()
             raise
@@ -167,9 +176,16 @@ class _Area:
         self.bins, self.tables, self.sizes, self.ends, self.states, self.words, self.parts, _ = starts
 
     def fetched(self, at: int, count: int, stream: int) -> Numbers:
-        """Numbers at an address of one of the first four parts; waits for them."""
+        """Numbers at an address of one of the first four parts; waits for them.
+
+        By a kernel, if it sees the host's memory: a copy would wait until what other threads bring has been copied.
+        """
         offset = at - self._device
-        self.driver.call("cuMemcpyDtoHAsync_v2", self._address + offset, at, 4 * count, stream)
+        if self._seen:
+            values = [ADDRESS(at), ADDRESS(self._seen + offset), UINT(count)]
+            self.driver.launch(self.functions["move"], [-(-count // THREADS)], THREADS, values, stream)
+        else:
+            self.driver.call("cuMemcpyDtoHAsync_v2", self._address + offset, at, 4 * count, stream)
         self.driver.call("cuStreamSynchronize", stream)
         numbers: Numbers = np.frombuffer(self._host, np.uint32, count, offset).copy()
         return numbers
@@ -197,11 +213,20 @@ class _Chunk:
         self._area, self._address, self._length, self._stream = area, address, length, stream
 
     def encode(self, width: int, out: memoryview) -> int | None:
-        """See Encoder."""
-        how = cut(self._length, width, self._sampled)
+        """See Encoder.
+
+        It waits for the GPU three times, since each time the thread has to get the interpreter's lock again, which
+        takes 100 µs where many want it: that is what an encoder is limited by.
+        """
+        looks = cuts(self._length, width)
+        if not looks:
+            return None
+        sampled, counts = self._counted(looks)
+        how = cut(self._length, width, lambda wide, turn: sampled[wide, turn])
         if how is None:
             return None
-        counts = self._counted(how.width, how.turn)
+        if (how.width, how.turn) != looks[-1]:
+            counts = self._counted([(how.width, how.turn)])[1]
         tables = {plane: frequencies(counts[plane]) for plane in how.coded}
         ends = self._coded(how, tables)
         frame = framed(how, self._length, {plane: int(ends[plane][-1]) for plane in how.coded})
@@ -217,27 +242,30 @@ class _Chunk:
             out[low:high] = bytes(high - low)
         return frame.size
 
-    def _sampled(self, width: int, turn: int) -> Counts:
+    def _counted(self, looks: list[tuple[int, int]]) -> tuple[dict[tuple[int, int], Counts], Counts]:
+        """How often each byte occurs in a sample of the chunk, by width and turn, and in all of it by the last of
+        these."""
+        area = self._area
+        area.driver.call("cuMemsetD8Async", area.bins, 0, 4 * _BINS, self._stream)
         places = runs(self._length)
-        if len(places) == 1:
-            return self._counted(width, turn)
         run = places[0][1]
-        return self._bins(width, turn, len(places), (self._length - run, len(places) - 1, run // (ROW * width)))
+        for number, (width, turn) in enumerate(looks):
+            whole = -(-self._rows(width) // _COUNTED), (_COUNTED * ROW * width, 1, _COUNTED)
+            apart = len(places), (self._length - run, len(places) - 1, run // (ROW * width))
+            self._count(number, width, turn, *(apart if len(places) > 1 else whole))
+        self._count(3, width, turn, *whole)
+        bins = area.fetched(area.bins, _BINS, self._stream).reshape(4, 4, 256).astype(np.int64)
+        return {look: bins[number, : look[0]] for number, look in enumerate(looks)}, bins[3, :width]
 
-    def _counted(self, width: int, turn: int) -> Counts:
-        grid = -(-self._rows(width) // _COUNTED)
-        return self._bins(width, turn, grid, (_COUNTED * ROW * width, 1, _COUNTED))
+    def _count(self, number: int, width: int, turn: int, grid: int, how: tuple[int, int, int]) -> None:
+        """Args: how: see the kernel's span, parts and each."""
+        span, parts, each = how
+        numbers = [UINT(number) for number in (parts, each, self._rows(width), turn)]
+        bins = ADDRESS(self._area.bins + number * _BINS)
+        self._launch(f"count_{width}", grid, [ADDRESS(self._address), ADDRESS(span), *numbers, bins])
 
     def _rows(self, width: int) -> int:
         return self._length // (ROW * width)
-
-    def _bins(self, width: int, turn: int, grid: int, how: tuple[int, int, int]) -> Counts:
-        """How often each byte occurs; ``how``: see the kernel's span, parts and each."""
-        area, (span, parts, each) = self._area, how
-        area.driver.call("cuMemsetD8Async", area.bins, 0, 1024 * width, self._stream)
-        numbers = [UINT(number) for number in (parts, each, self._rows(width), turn)]
-        self._launch(f"count_{width}", grid, [ADDRESS(self._address), ADDRESS(span), *numbers, ADDRESS(area.bins)])
-        return area.fetched(area.bins, 256 * width, self._stream).reshape(width, 256).astype(np.int64)
 
     def _coded(self, how: Cut, tables: dict[int, Words]) -> dict[int, Numbers]:
         """Where the words of each plane's blocks end; the words are on the GPU."""

@@ -282,11 +282,35 @@ done:
 """
 
 
-ENTRIES = (*[f"{kind}_{width}" for width in WIDTHS for kind in ("count", "encode", "plane")], "pack")
+def _move() -> str:
+    """Numbers of 32 bits, one a thread."""
+    return f"""
+.visible .entry move(.param .u64 from, .param .u64 to, .param .u32 count)
+{{
+    {_REGISTERS}
+    mov.u32 %i, %ctaid.x;
+    mad.lo.u32 %i, %i, {THREADS}, %thread;
+    ld.param.u32 %n, [count];
+    setp.ge.u32 %p, %i, %n;
+    @%p bra done;
+    mul.wide.u32 %t, %i, 4;
+    ld.param.u64 %u, [from];
+    add.u64 %u, %u, %t;
+    ld.global.u32 %x0, [%u];
+    ld.param.u64 %u, [to];
+    add.u64 %u, %u, %t;
+    st.global.u32 [%u], %x0;
+done:
+    ret;
+}}
+"""
+
+
+ENTRIES = (*[f"{kind}_{width}" for width in WIDTHS for kind in ("count", "encode", "plane")], "pack", "move")
 """Kernels; THREADS threads a block."""
 
 
 def source() -> bytes:
     """All of them."""
     entries = "".join(kind(width) for width in WIDTHS for kind in (_count, _encode, _plane))
-    return f".version 7.0\n.target sm_70\n.address_size 64\n{entries}{_pack()}".encode()
+    return f".version 7.0\n.target sm_70\n.address_size 64\n{entries}{_pack()}{_move()}".encode()

@@ -16,9 +16,8 @@ PAGE = 4096
 """Bytes of a helper's control page, made of 64-bit words: what it is told and what it tells, on cache lines apart."""
 GIVEN, OVER = 0, 1
 """Written by the parent: how many ranges it has given so far; how many deliveries are over."""
-FILLED, FAILED, AT, READY = 8, 9, 10, 11
-"""Written by the helper: how many ranges are in their slots; why it cannot go on, and at which offset; whether its
-slots have their pages.
+FILLED, FAILED, AT = 8, 9, 10
+"""Written by the helper: how many ranges are in their slots; why it cannot go on, and at which offset.
 
 FAILED is an errno, or ENDED when the file ends at AT."""
 ENDED = 1 << 16
@@ -49,16 +48,16 @@ def main(arguments: list[str]) -> None:
         if int(name) != shared and int(name) not in lines:
             _close(int(name))
     _signal.signal(_signal.SIGCHLD, _signal.SIG_IGN)  # who ended is gone, and nobody has to wait for it
-    own = 0
-    for number in range(1, count):
+    own, end = 0, count
+    while end - own > 1:  # each has the upper half of its numbers to a child, so that all are there sooner
+        middle = (own + end) // 2
         try:
             child = posix.fork()
-        except OSError:  # the socket that nobody holds says so
-            _close(lines[number])
-            continue
-        if not child:
-            own = number
-            break
+        except OSError:  # the sockets that nobody holds say so
+            for number in range(middle, end):
+                _close(lines[number])
+            child = 1
+        own, end = (own, middle) if child else (middle, end)
     for number in range(count):
         if number != own:
             _close(lines[number])
@@ -83,7 +82,6 @@ def _serve(shared: int, line: _socket.socket, control: int, first: int, slots: i
     memory = memoryview(mapped)
     words = memory[control : control + PAGE].cast("Q")
     views = [memory[first + number * size : first + (number + 1) * size] for number in range(slots)]
-    words[READY] = 1
     done = deliveries = 0
     while True:
         said, carried, _, _ = line.recvmsg(1, _socket.CMSG_SPACE(4))

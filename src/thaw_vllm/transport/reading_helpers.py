@@ -16,7 +16,6 @@ import signal
 import socket
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
@@ -31,7 +30,7 @@ from .links import Window
 from .numa import near, pinned_to
 from .readers import Cached, Reader
 from .source import FileSource, Source
-from .staging import Slot, address_of
+from .staging import Slot, address_of, populate
 
 SLOT = 2 << 20
 SLOTS = 2
@@ -48,8 +47,6 @@ _LOCKERS = 4
 """Threads that page-lock slots, 0.4 ms each."""
 _END = 2.0
 """Seconds in which they end by themselves, or the first one is killed: a device may keep one of them longer."""
-_PATIENCE = 0.1
-"""Seconds to wait for a helper to bring in its slots' pages; page-locking does it too, slower."""
 
 
 def wanted(source: Source, reader: Reader, workers: int | None, cores: int, *, running: bool = False) -> int:
@@ -148,12 +145,9 @@ class Helper:
         return int(self._words[helper.FILLED])
 
     def lock(self, number: int, context: Context) -> DeviceError | None:
-        """Page-lock a slot once its pages are there; see Window."""
-        until = time.monotonic() + _PATIENCE
-        while not (self._words[helper.READY] or time.monotonic() > until):
-            if _has_ended(self._line):
-                break
-            time.sleep(0.0005)
+        """Page-lock a slot; see Window. The process is still coming up, which takes longer."""
+        slot = self.slots[number]
+        populate(slot.address, len(slot.view))  # where that fails locking does it, slower
         try:
             context.enter()
         except DeviceError as error:

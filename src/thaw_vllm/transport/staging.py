@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
 from dataclasses import dataclass
+from functools import cache
 from types import TracebackType
+from typing import Any
 
 HUGE = 2 << 20
 """Bytes of a huge page on x86-64 and on most 64-bit Arm kernels."""
+_POPULATE_WRITE = 23
+"""MADV_POPULATE_WRITE, Linux 5.14: takes pages for a part of a mapping, or says that there are none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,3 +81,21 @@ def advise_huge(memory: mmap.mmap) -> None:
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):
             memory.madvise(mmap.MADV_HUGEPAGE)
+
+
+def populate(address: int, size: int) -> bool:
+    """Take the pages of a writable mapping, as if it had been written; whether there were enough. Other threads go on.
+
+    Args:
+        address: of its first page, or of a later one.
+        size: bytes.
+    """
+    return not _madvise()(address, size, _POPULATE_WRITE)
+
+
+@cache
+def _madvise() -> Any:
+    function = ctypes.CDLL(None, use_errno=True).madvise
+    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    function.restype = ctypes.c_int
+    return function
