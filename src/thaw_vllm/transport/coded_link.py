@@ -14,9 +14,9 @@ from .links import CudaLink
 from .planes_cuda import PlaneKernels, room
 from .wordsum_cuda import CudaSums, Kernel
 
-SCRATCH = 384 << 20
+SCRATCH = 512 << 20
 """Bytes of device memory at most for what is under way: stored bytes, and planes that are put together only later. At
-50 GB/s it fills in 7 ms; a chunk of 16 MiB is decoded in 0.1 ms alone, 0.02 ms among others."""
+50 GB/s it fills in 10 ms; a chunk of 16 MiB is decoded in 0.1 ms alone, 0.02 ms among others."""
 _STREAMS, _EVENTS = 8, 8
 """Streams that decode, and chunks under way on each. One chunk has blocks for a sixteenth of a large GPU's warps."""
 _APART = 256
@@ -93,8 +93,9 @@ class CodedLink(CudaLink):
 
     def _need(self, number: int) -> int:
         address, length = self.finals[number]
-        copies = 2 if address % ALIGN else 1  # of planes, and of what is put together where it cannot be in place
-        return -(-(self._stored[number] + copies * length + 3 * ALIGN) // _APART) * _APART
+        planes = length * 3 // 4  # all but the last of four: see ``room``
+        there = length if address % ALIGN else 0  # what is put together where it cannot be in place
+        return -(-(self._stored[number] + planes + there + 3 * ALIGN) // _APART) * _APART
 
     def admits(self, number: int) -> bool:
         """See Link: whether there is scratch memory for a range, which is its own from then on."""
@@ -144,14 +145,14 @@ class CodedLink(CudaLink):
             raise self._damage(number) from error
 
     def landed(self, number: int, after: int = 0) -> None:
-        """See Link.
+        """See Link. The calling thread has entered the context.
 
         Args:
             after: an event before which the range may not have landed; 0 where it has.
         """
         if not self._stored[number]:
             return
-        with self._lock, self.context.entered():
+        with self._lock:
             frame = self._frames.pop(number)
             stream, event = self._streams[self._launched % _STREAMS], self._launched // _STREAMS % _EVENTS
             self._launched += 1

@@ -75,10 +75,6 @@ def main(arguments: list[str]) -> None:
 def _serve(shared: int, line: _socket.socket, control: int, first: int, slots: int, size: int) -> None:
     """Read what comes on the socket, a file or a list of them for each delivery, until its other end is closed."""
     mapped = mmap.mmap(shared, 0)
-    try:  # noqa: SIM105 - see below
-        mapped.madvise(_POPULATE, first, slots * size)
-    except OSError:  # an older kernel: they come with the first range
-        pass
     memory = memoryview(mapped)
     words = memory[control : control + PAGE].cast("Q")
     views = [memory[first + number * size : first + (number + 1) * size] for number in range(slots)]
@@ -92,12 +88,22 @@ def _serve(shared: int, line: _socket.socket, control: int, first: int, slots: i
         deliveries += 1
         while _given(words, done, deliveries, line):
             slot = done % slots
+            if done < slots:
+                _populate(mapped, first + slot * size, size)
             job = (views[slot], words[JOBS + 2 * slot], words[JOBS + 2 * slot + 1], words)
             if not (_read_of(paths, stride, *job) if paths else _read(file, *job)):
                 return
             done += 1
             words[FILLED] = done
         _close(file)
+
+
+def _populate(mapped: mmap.mmap, at: int, size: int) -> None:
+    """Bring in a slot's pages before its first range. The parent is taking them, but this process sees none yet."""
+    try:  # noqa: SIM105 - see main
+        mapped.madvise(_POPULATE, at, size)
+    except OSError:  # an older kernel: they come with the range
+        pass
 
 
 def _given(words: memoryview, done: int, delivery: int, line: _socket.socket) -> bool:
