@@ -20,6 +20,7 @@ _HOMES = {
     "checkout_async": "engines.vllm.sessions.api",
     "expect_kv_restore": "engines.vllm.kv.api",
     "expect_kv_restore_async": "engines.vllm.kv.api",
+    "expect_restore": "weights.ahead",
     "fork": "engines.vllm.sessions.forking",
     "fork_async": "engines.vllm.sessions.forking",
     "freeze_cache": "engines.transformers.cache",
@@ -60,6 +61,7 @@ __all__ = [
     "checkpoint_async",
     "expect_kv_restore",
     "expect_kv_restore_async",
+    "expect_restore",
     "fork",
     "fork_async",
     "freeze_cache",
@@ -114,6 +116,7 @@ if TYPE_CHECKING:
         unpin_snapshot,
     )
     from .engines.vllm.swap.parked import park, park_async, wake, wake_async
+    from .weights.ahead import expect_restore
     from .weights.module import (
         freeze_model,
         freeze_model_pipelined,

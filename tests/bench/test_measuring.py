@@ -10,7 +10,7 @@ import torch
 
 from thaw_vllm.bench import record, rivals, weights
 from thaw_vllm.bench.rivals import RIVALS, system
-from thaw_vllm.bench.summary import uncompressed
+from thaw_vllm.bench.summary import general
 
 SMALL = ("--size-gb", 0.01)
 
@@ -136,7 +136,7 @@ def test_freeze(thaw, medium, memory_path, disk):
     assert set(found) == {"thaw", "thaw-compressed", "safetensors"}
     assert found["thaw-compressed"]["file_size"] < 0.7 * found["thaw"]["file_size"]
     for line in found.values():
-        assert uncompressed(line["work"]) == ("freeze-tmpfs" if medium == "memory" else "freeze-disk")
+        assert general(line["work"]) == ("freeze-tmpfs" if medium == "memory" else "freeze-disk")
         assert line["equal"] is True and line["bytes"] > 0 and line["of_limit"] > 0
         assert (line["file_size"] < line["bytes"]) == (line is found["thaw-compressed"])
     assert not list(place.iterdir())
@@ -149,7 +149,7 @@ def test_freeze(thaw, medium, memory_path, disk):
         (
             ["weights", "--system", "magic"],
             2,
-            "there is no system 'magic'; there are thaw, thaw-compressed, safetensors",
+            "there is no system 'magic'; there are thaw, thaw-compressed, thaw-expected, thaw-compressed-expected, ",
         ),
         (["weights", "--work", "restore"], 2, "restore-tmpfs"),
         (["weights", "--dir", "nowhere"], 6, "there is no directory 'nowhere'"),
@@ -191,4 +191,6 @@ def test_missing_rivals_have_the_install_line(monkeypatch):
         monkeypatch.setattr(type(system(name)), "installed", lambda self: None)
     present, missed = weights.present(weights.ALL_SYSTEMS, "cpu")
     assert [s.name for s in present] == ["thaw", "thaw-compressed"]
-    assert missed == {name: f"not installed: pip install {name}" for name in RIVALS}
+    assert missed == {name: f"not installed: pip install {name}" for name in RIVALS} | dict.fromkeys(
+        ("thaw-expected", "thaw-compressed-expected"), "restores to cuda only"
+    )

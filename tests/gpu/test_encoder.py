@@ -14,6 +14,8 @@ import thaw_vllm
 from thaw_vllm.codecs import planes
 from thaw_vllm.transport import parallel
 from thaw_vllm.transport.drain import Drain, Run
+from thaw_vllm.weights.compress import rewrite
+from thaw_vllm.weights.open import open_snapshot
 
 
 @pytest.mark.parametrize("kind", DATA)
@@ -80,4 +82,19 @@ def test_a_model(place: str, memory_path: Path, tmp_path: Path) -> None:
         first, second = (stack.enter_context(open(where / name, "rb")) for name in ("host.thaw", "gpu.thaw"))
         for block in iter(lambda: first.read(1 << 24), b""):
             assert second.read(1 << 24) == block
-    thaw_vllm.restore_model(model, where / "gpu.thaw")
+    thaw_vllm.freeze_model(model, where / "plain.thaw")
+    rewrite(where / "plain.thaw", where / "again.thaw", encoder=0)
+    with contextlib.ExitStack() as stack:
+        first, second = (stack.enter_context(open(where / name, "rb")) for name in ("host.thaw", "again.thaw"))
+        first.seek(1 << 20)
+        second.seek(1 << 20)
+        for block in iter(lambda: first.read(1 << 24), b""):
+            assert second.read(1 << 24) == block
+    with open_snapshot(where / "again.thaw") as again:
+        assert again.snapshot.header.content == host.content
+    before = {name: tensor.clone() for name, tensor in model.named_parameters()}
+    for tensor in model.parameters():
+        tensor.zero_()
+    thaw_vllm.restore_model(model, where / "again.thaw")
+    for name, tensor in model.named_parameters():
+        assert torch.equal(tensor.view(torch.uint8), before[name].view(torch.uint8)), name

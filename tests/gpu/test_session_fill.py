@@ -9,13 +9,13 @@ import pytest
 import torch
 from tests.engines.vllm.test_session_fill import Kept
 
-from thaw_vllm.engines.vllm.kv import ahead
 from thaw_vllm.engines.vllm.sessions import pages
 from thaw_vllm.errors import CorruptionError, StorageError
 from thaw_vllm.sessions import blocks
 from thaw_vllm.sessions.store import Store
 from thaw_vllm.transport import reading_helpers
 from thaw_vllm.transport.files import Files
+from thaw_vllm.weights import ahead
 
 PAGE, LAYERS, COUNT = 64 << 10, 32, 128
 """The shape of an 8b model's blocks: 2 MiB less half a page."""

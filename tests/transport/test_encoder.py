@@ -58,7 +58,7 @@ def test_chosen_by_a_sample(driver):
 def test_several_threads_share_what_there_is(driver, monkeypatch):
     kinds = [kind for kind in DATA if DATA[kind][0]]
     longest = max(len(DATA[kind][0]) for kind in kinds)
-    monkeypatch.setattr(encoder, "ROOM", 2 * encoder._size(longest))
+    monkeypatch.setattr(encoder, "ROOM", 2 * encoder._places(longest)[-1])
     work = parallel.Shared(iter(kinds * 2))
     found = []
     with Drain(5, longest, [0], encodes=True) as drain:
@@ -85,8 +85,10 @@ def test_several_threads_share_what_there_is(driver, monkeypatch):
         assert view == frame + bytes(len(view) - len(frame))
 
 
-@pytest.mark.parametrize("call", ["cuMemcpyDtoHAsync_v2", "cuLaunchKernel", "cuMemsetD8Async", "cuMemcpyHtoDAsync_v2"])
-@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize(
+    ("call", "number"),
+    [("cuMemsetD8Async", 0), *[(call, n) for call in ("cuMemcpyDtoHAsync_v2", "cuLaunchKernel") for n in range(3)]],
+)
 def test_driver_refuses(call, number, driver):
     """The area is there for the next chunk."""
     data, width, _ = DATA["bfloat16"]

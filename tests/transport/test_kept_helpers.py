@@ -106,13 +106,14 @@ def test_used_again_and_again_they_stay(few):
     ending()
 
 
-def test_the_kernel_is_loaded_once(few):
+def test_kernels_are_loaded_once(few):
     with KeptHelpers() as kept:
         kept.start(0)
         kept.start(0)
-        assert kept.kernel(0) is kept.kernel(0)
-        assert few.calls.count("cuModuleLoadData") == 1
-        assert kept.kernel(1).device == 1 and len(few.modules) == 1
+        kept._loaders[0].join()
+        assert kept.kernels.sums(0) is kept.kernels.sums(0) and kept.kernels.decoders(0) is kept.kernels.decoders(0)
+        assert few.calls.count("cuModuleLoadData") == 2
+        assert kept.kernels.sums(1).device == 1 and len(few.modules) == 3
     ending()
     assert few.idle()
 
@@ -122,12 +123,12 @@ def test_a_kernel_that_the_driver_does_not_take(few):
     with KeptHelpers() as kept:
         kept.start(0)
         assert kept.running(0)
-        kept._loader.join()
+        kept._loaders[0].join()
         few.refuse["cuModuleLoadData"] = 0
         with pytest.raises(DeviceError):
-            kept.kernel(0)
+            kept.kernels.sums(0)
         few.refuse.clear()
-        assert kept.kernel(0).device == 0
+        assert kept.kernels.sums(0).device == 0
     ending()
     assert few.idle()
 

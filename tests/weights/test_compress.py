@@ -106,6 +106,19 @@ def test_there_and_back(files, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plain.thaw", "small.thaw"]
 
 
+@pytest.mark.parametrize("refused", [None, "cuDevicePrimaryCtxRetain", "cuMemAlloc_v2", "cuModuleLoadData"])
+def test_by_a_gpu(refused, files, tmp_path, driver):
+    """A made-up one: the same bytes, as by processors where it cannot."""
+    if refused:
+        driver.refuse[refused] = 0
+    rewrite(files[0], tmp_path / "gpu.thaw", encoder=0)
+    rewrite(files[0], tmp_path / "cpu.thaw")
+    assert (tmp_path / "gpu.thaw").read_bytes() == (tmp_path / "cpu.thaw").read_bytes()
+    assert (b"encode_2" in driver.launched) == (refused is None)
+    rewrite(tmp_path / "gpu.thaw", tmp_path / "plain.thaw", compress=False, encoder=0)
+    assert codecs(tmp_path / "plain.thaw") == {RAW}
+
+
 def test_chunks_of_other_sizes(files, tmp_path, monkeypatch):
     """A chunk of the new file may be of several of the old one, and the other way round."""
     from thaw_vllm.weights import compress

@@ -10,7 +10,7 @@ from . import llama
 from .child import Steps
 from .device import opened, settle, timed
 from .digest import digests, first_difference
-from .rivals import OURS, system
+from .rivals import OUR_VARIANTS, OURS, system
 
 
 def freeze(request: dict[str, Any]) -> Steps:
@@ -26,7 +26,7 @@ def freeze(request: dict[str, Any]) -> Steps:
     try:
         seconds, (said, file_size) = timed(lambda: _write(writer, model, path), device)
         yield
-        if request["system"] == OURS:
+        if request["system"] in (OURS, *OUR_VARIANTS):
             from ..weights.verify import verify
 
             verify(path)

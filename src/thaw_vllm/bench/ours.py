@@ -65,3 +65,24 @@ class Compressed(Thaw):
 
     name, files = "thaw-compressed", COMPRESSED
     options: Mapping[str, Any] = {"compress": True}
+
+
+class Expected(Thaw):
+    """In a process that has called expect_restore before it made the model, as vLLM's loader does."""
+
+    name, devices = "thaw-expected", ("cuda",)
+    freezes = pins = False
+
+    def prepare(self, device: torch.device) -> None:
+        """All of it comes up while the target is made."""
+        super().prepare(device)
+        thaw_vllm.expect_restore(device)
+
+
+class CompressedExpected(Expected):
+    """Both."""
+
+    name, files = "thaw-compressed-expected", COMPRESSED
+
+
+SYSTEMS = (Thaw, Compressed, Expected, CompressedExpected)

@@ -8,7 +8,7 @@ from typing import Any
 
 from .outcome import Missed, Outcome, spread
 from .record import Record
-from .rivals import OURS, OURS_COMPRESSED
+from .rivals import OUR_VARIANTS, OURS
 
 HEAD = ("", "GB/S", "SPREAD", "OF LIMIT", "OF BEST RIVAL", "PEAK MIB", "EQUAL")
 KV_SECONDS = ("ttft-cold", "ttft-prefix", "ttft-thawed", "kv-restore")
@@ -21,8 +21,9 @@ FORK_HEAD = (
     *("TOKENS", "N", "MB", "PREFILLS S", "PREFIX S", "FORK S", "THAWED S", "RESTORE S", "CHECKPOINT S"),
     *("POOL 4×64 S", "GB/S", "OF LIMIT", "PREFILLS/FORK", "PREFILLS/(RESTORE+THAWED)", "EQUAL"),
 )
-COMPRESSED = "-compressed"
-"""How a work is called whose snapshot is compressed; bytes and speeds are those of the original bytes."""
+COMPRESSED, EXPECTED = "-compressed", "-expected"
+"""How a work is called whose snapshot is compressed (bytes and speeds are of the original bytes), and one which the
+process has said would come; also both."""
 LIMITS: Mapping[str, tuple[str, ...]] = {
     "restore-tmpfs": ("h2d",),
     "restore-pagecache": ("h2d",),
@@ -49,13 +50,13 @@ ON_HOST = {
 
 
 def recorded(work: str, system: str) -> tuple[str, str]:
-    """Work and system as a record has them: compressed snapshots are a work of thaw's, not a system."""
-    return (work + COMPRESSED, OURS) if system == OURS_COMPRESSED else (work, system)
+    """Work and system as a record has them: a variant is a work of thaw's, not a system."""
+    return (work + system.removeprefix(OURS), OURS) if system in OUR_VARIANTS else (work, system)
 
 
-def uncompressed(work: str) -> str:
-    """The same of a snapshot that is not compressed."""
-    return work.removesuffix(COMPRESSED)
+def general(work: str) -> str:
+    """The same of a snapshot that is not compressed, in a process that knew nothing."""
+    return work.removesuffix(EXPECTED).removesuffix(COMPRESSED)
 
 
 def limit_of(record: Record, outcome: Outcome) -> Record | None:
@@ -63,7 +64,7 @@ def limit_of(record: Record, outcome: Outcome) -> Record | None:
 
     A compressed one is held against the limit of the bytes that it becomes: it may be faster.
     """
-    directory, work = record.extra.get("directory"), uncompressed(record.work)
+    directory, work = record.extra.get("directory"), general(record.work)
     if work == "restore-cpu":
         return outcome.limit(*ON_HOST.get(str(record.extra.get("medium")), ("memory-read",)), directory=directory)
     chains = [works[work] for works in (LIMITS, ON_DISK, ON_HOST) if work in works]
@@ -86,7 +87,7 @@ def of_rival(record: Record, outcome: Outcome) -> float | None:
 def section(record: Record) -> tuple[str, str, str]:
     """Which table it is a row of: work, medium or kind of start, directory."""
     kind = record.extra.get("medium") or record.extra.get("start") or ""
-    return uncompressed(record.work), str(kind), str(record.extra.get("directory", ""))
+    return general(record.work), str(kind), str(record.extra.get("directory", ""))
 
 
 def prompt_tokens(record: Record) -> int:
@@ -117,8 +118,10 @@ def label(record: Record) -> str:
     """Which line it is, within its group."""
     checked = ", verified" if record.verified else ", unverified" if record.system == "thaw" else ""
     length = f"{prompt_tokens(record)} tokens, " if prompt_tokens(record) else ""
-    small = " compressed" if record.work.endswith(COMPRESSED) else ""
-    return f"{length}{record.system}{small}{checked if record.work.startswith('restore') else ''}: {record.route}"
+    variant = record.work.removeprefix(general(record.work)).replace("-", " ")
+    moved = f", {record.extra['wire_gb_per_s']:.1f} GB/s moved" if "wire_gb_per_s" in record.extra else ""
+    checked = checked if record.work.startswith("restore") else ""
+    return f"{length}{record.system}{variant}{checked}: {record.route}{moved}"
 
 
 def row(record: Record, outcome: Outcome) -> tuple[str, ...]:

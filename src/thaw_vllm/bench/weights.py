@@ -17,9 +17,9 @@ from .llama import Shape, shape_for
 from .outcome import Missed, Outcome, Say
 from .process import ChildError, ask
 from .record import Record, file_system_of
-from .rivals import OURS, OURS_COMPRESSED, RIVALS, system
+from .rivals import OUR_VARIANTS, OURS, RIVALS, system
 from .rounds import Entry, Sample
-from .summary import recorded
+from .summary import EXPECTED, recorded
 from .systems import NATIVE, THAW, System
 
 TMPFS, PAGECACHE, DISK, WARM = "restore-tmpfs", "restore-pagecache", "restore-disk", "restore-warm"
@@ -28,7 +28,7 @@ CPU = "restore-cpu"
 """What they are called where the destination is host memory; ``medium`` tells them apart."""
 MEDIUM = {TMPFS: "tmpfs", PAGECACHE: "pagecache", DISK: "disk", WARM: "pinned"}
 VERIFIED, UNVERIFIED = "verified", "unverified"
-ALL_SYSTEMS = (OURS, OURS_COMPRESSED, *RIVALS)
+ALL_SYSTEMS = (OURS, *OUR_VARIANTS, *RIVALS)
 
 
 @dataclass(frozen=True)
@@ -145,8 +145,8 @@ def _restore(work: str, files: Files, shape: Shape, systems: Sequence[System], s
     outcome = Outcome()
     entries: list[Entry] = []
     for candidate in systems:
-        if work == WARM and not candidate.pins:
-            continue
+        if (work == WARM and not candidate.pins) or (work == DISK and candidate.name.endswith(EXPECTED)):
+            continue  # from a disk nothing is read by what comes up
         if candidate.files not in files.paths:
             why = f"its file could not be made: {files.missing.get(candidate.files, 'not asked for')}"
             outcome.missed.append(Missed(work, candidate.name, "", why))
@@ -162,7 +162,7 @@ def _restore(work: str, files: Files, shape: Shape, systems: Sequence[System], s
         }
         # From a disk the checksums cost nothing that can be seen; the time is better spent on another run.
         checked = [VERIFIED] if work == DISK else [VERIFIED, UNVERIFIED]
-        labels = checked if candidate.name in (OURS, OURS_COMPRESSED) else [""]
+        labels = checked if candidate.name in (OURS, *OUR_VARIANTS) else [""]
         for label in labels:
             task = "warm" if work == WARM else "restore"
             entries.append(Entry(candidate.name, label, task, request | {"verify": label == VERIFIED}, tuple(paths)))

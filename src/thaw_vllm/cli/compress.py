@@ -23,6 +23,9 @@ def compress(
     ],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write; the manifest's name of a set.")],
     undo: Annotated[bool, typer.Option("--undo", help="Write it without compression.")] = False,
+    gpu: Annotated[
+        bool, typer.Option("--gpu/--no-gpu", help="Compress by the first GPU where there is one, or by processors.")
+    ] = True,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -30,12 +33,13 @@ def compress(
 
     Weights in bfloat16 shrink by a third. It thaws to the same bits, decoded by the GPU on their way, and keeps its
     content and model ids. Chunks that would not shrink stay as they are. Every chunk is verified before it is written.
-    While it writes it takes the room of the original bytes. Needs no GPU; numba makes it ten times as fast as numpy.
+    While it writes it takes the room of the original bytes. Needs no GPU; without one numba makes it ten times as fast
+    as numpy.
     """
     from ..weights.compress import rewrite
 
     with progress("compress") as advance:
-        reports = rewrite(source, target, compress=not undo, force=force, progress=advance)
+        reports = rewrite(source, target, compress=not undo, force=force, encoder=0 if gpu else None, progress=advance)
     total, stored = sum(report.bytes for report in reports), sum(report.file_size for report in reports)
     seconds = max(report.seconds["total"] for report in reports)
     if as_json:

@@ -11,7 +11,7 @@ from ..codecs.planes import ALIGN, HEAD, Frame, aligned, layout
 from ..errors import CorruptionError, DeviceError, FormatError
 from .cuda import Stream
 from .links import CudaLink
-from .planes_cuda import PlaneKernels, room
+from .planes_cuda import LIKELIEST, PlaneKernels, room
 from .wordsum_cuda import CudaSums, Kernel
 
 SCRATCH = 512 << 20
@@ -76,7 +76,7 @@ class CodedLink(CudaLink):
                 kernels = self._own = PlaneKernels(device)
             self._kernels = kernels
             if needs:
-                kernels.load(2, 1)  # loading waits for copies that are under way, so before there are any
+                kernels.load(*LIKELIEST)  # loading waits for copies that are under way, so before there are any
         except BaseException:
             self.close()
             raise

@@ -31,13 +31,22 @@ class Run:
 class Drain:
     """Staging memory of one slot a thread, and the GPUs that bytes come from; owns both until closed."""
 
-    def __init__(self, workers: int, size: int, devices: Sequence[int] = (), *, encodes: bool = False) -> None:
+    def __init__(
+        self,
+        workers: int,
+        size: int,
+        devices: Sequence[int] = (),
+        *,
+        encodes: bool = False,
+        for_host: int | None = None,
+    ) -> None:
         """
         Args:
             workers: threads that will each enter ``lane`` once.
             size: bytes of the longest piece.
             devices: the GPUs that runs will name.
             encodes: whether they are to be compressed where they lie.
+            for_host: a GPU that compresses what comes from the host, if it can; no driver is no error.
 
         Raises:
             DeviceError: a GPU or its driver refused.
@@ -45,12 +54,17 @@ class Drain:
         self._stack = contextlib.ExitStack()
         with contextlib.ExitStack() as stack:
             self._contexts = {device: stack.enter_context(contextlib.closing(Context(device))) for device in devices}
+            with contextlib.suppress(DeviceError):
+                if for_host is not None and for_host not in self._contexts:
+                    self._contexts[for_host] = stack.enter_context(contextlib.closing(Context(for_host)))
             # Whole pages, which may be larger than a block: each slot is page-locked on its own.
             staging = stack.enter_context(Staging(workers, -(-size // mmap.PAGESIZE) * mmap.PAGESIZE))
             self._encoders: dict[int, Encoder] = {}
             for device, context in self._contexts.items() if encodes else ():
                 with contextlib.suppress(DeviceError):  # no memory for it: processors can do it as well
-                    self._encoders[device] = stack.enter_context(contextlib.closing(Encoder(context, size, workers)))
+                    made = Encoder(context, size, workers, host=device == for_host)
+                    self._encoders[device] = stack.enter_context(contextlib.closing(made))
+            self._for_host = for_host if for_host in self._encoders else None
             cores = [near(context.bus) for context in self._contexts.values()]
             self._stack = stack.pop_all()
         self._spare, self._lock = list(staging.slots), threading.Lock()
@@ -61,6 +75,8 @@ class Drain:
         found = [0] * len(runs)
         for device, context in self._contexts.items():
             numbers = [number for number, run in enumerate(runs) if run.device == device]
+            if not numbers:
+                continue
             with context.entered(), CudaSums(context, len(numbers)) as sums:
                 sums.add([(runs[number].address, runs[number].length) for number in numbers])
                 for number, result in zip(numbers, sums.results(), strict=True):
@@ -73,7 +89,7 @@ class Drain:
         with self._lock:
             slot = self._spare.pop()
         with pinned_to(self._cores):
-            lane = DrainLane(self._contexts, self._encoders, slot)
+            lane = DrainLane(self._contexts, self._encoders, self._for_host, slot)
             try:
                 yield lane
             finally:
@@ -93,15 +109,25 @@ class Drain:
 class DrainLane:
     """One thread's slot; what it holds is good until the next call."""
 
-    def __init__(self, contexts: dict[int, Context], encoders: dict[int, Encoder], slot: Slot) -> None:
+    def __init__(
+        self, contexts: dict[int, Context], encoders: dict[int, Encoder], for_host: int | None, slot: Slot
+    ) -> None:
         self._contexts, self._encoders, self._slot = contexts, encoders, slot
+        self._for_host = for_host
         self._streams: dict[int, Stream] = {}
         self._locked: Context | None = None
         self._tried = False
 
     def bring(self, run: Run) -> memoryview:
         """A run's bytes in the slot, filled up with zeros to whole blocks."""
-        context = self._contexts[run.device]
+        context, stream = self._ready(run.device)
+        context.driver.call("cuMemcpyDtoHAsync_v2", self._slot.address, run.address, run.length, stream.handle)
+        stream.synchronize()
+        return self.padded(run.length)
+
+    def _ready(self, device: int) -> tuple[Context, Stream]:
+        """For a device; the slot is page-locked."""
+        context = self._contexts[device]
         context.enter()
         if not self._tried:
             self._tried = True
@@ -111,15 +137,14 @@ class DrainLane:
             with contextlib.suppress(DeviceError):  # where locking is forbidden the driver copies by its own memory
                 context.driver.call("cuMemHostRegister_v2", self._slot.address, self._slot.view.nbytes, 1)
                 self._locked = context
-        if run.device not in self._streams:
-            self._streams[run.device] = Stream(context)
-        stream = self._streams[run.device]
-        context.driver.call("cuMemcpyDtoHAsync_v2", self._slot.address, run.address, run.length, stream.handle)
-        stream.synchronize()
-        return self.padded(run.length)
+        if device not in self._streams:
+            self._streams[device] = Stream(context)
+        return context, self._streams[device]
 
-    def encodes(self, run: Run) -> bool:
-        """Whether ``encode`` is for this run."""
+    def encodes(self, run: Run | None) -> bool:
+        """Whether ``encode`` is for this run, or ``encode_held`` for what comes from the host."""
+        if run is None:
+            return self._for_host is not None
         return run.device in self._encoders and Encoder.takes(run.address)
 
     def encode(self, run: Run, width: int) -> int | None:
@@ -129,8 +154,14 @@ class DrainLane:
         Args:
             width: see ``codecs.planes.encode``.
         """
-        stream = self._streams[run.device].handle
+        stream = self._ready(run.device)[1].handle
         return self._encoders[run.device].encode(run.address, run.length, width, self._slot.view, stream)
+
+    def encode_held(self, length: int, width: int) -> int | None:
+        """The same of so many bytes that ``hold`` has put into the slot."""
+        assert self._for_host is not None
+        stream = self._ready(self._for_host)[1].handle
+        return self._encoders[self._for_host].encode_held(self._slot.view[:length], width, stream)
 
     def hold(self, data: memoryview) -> memoryview:
         """A copy of host bytes in the slot, filled up likewise."""

@@ -52,12 +52,13 @@ _PORTABLE, _MAPPED = 1, 2
 class Encoder:
     """Encodes on one GPU, several chunks at once, each in a thread; owns memory on both sides until closed."""
 
-    def __init__(self, context: Context, longest: int, chunks: int) -> None:
+    def __init__(self, context: Context, longest: int, chunks: int, *, host: bool = False) -> None:
         """
         Args:
             context: of the GPU, borrowed.
             longest: bytes of the longest chunk.
             chunks: at once at most; fewer where ROOM or the GPU's free memory is not enough for them.
+            host: whether ``encode_held`` will be called.
 
         Raises:
             DeviceError: no memory for one, or the driver does not take the kernels.
@@ -70,9 +71,10 @@ class Encoder:
             with context.entered():
                 self._module = driver.made("cuModuleLoadData", source())
                 functions = {name: driver.made("cuModuleGetFunction", self._module, name.encode()) for name in ENTRIES}
-                while len(self._areas) < max(1, min(chunks, ROOM // _size(longest))):
+                places = _places(longest, host=host)
+                while len(self._areas) < max(1, min(chunks, ROOM // places[-1])):
                     try:
-                        self._areas.append(_Area(driver, functions, longest))
+                        self._areas.append(_Area(driver, functions, places))
                     except DeviceError:
                         if not self._areas:
                             raise
@@ -103,8 +105,20 @@ class Encoder:
         Raises:
             DeviceError.
         """
+        return self._encode(address, None, length, width, out, stream)
+
+    def encode_held(self, held: memoryview, width: int, stream: int) -> int | None:
+        """The same of a chunk in the host's memory, whose place its frame takes."""
+        return self._encode(0, held, len(held), width, held, stream)
+
+    def _encode(
+        self, address: int, held: memoryview | None, length: int, width: int, out: memoryview, stream: int
+    ) -> int | None:
         area = self._spare.get()
         try:
+            if held is not None:
+                address = area.chunk
+                area.driver.call("cuMemcpyHtoDAsync_v2", address, address_of(held), length, stream)
             return _Chunk(area, address, length, stream).encode(width, out)
         except BaseException:
             with contextlib.suppress(DeviceError):  # the area is nobody else's before all has ended
@@ -129,17 +143,14 @@ def _blocks(longest: int) -> int:
     return longest // BLOCK + 4
 
 
-def _places(longest: int) -> list[int]:
+def _places(longest: int, *, host: bool = False) -> list[int]:
     """Where an area's parts begin, and where the last one ends; the first four exist in the host's memory as well."""
     blocks = _blocks(longest)
     places = [0]
-    for size in (4 * _BINS, _BINS, 4 * blocks, 4 * blocks, 4 * LANES * blocks, 2 * BLOCK * blocks, longest):
+    parts = (4 * _BINS, _BINS, 4 * blocks, 4 * blocks, 4 * LANES * blocks, 2 * BLOCK * blocks, longest)
+    for size in (*parts, longest if host else 0):
         places.append(places[-1] + -(-size // _APART) * _APART)
     return places
-
-
-def _size(longest: int) -> int:
-    return _places(longest)[-1]
 
 
 class _Area:
@@ -154,11 +165,11 @@ class _Area:
         states: of coders, uint32.
         words: a place of BLOCK uint16 for each block.
         parts: of the frame, each where it lies in it.
+        chunk: a copy, where it comes from the host.
     """
 
-    def __init__(self, driver: Driver, functions: dict[str, int], longest: int) -> None:
+    def __init__(self, driver: Driver, functions: dict[str, int], places: list[int]) -> None:
         self.driver, self.functions = driver, functions
-        places = _places(longest)
         self._device = self._locked = self._seen = 0
         self._memory = mmap.mmap(-1, -(-places[4] // mmap.PAGESIZE) * mmap.PAGESIZE)
         self._host = memoryview(self._memory)
@@ -173,7 +184,7 @@ class _Area:
             self.close()
             raise
         starts = [self._device + at for at in places]
-        self.bins, self.tables, self.sizes, self.ends, self.states, self.words, self.parts, _ = starts
+        self.bins, self.tables, self.sizes, self.ends, self.states, self.words, self.parts, self.chunk, _ = starts
 
     def fetched(self, at: int, count: int, stream: int) -> Numbers:
         """Numbers at an address of one of the first four parts; waits for them.

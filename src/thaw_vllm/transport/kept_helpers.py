@@ -1,4 +1,4 @@
-"""What stays between deliveries, for a process that reads again and again: helpers, and the kernel that sums."""
+"""What stays between deliveries, for a process that reads again and again: helpers and kernels."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from types import TracebackType
 from ..errors import DeviceError
 from . import parallel
 from .cuda import Context
+from .kernels import Kernels
 from .numa import near
+from .planes_cuda import LIKELIEST
 from .reading_helpers import Helpers, able, most
-from .wordsum_cuda import Kernel
 
 IDLE = 30.0
 """Seconds without use after which they are ended: 14 sleeping processes of 8 MiB and 56 MiB of page-locked memory."""
@@ -23,15 +24,18 @@ ANNOUNCED = 600.0
 class KeptHelpers:
     """Those of one GPU at a time, lent to one user at a time, and ended when nobody has wanted them for a while.
 
-    The kernel is a few kilobytes and stays. A context manager: leaving it ends them, and unloads the kernel.
+    A context manager: leaving it ends them, and unloads the kernels.
+
+    Attributes:
+        kernels: of any GPU; a few kilobytes, which stay.
     """
 
     def __init__(self, idle: float = IDLE) -> None:
         self._idle = idle
         self._helpers: Helpers | None = None
-        self._kernel: Kernel | None = None
-        self._loader: threading.Thread | None = None
-        self._lock, self._loading = threading.Lock(), threading.Lock()
+        self.kernels = Kernels()
+        self._loaders: dict[int, threading.Thread] = {}
+        self._lock = threading.Lock()
         self._timer: threading.Timer | None = None
         self._until = self._rings = 0.0
 
@@ -44,10 +48,10 @@ class KeptHelpers:
         """
         idle = self._idle if idle is None else idle
         with contextlib.suppress(OSError, RuntimeError):  # no memory, process or thread
-            if self._kernel is None and self._loader is None:  # the driver translates it, and others go on meanwhile
+            if device not in self._loaders:  # the driver translates them, and others go on meanwhile
                 loader = threading.Thread(target=self._load, args=(device,), name="thaw-kernel", daemon=True)
                 loader.start()
-                self._loader = loader
+                self._loaders[device] = loader
             with self._lock:
                 if self._waiting(device):
                     self._wait(max(idle, self._until - time.monotonic()))
@@ -56,23 +60,10 @@ class KeptHelpers:
             if found is not None:
                 self.give_back(found, idle)
 
-    def kernel(self, device: int) -> Kernel:
-        """Loaded once, and borrowed.
-
-        Raises:
-            DeviceError: the driver does not take it.
-        """
-        with self._loading:
-            if self._kernel is not None and self._kernel.device != device:
-                self._kernel.close()
-                self._kernel = None
-            if self._kernel is None:
-                self._kernel = Kernel(device)
-            return self._kernel
-
     def _load(self, device: int) -> None:
-        with contextlib.suppress(DeviceError):  # whoever wants it is told then
-            self.kernel(device)
+        with contextlib.suppress(DeviceError):  # whoever wants one is told then
+            self.kernels.sums(device)
+            self.kernels.decoders(device).load(*LIKELIEST)
 
     def borrow(self, device: int) -> Helpers | None:
         """Those that are there, else new ones; None where there can be none. The caller's until given back.
@@ -110,7 +101,7 @@ class KeptHelpers:
             helpers.close()
 
     def close(self) -> None:
-        """End those that nobody has borrowed, and unload the kernel, which nobody may be using.
+        """End those that nobody has borrowed, and unload the kernels, which nobody may be using.
 
         There can be others afterwards.
         """
@@ -119,13 +110,10 @@ class KeptHelpers:
             found, self._helpers = self._helpers, None
         if found is not None:
             found.close()
-        loader, self._loader = self._loader, None
-        if loader is not None:
+        loaders, self._loaders = self._loaders, {}
+        for loader in loaders.values():
             loader.join()
-        with self._loading:
-            kernel, self._kernel = self._kernel, None
-        if kernel is not None:
-            kernel.close()
+        self.kernels.close()
 
     # With the lock:
 

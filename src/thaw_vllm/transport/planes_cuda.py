@@ -16,6 +16,8 @@ from .cuda import ADDRESS, UINT, Context
 WARPS = 8
 """Blocks that one block of threads decodes; they share a table."""
 _THREADS = WARPS * 32
+LIKELIEST = 2, 1
+"""Width and plane of the kernel that nearly every snapshot needs: bfloat16's."""
 
 
 def _table() -> str:

@@ -40,7 +40,7 @@ MOST = 14
 way."""
 _CORES = 8
 """Cores from which helpers are started: on fewer, threads lose little to the lock."""
-_WORTH, WORTH_RUNNING = 1 << 30, 64 << 20
+WORTH, WORTH_RUNNING = 1 << 30, 64 << 20
 """Bytes of a file from which starting them is worth it, 20 ms until all are there, and from which using them is."""
 _SCRIPT = Path(helper.__file__)
 _LOCKERS = 4
@@ -60,7 +60,7 @@ def wanted(source: Source, reader: Reader, workers: int | None, cores: int, *, r
         running: whether they are there already.
     """
     if (
-        source.size < (WORTH_RUNNING if running else _WORTH)
+        source.size < (WORTH_RUNNING if running else WORTH)
         or cores < _CORES
         or not able()
         or not isinstance(source, FileSource | Files)

@@ -14,13 +14,13 @@ from . import parallel
 from .checksum import damaged
 from .coded_link import CodedLink
 from .cuda import Context, Stream
+from .kernels import Kernels
 from .medium import in_memory
 from .pipeline import Range
-from .planes_cuda import PlaneKernels
 from .readers import Reader
 from .source import FileSource, MemorySource
 from .staging import HUGE, address_of, advise_huge
-from .wordsum_cuda import CudaSums, Kernel
+from .wordsum_cuda import CudaSums
 
 LOCK = 128 << 20
 """Bytes locked by one call: many threads lock in parallel (24 GB/s with 8 threads, 6.4 with one), and no copy may cross
@@ -114,6 +114,7 @@ class Resident(MemorySource):
     Attributes:
         why: how the bytes are held, and why so.
         locked: the memory as GPUs copy from it; None without a GPU.
+        kernels: for what is restored from it.
     """
 
     def __init__(self, file: FileSource, reader: Reader, context: Context | None, workers: int) -> None:
@@ -131,8 +132,7 @@ class Resident(MemorySource):
         self._file, self._shared, self.why = file, False, ""
         self._held: mmap.mmap | None = None
         self.locked: Locked | None = None
-        self._kernels: dict[int, Kernel] = {}
-        self._decoders: dict[int, PlaneKernels] = {}
+        self.kernels = Kernels()
         self._lock = threading.Lock()
         try:
             if not (file.size and in_memory(file.descriptor) and self._map(context, workers)):
@@ -214,7 +214,7 @@ class Resident(MemorySource):
         assert self.locked is not None
         call, results = context.driver.call, []
         groups = range(0, len(ranges), GROUP)
-        kernel = self._kernel(context.device) if verify else None
+        kernel = self.kernels.sums(context.device) if verify else None
         with context.entered(), contextlib.ExitStack() as stack:
             sums = stack.enter_context(CudaSums(context, len(ranges), kernel)) if verify else None
             stream = Stream(context, events=len(groups))
@@ -287,20 +287,6 @@ class Resident(MemorySource):
             if result != wanted.wordsum:
                 raise damaged(self.name, wanted.label, wanted.offset, wanted.length)
 
-    def _kernel(self, device: int) -> Kernel:
-        """Kept: loading it would take its time from every restore."""
-        with self._lock:
-            if device not in self._kernels:
-                self._kernels[device] = Kernel(device)
-            return self._kernels[device]
-
-    def decoders(self, device: int) -> PlaneKernels:
-        """Those that decode compressed ranges on a GPU; kept likewise, and this object's."""
-        with self._lock:
-            if device not in self._decoders:
-                self._decoders[device] = PlaneKernels(device)
-            return self._decoders[device]
-
     def close(self) -> None:
         """Unlock and return the memory; nothing may be copying from it. A second call does nothing."""
         if self._held is not None:
@@ -308,16 +294,13 @@ class Resident(MemorySource):
             self._release()
 
     def _release(self) -> None:
-        kernels: list[Kernel | PlaneKernels] = [*self._kernels.values(), *self._decoders.values()]
-        self._kernels, self._decoders = {}, {}
         locked, self.locked = self.locked, None
         held, self._held = self._held, None
         try:
             with contextlib.ExitStack() as stack:  # each in any case
                 if locked is not None:
                     stack.callback(locked.close)
-                for kernel in kernels:
-                    stack.callback(kernel.close)
+                stack.callback(self.kernels.close)
         finally:
             if held is not None:
                 with contextlib.suppress(BufferError):  # see Staging.close

@@ -32,6 +32,7 @@ def rewrite(
     compress: bool = True,
     force: bool = False,
     workers: int | None = None,
+    encoder: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[FreezeReport]:
     """Write a snapshot anew, every chunk verified on its way, and the content id before it is published; ids stay.
@@ -42,6 +43,7 @@ def rewrite(
         compress: by codec 1 what it makes shorter; False for nothing compressed.
         force: replace what is there.
         workers: threads; None for what the machine bears.
+        encoder: see FreezeOptions.
         progress: called as (original bytes done, bytes in all) from any thread.
 
     Returns:
@@ -94,7 +96,7 @@ def rewrite(
                         "was altered after it was frozen: get it again from where you trust it, or freeze again"
                     )
 
-            options = FreezeOptions(force, 0o600, _chunk_size(opened), compress, share, advance)
+            options = FreezeOptions(force, 0o600, _chunk_size(opened), compress, share, advance, encoder)
             captured = Captured(index, _storages(opened), ())
             exchange, model = board.exchange(rank, stop), header.identity.model
             reports[rank] = freeze_rank(place, header, captured, options, exchange, lambda: model, check)

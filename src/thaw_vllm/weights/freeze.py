@@ -52,6 +52,8 @@ class FreezeOptions:
             bytes while it writes.
         workers: threads; None for what the machine bears.
         progress: called as (original bytes done, bytes in all) from any thread.
+        encoder: a GPU that compresses what is in host memory, as torch counts; None for processors. What is in a GPU's
+            memory is compressed by that GPU.
     """
 
     force: bool = False
@@ -60,6 +62,7 @@ class FreezeOptions:
     compress: bool = False
     workers: int | None = None
     progress: Callable[[int, int], None] | None = None
+    encoder: int | None = None
 
     def __post_init__(self) -> None:
         if self.chunk_size % HASH_BLOCK or not 0 < self.chunk_size <= MAX_CHUNK:
@@ -155,7 +158,8 @@ class SnapshotWriter:
         runs = {n: run for n, c in enumerate(self._chunks) if (run := storages[c.storage].run(c.at, c.length))}
         longest = max((chunk.length for chunk in self._chunks), default=0)
         aligned = file.bulk.aligned
-        staged = bool(runs) or aligned
+        encoder = options.encoder if options.compress else None
+        staged = bool(runs) or aligned or encoder is not None
         workers = min(options.workers or parallel.default_workers(), max(1, len(self._chunks)))
         if staged and longest:
             workers = max(1, min(workers, STAGING // longest))
@@ -172,7 +176,7 @@ class SnapshotWriter:
                 padded = lane.bring(runs[number])
             else:
                 padded = storages[chunk.storage].read(chunk.at, chunk.length)
-                if aligned and lane is not None:
+                if lane is not None and (aligned or lane.encodes(None)):
                     padded = lane.hold(padded)
             data = padded[: chunk.length]
             digests = block_digests(data)
@@ -204,7 +208,9 @@ class SnapshotWriter:
                         raise
 
         devices = sorted({run.device for run in runs.values()})
-        with Drain(workers if staged else 1, longest or 1, devices, encodes=options.compress) as drain:
+        with Drain(
+            workers if staged else 1, longest or 1, devices, encodes=options.compress, for_host=encoder
+        ) as drain:
             on_device = dict(zip(runs, drain.sums(list(runs.values())), strict=True))
             parallel.crew(body, workers)
         self._chunks = tuple(sums[i] for i in range(len(self._chunks)))
@@ -272,8 +278,8 @@ def _shortened(
         length: of them.
         lane: holds them.
     """
-    if run is not None and lane is not None and width and lane.encodes(run):
-        size = lane.encode(run, width)
+    if lane is not None and width and lane.encodes(run):
+        size = lane.encode(run, width) if run is not None else lane.encode_held(length, width)
         return (RAW, length, padded) if size is None else (PLANES, size, lane.padded(size))
     codec, stored = encode(padded[:length], width) if width else (RAW, padded)
     if codec == RAW:

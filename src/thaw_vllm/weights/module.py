@@ -16,6 +16,7 @@ from ..format.identity import Identity
 from ..format.snapshot import Snapshot
 from ..transport.collector import collection_paused
 from ..transport.source import FileSource, Source
+from . import ahead
 from .capture import capture, fillable, module_tensors, persistent_buffers
 from .freeze import FreezeOptions, FreezeReport, tensors_id, write_snapshot
 from .open import open_memory, sections
@@ -108,7 +109,8 @@ def restore_opened(
         start: when the clock began (``time.perf_counter``).
     """
     targets, parameters = fillable(model)
-    with reading(source, targets.values(), options) as way:
+    kept = ahead.ready(targets.values()) if options.processes and options.workers is None else None
+    with reading(source, targets.values(), options, kept) as way:
         snapshot = snapshot or sections(source)
         if snapshot.header.kv is not None:
             raise MismatchError(

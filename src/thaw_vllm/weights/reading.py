@@ -15,6 +15,7 @@ from ..transport import parallel
 from ..transport.cuda import Context
 from ..transport.files import Files
 from ..transport.kept_helpers import KeptHelpers
+from ..transport.kernels import Kernels
 from ..transport.links import by_driver
 from ..transport.numa import near
 from ..transport.readers import ROUTES, Reader, choose
@@ -55,14 +56,22 @@ class Reading:
     Attributes:
         reader: the way.
         helpers: processes that read by it, if that is faster.
-        kernel: that sums on the GPU, borrowed; None has it loaded.
+        kernels: for the GPU, borrowed; None has them loaded.
         seconds: what choosing and starting took.
     """
 
     reader: Reader
     helpers: Helpers | None
-    kernel: Kernel | None
+    kernels: Kernels | None
     seconds: float
+
+    def sums(self, device: torch.device) -> Kernel | None:
+        """The kernel that sums on a device, if it is one with a kernel, and one is kept.
+
+        Raises:
+            DeviceError: the driver does not take it.
+        """
+        return self.kernels.sums(device.index or 0) if self.kernels is not None and by_driver(device) else None
 
 
 @contextlib.contextmanager
@@ -75,7 +84,7 @@ def reading(
         source: stays the caller's.
         targets: tensors that will be filled, for where most of their bytes are.
         options: how to read.
-        kept: whose helpers and kernel to borrow, in place of some for this time only.
+        kept: whose helpers and kernels to borrow, in place of some for this time only.
     """
     start = time.perf_counter()
     sizes: dict[torch.device, int] = {}
@@ -86,12 +95,10 @@ def reading(
     host = sum(size for device, size in sizes.items() if device.type == "cpu")
     staged = host < sum(sizes.values()) / 2
     with contextlib.closing(choose(source, options.route, staged=staged)) as reader, contextlib.ExitStack() as stack:
-        helpers = kernel = None
-        if len(gpus) == 1 and kept is not None and options.verify:
-            kernel = kept.kernel(gpus[0].index or 0)
+        helpers = None
         if staged and len(gpus) == 1 and options.processes and isinstance(source, FileSource | Files):
             helpers = stack.enter_context(_helpers(source, reader, options, gpus[0].index or 0, kept))
-        yield Reading(reader, helpers, kernel, time.perf_counter() - start)
+        yield Reading(reader, helpers, kept.kernels if kept is not None else None, time.perf_counter() - start)
 
 
 @contextlib.contextmanager

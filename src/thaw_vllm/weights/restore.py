@@ -7,7 +7,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -170,7 +170,7 @@ def _to_device(
 ) -> str:
     """Bring chunks to one device; returns what reports call the way."""
     name, helpers = source.name, way.helpers
-    with contextlib.closing(_link(source, way, ranges, places)) as link:
+    with contextlib.closing(_link(source, way, ranges, places, verify)) as link:
         if isinstance(link, CudaLink) and isinstance(source, Resident) and source.locked is not None:
             if isinstance(link, CodedLink):
                 source.send_coded(link, ranges, verify=verify, progress=progress)
@@ -183,17 +183,20 @@ def _to_device(
         return f"{len(helpers.helpers)} processes → {link.name}"
 
 
-def _link(source: Source, way: Reading, ranges: list[Range], places: list[Place]) -> Link:
+def _link(source: Source, way: Reading, ranges: list[Range], places: list[Place], verify: bool) -> Link:
+    device = places[0].view.device
+    if isinstance(source, Resident):
+        way = replace(way, kernels=source.kernels)
+    sums = way.sums(device) if verify else None
     if not any(found.coded for found in ranges):
-        return link_to(places, way.kernel)
+        return link_to(places, sums)
 
     def damage(number: int) -> CorruptionError:
         return damaged(source.name, ranges[number].label, ranges[number].offset, ranges[number].length)
 
     stored = [found.length if found.coded else 0 for found in ranges]
-    device = places[0].view.device.index or 0
-    decoders = source.decoders(device) if isinstance(source, Resident) else None
-    return CodedLink(device, runs_of(places), stored, damage, way.kernel, decoders)
+    decoders = way.kernels.decoders(device.index or 0) if way.kernels is not None else None
+    return CodedLink(device.index or 0, runs_of(places), stored, damage, sums, decoders)
 
 
 def match(

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..outcome import spread
 from ..record import Record
-from ..summary import FORK_SECONDS, fork_table, is_rival, label, of_limit, of_rival, prompt_tokens, section
+from ..summary import COMPRESSED, FORK_SECONDS, fork_table, is_rival, label, of_limit, of_rival, prompt_tokens, section
 from .goals import GOALS, full_size
 from .method import METHOD
 from .results import Run
@@ -21,8 +21,12 @@ TITLES = {
     "memory-read": "Limit: reads of files in memory",
     "restore-tmpfs": "Restore from tmpfs",
     "restore-tmpfs-compressed": "Restore from tmpfs, compressed",
+    "restore-tmpfs-expected": "Restore from tmpfs in a process that expects it",
+    "restore-tmpfs-compressed-expected": "Restore from tmpfs, compressed, in a process that expects it",
     "restore-pagecache": "Restore from the page cache",
     "restore-pagecache-compressed": "Restore from the page cache, compressed",
+    "restore-pagecache-expected": "Restore from the page cache in a process that expects it",
+    "restore-pagecache-compressed-expected": "Restore from the page cache, compressed, in a process that expects it",
     "restore-disk": "Restore from a cold disk",
     "restore-disk-compressed": "Restore from a cold disk, compressed",
     "restore-warm": "Restore from pinned memory, again and again",
@@ -51,7 +55,9 @@ TITLES = {
     "fork": "Fork: first tokens of N continuations of a trunk",
 }
 """Headings in the page's order; a work that is not here comes after them under its own name."""
-PLOTTED = ("restore-tmpfs", "restore-pagecache", "restore-disk", "restore-warm", "freeze-tmpfs", "freeze-disk")
+_PLAIN = ("restore-tmpfs", "restore-pagecache", "restore-disk", "restore-warm", "freeze-tmpfs", "freeze-disk")
+PLOTTED = (*_PLAIN, *(work + COMPRESSED for work in _PLAIN))
+"""Those of compressed snapshots beside the same run's of plain ones."""
 KV_PLOTTED, KV_PLOT, KV_TITLE = "ttft-cold", "kv", "Seconds to the first token by tokens of the prompt"
 """The work of whose first run one plot shows all lengths, its file's name, its title."""
 FORKED = "fork"

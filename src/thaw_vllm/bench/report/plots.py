@@ -10,7 +10,7 @@ from typing import Any
 from ...errors import MissingDependencyError
 from ..outcome import Outcome
 from ..record import Record
-from ..summary import label, limit_of, prompt_tokens, with_restore
+from ..summary import general, label, limit_of, prompt_tokens, with_restore
 from .page import KV_PLOT, KV_PLOTTED, KV_TITLE, PLOTTED, TITLES, first
 from .results import Run
 
@@ -43,7 +43,7 @@ def draw(runs: Sequence[Run], folder: Path) -> list[Path]:
     for work in PLOTTED:
         for run in first(work, runs)[:1]:
             folder.mkdir(parents=True, exist_ok=True)
-            records = [record for record in run.outcome.records if record.work == work]
+            records = [r for r in run.outcome.records if r.work == work or (work != general(work) == general(r.work))]
             written += _draw(work, records, run.outcome, folder)
     for run in first(KV_PLOTTED, runs)[:1]:
         folder.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,9 @@ RIVALS = {
     "thaw-native": "native",
 }
 """Name → the file here with its ``SYSTEM``. A new rival is one file and one line."""
-OURS, OURS_COMPRESSED = "thaw", "thaw-compressed"
+OURS = "thaw"
+OUR_VARIANTS = ("thaw-compressed", "thaw-expected", "thaw-compressed-expected")
+"""Of a compressed snapshot; in a process that has said that a restore will come; both."""
 
 
 def system(name: str) -> System:
@@ -27,11 +29,11 @@ def system(name: str) -> System:
     Raises:
         UsageError: there is none.
     """
-    if name in (OURS, OURS_COMPRESSED):
-        from ..ours import Compressed, Thaw
+    if name in (OURS, *OUR_VARIANTS):
+        from .. import ours
 
-        return Thaw() if name == OURS else Compressed()
+        return next(kind() for kind in ours.SYSTEMS if kind.name == name)
     if name not in RIVALS:
-        raise UsageError(f"there is no system {name!r}; there are {', '.join([OURS, OURS_COMPRESSED, *RIVALS])}")
+        raise UsageError(f"there is no system {name!r}; there are {', '.join([OURS, *OUR_VARIANTS, *RIVALS])}")
     found: System = import_module(f"{__name__}.{RIVALS[name]}").SYSTEM
     return found

@@ -6,9 +6,11 @@ weights are always vLLM's own work on the same bytes as after an ordinary start.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,11 +20,14 @@ from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+from vllm.platforms import current_platform
 
 from ...errors import UnsupportedError, UsageError
 from ...format.header import Header
 from ...format.identity import Identity, require
 from ...transport.collector import collection_paused
+from ...transport.reading_helpers import WORTH
+from ...weights import ahead
 from ...weights.capture import fillable
 from ...weights.freeze import FreezeReport
 from ...weights.open import Opened, open_rank
@@ -35,7 +40,6 @@ from .automatic import Outcome
 from .failures import noted
 from .freezing import UNTIED, Freezing, source_checkpoint
 from .identity import engine_identity, model_directory
-from .kv import ahead
 from .progress import progress_bar
 from .shared_weights import Placeholders, place, require_shareable
 from .swap.filled import forget, note, remember
@@ -43,6 +47,8 @@ from .versions import parallel_groups, untie, untied_by_checkpoint
 
 if TYPE_CHECKING:
     from vllm.config import LoadConfig, ModelConfig, VllmConfig
+
+    from ...transport.kept_helpers import KeptHelpers
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -156,6 +162,7 @@ class ThawModelLoader(BaseModelLoader):
         vLLM allocates parameters uninitialised, so nothing is written twice.
         """
         with noted(self.config.failures):
+            self._expect()
             if self.config.mode == "auto" and (why := automatic.left_to_vllm(vllm_config, model_config)) is not None:
                 return self._as_vllm(vllm_config, model_config, prefix, why)
             self._prepare(vllm_config, model_config)
@@ -245,7 +252,7 @@ class ThawModelLoader(BaseModelLoader):
             collection_paused(),
             progress_bar("thaw", first=identity.parallel.rank == 0) as progress,
             open_rank(snapshot, identity.parallel.rank) as opened,
-            reading(opened.source, targets.values(), options(progress)) as way,
+            reading(opened.source, targets.values(), options(progress), self._kept(targets.values())) as way,
         ):
             header = self._checked(opened, model_config, identity, snapshot)
             checked = time.perf_counter()
@@ -269,6 +276,19 @@ class ThawModelLoader(BaseModelLoader):
         )
         logger.info("%s (%s)\n%s", report.route, report.why, report.waterfall())
         return report, header.identity.model
+
+    def _expect(self) -> None:
+        """Have helpers and kernels come up while vLLM builds the model."""
+        config = self.config
+        if config.mode != "thaw" or config.shared or not config.processes or config.workers is not None:
+            return
+        with contextlib.suppress(OSError):  # no file; who opens it says so
+            if os.stat(config.snapshot).st_size >= WORTH and current_platform.is_cuda():
+                ahead.expect(torch.device("cuda", torch.cuda.current_device()))
+
+    def _kept(self, targets: Iterable[torch.Tensor]) -> KeptHelpers | None:
+        config = self.config
+        return ahead.ready(targets) if config.processes and config.workers is None else None
 
     def _place(
         self, model: torch.nn.Module, model_config: ModelConfig, identity: Identity, snapshot: str

@@ -21,8 +21,9 @@ from ....weights.open import Opened, open_rank
 from ....weights.waterfall import Phases
 from .. import versions
 from ..answers import all_raised, answering
-from . import ahead, recorder, watch
+from . import recorder, watch
 from .jobs import Job, jobs, look, reap, slowest
+from .lent import lending
 from .selection import Selection
 
 _LEAVE = 0.25
@@ -174,7 +175,7 @@ def restore(core: Any, options: dict[str, Any]) -> dict[str, Any]:
     model = model_of(core, options.get("model"), required=True)
     phases.end("identify")
     wanted = Identity.from_json(described["identity"] | {"model": model})
-    with open_rank(path, 0) as opened, ahead.lending(opened) as lent:
+    with open_rank(path, 0) as opened, lending(opened) as lent:
         table = _table(opened, path, wanted, layout)
         asked = {
             "path": path,

@@ -24,6 +24,7 @@ from ....kv.read import count_slots, freeze_of
 from ....transport.collector import collection_paused
 from ....transport.links import by_driver
 from ....transport.reading_helpers import WORTH_RUNNING
+from ....weights import ahead
 from ....weights.capture import Captured, Named, Storage, StorageBytes, capture
 from ....weights.freeze import FreezeOptions
 from ....weights.layout import byte_view, host_bytes
@@ -35,7 +36,7 @@ from ....weights.waterfall import Phases
 from ..answers import answering
 from ..exchange import world_exchange
 from ..identity import engine_identity
-from . import ahead
+from . import lent
 from .regions import gather, page_of, regions, rows, scatter, scratch
 
 _SHARE, _MOST = 0.25, 2 << 30
@@ -308,9 +309,9 @@ def fill(worker: Any, options: dict[str, Any]) -> dict[str, Any]:
 @contextlib.contextmanager
 def _opened(options: dict[str, Any], rank: int) -> Iterator[Opened]:
     """A rank's file: the one that the core has read, where that is in this process, else opened and read here."""
-    lent = ahead.borrowed(options.get("opened", ""))
-    if lent is not None and rank == 0:
-        yield lent
+    core = lent.borrowed(options.get("opened", ""))
+    if core is not None and rank == 0:
+        yield core
         return
     with open_rank(options["path"], rank) as opened:
         yield opened

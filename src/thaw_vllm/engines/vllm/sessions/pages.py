@@ -25,11 +25,11 @@ from ....transport.links import Place, by_driver, link_to
 from ....transport.medium import in_memory
 from ....transport.pipeline import Range, deliver
 from ....transport.wordsum_cuda import CudaSums
+from ....weights import ahead
 from ....weights.layout import byte_view, host_bytes
 from ....weights.reading import RestoreOptions, reading
 from ....weights.waterfall import Phases
 from ..answers import answering
-from ..kv import ahead
 from ..kv.pages import identity, room_on, whole_layout
 from ..kv.regions import gather, regions, rows, scatter, scratch
 
@@ -136,6 +136,7 @@ def _to_device(store: Store, found: Regions, wanted: Wanted, page: int, phases: 
             return
         files = stack.enter_context(contextlib.closing(Files(paths, blocks.PAYLOAD_AT + page, directory)))
         way = stack.enter_context(reading(files, [memory], RestoreOptions(), ahead.kept(device)))
+        sums = way.sums(device)
         at_hand = _in_memory(directory)
         phases.end("room")
         for first in range(0, len(wanted), step):
@@ -154,7 +155,7 @@ def _to_device(store: Store, found: Regions, wanted: Wanted, page: int, phases: 
                 options["admit"] = admit
             else:  # many at once: a disk may take its time for each
                 _each(len(part), admit)
-            with contextlib.closing(link_to(places, way.kernel)) as link:
+            with contextlib.closing(link_to(places, sums)) as link:
                 deliver(way.reader, directory, ranges, link, damage=_damaged, **options)
             phases.end("read")
             _scattered(found, memory[: len(part) * page].view(len(part), page), [id_ for _, id_ in part])
@@ -223,7 +224,7 @@ def _sums(room: torch.Tensor) -> list[int]:
     """Of each row, on its GPU: a processor takes longer for them than for writing the bytes."""
     device, page = room.device, room.shape[1]
     torch.cuda.current_stream(device).synchronize()
-    kernel = ahead.kept(device).kernel(device.index or 0)
+    kernel = ahead.kept(device).kernels.sums(device.index or 0)
     with (
         contextlib.closing(cuda.Context(device.index or 0)) as context,
         context.entered(),

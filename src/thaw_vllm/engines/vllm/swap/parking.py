@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from ....errors import DeviceError
+from ....weights import ahead
 from .. import versions
-from ..kv import ahead
 from . import pins
 from .fill import still_there
 
