@@ -126,7 +126,7 @@ class DrainLane:
         return self.padded(run.length)
 
     def _ready(self, device: int) -> tuple[Context, Stream]:
-        """For a device; the slot is page-locked."""
+        """For a device; the first time the slot is page-locked, and what it holds is lost."""
         context = self._contexts[device]
         context.enter()
         if not self._tried:
@@ -165,6 +165,8 @@ class DrainLane:
 
     def hold(self, data: memoryview) -> memoryview:
         """A copy of host bytes in the slot, filled up likewise."""
+        if self._for_host is not None:
+            self._ready(self._for_host)  # which writes to the slot
         copy(self._slot.view[: len(data)], data)
         return self.padded(len(data))
 
