@@ -111,6 +111,13 @@ ENCODE = {
 }
 
 
+class Mark:
+    """An event as it was recorded once."""
+
+    def __init__(self, done):
+        self.done = done
+
+
 class Driver(cuda.Driver):
     """Attributes: ``wrong`` (what was done against the rules), ``calls`` (names), ``refuse`` (name: which call)."""
 
@@ -202,30 +209,31 @@ class Driver(cuda.Driver):
             queue.popleft()[1]()
 
     def cuStreamWaitEvent(self, stream, event, flags):
-        self.streams[stream].append((None, lambda: self.cuEventSynchronize(event)))
+        mark = self.events[event]  # as it is now: it may be recorded again before this stream comes to it
+        self.streams[stream].append((None, lambda: self.until(mark)))
 
     def cuEventCreate(self, handle, flags):
         self.inside()
-        self.events[self.make(handle)] = True
+        self.events[self.make(handle)] = Mark(True)
 
     def cuEventDestroy(self, event):
         del self.events[event]
 
     def cuEventRecord(self, event, stream):
-        self.events[event] = False
-        self.streams[stream].append((event, lambda: self.events.update({event: True})))
+        mark = self.events[event] = Mark(False)
+        self.streams[stream].append((mark, lambda: setattr(mark, "done", True)))
 
     def cuEventQuery(self, event):
-        if self.events[event]:
+        if self.events[event].done:
             return 0
         self.asked[event] += 1
         if self.asked[event] % 3 == 0:
-            self.cuEventSynchronize(event)
+            self.until(self.events[event])
         return 600
 
-    def cuEventSynchronize(self, event):
-        while not self.events[event]:
-            queue = next(queue for queue in self.streams.values() if any(mark == event for mark, _ in queue))
+    def until(self, mark):
+        while not mark.done:
+            queue = next(queue for queue in self.streams.values() if any(found is mark for found, _ in queue))
             queue.popleft()[1]()
 
     # memory

@@ -1,6 +1,7 @@
 """Compressed ranges on their way to a GPU; the GPU is made up (driver.py), its kernels are numpy."""
 
 import contextlib
+import ctypes
 import random
 
 import numpy as np
@@ -12,13 +13,15 @@ from thaw_vllm.codecs import planes
 from thaw_vllm.errors import CorruptionError, DeviceError
 from thaw_vllm.transport import coded_link, cuda, parallel
 from thaw_vllm.transport.checksum import damaged, wordsum
-from thaw_vllm.transport.coded_link import CodedLink
+from thaw_vllm.transport.coded_link import CodedLink, Scratch
+from thaw_vllm.transport.cuda import Stream
 from thaw_vllm.transport.pipeline import Range, deliver
 from thaw_vllm.transport.plan import BLOCK
 from thaw_vllm.transport.readers import Cached, choose
 from thaw_vllm.transport.reading_helpers import Helpers
 from thaw_vllm.transport.resident import Resident
 from thaw_vllm.transport.source import FileSource, MemorySource
+from thaw_vllm.transport.staging import address_of
 
 pytestmark = pytest.mark.usefixtures("no_leaks", "no_children")
 
@@ -239,3 +242,54 @@ def test_less_memory_than_wanted(refusals, send, driver, monkeypatch):
         with pytest.raises(DeviceError):
             send(work)
         assert asked == sorted(asked, reverse=True) and len(asked) < 10
+
+
+def test_one_that_is_late_keeps_nobody_waiting(driver, monkeypatch):
+    """Room for three: while the first is on its way, others take one another's place."""
+    work = Work(8, 40 * planes.ROW, ["bfloat16"])
+    link = work.link()
+    monkeypatch.setattr(coded_link, "SCRATCH", 3 * link._need(0))
+    link.close()
+    with (
+        contextlib.closing(work.link()) as link,
+        link.context.entered(),
+        contextlib.closing(Stream(link.context)) as up,
+    ):
+        assert link.admits(0)
+        for number in range(1, 8):
+            while not link.admits(number):
+                assert number > 2
+            found = work.ranges[number]
+            stored = memoryview(bytes(work.file[found.offset : found.offset + found.length]))
+            link.seen(number, stored)
+            driver.call("cuMemcpyHtoDAsync_v2", link.runs[number][0], address_of(stored), len(stored), up.handle)
+            up.synchronize()
+            link.landed(number)
+        link.settle()
+    address, length = work.runs[0]
+    assert not any(ctypes.string_at(address, length))
+    ctypes.memmove(address, work.data[0], length)
+    assert work.arrived()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_scratch(seed):
+    """No two parts overlap, and all of it is one part again in the end."""
+    rng, scratch, taken = random.Random(seed), Scratch(1000), {}
+    for _ in range(500):
+        size = rng.randrange(1, 300)
+        if scratch.has(size) and rng.random() < 0.6:
+            at = scratch.take(size)
+            assert at >= 0 and at + size <= 1000
+            assert all(at + size <= other or other + length <= at for other, length in taken.items())
+            taken[at] = size
+        elif taken:
+            at = rng.choice([*taken])
+            scratch.give_back(at, taken.pop(at))
+        free = 1000 - sum(taken.values())
+        assert sum(end - begin for begin, end in scratch._free) == free
+        assert scratch._free == sorted(scratch._free)
+    for at, size in taken.items():
+        scratch.give_back(at, size)
+    assert scratch._free == [(0, 1000)]
+    assert not Scratch(0).has(1)

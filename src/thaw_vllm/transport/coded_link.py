@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
+import itertools
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -57,12 +59,9 @@ class CodedLink(CudaLink):
         self._damage = damage
         self._lock = threading.Lock()
         self._frames: dict[int, Frame] = {}
-        self._under_way: deque[int] = deque()
         self._places: dict[int, tuple[int, int]] = {}
-        self._events: dict[int, tuple[Stream, int]] = {}
-        self._launched = 0
         self._memory = 0
-        self._streams: list[Stream] = []
+        self._lanes: list[_Lane] = []
         self._own: PlaneKernels | None = None
         try:
             needs = [self._need(number) for number in range(len(stored)) if stored[number]]
@@ -70,8 +69,10 @@ class CodedLink(CudaLink):
             self._size = max(least, min(SCRATCH, sum(needs)))
             with self.context.entered():
                 self._take(least)
+                self._scratch = Scratch(self._size)
                 for _ in range(_STREAMS if needs else 0):
-                    self._streams.append(Stream(self.context, events=_EVENTS + 1))
+                    self._lanes.append(_Lane(Stream(self.context, events=_EVENTS + 1)))
+            self._turns = itertools.cycle(self._lanes)
             if kernels is None:
                 kernels = self._own = PlaneKernels(device)
             self._kernels = kernels
@@ -101,35 +102,27 @@ class CodedLink(CudaLink):
         """See Link: whether there is scratch memory for a range, which is its own from then on."""
         if not self._stored[number]:
             return True
+        size = self._need(number)
         with self._lock:
-            while self._under_way and self._done(self._under_way[0]):
-                del self._places[self._under_way[0]], self._events[self._under_way.popleft()]
-            if len(self._under_way) == _STREAMS * _EVENTS:
-                return False
-            at, size = self._free(), self._need(number)
-            if at is None or at[1] - at[0] < size:
-                if not self._under_way or at is None or at[1] != self._size:
+            if not self._fits(size):
+                self._reap()
+                if not self._fits(size):
                     return False
-                at = 0, self._places[self._under_way[0]][0]  # what is left at the end is left
-                if at[1] < size:
-                    return False
-            self._places[number] = at[0], at[0] + size
-            self._under_way.append(number)
-            self._into[number] = self._memory + at[0], self._stored[number]
+            at = self._scratch.take(size)
+            self._places[number] = at, size
+            self._into[number] = self._memory + at, self._stored[number]
             return True
 
-    def _free(self) -> tuple[int, int] | None:
-        """The run after the newest range; None where there is none."""
-        if not self._under_way:
-            return 0, self._size
-        oldest, newest = self._places[self._under_way[0]][0], self._places[self._under_way[-1]][1]
-        if newest > oldest:
-            return newest, self._size
-        return (newest, oldest) if newest < oldest else None
+    def _fits(self, size: int) -> bool:
+        return len(self._places) < _STREAMS * _EVENTS and self._scratch.has(size)
 
-    def _done(self, number: int) -> bool:
-        stream, event = self._events.get(number, (None, 0))
-        return stream is not None and stream.passed(event)
+    def _reap(self) -> None:
+        """What has been decoded makes room, whatever came before it is still on its way."""
+        for lane in self._lanes:
+            while lane.launched and lane.stream.passed(lane.launched[0][1]):
+                number, event = lane.launched.popleft()
+                lane.spare.append(event)
+                self._scratch.give_back(*self._places.pop(number))
 
     def seen(self, number: int, head: memoryview) -> None:
         """See CudaLink.
@@ -153,19 +146,19 @@ class CodedLink(CudaLink):
         if not self._stored[number]:
             return
         with self._lock:
-            frame = self._frames.pop(number)
-            stream, event = self._streams[self._launched % _STREAMS], self._launched // _STREAMS % _EVENTS
-            self._launched += 1
+            frame, stored = self._frames.pop(number), self._memory + self._places[number][0]
+            lane = next(lane for lane in self._turns if lane.spare)  # each range that was admitted has an event
             if after:
-                self.context.driver.call("cuStreamWaitEvent", stream.handle, after, 0)
-            stored, (out, length) = self._memory + self._places[number][0], self.finals[number]
+                self.context.driver.call("cuStreamWaitEvent", lane.stream.handle, after, 0)
+            out, length = self.finals[number]
             planes = aligned(stored + frame.size)
             there = out if out % ALIGN == 0 else aligned(planes + room(frame))
-            self._kernels.decode(frame, stored, planes, there, stream.handle)
+            self._kernels.decode(frame, stored, planes, there, lane.stream.handle)
             if there != out:
-                self.context.driver.call("cuMemcpyDtoDAsync_v2", out, there, length, stream.handle)
-            stream.mark(event)
-            self._events[number] = stream, event
+                self.context.driver.call("cuMemcpyDtoDAsync_v2", out, there, length, lane.stream.handle)
+            event = lane.spare.pop()
+            lane.stream.mark(event)
+            lane.launched.append((number, event))
 
     @contextlib.contextmanager
     def sums(self, count: int) -> Iterator[DecodedSums]:
@@ -176,31 +169,72 @@ class CodedLink(CudaLink):
     def wait(self, sums: CudaSums) -> None:
         """Let sums wait for what is being decoded."""
         with self._lock:
-            for stream in self._streams:
-                stream.mark(_EVENTS)
-                sums.after(stream.events[_EVENTS])
+            for lane in self._lanes:
+                lane.stream.mark(_EVENTS)
+                sums.after(lane.stream.events[_EVENTS])
 
     def settle(self) -> None:
         """See Link."""
         with self._lock, self.context.entered():
-            for stream in self._streams:
-                stream.synchronize()
+            for lane in self._lanes:
+                lane.stream.synchronize()
 
     def close(self) -> None:
         """See Link."""
-        streams, self._streams = self._streams, []
+        lanes, self._lanes = self._lanes, []
         memory, self._memory = self._memory, 0
         own, self._own = self._own, None
         with contextlib.ExitStack() as stack:
             stack.callback(super().close)
             if own is not None:
                 stack.callback(own.close)
-            if streams or memory:
+            if lanes or memory:
                 stack.enter_context(self.context.entered())
             if memory:
                 stack.callback(self.context.driver["cuMemFree_v2"], memory)
-            for stream in streams:
-                stack.callback(stream.close)
+            for lane in lanes:
+                stack.callback(lane.stream.close)
+
+
+class _Lane:
+    """A stream that decodes, and the events of what was asked of it, oldest first."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream, self.spare = stream, [*range(_EVENTS)]
+        self.launched: deque[tuple[int, int]] = deque()
+
+
+class Scratch:
+    """Which parts of some memory are taken: the first that is long enough, given back in any order.
+
+    Not a ring: one reader that is late would keep everybody waiting whose part comes after its own.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._free = [(0, size)] if size else []
+
+    def has(self, size: int) -> bool:
+        """Whether ``take`` has a part of so many bytes."""
+        return any(end - begin >= size for begin, end in self._free)
+
+    def take(self, size: int) -> int:
+        """Where it begins."""
+        number = next(n for n, (begin, end) in enumerate(self._free) if end - begin >= size)
+        begin, end = self._free.pop(number)
+        if begin + size < end:
+            self._free.insert(number, (begin + size, end))
+        return begin
+
+    def give_back(self, at: int, size: int) -> None:
+        """A part that was taken, of the same size."""
+        number = bisect.bisect(self._free, (at, at))
+        begin, end = at, at + size
+        if number < len(self._free) and self._free[number][0] == end:
+            end = self._free.pop(number)[1]
+        if number and self._free[number - 1][1] == begin:
+            begin = self._free.pop(number - 1)[0]
+            number -= 1
+        self._free.insert(number, (begin, end))
 
 
 class DecodedSums:
