@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.transport.test_coded_link import KINDS, Work
+from tests.transport.test_coded_link import KINDS, Work, data_of
 
 import thaw_vllm
 from thaw_vllm.codecs import planes
-from thaw_vllm.transport import coded_link
+from thaw_vllm.transport import coded_link, coded_torch
 from thaw_vllm.transport.pipeline import deliver
 from thaw_vllm.transport.planes_cuda import PlaneKernels, room
 from thaw_vllm.transport.readers import Cached
@@ -94,6 +94,17 @@ def test_hostile_words(seed: int) -> None:
     if seed % 4 == 0:
         frame_[first : frame.tail] = rng.choice([b"\0", b"\xff"]) * (frame.tail - first)
     decoded(bytes(frame_), frame, 2 * len(data))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "raw"])
+def test_by_torch(kind: str) -> None:
+    """For other devices; this one stands for them."""
+    data, width = data_of(kind, 3 * planes.BLOCK + 5 * planes.ROW, 1)
+    frame = planes.encode(memoryview(data), width)
+    assert frame is not None
+    out = torch.empty(len(data), dtype=torch.uint8, device="cuda")
+    coded_torch.decode(torch.frombuffer(bytearray(frame), dtype=torch.uint8).cuda(), out)
+    assert out.cpu().numpy().tobytes() == data
 
 
 @pytest.mark.parametrize("kind", KINDS)

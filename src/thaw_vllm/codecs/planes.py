@@ -44,6 +44,8 @@ GAIN = 1 / 32
 SAMPLE = 1 << 20
 """Bytes of a chunk by which it is chosen how to cut its elements, and which planes to code; in so many runs."""
 _RUNS = 16
+_BETTER = 1 / 256
+"""By which share of the bytes a later one of ``cuts`` has to gain more: each plane costs time and states."""
 _HEAD = struct.Struct("<BBBB4I")
 
 
@@ -188,8 +190,12 @@ class Cut:
 
 
 def cuts(length: int, width: int) -> list[tuple[int, int]]:
-    """Widths and turns by which elements of so many bytes may be cut, the likeliest last."""
-    found = [(1, 0), (width, 0), (width, 1)] if width in WIDTHS[1:] else [(1, 0)]
+    """Widths and turns by which elements of so many bytes may be cut, the likeliest last.
+
+    Bytes may be elements of two: blocks of a KV cache are stored as bytes, whatever they are.
+    """
+    wide = width if width in WIDTHS[1:] else 2
+    found = [(1, 0), (wide, 0), (wide, 1)]
     return [(wide, turn) for wide, turn in found if length >= ROW * wide]
 
 
@@ -198,21 +204,19 @@ def cut(length: int, width: int, counts: Callable[[int, int], Counts]) -> Cut | 
 
     Args:
         length: bytes of the chunk.
-        width: bytes of its elements: which of WIDTHS, any other counts as 1.
+        width: bytes of its elements: 2 or 4; any other says that it is not known.
         counts: of a width and a turn (see ``cuts``), how often each byte occurs in the sample's planes,
             ``(width, 256)``.
     """
-    best: tuple[float, int, int, Counts] | None = None
+    best: tuple[float, Cut] | None = None
     for wide, turn in cuts(length, width):
         found = counts(wide, turn)
-        share = _bits(found).sum() / (8 * found.sum())
-        if best is None or share < best[0]:
-            best = share, wide, turn, found
-    if best is None or best[0] > 1 - GAIN:
-        return None
-    _, width, turn, found = best
-    worth = _bits(found) < 8 * (1 - GAIN) * found.sum(axis=1)
-    return Cut(width, turn, tuple(number for number, gains in enumerate(worth) if gains))
+        bits, raw = _bits(found), 8 * found.sum(axis=1)
+        worth = bits < (1 - GAIN) * raw
+        share = np.where(worth, bits, raw).sum() / raw.sum()
+        if best is None or share < best[0] - _BETTER:
+            best = share, Cut(wide, turn, tuple(number for number, gains in enumerate(worth) if gains))
+    return None if best is None or best[0] > 1 - GAIN else best[1]
 
 
 def framed(how: Cut, length: int, words: Mapping[int, int]) -> Frame | None:
@@ -227,8 +231,8 @@ def encode(data: memoryview | Bytes, width: int, tools: Tools | None = None) -> 
 
     Args:
         data: bytes of a chunk.
-        width: bytes of its elements: which of WIDTHS, any other counts as 1. Whether elements are turned, and which
-            planes are coded, is measured.
+        width: bytes of its elements: 2 or 4; any other says that it is not known. Whether elements are turned, and
+            which planes are coded, is measured.
         tools: to do it with; None for this module's own.
     """
     pass_ = tools or _OWN

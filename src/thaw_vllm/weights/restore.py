@@ -19,6 +19,7 @@ from ..format.snapshot import Snapshot
 from ..transport import parallel
 from ..transport.checksum import damaged
 from ..transport.coded_link import CodedLink
+from ..transport.coded_torch import CodedTorchLink
 from ..transport.links import CudaLink, Link, Place, by_driver, link_to, runs_of
 from ..transport.pipeline import Range, deliver
 from ..transport.read import Piece, piece_of, read
@@ -195,6 +196,8 @@ def _link(source: Source, way: Reading, ranges: list[Range], places: list[Place]
         return damaged(source.name, ranges[number].label, ranges[number].offset, ranges[number].length)
 
     stored = [found.length if found.coded else 0 for found in ranges]
+    if not by_driver(device):
+        return CodedTorchLink(places, device.type, stored, damage)
     decoders = way.kernels.decoders(device.index or 0) if way.kernels is not None else None
     return CodedLink(device.index or 0, runs_of(places), stored, damage, sums, decoders)
 
@@ -322,9 +325,6 @@ def sort(snapshot: Snapshot, targets: Mapping[str, torch.Tensor]) -> Work:
         elif direct[1] is not None:
             into = direct[1][chunk.at : chunk.at + chunk.length]
             found.host.append(piece_of(chunk, base, label, into))
-        elif chunk.codec != RAW and not by_driver(target.device):
-            copy = _copy(direct[0][chunk.at : chunk.at + chunk.length])
-            found.host.append(piece_of(chunk, base, label, None, copy))
         else:
             ranges, places = found.devices.setdefault(target.device, ([], []))
             place = base + chunk.stored_at
@@ -359,16 +359,6 @@ def _scatter(entry: Tensor, target: torch.Tensor, chunk: Chunk) -> Callable[[mem
             for part in runs(seen, chunk.at // item, (chunk.at + chunk.length) // item):
                 part.copy_(elements[position : position + part.numel()].view(part.shape))
                 position += part.numel()
-
-    return deliver
-
-
-def _copy(view: torch.Tensor) -> Callable[[memoryview], None]:
-    """As it lies, to a device whose way knows no codec."""
-
-    def deliver(data: memoryview) -> None:
-        with torch.inference_mode():  # see _scatter
-            view.copy_(torch.frombuffer(data, dtype=torch.uint8))
 
     return deliver
 
