@@ -18,6 +18,7 @@ from thaw_vllm.transport.pipeline import deliver
 from thaw_vllm.transport.planes_cuda import PlaneKernels, room
 from thaw_vllm.transport.readers import Cached
 from thaw_vllm.transport.source import MemorySource
+from thaw_vllm.weights import ahead
 
 
 def sent(work: Work, **options: Any) -> None:
@@ -105,6 +106,31 @@ def test_by_torch(kind: str) -> None:
     out = torch.empty(len(data), dtype=torch.uint8, device="cuda")
     coded_torch.decode(torch.frombuffer(bytearray(frame), dtype=torch.uint8).cuda(), out)
     assert out.cpu().numpy().tobytes() == data
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_expected(compress: bool, memory_path: Any) -> None:
+    """Helpers and kernels that came up before are used, again and again, and end when told to."""
+    device = torch.device("cuda", 0)
+    model = torch.nn.Module()
+    for number in range(10):
+        made = (torch.randn(60_000_000, device="cuda") * 0.02).bfloat16()
+        model.register_parameter(f"p{number}", torch.nn.Parameter(made, requires_grad=False))
+    before = {name: tensor.clone() for name, tensor in model.named_parameters()}
+    thaw_vllm.freeze_model(model, memory_path / "model.thaw", compress=compress)
+    thaw_vllm.expect_restore(0)
+    kept = ahead.kept(device)
+    known = kept._helpers
+    for _ in range(3):
+        for tensor in model.parameters():
+            tensor.zero_()
+        report = thaw_vllm.restore_model(model, memory_path / "model.thaw")
+        assert "processes" in report.route or known is None
+        for name, tensor in model.named_parameters():
+            assert torch.equal(tensor.view(torch.uint8), before[name].view(torch.uint8)), name
+        assert kept._helpers is known
+    ahead.rest(device)
+    assert not kept.running(0)
 
 
 @pytest.mark.parametrize("kind", KINDS)

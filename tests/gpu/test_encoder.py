@@ -41,7 +41,8 @@ def test_large_chunks_by_many_threads() -> None:
     torch.cuda.synchronize()
     free = torch.cuda.mem_get_info()[0]
     found: list[tuple[int, int | None, bytes]] = []
-    with Drain(8, max(len(data) for data, *_ in work), [0], encodes=True) as drain:
+    with Drain(8, max(len(data) for data, *_ in work), [0]) as drain:
+        drain.compress()
         todo = parallel.Shared(iter([*range(len(work))] * 6))
 
         def body(_: object) -> None:

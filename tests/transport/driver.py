@@ -127,6 +127,7 @@ class Driver(cuda.Driver):
         self.handles = iter(range(0x1000, 1 << 40))
         self.streams, self.events, self.locked, self.memory, self.mapped = {}, {}, {}, {}, set()
         self.asked = collections.Counter()
+        self.free = 80 << 30
         self.entries, self.names, self.launched = {}, {}, set()
         self.modules, self.contexts, self.wrong, self.calls, self.refuse = set(), 0, [], [], {}
         self.functions = {name: self.function(name) for name in cuda._SIGNATURES}
@@ -280,6 +281,11 @@ class Driver(cuda.Driver):
         if flags != 1:
             self.wrong.append("opened without CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS")
         address._obj.value = int.from_bytes(bytes(handle.reserved), "little")
+
+    def cuMemGetInfo(self, free, total):
+        self.inside()
+        free._obj.value = self.free - sum(len(memory) for memory in self.memory.values())
+        total._obj.value = 80 << 30
 
     def cuMemFree(self, address):
         self.inside()

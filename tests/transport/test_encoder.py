@@ -61,7 +61,8 @@ def test_several_threads_share_what_there_is(driver, monkeypatch):
     monkeypatch.setattr(encoder, "ROOM", 2 * encoder._places(longest)[-1])
     work = parallel.Shared(iter(kinds * 2))
     found = []
-    with Drain(5, longest, [0], encodes=True) as drain:
+    with Drain(5, longest, [0]) as drain:
+        drain.compress()
         assert len(drain._encoders[0]._areas) == 2
 
         def body(stop):
@@ -87,7 +88,11 @@ def test_several_threads_share_what_there_is(driver, monkeypatch):
 
 @pytest.mark.parametrize(
     ("call", "number"),
-    [("cuMemsetD8Async", 0), *[(call, n) for call in ("cuMemcpyDtoHAsync_v2", "cuLaunchKernel") for n in range(3)]],
+    [
+        ("cuMemsetD8Async", 0),
+        *[("cuMemcpyDtoHAsync_v2", n) for n in range(3)],
+        *[("cuLaunchKernel", n) for n in range(9)],
+    ],
 )
 def test_driver_refuses(call, number, driver):
     """The area is there for the next chunk."""
@@ -107,8 +112,10 @@ def test_driver_refuses(call, number, driver):
 def test_no_encoder_then(call, driver):
     """A freeze goes on without it."""
     driver.refuse[call] = 0
-    with Drain(1, 8000, [0], encodes=True) as drain, drain.lane() as lane:
-        assert not lane.encodes(Run(0, 1 << 20, 8000))
+    with Drain(1, 8000, [0]) as drain:
+        drain.compress(for_host=0)
+        with drain.lane() as lane:
+            assert not lane.encodes(Run(0, 1 << 20, 8000)) and not lane.encodes(None)
 
 
 @pytest.mark.parametrize("call", ["cuMemHostRegister_v2", "cuMemHostGetDevicePointer_v2"])
@@ -118,3 +125,42 @@ def test_less_memory_and_none_to_lock(call, driver):
     data, width, _ = DATA["bfloat16"]
     assert encoded(data, width, chunks=4) == planes.encode(memoryview(data), width)
     assert driver.calls.count("cuMemAlloc_v2") == 3
+
+
+@pytest.mark.parametrize("left", [0, 1, 2])
+def test_others_keep_some_memory(left, driver):
+    """A gigabyte stays free, as far as can be known."""
+    data = DATA["bfloat16"][0]
+    driver.free = encoder.RESERVE + left * encoder._places(len(data))[-1]
+    with Context(0) as context:
+        if not left:
+            with pytest.raises(DeviceError, match="too little"):
+                Encoder(context, len(data), 5)
+        else:
+            with contextlib.closing(Encoder(context, len(data), 5)) as made:
+                assert len(made._areas) == left
+
+
+def test_small_ones_from_the_host_leave_nothing_behind(driver):
+    """What they would ask of a stream would come into the next one's place."""
+    data, width, _ = DATA["bfloat16"]
+    held_ = memoryview(bytearray(data))
+    with contextlib.ExitStack() as stack:
+        context = stack.enter_context(Context(0))
+        made = stack.enter_context(contextlib.closing(Encoder(context, len(data), 1, host=True)))
+        first, second = (stack.enter_context(contextlib.closing(Stream(context))) for _ in range(2))
+        assert made.encode_held(memoryview(bytearray(100)), width, first.handle) is None
+        assert not driver.streams[first.handle]
+        size = made.encode_held(held_, width, second.handle)
+    assert bytes(held_[:size]) == planes.encode(memoryview(data), width)
+
+
+def test_memory_that_may_not_be_locked_is_not_sent_from(driver):
+    """The copy would wait with the interpreter's lock in its hands."""
+    driver.refuse["cuMemHostRegister_v2"] = 1  # the first is the encoder's
+    with Drain(1, 8000) as drain:
+        drain.compress(for_host=0)
+        with drain.lane() as lane:
+            assert lane.encodes(None)
+            lane.hold(memoryview(bytes(8000)))
+            assert not lane.encodes(None)

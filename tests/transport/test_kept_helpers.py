@@ -106,6 +106,30 @@ def test_used_again_and_again_they_stay(few):
     ending()
 
 
+def test_rest(few):
+    """Now; and there can be others."""
+    with KeptHelpers(idle=30) as kept:
+        kept.start(0, idle=600)
+        kept._loaders[0].join()
+        known = kept._helpers
+        kept.rest()
+        assert not kept.running(0) and not known.sound and len(few.modules) == 2
+        kept.rest()
+        lent = kept.borrow(0)
+        kept.rest()
+        assert lent.sound
+        kept.give_back(lent)
+    ending()
+    assert few.idle()
+
+
+def test_no_driver(few):
+    few.refuse["cuDevicePrimaryCtxRetain"] = 0
+    with KeptHelpers() as kept:
+        kept.start(0)  # never raises for want of it
+    ending()
+
+
 def test_kernels_are_loaded_once(few):
     with KeptHelpers() as kept:
         kept.start(0)

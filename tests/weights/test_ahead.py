@@ -1,5 +1,7 @@
 """What a process makes ready for a restore to come; the GPU is made up (tests/gpu has a real one)."""
 
+import os
+
 import pytest
 import torch
 
@@ -9,8 +11,12 @@ from thaw_vllm.weights import ahead
 
 
 @pytest.fixture(autouse=True)
-def nothing_kept(monkeypatch):
-    monkeypatch.setattr(ahead, "_kept", {})
+def nothing_kept():
+    before = dict(ahead._kept)
+    ahead._kept.clear()
+    yield
+    ahead._kept.clear()
+    ahead._kept.update(before)
 
 
 @pytest.fixture
@@ -20,6 +26,7 @@ def asked(monkeypatch):
     monkeypatch.setattr(ahead, "by_driver", lambda device: device.type == "cuda")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "init", lambda: found.append("torch has a context"))
     monkeypatch.setattr(ahead.KeptHelpers, "start", lambda self, *given: found.append((self, *given)))
     return found
 
@@ -50,9 +57,27 @@ def test_a_gpu_has_its_own(asked):
         thaw_vllm.expect_restore(device)
     first, second = ahead.kept(torch.device("cuda", 0)), ahead.kept(torch.device("cuda", 1))
     assert first is not second
-    assert asked == [
-        (kept, number, ahead.ANNOUNCED) for kept, number in ((first, 0), (second, 1), (second, 1), (first, 0))
-    ]
+    calls = [(first, 0), (second, 1), (second, 1), (first, 0)]
+    assert [call for call in asked if isinstance(call, tuple)] == [(*call, ahead.ANNOUNCED) for call in calls]
+    assert asked[0] == "torch has a context"  # before anything of ours has: who would fork can tell
+
+
+def test_a_forked_process_has_none(asked):
+    ahead.kept(torch.device("cuda", 0))
+    child = os.fork()
+    if not child:
+        os._exit(len(ahead._kept))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0 and ahead._kept
+
+
+def test_what_will_not_come(monkeypatch):
+    rested = []
+    monkeypatch.setattr(ahead.KeptHelpers, "rest", lambda self: rested.append(self))
+    ahead.rest(torch.device("cuda", 3))
+    assert not rested and not ahead._kept
+    kept = ahead.kept(torch.device("cuda", 3))
+    ahead.rest(torch.device("cuda", 3))
+    assert rested == [kept]
 
 
 class On:

@@ -145,8 +145,11 @@ def _restore(work: str, files: Files, shape: Shape, systems: Sequence[System], s
     outcome = Outcome()
     entries: list[Entry] = []
     for candidate in systems:
-        if (work == WARM and not candidate.pins) or (work == DISK and candidate.name.endswith(EXPECTED)):
-            continue  # from a disk nothing is read by what comes up
+        if work == WARM and not candidate.pins:
+            continue
+        if work == DISK and candidate.name.endswith(EXPECTED):
+            outcome.missed.append(Missed(work, candidate.name, "", "from a disk nothing is read by what comes up"))
+            continue
         if candidate.files not in files.paths:
             why = f"its file could not be made: {files.missing.get(candidate.files, 'not asked for')}"
             outcome.missed.append(Missed(work, candidate.name, "", why))

@@ -6,6 +6,7 @@ A codec is one file here, one line in the table, and a number in docs/format.md.
 from __future__ import annotations
 
 import functools
+import importlib.util
 from typing import Any
 
 from ..format.chunks import PLANES, RAW
@@ -45,6 +46,12 @@ def _for(size: int) -> Any:
     read, which has to be so: vLLM 0.32's CPU build looks through all modules when a worker starts, and fails at
     llvmlite's, numba's compiler."""
     return tools() if size >= _LARGE else None
+
+
+@functools.cache
+def quick() -> bool:
+    """Whether numba is installed; does not import it."""
+    return importlib.util.find_spec("numba") is not None
 
 
 @functools.cache

@@ -57,6 +57,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     "cuIpcOpenMemHandle_v2": [POINTER, IpcHandle, UINT],
     "cuLaunchKernel": [POINTER, UINT, UINT, UINT, UINT, UINT, UINT, UINT, POINTER, POINTER, POINTER],
     "cuMemAlloc_v2": [POINTER, SIZE],
+    "cuMemGetInfo_v2": [POINTER, POINTER],
     "cuMemFree_v2": [ADDRESS],
     "cuMemHostGetDevicePointer_v2": [POINTER, POINTER, UINT],
     "cuMemHostRegister_v2": [POINTER, SIZE, UINT],
@@ -182,6 +183,12 @@ class Context:
             yield
         finally:
             self.driver.call("cuCtxSetCurrent", before)
+
+    def free(self) -> int:
+        """Bytes of the GPU's memory that nobody has taken; the calling thread has entered the context."""
+        free, total = SIZE(), SIZE()
+        self.driver.call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
+        return free.value
 
     @property
     def bus(self) -> str:

@@ -36,17 +36,12 @@ class Drain:
         workers: int,
         size: int,
         devices: Sequence[int] = (),
-        *,
-        encodes: bool = False,
-        for_host: int | None = None,
     ) -> None:
         """
         Args:
             workers: threads that will each enter ``lane`` once.
             size: bytes of the longest piece.
             devices: the GPUs that runs will name.
-            encodes: whether they are to be compressed where they lie.
-            for_host: a GPU that compresses what comes from the host, if it can; no driver is no error.
 
         Raises:
             DeviceError: a GPU or its driver refused.
@@ -54,21 +49,30 @@ class Drain:
         self._stack = contextlib.ExitStack()
         with contextlib.ExitStack() as stack:
             self._contexts = {device: stack.enter_context(contextlib.closing(Context(device))) for device in devices}
-            with contextlib.suppress(DeviceError):
-                if for_host is not None and for_host not in self._contexts:
-                    self._contexts[for_host] = stack.enter_context(contextlib.closing(Context(for_host)))
             # Whole pages, which may be larger than a block: each slot is page-locked on its own.
             staging = stack.enter_context(Staging(workers, -(-size // mmap.PAGESIZE) * mmap.PAGESIZE))
-            self._encoders: dict[int, Encoder] = {}
-            for device, context in self._contexts.items() if encodes else ():
-                with contextlib.suppress(DeviceError):  # no memory for it: processors can do it as well
-                    made = Encoder(context, size, workers, host=device == for_host)
-                    self._encoders[device] = stack.enter_context(contextlib.closing(made))
-            self._for_host = for_host if for_host in self._encoders else None
             cores = [near(context.bus) for context in self._contexts.values()]
             self._stack = stack.pop_all()
+        self._workers, self._size = workers, size
+        self._encoders: dict[int, Encoder] = {}
+        self._for_host: int | None = None
         self._spare, self._lock = list(staging.slots), threading.Lock()
         self._cores = frozenset[int]().union(*cores) if all(cores) else frozenset[int]()
+
+    def compress(self, for_host: int | None = None) -> None:
+        """Have lanes compress by GPUs what lies there, where these can; processors do it as well. Before any lane.
+
+        Args:
+            for_host: the GPU that compresses what comes from the host. One that no run names is not used for its cores.
+        """
+        with contextlib.suppress(DeviceError):
+            if for_host is not None and for_host not in self._contexts:
+                self._contexts[for_host] = self._stack.enter_context(contextlib.closing(Context(for_host)))
+        for device, context in self._contexts.items():
+            with contextlib.suppress(DeviceError):
+                made = Encoder(context, self._size, self._workers, host=device == for_host)
+                self._encoders[device] = self._stack.enter_context(contextlib.closing(made))
+        self._for_host = for_host if for_host in self._encoders else None
 
     def sums(self, runs: Sequence[Run]) -> list[int]:
         """The word sum of each run, taken where it lies; waits for them. 16 GB take some 6 ms on an H100."""
@@ -144,7 +148,8 @@ class DrainLane:
     def encodes(self, run: Run | None) -> bool:
         """Whether ``encode`` is for this run, or ``encode_held`` for what comes from the host."""
         if run is None:
-            return self._for_host is not None
+            locked = not self._tried or self._locked is not None  # else a copy to the GPU would hold everybody up
+            return self._for_host is not None and locked
         return run.device in self._encoders and Encoder.takes(run.address)
 
     def encode(self, run: Run, width: int) -> int | None:

@@ -40,6 +40,8 @@ from .staging import address_of
 ROOM = 256 << 20
 """Bytes of device memory at most for what is being encoded, but enough for one chunk: each takes three times its length
 for half a millisecond, so that few at once keep the link busy."""
+RESERVE = 1 << 30
+"""Bytes of device memory that are left to others: an engine's allocations of the moment, code that the driver loads."""
 _COUNTED = 64
 """Rows that a block of threads counts."""
 _BINS = 4 * 4 * 256
@@ -57,11 +59,11 @@ class Encoder:
         Args:
             context: of the GPU, borrowed.
             longest: bytes of the longest chunk.
-            chunks: at once at most; fewer where ROOM or the GPU's free memory is not enough for them.
+            chunks: at once at most; fewer where ROOM or the GPU's free memory, less RESERVE, is not enough for them.
             host: whether ``encode_held`` will be called.
 
         Raises:
-            DeviceError: no memory for one, or the driver does not take the kernels.
+            DeviceError: not enough memory for one, or the driver does not take the kernels.
         """
         self._context, self._module = context, 0
         self._areas: list[_Area] = []
@@ -72,7 +74,10 @@ class Encoder:
                 self._module = driver.made("cuModuleLoadData", source())
                 functions = {name: driver.made("cuModuleGetFunction", self._module, name.encode()) for name in ENTRIES}
                 places = _places(longest, host=host)
-                while len(self._areas) < max(1, min(chunks, ROOM // places[-1])):
+                there = (context.free() - RESERVE) // places[-1]
+                if there < 1:
+                    raise DeviceError("too little of the GPU's memory is free to compress by it")
+                for _ in range(min(max(1, min(chunks, ROOM // places[-1])), there)):
                     try:
                         self._areas.append(_Area(driver, functions, places))
                     except DeviceError:
@@ -114,6 +119,8 @@ class Encoder:
     def _encode(
         self, address: int, held: memoryview | None, length: int, width: int, out: memoryview, stream: int
     ) -> int | None:
+        if not cuts(length, width):
+            return None  # before anything is asked of the stream, for which nobody would wait
         area = self._spare.get()
         try:
             if held is not None:
@@ -230,8 +237,6 @@ class _Chunk:
         takes 100 µs where many want it: that is what an encoder is limited by.
         """
         looks = cuts(self._length, width)
-        if not looks:
-            return None
         sampled, counts = self._counted(looks)
         how = cut(self._length, width, lambda wide, turn: sampled[wide, turn])
         if how is None:

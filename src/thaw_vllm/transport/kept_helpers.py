@@ -47,7 +47,7 @@ class KeptHelpers:
             idle: seconds for which the helpers wait to be borrowed, at least; None for what was said at first.
         """
         idle = self._idle if idle is None else idle
-        with contextlib.suppress(OSError, RuntimeError):  # no memory, process or thread
+        with contextlib.suppress(OSError, RuntimeError, DeviceError):  # no memory, process or thread; no driver
             if device not in self._loaders:  # the driver translates them, and others go on meanwhile
                 loader = threading.Thread(target=self._load, args=(device,), name="thaw-kernel", daemon=True)
                 loader.start()
@@ -100,16 +100,21 @@ class KeptHelpers:
         if helpers is not None:
             helpers.close()
 
-    def close(self) -> None:
-        """End those that nobody has borrowed, and unload the kernels, which nobody may be using.
-
-        There can be others afterwards.
-        """
+    def rest(self) -> None:
+        """End those that nobody has borrowed now, not later: they take some milliseconds for it, in a thread, in which
+        memory is unlocked. Kernels stay."""
         with self._lock:
             self._stop()
             found, self._helpers = self._helpers, None
         if found is not None:
             found.close()
+
+    def close(self) -> None:
+        """End those that nobody has borrowed, and unload the kernels, which nobody may be using.
+
+        There can be others afterwards.
+        """
+        self.rest()
         loaders, self._loaders = self._loaders, {}
         for loader in loaders.values():
             loader.join()

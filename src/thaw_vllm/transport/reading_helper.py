@@ -48,16 +48,16 @@ def main(arguments: list[str]) -> None:
         if int(name) != shared and int(name) not in lines:
             _close(int(name))
     _signal.signal(_signal.SIGCHLD, _signal.SIG_IGN)  # who ended is gone, and nobody has to wait for it
-    own, end = 0, count
-    while end - own > 1:  # each has the upper half of its numbers to a child, so that all are there sooner
-        middle = (own + end) // 2
+    own = 0
+    for number in range(1, count):
         try:
             child = posix.fork()
-        except OSError:  # the sockets that nobody holds say so
-            for number in range(middle, end):
-                _close(lines[number])
-            child = 1
-        own, end = (own, middle) if child else (middle, end)
+        except OSError:  # the socket that nobody holds says so
+            _close(lines[number])
+            continue
+        if not child:
+            own = number
+            break
     for number in range(count):
         if number != own:
             _close(lines[number])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -133,7 +132,6 @@ class Resident(MemorySource):
         self._held: mmap.mmap | None = None
         self.locked: Locked | None = None
         self.kernels = Kernels()
-        self._lock = threading.Lock()
         try:
             if not (file.size and in_memory(file.descriptor) and self._map(context, workers)):
                 self._copy(reader, context, workers)

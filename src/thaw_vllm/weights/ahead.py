@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 
 import torch
@@ -11,6 +12,7 @@ from ..transport.kept_helpers import ANNOUNCED, KeptHelpers
 from ..transport.links import by_driver
 
 _kept: dict[int, KeptHelpers] = {}
+os.register_at_fork(after_in_child=_kept.clear)  # they are the parent's
 
 
 def kept(device: torch.device) -> KeptHelpers:
@@ -39,13 +41,20 @@ def expect_restore(device: torch.device | str | int = "cuda") -> None:
     """
     try:
         found = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-        if by_driver(found):
-            count, index = torch.cuda.device_count(), getattr(found, "index", None)
-            if (index or 0) >= count:
-                raise UsageError(f"there is no GPU {index or 0}; torch finds {count}")
-            expect(torch.device(found.type, torch.cuda.current_device() if index is None else index))
     except RuntimeError as error:
         raise UsageError(f"{device!r} is no device: {error}") from None
+    if by_driver(found):
+        count, index = torch.cuda.device_count(), getattr(found, "index", None)
+        if (index or 0) >= count:
+            raise UsageError(f"there is no GPU {index or 0}; torch finds {count}")
+        torch.cuda.init()  # type: ignore[no-untyped-call]  # so that whoever would fork this process sees that it has a GPU's context
+        expect(torch.device(found.type, torch.cuda.current_device() if index is None else index))
+
+
+def rest(device: torch.device) -> None:
+    """End what waits for a restore to a GPU that will not come, or has been."""
+    if (device.index or 0) in _kept:
+        kept(device).rest()
 
 
 def ready(targets: Iterable[torch.Tensor]) -> KeptHelpers | None:

@@ -9,10 +9,11 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from ..errors import CorruptionError, StorageError, UsageError
+from ..errors import CorruptionError, DeviceError, StorageError, UsageError
 from ..format.chunks import Chunk
 from ..format.limits import DEFAULT_CHUNK, HASH_BLOCK
 from ..transport import parallel
+from ..transport.cuda import Context
 from ..transport.drain import Run
 from ..transport.read import piece_of, read
 from ..transport.writer import check_target
@@ -43,7 +44,7 @@ def rewrite(
         compress: by codec 1 what it makes shorter; False for nothing compressed.
         force: replace what is there.
         workers: threads; None for what the machine bears.
-        encoder: see FreezeOptions.
+        encoder: see FreezeOptions; where there is no such GPU, or too little of its memory is free, processors.
         progress: called as (original bytes done, bytes in all) from any thread.
 
     Returns:
@@ -61,6 +62,7 @@ def rewrite(
         world = len(ranks.members) + 1 if ranks is not None else 1
         if ranks is not None and identity.parallel.rank:
             raise UsageError(f"{os.fspath(source)!r} is one rank of a set; give the manifest, rank 0's file")
+    encoder = encoder if compress and encoder is not None and _there(encoder) else None
     with contextlib.ExitStack() as stack:
         every = [stack.enter_context(open_rank(source, rank)) for rank in range(world)]
         for found in every:
@@ -106,6 +108,15 @@ def rewrite(
         else:
             parallel.crew(body, world)
     return [reports[rank] for rank in range(world)]
+
+
+def _there(gpu: int) -> bool:
+    """Whether there is a GPU of this number, and a driver."""
+    try:
+        Context(gpu).close()
+    except DeviceError:
+        return False
+    return True
 
 
 def _chunk_size(opened: Opened) -> int:

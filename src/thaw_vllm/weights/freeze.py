@@ -208,10 +208,10 @@ class SnapshotWriter:
                         raise
 
         devices = sorted({run.device for run in runs.values()})
-        with Drain(
-            workers if staged else 1, longest or 1, devices, encodes=options.compress, for_host=encoder
-        ) as drain:
+        with Drain(workers if staged else 1, longest or 1, devices) as drain:
             on_device = dict(zip(runs, drain.sums(list(runs.values())), strict=True))
+            if options.compress:
+                drain.compress(encoder)
             parallel.crew(body, workers)
         self._chunks = tuple(sums[i] for i in range(len(self._chunks)))
         if options.compress:

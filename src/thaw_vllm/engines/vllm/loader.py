@@ -162,7 +162,7 @@ class ThawModelLoader(BaseModelLoader):
         vLLM allocates parameters uninitialised, so nothing is written twice.
         """
         with noted(self.config.failures):
-            self._expect()
+            expected = self._expect()
             if self.config.mode == "auto" and (why := automatic.left_to_vllm(vllm_config, model_config)) is not None:
                 return self._as_vllm(vllm_config, model_config, prefix, why)
             self._prepare(vllm_config, model_config)
@@ -173,6 +173,8 @@ class ThawModelLoader(BaseModelLoader):
                 if self._placeholders is not None:
                     self._placeholders.end()
                     self._placeholders = None
+                if expected is not None and not self.config.expects_kv:
+                    ahead.rest(expected)  # memory may not be unlocked while vLLM captures graphs, which is next
             note(model, vllm_config, self.config.asked)
             return model
 
@@ -277,14 +279,17 @@ class ThawModelLoader(BaseModelLoader):
         logger.info("%s (%s)\n%s", report.route, report.why, report.waterfall())
         return report, header.identity.model
 
-    def _expect(self) -> None:
-        """Have helpers and kernels come up while vLLM builds the model."""
+    def _expect(self) -> torch.device | None:
+        """Have helpers and kernels come up while vLLM builds the model; on which GPU, if they do."""
         config = self.config
         if config.mode != "thaw" or config.shared or not config.processes or config.workers is not None:
-            return
+            return None
         with contextlib.suppress(OSError):  # no file; who opens it says so
             if os.stat(config.snapshot).st_size >= WORTH and current_platform.is_cuda():
-                ahead.expect(torch.device("cuda", torch.cuda.current_device()))
+                device = torch.device("cuda", torch.cuda.current_device())
+                ahead.expect(device)
+                return device
+        return None
 
     def _kept(self, targets: Iterable[torch.Tensor]) -> KeptHelpers | None:
         config = self.config
