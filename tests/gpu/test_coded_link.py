@@ -57,7 +57,7 @@ def test_every_plane(width: int) -> None:
         parts = rng.integers(0, 256, (width, elements), np.uint8)
         for plane in range(width):
             if coded >> plane & 1:
-                parts[plane] = rng.normal(100, 3, elements).astype(np.uint8)
+                parts[plane] = rng.normal(40 + 50 * plane, 3, elements).astype(np.uint8)  # else they were one plane's
         data = np.empty(width * elements, np.uint8)
         turn = int(width > 1)
         planes.merge(parts, turn, data)
