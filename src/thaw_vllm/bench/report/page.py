@@ -7,7 +7,18 @@ from typing import Any
 
 from ..outcome import spread
 from ..record import Record
-from ..summary import COMPRESSED, FORK_SECONDS, fork_table, is_rival, label, of_limit, of_rival, prompt_tokens, section
+from ..summary import (
+    COMPRESSED,
+    FORK_SECONDS,
+    fork_table,
+    general,
+    is_rival,
+    label,
+    of_limit,
+    of_rival,
+    prompt_tokens,
+    section,
+)
 from .goals import GOALS, full_size
 from .method import METHOD
 from .results import Run
@@ -101,12 +112,16 @@ def _goals(runs: Sequence[Run]) -> str:
 
 
 def first(work: str, runs: Sequence[Run]) -> list[Run]:
-    """The runs with this work, that which stands for it first: of full size if any is, with most rivals, the latest."""
+    """The runs with this work, that which stands for it first: of full size if any is, with most rivals, the latest.
 
-    def order(run: Run) -> tuple[bool, int]:
+    A variant's is beside those of the general work and of other variants, if any is.
+    """
+
+    def order(run: Run) -> tuple[bool, int, int]:
         records = [record for record in run.outcome.records if record.work == work]
         rivals = {(record.system, record.route) for record in records if is_rival(record)}
-        return not any(full_size(record, run.outcome) for record in records), -len(rivals)
+        beside = {record.work for record in run.outcome.records if work != general(work) == general(record.work)}
+        return not any(full_size(record, run.outcome) for record in records), -len(rivals), -len(beside)
 
     return sorted((run for run in runs if work in run.works), key=order)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -14,6 +15,8 @@ from ..summary import general, label, limit_of, prompt_tokens, with_restore
 from .page import KV_PLOT, KV_PLOTTED, KV_TITLE, PLOTTED, TITLES, first
 from .results import Run
 
+_WIDTH = 56
+"""Letters in a line of a bar's name."""
 OURS, THEIRS, WRONG = "#6baed6", "#c8c8c8", "#e57373"
 KV_LINES = (
     ("ttft-cold", "cold: nothing cached", {"color": "#636363", "marker": "o"}),
@@ -80,20 +83,22 @@ def _draw_prompts(records: Sequence[Record], folder: Path) -> list[Path]:
 def _draw(work: str, records: list[Record], outcome: Outcome, folder: Path) -> list[Path]:
     pyplot: Any = _pyplot()
     bars = sorted(records, key=lambda record: record.gb_per_s)
-    figure, axes = pyplot.subplots(figsize=(8, 0.8 + 0.42 * len(bars)), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(9, 0.8 + 0.45 * len(bars)), layout="constrained")
     colours = [WRONG if r.equal is False else OURS if r.system == "thaw" else THEIRS for r in bars]
     places = [str(record.extra.get("directory", "")) for record in bars]
     names = [label(record) for record in bars]
     if len(set(places)) > 1:  # bars of one name would lie upon each other
         names = [f"{name}, {place}" for name, place in zip(names, places, strict=True)]
+    names = [textwrap.fill(name, _WIDTH) for name in names]
     drawn = axes.barh(names, [record.gb_per_s for record in bars], color=colours)
     axes.bar_label(drawn, fmt="%.1f", label_type="center")  # at the end of a bar the limit's line would cross it
     limit = limit_of(bars[-1], outcome)
     if limit is not None:
         axes.axvline(limit.gb_per_s, color="black", linestyle="--", linewidth=1)
-        axes.set_title(f"{TITLES[work]}; dashed: the limit, {limit.gb_per_s:.1f} GB/s", fontsize=10)
+        axes.set_title(f"{TITLES[work]}; dashed: the limit, {limit.gb_per_s:.1f} GB/s", fontsize=10, loc="right")
     else:
         axes.set_title(TITLES[work], fontsize=10)
+    axes.tick_params(axis="y", labelsize=8)
     axes.set_xlabel("GB/s")
     axes.set_xlim(0, 1.12 * max(bars[-1].gb_per_s, limit.gb_per_s if limit is not None else 0))
     axes.spines[["top", "right"]].set_visible(False)
