@@ -39,9 +39,13 @@ class Asked(Engines):
             "restore": [0.09, 0.03],
             "thawed": [0.01, 0.014],
             "reports": [report(tokens)] * 2,
+            "small_restore": [0.02, 0.04],
+            "small_reports": [report(tokens)] * 2,
+            "small_file": 6 * 10**7,
             "cached": 1008,
             "answer": ANSWER,
             "different": None,
+            "small_different": None,
             "cold_answer": ANSWER | {"logprobs": [-0.5, -0.375, -1.0], "cached": 0},
             "hit_answer": ANSWER,
         }
@@ -57,9 +61,9 @@ def test_records(thaw, model, engines, tmp_path):
     ran = thaw(*("bench", "kv", "--model", "M", "--tokens", 2048, "--tokens", 1024, "--dir", "files", "--json"))
     assert ran.code == 0, ran.err
     found = ran.document["records"]
-    works = ["kv-freeze", "ttft-cold", "ttft-prefix", "kv-restore", "ttft-thawed"]
+    works = ["kv-freeze", "ttft-cold", "ttft-prefix", "kv-restore", "kv-restore-compressed", "ttft-thawed"]
     assert [(r["tokens"], r["work"]) for r in found] == [(n, work) for n in (2048, 1024) for work in works]
-    freeze, cold, prefix, restore, thawed = found[:5]
+    freeze, cold, prefix, restore, small, thawed = found[:6]
     assert (freeze["system"], freeze["route"], freeze["seconds"]) == ("thaw", "background", [0.2, 0.1])
     assert freeze["bytes"] == restore["bytes"] == 2048 * SIZE and freeze["directory"] == "files"
     assert [(r["system"], r["route"], r["bytes"], r["gb_per_s"]) for r in (cold, prefix)] == [
@@ -69,6 +73,8 @@ def test_records(thaw, model, engines, tmp_path):
     assert (restore["route"], restore["seconds"], restore["first_s"]) == ("restore", [0.09, 0.03], 0.09)
     assert restore["verified"] and restore["equal"] and restore["blocks"] == 128
     assert restore["phases"] == {"table": [0.001] * 2, "read": [0.01] * 2, "engine": [0.02] * 2}
+    assert (small["seconds"], small["stored"], small["wire_gb_per_s"]) == ([0.02, 0.04], 6 * 10**7, 2.0)
+    assert small["bytes"] == restore["bytes"] and small["verified"] and small["equal"]
     assert thawed["with_restore"] == [0.1, 0.044] and thawed["equal"]
     assert thawed["cold_tokens_equal"] and thawed["cold_logprob_difference"] == 0.125
     assert thawed["engines_equal"] and thawed["own_hit_equal"]
@@ -102,7 +108,7 @@ def test_table_and_recorded_lines(thaw, model, engines, tmp_path):
     ]
     (file,) = (tmp_path / "benchmarks" / "results").iterdir()
     lines = [json.loads(line) for line in file.read_text().splitlines()]
-    assert len(lines) == 5 and {line["route"] for line in lines} == {"background", "restore", "graphs"}
+    assert len(lines) == 6 and {line["route"] for line in lines} == {"background", "restore", "graphs"}
 
 
 @pytest.mark.parametrize(
@@ -116,6 +122,7 @@ def test_table_and_recorded_lines(thaw, model, engines, tmp_path):
         ),
         ({"cached": 0}, "ttft-thawed, thaw (eager): 0 of 1008 tokens were cached"),
         ({"different": "1 of 64 pages"}, "kv-restore, thaw (restore): 1 of 64 pages"),
+        ({"small_different": "2 of 64 pages"}, "kv-restore-compressed, thaw (restore): 2 of 64 pages"),
     ],
 )
 def test_not_equal(thaw, model, engines, thawed, said):
@@ -129,7 +136,7 @@ def test_an_engine_that_does_not_thaw_is_a_line(thaw, model, engines, tmp_path):
     engines(thawed=ChildError("the engine that thaws: ValueError: no"))
     ran = thaw("bench", "kv", "--model", "M", "--tokens", 1024, "--dir", "files")
     assert ran.code == 1
-    assert "kv-restore, ttft-thawed: thaw: the engine that thaws: ValueError: no" in ran.out
+    assert "kv-restore, kv-restore-compressed, ttft-thawed: thaw: the engine that thaws: ValueError: no" in ran.out
     assert " 0.1024 " in ran.out and not list((tmp_path / "files").iterdir())
 
 

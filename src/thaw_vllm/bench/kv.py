@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import statistics
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from .kv_task import ANSWER
 from .outcome import Missed, Outcome, Say
 from .process import DONE, PREPARED, READY, RESULT, STARTING, Child, ChildError
 from .record import Record, file_system_of
+from .summary import COMPRESSED
 
 FREEZE, RESTORE = "kv-freeze", "kv-restore"
 COLD, PREFIX, THAWED = "ttft-cold", "ttft-prefix", "ttft-thawed"
@@ -91,7 +93,7 @@ def measure(settings: Settings, say: Say) -> Outcome:
             thawed = run("kv-thaw", request, say)
         except ThawError as error:
             thawed = None
-            outcome.missed += [Missed(work, "thaw", "", str(error)) for work in (RESTORE, THAWED)]
+            outcome.missed += [Missed(work, "thaw", "", str(error)) for work in (RESTORE, RESTORE + COMPRESSED, THAWED)]
     for number, tokens in enumerate(planned.tokens):
         second = None if thawed is None else thawed["lengths"][number]
         outcome.records += _records(tokens, frozen["lengths"][number], second, planned.route, settings.directory)
@@ -236,6 +238,19 @@ def _records(
     told |= {"blocks": restores[-1]["blocks"], "phases": phases(restores), "first_s": round(thawed["restore"][0], 6)}
     how, size, seconds = restores[-1].get("route") or "restore", restores[-1]["bytes"], thawed["restore"]
     yield Record(RESTORE, "thaw", how, size, seconds, "warm", True, equal, None, told | more, place)
+    small = thawed["small_reports"]
+    told = extra | {
+        "directory": str(directory),
+        "phases": phases(small),
+        "stored": thawed["small_file"],
+        "wire_gb_per_s": round(thawed["small_file"] / 1e9 / statistics.median(thawed["small_restore"]), 3),
+    }
+    different = thawed["small_different"]
+    more = {"different": different} if different else {}
+    seconds = thawed["small_restore"]
+    yield Record(
+        *(RESTORE + COMPRESSED, "thaw", how, size, seconds, "warm", True, different is None, None, told | more, place)
+    )
     both = [restore + first for restore, first in zip(thawed["restore"], thawed["thawed"], strict=True)]
     cold, warm = frozen["cold_answer"], frozen["answer"]
     told = extra | {

@@ -59,10 +59,11 @@ def freezing(request: dict[str, Any]) -> Steps:
 def thawing(request: dict[str, Any]) -> Steps:
     """The same request, once ``freezing`` left its files in ``folder``.
 
-    The answer has ``lengths``: seconds of every run (``restore``, ``thawed``), the restores' ``reports``, the fewest
-    tokens that were ``cached``, the ``answer`` from the thawed cache, how the pages differ that this engine froze of it
-    (``different``), and this engine's own answers with nothing cached (``cold_answer``) and from its own cache
-    (``hit_answer``).
+    The answer has ``lengths``: seconds of every run (``restore``, ``thawed``), the restores' ``reports``, the same of
+    a compressed file (``small_restore``, ``small_reports``, ``small_file``: its bytes), the fewest tokens that were
+    ``cached``, the ``answer`` from the thawed cache, how the pages differ that this engine froze of it and of what came
+    from the compressed file (``different``, ``small_different``), and this engine's own answers with nothing cached
+    (``cold_answer``) and from its own cache (``hit_answer``).
     """
     import_vllm(request["sockets"])
     yield
@@ -141,6 +142,7 @@ def _frozen(engine: Prompted, tokens: int, request: dict[str, Any]) -> dict[str,
 
 def _thawed(engine: Prompted, tokens: int, request: dict[str, Any]) -> dict[str, Any]:
     from ..engines.vllm.kv.api import freeze_kv_cache, restore_kv_cache
+    from ..weights.compress import rewrite
 
     ids, path, model = prompt(tokens, request["vocabulary"]), file_of(request, tokens), request["model_id"]
     seconds: dict[str, list[float]] = {"restore": [], "thawed": []}
@@ -154,19 +156,35 @@ def _thawed(engine: Prompted, tokens: int, request: dict[str, Any]) -> dict[str,
         took, found = engine.first_token(ids)
         seconds["thawed"].append(took)
         cached.append(found)
-    # Before a request computes the last block once more, whose roundings may be others.
-    engine.forget()
-    restore_kv_cache(engine.llm, path, model_id=model)
-    again = freeze_kv_cache(engine.llm, path.with_name("again.thawkv"), token_ids=ids, model_id=model)
-    different = difference(path, Path(again.path))
-    for file in again.files:
-        Path(file).unlink(missing_ok=True)
+    small = path.with_name("small.thawkv")
+    written = [Path(report.path) for report in rewrite(path, small)]
+    small_file = sum(made.stat().st_size for made in written)
+    small_seconds, small_reports = [], []
+    for _ in range(request["runs"]):
+        engine.forget()
+        start = time.perf_counter()
+        report = restore_kv_cache(engine.llm, small, model_id=model)
+        small_seconds.append(time.perf_counter() - start)
+        small_reports.append(asdict(report))
+    different = {}
+    for given in (small, path):
+        # Before a request computes the last block once more, whose roundings may be others.
+        engine.forget()
+        restore_kv_cache(engine.llm, given, model_id=model)
+        again = freeze_kv_cache(engine.llm, path.with_name("again.thawkv"), token_ids=ids, model_id=model)
+        different[given] = difference(path, Path(again.path))
+        for file in again.files:
+            Path(file).unlink(missing_ok=True)
+    for made in written:
+        made.unlink(missing_ok=True)
     answer = engine.answer(ids, ANSWER)
     cached.append(answer["cached"])
     engine.forget()
     cold, hit = engine.answer(ids, ANSWER), engine.answer(ids, ANSWER)
     answers = {"answer": answer, "cold_answer": cold, "hit_answer": hit}
-    return {**seconds, **answers, "reports": reports, "cached": min(cached), "different": different}
+    compressed = {"small_restore": small_seconds, "small_reports": small_reports, "small_file": small_file}
+    told = {"different": different[path], "small_different": different[small]}
+    return {**seconds, **answers, **compressed, **told, "reports": reports, "cached": min(cached)}
 
 
 def file_of(request: dict[str, Any], tokens: int) -> Path:
@@ -175,7 +193,7 @@ def file_of(request: dict[str, Any], tokens: int) -> Path:
 
 
 def need_room(bytes_per_token: float, request: dict[str, Any], copies: int = 1) -> None:
-    """For what the other lengths take, and for one more file while another is replaced.
+    """For what the other lengths take, and for two more files: one replaces another, or is a compressed copy.
 
     Args:
         bytes_per_token: as the first length has shown it.
@@ -185,5 +203,5 @@ def need_room(bytes_per_token: float, request: dict[str, Any], copies: int = 1) 
         SpaceError: there is less.
     """
     lengths = request["tokens"]
-    needed = int(SPARE * bytes_per_token * (copies * sum(lengths[1:]) + max(lengths)))
+    needed = int(SPARE * bytes_per_token * (copies * sum(lengths[1:]) + 2 * max(lengths)))
     check_room(Path(request["folder"]).parent, needed, "give fewer or smaller --tokens, or another --dir")

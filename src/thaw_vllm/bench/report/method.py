@@ -48,7 +48,8 @@ the first touch, several times slower. A limit is what this method reached, not 
 **KV caches** (`thaw bench kv`). One engine in a process of its own, warmed up with other tokens of the longest length,
 answers each prompt of random tokens with nothing cached (`ttft-cold`) and again from its prefix cache (`ttft-prefix`),
 and freezes that cache to a file (`kv-freeze`). A fresh engine, warmed up alike, restores the file into its empty prefix
-cache (`kv-restore`, every page verified) and answers (`ttft-thawed`). All seconds are those of the caller of
+cache (`kv-restore`, every page verified), a compressed copy likewise (`kv-restore-compressed`), and answers
+(`ttft-thawed`). All seconds are those of the caller of
 `vllm.LLM`, from the call to its return; a first token is a request for one. The runs of a length are repeats in the
 same engine, with its prefix cache emptied in between; the first restore counts among them and is in the record
 (`first_s`), for the first length with helpers and page-locked memory still to be made. Held against each other are the

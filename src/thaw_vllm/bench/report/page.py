@@ -62,6 +62,7 @@ TITLES = {
     "ttft-prefix": "KV cache: first token, from the engine's own prefix cache",
     "ttft-thawed": "KV cache: first token, thawed in a fresh engine",
     "kv-restore": "KV cache: restore of a prefix",
+    "kv-restore-compressed": "KV cache: restore of a prefix, compressed",
     "kv-freeze": "KV cache: freeze of a prefix",
     "fork": "Fork: first tokens of N continuations of a trunk",
 }
