@@ -257,7 +257,7 @@ def test_real_engines(thaw, tmp_path, cpu, monkeypatch):
     ran = thaw("bench", "kv", "--model", model, *arguments, "--json")
     assert ran.code == 0, ran.err
     found = ran.document["records"]
-    assert len(found) == 10 and all(len(r["seconds"]) == 2 for r in found)
+    assert len(found) == 12 and all(len(r["seconds"]) == 2 for r in found)
     assert {r["equal"] for r in found if r["system"] == "thaw"} == {True}
     assert {(r["tokens"], r["cached"]) for r in found if "cached" in r} == {(300, 288), (160, 128)}
     assert not list((tmp_path / "files").iterdir())

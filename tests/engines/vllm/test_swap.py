@@ -45,7 +45,8 @@ _made: dict[Path, dict[str, Any]] = {}
 
 
 def snapshots(model: Path, folder: Path, load: Callable, thaw_args: Callable) -> dict[str, Any]:
-    """Of a model, of a fine-tune of it, of others that differ in what they may not, and of one with a bad byte."""
+    """Of a model, of a fine-tune of it, compressed, of others that differ in what they may not, and of one with a bad
+    byte."""
     if model in _made:
         return _made[model]
     made = fine_tuned(model, folder)
@@ -54,7 +55,7 @@ def snapshots(model: Path, folder: Path, load: Callable, thaw_args: Callable) ->
         made[name] = Path(shutil.copytree(second, folder / name))
         change(made[name])
     for directory in made.values():
-        load(directory, **thaw_args(directory.with_suffix(".thaw"), mode="freeze"))
+        load(directory, **thaw_args(directory.with_suffix(".thaw"), mode="freeze", compress=directory == second))
     corrupt = flipped(made["second"].with_suffix(".thaw"), folder / "corrupt.thaw", "model.layers.1")
     _made[model] = {
         "model": str(first),
