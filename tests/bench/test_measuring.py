@@ -169,6 +169,12 @@ def test_wrong_options(thaw, arguments, code, says):
     assert ran.code == code and says in ran.err and ran.err.count("error: ") == 1
 
 
+def test_no_system_that_can(thaw, memory_path):
+    ran = thaw("bench", "weights", "--system", "thaw-expected", "--device", "cpu", "--dir", memory_path)
+    assert "restores to cuda only" in ran.out and "unexpected" not in ran.err
+    assert not list(memory_path.iterdir())
+
+
 def test_registry_is_the_folder():
     folder = {path.stem for path in Path(rivals.__file__).parent.glob("*.py")} - {"__init__"}
     assert folder == set(RIVALS.values())

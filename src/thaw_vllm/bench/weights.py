@@ -66,6 +66,8 @@ def measure(settings: Settings, say: Say) -> Outcome:
     systems, missed = present(settings.systems, device)
     works = [work for work in settings.works if any(applies(work, d) for d in settings.directories)]
     outcome.missed += [Missed(work, name, "", why) for work in works for name, why in missed.items()]
+    if not systems:
+        return outcome
     if device != "cpu":
         outcome += ceilings.link("h2d", settings.limits, say)
     shape = shape_for(settings.size_gb)
