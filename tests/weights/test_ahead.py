@@ -37,7 +37,7 @@ def test_nothing_is_made_ready_for_other_devices(device):
     assert not ahead._kept
 
 
-@pytest.mark.parametrize("device", ["nonsense", "cuda:x", ""])
+@pytest.mark.parametrize("device", ["nonsense", "cuda:x", "", None, 1.5])
 def test_no_device(device):
     with pytest.raises(UsageError, match="is no device"):
         thaw_vllm.expect_restore(device)

@@ -88,6 +88,12 @@ def test_same_bits_in_fewer_bytes(check, files):
     assert verify(small, content=True).content == ids(plain)[0]
 
 
+def test_neither_yes_nor_no(tmp_path):
+    with pytest.raises(UsageError, match="compress must be True or False, not 'yes'"):
+        thaw_vllm.freeze_model(torch.nn.Linear(2, 2), tmp_path / "w.thaw", compress="yes")
+    assert not list(tmp_path.iterdir())
+
+
 def test_held_in_memory(files):
     other = model(3.0)
     with thaw_vllm.pin(files[1], device="cpu") as held:

@@ -41,7 +41,7 @@ def expect_restore(device: torch.device | str | int = "cuda") -> None:
     """
     try:
         found = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise UsageError(f"{device!r} is no device: {error}") from None
     if by_driver(found):
         count, index = torch.cuda.device_count(), getattr(found, "index", None)

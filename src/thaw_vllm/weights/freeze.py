@@ -69,6 +69,8 @@ class FreezeOptions:
             raise UsageError(f"chunk_size must be a multiple of {HASH_BLOCK} up to {MAX_CHUNK}, not {self.chunk_size}")
         if not 0 <= self.mode <= 0o777:
             raise UsageError(f"mode must be permission bits up to 0o777, not {self.mode:#o}")
+        if not isinstance(self.compress, bool):
+            raise UsageError(f"compress must be True or False, not {self.compress!r}")
         if self.workers is not None and self.workers < 1:
             raise UsageError(f"workers must be at least 1, not {self.workers}")
 

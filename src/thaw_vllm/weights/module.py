@@ -32,7 +32,7 @@ def freeze_model(model: torch.nn.Module, path: str | os.PathLike[str], **options
     Args:
         model: on any device; must not change until this returns.
         path: the file; it appears whole or not at all.
-        options: fields of FreezeOptions (``force``, ``mode``, ``chunk_size``, ``workers``, ``progress``).
+        options: fields of FreezeOptions (``force``, ``mode``, ``chunk_size``, ``compress``, ``workers``, ``progress``).
 
     Returns:
         Bytes, ids and seconds by phase.
