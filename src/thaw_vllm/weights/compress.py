@@ -62,8 +62,8 @@ def rewrite(
         world = len(ranks.members) + 1 if ranks is not None else 1
         if ranks is not None and identity.parallel.rank:
             raise UsageError(f"{os.fspath(source)!r} is one rank of a set; give the manifest, rank 0's file")
-    encoder = encoder if compress and encoder is not None and _there(encoder) else None
     with contextlib.ExitStack() as stack:
+        encoder = encoder if compress and encoder is not None and _held(encoder, stack) else None
         every = [stack.enter_context(open_rank(source, rank)) for rank in range(world)]
         for found in every:
             with contextlib.suppress(OSError):
@@ -110,13 +110,12 @@ def rewrite(
     return [reports[rank] for rank in range(world)]
 
 
-def _there(gpu: int) -> bool:
-    """Whether there is a GPU of this number, and a driver."""
-    try:
-        Context(gpu).close()
-    except DeviceError:
-        return False
-    return True
+def _held(gpu: int, stack: contextlib.ExitStack) -> bool:
+    """Whether there is a GPU of this number, and a driver; its context, which takes long to make, stays meanwhile."""
+    with contextlib.suppress(DeviceError):
+        stack.enter_context(contextlib.closing(Context(gpu)))
+        return True
+    return False
 
 
 def _chunk_size(opened: Opened) -> int:
