@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from tests.cli.ranks import freeze_set
 
-from thaw_vllm.bench import cold_start, server_start
+from thaw_vllm.bench import cold_start
+from thaw_vllm.engines.vllm import one_server
 from thaw_vllm.engines.vllm.fast_start import CACHES, FastStart
 from thaw_vllm.errors import ThawError, UsageError
 
@@ -296,7 +297,7 @@ def test_servers(thaw, model, engine, zygote, tmp_path, monkeypatch):
             raise UsageError("the server did not come up: why")
         return {"seconds": {"process": 4.0, "answers": 1.0, "total": 6.0}, "outputs": [{"tokens": [1]}], "reports": []}
 
-    monkeypatch.setattr(cold_start.server_start, "run", run)
+    monkeypatch.setattr(cold_start.one_server, "run", run)
     snapshot = tmp_path / "W.thaw"
     loaders = [x for name in ("default-loader", "snapshot", "snapshot-zygote") for x in ("--loader", name)]
     arguments = ("--model", model, "--snapshot", snapshot, "--mode", "server", "--zygote", *loaders)
@@ -316,10 +317,10 @@ def test_servers(thaw, model, engine, zygote, tmp_path, monkeypatch):
 
 
 def test_a_server_that_does_not_come_up(tmp_path, monkeypatch):
-    monkeypatch.setattr(server_start, "MODULE", "no_such_module_anywhere")
+    monkeypatch.setattr(one_server, "MODULE", "no_such_module_anywhere")
     asked = {"model": "M", "engine_args": {}, "question": [1], "max_tokens": 1, "environment": {}, "zygote": None}
     with pytest.raises(ThawError, match=r"did not come up: .*No module named no_such_module_anywhere"):
-        server_start.run(**asked, log=tmp_path / "log")
+        one_server.run(**asked, log=tmp_path / "log")
 
 
 def test_the_log_of_a_start_that_failed_is_kept(thaw, model, engine, tmp_path):

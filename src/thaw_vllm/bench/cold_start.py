@@ -15,14 +15,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ..engines.vllm import fresh, start_page, start_report, startup
+from ..engines.vllm import fresh, one_server, start_page, start_report, startup
 from ..engines.vllm.api import check_sizes
 from ..engines.vllm.fast_start import cache_variables, fast_start, has_gpu
 from ..errors import StorageError, ThawError, UsageError
 from ..zygote.client import ask
 from ..zygote.place import place
 from ..zygote.start import start
-from . import server_start
 from .outcome import Missed, Outcome, Say
 from .record import RUN, Record, file_system_of
 
@@ -343,7 +342,7 @@ def _serve(
         extra = {"snapshot": os.path.abspath(loader.snapshot)}
         args = args | {"load_format": "thaw", "model_loader_extra_config": extra}
     try:
-        return server_start.run(
+        return one_server.run(
             model=str(settings.model),
             engine_args=args,
             question=QUESTIONS[0],

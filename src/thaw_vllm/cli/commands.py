@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 COMMANDS = (
-    *("freeze", "serve", "run", "zygote", "info", "verify", "compress", "convert", "id", "cache", "kv"),
+    *("freeze", "serve", "run", "zygote", "info", "verify", "compress", "convert", "id", "cache", "caches", "kv"),
     *("swap", "park", "wake"),
     *("checkpoint", "checkout"),
     *("log", "show", "diff", "branch", "export", "import", "pin", "rm", "gc", "fsck"),

@@ -6,7 +6,9 @@ import dataclasses
 import json
 import os
 import re
+import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,9 +20,14 @@ EXAMPLES = """
 thaw freeze --model Llama-3-8B/ --output llama.thaw
 thaw freeze --model Llama-3-70B/ --output llama.thaw --tensor-parallel-size 4
 thaw freeze --model Llama-3-8B/ --output llama.thaw --compress
+thaw freeze --model Llama-3-8B/ --output llama.thaw --with-caches
 thaw freeze --model M --output m.thaw --engine-arg 'hf_overrides={"rope_theta": 1000000}'
 """
 
+_SERVED = (
+    *("tensor_parallel_size", "pipeline_parallel_size", "dtype", "quantization", "max_model_len", "trust_remote_code"),
+)
+"""Of this command's options those that a server is given as well."""
 _WORD = re.compile(r"[A-Za-z0-9_./:@-]+")
 
 
@@ -41,6 +48,13 @@ def freeze(
     ] = None,
     compress: Annotated[
         bool, typer.Option("--compress", help="Store what shrinks losslessly compressed: bfloat16 by a third.")
+    ] = False,
+    with_caches: Annotated[
+        bool,
+        typer.Option(
+            "--with-caches",
+            help="Afterwards start vLLM from it, and keep what it compiles beside it (thaw caches pack).",
+        ),
     ] = False,
     force: Force = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show vLLM's own log.")] = False,
@@ -70,6 +84,9 @@ def freeze(
         if name in engine_args:
             raise typer.BadParameter(f"--engine-arg cannot set {name}; --model and --output do")
     arguments |= engine_args
+    if with_caches:
+        _with_caches(model, output, given, engine_args, force, as_json)
+        return
     if not verbose:
         os.environ.setdefault("PYTHONWARNINGS", "ignore")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "CRITICAL")  # our own errors are said once, by us
@@ -81,12 +98,44 @@ def freeze(
         ranks = [dataclasses.asdict(r) | {"gb_per_s": round(r.gb_per_s, 3)} for r in reports]
         document({"path": str(output), "model": reports[0].model, "content": reports[0].content, "ranks": ranks})
         return
+    _show([dataclasses.asdict(r) | {"gb_per_s": r.gb_per_s} for r in reports])
+
+
+def _show(reports: list[dict[str, Any]], *more: tuple[str, str]) -> None:
     rows = [
-        ("wrote", f"{plain(r.path)} ({size(r.file_size)}, {r.tensors} tensors, {r.gb_per_s:.2f} GB/s)") for r in reports
+        ("wrote", f"{plain(r['path'])} ({size(r['file_size'])}, {r['tensors']} tensors, {r['gb_per_s']:.2f} GB/s)")
+        for r in reports
     ]
-    rows.append(("model", reports[0].model or "unknown: the checkpoint is not on this machine"))
-    rows.append(("content", reports[0].content))
-    pairs(rows)
+    rows.append(("model", reports[0]["model"] or "unknown: the checkpoint is not on this machine"))
+    rows.append(("content", reports[0]["content"]))
+    pairs([*rows, *more])
+
+
+def _with_caches(
+    model: str, output: Path, given: dict[str, Any], engine_args: dict[str, Any], force: bool, as_json: bool
+) -> None:
+    """This command again without its caches, in a process that gives back the GPU's memory; then they are packed."""
+    from ..engines.vllm.caches import beside, pack
+    from ..engines.vllm.command_line import options
+    from ..transport.writer import check_target
+
+    check_target(beside(output), force)
+    again = sys.argv[1:]
+    again.remove("--with-caches")
+    command = [sys.executable, "-m", "thaw_vllm", *again, *([] if as_json else ["--json"])]
+    ran = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=False)
+    if ran.returncode:
+        raise typer.Exit(ran.returncode)
+    frozen = json.loads(ran.stdout)
+    served = {name: given[name] for name in _SERVED if given[name] not in (None, 1)} | engine_args
+    say = partial(print, "thaw:", file=sys.stderr, flush=True)
+    with stdout_to_stderr():
+        packed = pack(beside(output), model, output, options(served), force=force, say=say)
+    if as_json:
+        document(frozen | {"caches": {"path": packed.path, "sha256": packed.sha256, "bytes": packed.size}})
+        return
+    told = f"{plain(packed.path)} ({size(packed.size)}, {packed.compiled} compiled parts)"
+    _show(frozen["ranks"], ("caches", told), ("their sha256", packed.sha256))
 
 
 def parse_engine_arg(text: str) -> tuple[str, Any]:

@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperCommand
 
 from ..engines.vllm.versions import SERVER as MODULE
+from .caches import Trust
 from .zygote import CacheDir
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ thaw serve --model Llama-3-8B/ --require-zygote
 thaw serve --models models.toml --port 8001
 thaw serve --register a=Llama-3-8B/ --register b=Qwen3-4B/ --max-model-len 8192
 thaw serve --model Llama-3-8B/ --snapshot W.thaw --fast-start --cache-dir /var/cache/thaw
+thaw serve --model Llama-3-8B/ --snapshot W.thaw --caches W.thawcaches --trust-caches own
 """
 CONTEXT = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": ["--help"]}
 
@@ -115,6 +117,15 @@ def serve(
             help="Few CUDA graphs, compiled code as one file, memory as measured before; says what that costs.",
         ),
     ] = False,
+    caches: Annotated[
+        Path | None,
+        typer.Option(
+            "--caches",
+            metavar="FILE",
+            help="Code compiled elsewhere (thaw caches pack). [default, if trusted: beside the snapshot]",
+        ),
+    ] = None,
+    trust_caches: Trust = None,
     cache_dir: CacheDir = None,
     cache_gb: Annotated[
         float | None,
@@ -142,6 +153,7 @@ def serve(
     it is not there, and others make room for it; the page at /thaw shows them. Other options are then vllm serve's for
     each of them.
     """
+    from ..engines.vllm.caches import chosen_file
     from ..engines.vllm.kv.access import DIRECTORY_VARIABLE, SNAPSHOTS_VARIABLE
     from ..engines.vllm.serve_variables import PARENT_VARIABLE
     from ..engines.vllm.snapshot_choice import AUTO, NONE, choose
@@ -163,6 +175,8 @@ def serve(
             raise UsageError(
                 "several models name their snapshots themselves; leave --snapshot-dir out (see --model-dir)"
             )
+        if caches is not None or trust_caches is not None:
+            raise UsageError("several models take no --caches; unpack each first: thaw caches unpack FILE")
         for directory in (kv_dir, sessions_dir):
             _require_directory(directory)
         passed = _shared(zygote, require_zygote, fast_start, cache_dir, kv_dir, sessions_dir)
@@ -174,8 +188,21 @@ def serve(
         return
     options = list(context.args)
     choice = choose(snapshot, model, options, cache_dir, cache_gb)
+    compiled = chosen_file(caches, choice.file, trust_caches)
     directories = {SNAPSHOTS_VARIABLE: snapshot_dir, DIRECTORY_VARIABLE: kv_dir, SESSIONS_VARIABLE: sessions_dir}
-    _single(model, options, choice, kv_snapshot, directories, zygote, require_zygote, fast_start, cache_dir)
+    _single(
+        model,
+        options,
+        choice,
+        kv_snapshot,
+        directories,
+        zygote,
+        require_zygote,
+        fast_start,
+        cache_dir,
+        compiled,
+        trust_caches,
+    )
 
 
 def _single(
@@ -188,19 +215,24 @@ def _single(
     require_zygote: bool,
     fast_start: bool,
     cache_dir: str | None,
+    compiled: str | None,
+    trust: str | None,
 ) -> None:
     """vLLM's server for one model, in place of this process.
 
     Args:
         options: vLLM's.
         directories: by the variables that tell the server.
+        compiled: a file of caches.
+        trust: what lets it be unpacked.
     """
     from ..engines.vllm.api import check_model, check_sizes, require_vllm_installed
+    from ..engines.vllm.caches import bring
     from ..engines.vllm.command_line import given
     from ..engines.vllm.command_line import options as command_line
     from ..engines.vllm.fast_start import cache_variables
     from ..engines.vllm.fast_start import fast_start as choose
-    from ..engines.vllm.serve_variables import MIDDLEWARE
+    from ..engines.vllm.serve_variables import MIDDLEWARE, START_VARIABLE
     from .run import hand_over
 
     require_vllm_installed()
@@ -223,6 +255,10 @@ def _single(
         options = [*command_line(preset.engine_args), *options]
         for line in preset.said:
             print(f"thaw: fast start: {line}", file=sys.stderr, flush=True)
+    if compiled is not None:
+        brought = bring(compiled, trust, os.environ, report=os.environ.get(START_VARIABLE))
+        os.environ.update(brought.environment)
+        print(f"thaw: {brought.said}", file=sys.stderr, flush=True)
     hand_over([MODULE, "--model", model, *options], "module", zygote, fallback=not require_zygote)
 
 

@@ -49,6 +49,7 @@ def start_report(
         rows.append((process.role, f"pid {process.pid}, from {process.created:.3f} s"))
         if process.imported:
             rows.append(("imported", f"{len(process.imported)} modules since its fork: {_packages(process.imported)}"))
+    rows += [("caches", plain(line)) for line in found.compiling()]
     if found.skipped:
         rows.append(("skipped lines", f"{found.skipped}, of other starts or no events"))
     if html is not None:

@@ -14,6 +14,7 @@ from ...weights.freeze import FreezeReport
 from ...weights.open import open_snapshot
 from . import versions
 from .answers import all_raised
+from .caches import bring, chosen_file
 from .failures import reported
 from .fast_start import FastStart, set_meanwhile
 from .fast_start import fast_start as choose_fast_start
@@ -29,6 +30,8 @@ def load(
     kv_snapshot: str | os.PathLike[str] | None = None,
     *,
     fast_start: bool = False,
+    caches: str | os.PathLike[str] | None = None,
+    trust_caches: str | None = None,
     **llm_kwargs: Any,
 ) -> LLM:
     """A ready ``vllm.LLM`` from a snapshot, with vLLM's own defaults.
@@ -40,10 +43,13 @@ def load(
         kv_snapshot: a ``.thawkv`` file made with the same weights and configuration; restored into the new engine.
         fast_start: few CUDA graphs, compiled code as one file, and memory as it was measured before
             (``fast_start.fast_start``); what that costs is logged.
+        caches: a file of what vLLM has compiled elsewhere (``pack_caches``, ``thaw caches pack --offline``); where only
+            ``trust_caches`` is given, the one beside the snapshot. What stands against it is logged, and compiled.
+        trust_caches: ``own`` for a file that was packed here by this user, or its SHA-256: vLLM executes what is in it.
         llm_kwargs: passed to ``vllm.LLM`` as they are, ``model_loader_extra_config`` merged with ours.
 
     Raises:
-        UsageError, MismatchError, UnsupportedError: before the engine is started, where that can be told.
+        UsageError, StorageError, MismatchError, UnsupportedError: before the engine is started, where that can be told.
     """
     if snapshot is None:
         raise UsageError("load() needs a snapshot: thaw_vllm.load(model, 'weights.thaw')")
@@ -53,6 +59,7 @@ def load(
         raise UsageError("load() names the snapshot once; leave it out of model_loader_extra_config")
     versions.vllm_version()
     path = os.path.abspath(os.fspath(snapshot))
+    file = chosen_file(caches, None if snapshot == AUTO else path, trust_caches)
     if model is not None:
         check_model(model)
     elif snapshot == AUTO:
@@ -75,7 +82,13 @@ def load(
     preset = choose_fast_start(llm_kwargs, os.environ) if fast_start else FastStart({}, {}, [])
     for line in preset.said:
         logging.getLogger(f"vllm.{__name__}").info("fast start: %s", line)  # vLLM's log, as the loader's
-    with reported() as folder, set_meanwhile(preset.environment):
+    variables = dict(preset.environment)
+    if file is not None:
+        report = os.environ.get("THAW_START_REPORT")
+        brought = bring(file, trust_caches, dict(os.environ) | variables, report=report)
+        logging.getLogger(f"vllm.{__name__}").log(logging.INFO if brought.used else logging.WARNING, "%s", brought.said)
+        variables |= brought.environment
+    with reported() as folder, set_meanwhile(variables):
         extra |= {"failures": folder, "asked": time.time()}
         llm: LLM = vllm.LLM(model=model, model_loader_extra_config=extra, **llm_kwargs | preset.engine_args)
     if kv_snapshot is not None:

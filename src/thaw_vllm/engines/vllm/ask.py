@@ -99,6 +99,7 @@ def _ask(request: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
     reports = [report for report in llm.collective_rpc("thaw_report") if report is not None]
     return {
         "reports": reports,
+        "compiled": llm.collective_rpc("thaw_compiled"),
         "outputs": [
             {
                 "text": output.outputs[0].text,

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ def run(
     fork: dict[str, Any] | None = None,
     zygote: str | None = None,
     log: Path | None = None,
+    removed: Sequence[str] = (),
 ) -> dict[str, Any]:
     """What ``ask`` answered, with ``seconds["weights"]`` added from thaw's report or vLLM's own log.
 
@@ -63,6 +65,7 @@ def run(
         environment: added to this process's environment.
         zygote: the name of one whose fork it shall be, instead of a process that imports all anew.
         log: where what it prints stays; None to keep nothing.
+        removed: variables that it shall not have.
 
     Raises:
         ThawError: the process failed; of the class of the last error it printed where that is one of thaw's.
@@ -84,13 +87,16 @@ def run(
         request.write_text(json.dumps(document))
         command = [*python(zygote), "-m", "thaw_vllm.engines.vllm.ask", str(request), str(answer)]
         started = time.perf_counter()
+        variables = os.environ | READ_FROM_THE_LOG | endpoints(folder) | (environment or {})
+        for name in removed:
+            variables.pop(name, None)
         with log.open("wb") as stream:
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=stream,
                 stderr=subprocess.STDOUT,
-                env=os.environ | READ_FROM_THE_LOG | endpoints(folder) | (environment or {}),
+                env=variables,
                 start_new_session=True,
             )
             try:

@@ -35,7 +35,7 @@ from ...weights.provenance import check_source
 from ...weights.reading import RestoreOptions, reading
 from ...weights.restore import RestoreReport, match, restore
 from ...weights.stream import StreamReport
-from . import audit, automatic, streaming
+from . import audit, automatic, compiled, streaming
 from .automatic import Outcome
 from .failures import noted
 from .freezing import UNTIED, Freezing, source_checkpoint
@@ -162,21 +162,26 @@ class ThawModelLoader(BaseModelLoader):
         vLLM allocates parameters uninitialised, so nothing is written twice.
         """
         with noted(self.config.failures):
-            expected = self._expect()
-            if self.config.mode == "auto" and (why := automatic.left_to_vllm(vllm_config, model_config)) is not None:
-                return self._as_vllm(vllm_config, model_config, prefix, why)
-            self._prepare(vllm_config, model_config)
-            self._placeholders = Placeholders() if self.config.shared else None
-            try:
-                model: torch.nn.Module = super().load_model(vllm_config, model_config, prefix)
-            finally:
-                if self._placeholders is not None:
-                    self._placeholders.end()
-                    self._placeholders = None
-                if expected is not None and not self.config.expects_kv:
-                    ahead.rest(expected)  # memory may not be unlocked while vLLM captures graphs, which is next
-            note(model, vllm_config, self.config.asked)
+            model = self._loaded(vllm_config, model_config, prefix)
+            compiled.prepare(model, vllm_config)
             return model
+
+    def _loaded(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str) -> torch.nn.Module:
+        expected = self._expect()
+        if self.config.mode == "auto" and (why := automatic.left_to_vllm(vllm_config, model_config)) is not None:
+            return self._as_vllm(vllm_config, model_config, prefix, why)
+        self._prepare(vllm_config, model_config)
+        self._placeholders = Placeholders() if self.config.shared else None
+        try:
+            model: torch.nn.Module = super().load_model(vllm_config, model_config, prefix)
+        finally:
+            if self._placeholders is not None:
+                self._placeholders.end()
+                self._placeholders = None
+            if expected is not None and not self.config.expects_kv:
+                ahead.rest(expected)  # memory may not be unlocked while vLLM captures graphs, which is next
+        note(model, vllm_config, self.config.asked)
+        return model
 
     def _as_vllm(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str, why: str) -> torch.nn.Module:
         global last_outcome

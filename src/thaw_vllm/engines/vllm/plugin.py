@@ -9,6 +9,7 @@ _WORKER_METHODS = (
     "thaw_freeze",
     "thaw_report",
     "thaw_outcome",
+    "thaw_compiled",
     "thaw_model_id",
     "thaw_swap_check",
     "thaw_fill",

@@ -16,13 +16,14 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ...errors import StorageError, UsageError
 from ...weights.waterfall import waterfall
-from .startup import IMPORTED
+from .caches import BROUGHT
+from .startup import COMPILED, IMPORTED
 
 FRONT, CORE, WORKER, HELPER = "front", "engine core", "worker", "helper"
 FIRST_TOKEN, OTHER, UNTIL_REQUEST = "first token", "other", "until the request"
@@ -98,6 +99,8 @@ class StartReport:
         total: seconds from the first process's creation to the first token, or to the last span where none came.
         first_token: whether one came.
         skipped: lines that are no events, and events of other starts in the same directory.
+        caches: what became of a file of caches (``caches.Brought``); None where none was named.
+        compiled: of each worker that compiles, what it found and what it compiled (``compiled.report``).
     """
 
     processes: tuple[Process, ...]
@@ -105,6 +108,8 @@ class StartReport:
     total: float
     first_token: bool
     skipped: int
+    caches: dict[str, Any] | None = None
+    compiled: tuple[dict[str, Any], ...] = ()
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -141,7 +146,23 @@ class StartReport:
                 for process in self.processes
             ],
             "skipped": self.skipped,
+            "caches": self.caches,
+            "compiled": list(self.compiled),
         }
+
+    def compiling(self) -> list[str]:
+        """What was found compiled and what was not, in lines; empty where nothing is compiled."""
+        lines = [] if self.caches is None else [str(self.caches.get("said"))]
+        for worker in self.compiled:
+            counts = worker.get("counts") or {}
+            loaded, made = counts.get("aot_artifacts_loaded", 0), counts.get("aot_compiles", 0)
+            why = worker.get("why") or ("what was found could not be loaded; vLLM's log says why" if made else "")
+            why = f" ({why})" if why else ""
+            lines.append(
+                f"compiled code: {loaded} parts loaded, {made} compiled{why}; {worker.get('kernels', 0)} kernels of "
+                "Triton compiled"
+            )
+        return lines
 
     def waterfall(self, width: int = 40) -> str:
         """One line a phase."""
@@ -185,7 +206,19 @@ def read(directory: str | os.PathLike[str]) -> StartReport:
         skipped += torn
     if not events:
         raise UsageError(f"{str(path)!r} holds no report of a start; {HOW}")
-    return report(events, skipped, dict(filter(None, map(_imported, sorted(path.glob(f"*{IMPORTED}"))))))
+    whole = report(events, skipped, dict(filter(None, map(_imported, sorted(path.glob(f"*{IMPORTED}"))))))
+    started = [(file, one) for file in sorted(path.glob(f"*{COMPILED}")) if (one := _object(file)) is not None]
+    mine = {str(process.pid) for process in whole.processes}
+    compiled = tuple(one for file, one in started if file.name.removesuffix(COMPILED) in mine)
+    return replace(whole, caches=_object(path / BROUGHT), compiled=compiled)
+
+
+def _object(file: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _imported(file: Path) -> tuple[tuple[int, float], tuple[str, ...]] | None:

@@ -6,7 +6,8 @@ the beginning of a process needs nobody to be there, and processes of one machin
 
 An event: ``pid``, ``parent``, ``name`` (as multiprocessing has it), ``created``, ``phase``, ``begin``, ``end``. A
 process that was forked also notes which modules it has imported since then, in ``PID.imported.json``: ``created`` and
-``modules``. It could have had them from the process that it is a fork of.
+``modules``. It could have had them from the process that it is a fork of. A worker that compiles notes in
+``PID.compiled.json`` what it found compiled. ``caches.json`` says what became of a file of caches.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from typing import Any
 VARIABLE = "THAW_START_REPORT"
 IMPORTED = ".imported.json"
 """After its pid, the name of the file with what a process has imported."""
+COMPILED = ".compiled.json"
+"""Likewise, with what a worker has found of compiled code, and compiled itself (``compiled.report``)."""
 _MARK = "_thaw_start"
 _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
@@ -74,6 +77,7 @@ class Recorder:
         self._plugin: float | None = None
         self._inherited: set[str] | None = None  # modules; None of a process that was not forked
         self._imported = 0
+        self._compiled: dict[str, Any] = {}
         self._request: float | None = None
 
     def begin(self) -> None:
@@ -128,8 +132,10 @@ class Recorder:
             self.done = True
             _say(error)
         else:
-            with contextlib.suppress(OSError, TypeError, ValueError):  # the less important part
+            with contextlib.suppress(Exception):  # the less important parts
                 self._note_imports()
+            with contextlib.suppress(Exception):
+                self._note_compiled()
 
     def _note_imports(self) -> None:
         if self._inherited is None:
@@ -138,11 +144,22 @@ class Recorder:
         if len(found) == self._imported:
             return
         self._imported = len(found)
-        text = json.dumps({"created": self._created, "modules": found})
-        handle, part = tempfile.mkstemp(prefix=".imported.", dir=self.directory)
+        self._replace(IMPORTED, {"created": self._created, "modules": found})
+
+    def _note_compiled(self) -> None:
+        module = sys.modules.get(f"{__package__}.compiled")
+        if module is None or not module.last.state:
+            return
+        found = module.report()
+        if found != self._compiled:
+            self._compiled = found
+            self._replace(COMPILED, {"created": self._created, **found})
+
+    def _replace(self, ending: str, document: dict[str, Any]) -> None:
+        handle, part = tempfile.mkstemp(prefix=".report.", dir=self.directory)
         with open(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(part, os.path.join(self.directory, f"{self._pid}{IMPORTED}"))
+            file.write(json.dumps(document))
+        os.replace(part, os.path.join(self.directory, f"{self._pid}{ending}"))
 
     def under_way(self, phase: str, end: float) -> None:
         """A phase in which the plugin was loaded, and which nobody could see begin."""

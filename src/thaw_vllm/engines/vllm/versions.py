@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import copy
 import functools
+import hashlib
 import importlib
 import logging
 import os
@@ -18,7 +19,9 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent import futures
+from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -924,3 +927,99 @@ async def completion_tokens(client: Any, text: str) -> list[int]:
     except (ValueError, refused) as error:
         raise UsageError(f"a prompt cannot be tokenised: {error}") from None
     return [int(token) for token in rendered["prompt_token_ids"]]
+
+
+_PLACES = ("VLLM_CONFIG_ROOT", "VLLM_XLA_CACHE_PATH", "VLLM_LORA_RESOLVER_CACHE_DIR", "VLLM_TORCH_PROFILER_DIR")
+"""Variables that vLLM hashes into the names of compiled code although they only say where it keeps something else."""
+
+
+@dataclass(frozen=True)
+class CompiledName:
+    """What vLLM calls something that it keeps of a start, and what it would call it wherever the model lies.
+
+    Attributes:
+        directory: in which vLLM keeps it, below VLLM_CACHE_ROOT.
+        own: vLLM's name, a hash of, among others, the model directory's path and the user's home.
+        anywhere: the same hash of all but these.
+        factors: what is hashed, but for the path: variables by name, and hashes.
+    """
+
+    directory: Path
+    own: str
+    anywhere: str
+    factors: dict[str, Any]
+
+
+def compiled_names(model: torch.nn.Module, config: Any) -> list[CompiledName]:
+    """Of what torch.compile made, or will make, of this model's parts; empty where nothing is compiled.
+
+    vLLM's own functions make both names, the second one from a copy of the configuration whose model has no path.
+
+    Raises:
+        UnsupportedError: a vLLM that names it in another way.
+    """
+    parts = [part for part in model.modules() if getattr(part, "do_not_compile", True) is False]
+    if not parts or not _get("vllm.envs", "VLLM_USE_AOT_COMPILE"):
+        return []
+    part_key = _get("vllm.compilation.decorators", "_model_hash_key")
+    directory = cache_root() / "torch_compile_cache" / "torch_aot_compile"
+    found = {}
+    for part in parts:
+        key = part_key(part.forward)
+        own, anywhere = ([*_compile_factors(one), key] for one in (config, without_path(config)))
+        anywhere[0], variables = _hash_of_variables()
+        names = [_sha256(str(factors)) for factors in (own, anywhere)]
+        told = {
+            "variables": variables,
+            "configuration": anywhere[1],
+            "part": key,
+            "others": _sha256(str(anywhere[2:-1])),
+        }
+        found[names[0]] = CompiledName(directory, names[0], names[1], told)
+    return list(found.values())
+
+
+def plan_name(config: Any) -> CompiledName | None:
+    """Of the memory that a start measured, as ``compiled_names``; None where that is not kept (VLLM_ENABLE_STARTUP_PLAN)."""
+    if not _get("vllm.envs", "VLLM_ENABLE_STARTUP_PLAN"):
+        return None
+    parallel = config.parallel_config
+    fingerprint = _get("vllm.v1.worker.startup_plan", "compute_plan_fingerprint")
+    own, anywhere = (fingerprint(one, parallel.rank, parallel.world_size) for one in (config, without_path(config)))
+    return CompiledName(cache_root() / "startup_plan", own, anywhere, {})
+
+
+def cache_root() -> Path:
+    """Where vLLM keeps what can be made again."""
+    return Path(_get("vllm.envs", "VLLM_CACHE_ROOT"))
+
+
+def without_path(config: Any) -> Any:
+    """A copy of vLLM's configuration whose model is not said to be anywhere."""
+    found, model = copy.copy(config), copy.copy(config.model_config)
+    model.model = ""
+    found.model_config = model
+    return found
+
+
+def _compile_factors(config: Any) -> list[str]:
+    return list(_get("vllm.compilation.caching", "aot_compile_hash_factors")(config))
+
+
+def _hash_of_variables() -> tuple[str, dict[str, Any]]:
+    variables = {name: value for name, value in _get("vllm.envs", "compile_factors")().items() if name not in _PLACES}
+    return str(_get("vllm.config.utils", "hash_factors")(variables)), variables
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def compile_counts() -> dict[str, int]:
+    """What this process has compiled and loaded, by vLLM's own counter; empty where it keeps none."""
+    try:
+        counter = _get("vllm.compilation.counter", "compilation_counter")
+    except UnsupportedError:
+        return {}
+    names = ("num_aot_compiles", "num_aot_artifacts_loaded", "num_aot_artifacts_saved", "num_inductor_compiles")
+    return {name.removeprefix("num_"): int(getattr(counter, name, 0)) for name in (*names, "num_backend_compilations")}

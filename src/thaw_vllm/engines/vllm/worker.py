@@ -26,6 +26,13 @@ def thaw_outcome(worker: Any) -> dict[str, Any] | None:
     return None if loader.last_outcome is None else dataclasses.asdict(loader.last_outcome)
 
 
+def thaw_compiled(worker: Any) -> dict[str, Any]:
+    """What this worker found of earlier starts' compiled code, and what it compiled itself (``compiled.report``)."""
+    from . import compiled
+
+    return compiled.report()
+
+
 def thaw_model_id(worker: Any) -> str | None:
     """Which weights this worker's loader filled the model with; None where nobody told."""
     found: str | None = getattr(worker.get_model(), "_thaw_model_id", None)

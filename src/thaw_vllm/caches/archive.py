@@ -1,0 +1,378 @@
+"""Compiled code as one file, ``.thawcaches``: a ZIP whose first member says what is in it and what it belongs to.
+
+docs/format.md specifies it. Nothing here executes, imports or unpickles what a file holds; engines will.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+import stat
+import zipfile
+import zlib
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import CorruptionError, ExistsError, FormatError, SpaceError, StorageError, UsageError, VersionError
+from ..format.document import array, canonical, integer, mapping, parse, text
+from ..transport.writer import StagedFile
+from .groups import absolute, relative
+from .places import Place, carried
+
+SUFFIX = ".thawcaches"
+MANIFEST = "thaw-caches.json"
+VERSION = 1
+MAX_FILE = 4 << 30
+"""Bytes of a file of caches: it is read into memory whole, so that what was hashed is what is unpacked."""
+MAX_MEMBER = 1 << 30
+MAX_BYTES = 8 << 30
+"""Of all members."""
+MAX_MEMBERS = 200_000
+MAX_MANIFEST = 64 << 20
+MAX_DEPTH = 24
+THREADS = 8
+"""That decompress and write: each file is synced."""
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_COMPONENT = re.compile(r"[^/\\\x00-\x1f\x7f]{1,255}")
+_MADE = (1980, 1, 1, 0, 0, 0)
+"""When each member says it was made, so that the same caches are the same file."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One file.
+
+    Attributes:
+        path: relative, beginning with the name of a place.
+        size: in bytes.
+        sha256: of its bytes as they are in the file of caches.
+    """
+
+    path: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a file of caches says of itself.
+
+    Attributes:
+        key: what it belongs to (``machine.key``).
+        made: how it was made, to be shown: names and plain values.
+        members: in order.
+    """
+
+    key: dict[str, str]
+    made: dict[str, Any]
+    members: tuple[Member, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all members."""
+        return sum(member.size for member in self.members)
+
+
+@dataclass(frozen=True)
+class Caches:
+    """A file of caches, whole and in memory; its structure was checked, its members were not.
+
+    Attributes:
+        shown: its path, for messages.
+        sha256: of all of it.
+        size: in bytes.
+    """
+
+    shown: str
+    sha256: str
+    size: int
+    manifest: Manifest
+    _archive: zipfile.ZipFile
+
+    def read(self, member: Member) -> bytes:
+        """The member's bytes.
+
+        Raises:
+            CorruptionError: they are not those that the manifest tells.
+        """
+        try:
+            with self._archive.open(member.path) as file:
+                data = file.read(member.size + 1)
+        except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, OSError) as error:
+            raise CorruptionError(f"{self.shown} is damaged: {member.path!r}: {error}; copy the file again") from None
+        if len(data) != member.size or hashlib.sha256(data).hexdigest() != member.sha256:
+            raise CorruptionError(f"{self.shown} is damaged: {member.path!r} has other bytes; copy the file again")
+        return data
+
+
+@dataclass(frozen=True)
+class Unpacked:
+    """What came of it.
+
+    Attributes:
+        written: files.
+        present: files that were there already, and were left as they were.
+        bytes: of those written.
+        unwanted: files of places that nobody has here.
+    """
+
+    written: int
+    present: int
+    bytes: int
+    unwanted: int
+
+
+def pack(
+    path: str | os.PathLike[str],
+    files: Iterable[tuple[str, Path]],
+    key: Mapping[str, str],
+    made: Mapping[str, Any],
+    *,
+    force: bool = False,
+) -> Manifest:
+    """Write a file of caches.
+
+    Args:
+        files: paths in it, each with where the file lies.
+        force: replace an existing file.
+
+    Raises:
+        UsageError: there is nothing to pack, or too much.
+        ExistsError, SpaceError, StorageError: as for any file; nothing was published.
+    """
+    contents = {name: relative(name, _read(source), source.parent) for name, source in files}
+    if not contents:
+        raise UsageError("there is nothing to pack: nothing was compiled")
+    if len(contents) > MAX_MEMBERS or sum(map(len, contents.values())) > MAX_BYTES:
+        raise UsageError(f"{len(contents)} files are too many or too large for one file of caches")
+    members = tuple(
+        Member(name, len(data), hashlib.sha256(data).hexdigest()) for name, data in sorted(contents.items())
+    )
+    manifest = Manifest(dict(key), dict(made), members)
+    for member in members:
+        _check_path(member.path, repr(os.fspath(path)))
+    whole = io.BytesIO()
+    with zipfile.ZipFile(whole, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        archive.writestr(_info(MANIFEST), canonical(_document(manifest)))
+        for member in members:
+            archive.writestr(_info(member.path), contents[member.path])
+    data = whole.getbuffer()
+    with StagedFile(path, len(data), force=force) as staged:
+        staged.write(0, data)
+        staged.publish()
+    return manifest
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise StorageError(f"{str(path)!r} cannot be read: {error.strerror or error}") from None
+
+
+def _info(name: str) -> zipfile.ZipInfo:
+    found = zipfile.ZipInfo(name, _MADE)
+    found.compress_type = zipfile.ZIP_DEFLATED
+    found.create_system = 3
+    found.external_attr = (stat.S_IFREG | 0o600) << 16
+    return found
+
+
+def _document(manifest: Manifest) -> dict[str, Any]:
+    return {
+        "format": "thaw caches",
+        "version": VERSION,
+        "key": manifest.key,
+        "made": manifest.made,
+        "files": [[member.path, member.size, member.sha256] for member in manifest.members],
+    }
+
+
+def read(path: str | os.PathLike[str]) -> Caches:
+    """A file of caches, read whole and held against every limit; nothing is decompressed but its manifest.
+
+    Raises:
+        StorageError: it cannot be read, or is no plain file.
+        FormatError, VersionError: it is none of caches, or holds what none may: paths that lead elsewhere, links,
+            devices, members twice, or sizes beyond the limits.
+    """
+    shown = repr(os.fspath(path))
+    data = _whole(path, shown)
+    digest = hashlib.sha256(data).hexdigest()
+    try:
+        archive = zipfile.ZipFile(io.BytesIO(data))
+        infos = archive.infolist()
+    except (zipfile.BadZipFile, ValueError, OverflowError, NotImplementedError, EOFError, LookupError) as error:
+        raise FormatError(f"{shown} is no file of caches: {error}") from None
+    if not infos or infos[0].filename != MANIFEST:
+        raise FormatError(f"{shown} is no file of caches: it does not begin with {MANIFEST}")
+    if len(infos) > MAX_MEMBERS + 1:
+        raise FormatError(f"{shown} has {len(infos)} members; {MAX_MEMBERS} are the most")
+    for info in infos:
+        _check_member(info, shown)
+    if infos[0].file_size > MAX_MANIFEST:
+        raise FormatError(f"{shown}: its manifest is too large")
+    first = Member(MANIFEST, infos[0].file_size, "")
+    manifest = _parse(_decompressed(archive, first, shown), shown)
+    _agree(manifest, infos[1:], shown)
+    return Caches(shown, digest, len(data), manifest, archive)
+
+
+def _whole(path: str | os.PathLike[str], shown: str) -> bytes:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        with open(descriptor, "rb") as file:
+            found = os.fstat(descriptor)
+            if not stat.S_ISREG(found.st_mode):
+                raise StorageError(f"{shown} is no plain file")
+            if found.st_size > MAX_FILE:
+                raise FormatError(f"{shown} has {found.st_size} bytes; {MAX_FILE} are the most")
+            data = file.read(MAX_FILE + 1)
+    except OSError as error:
+        raise StorageError(f"{shown} cannot be read: {error.strerror or error}") from None
+    if len(data) > MAX_FILE:
+        raise FormatError(f"{shown} has more than {MAX_FILE} bytes")
+    return data
+
+
+def _check_member(info: zipfile.ZipInfo, shown: str) -> None:
+    what = f"{shown}: the member {info.filename[:200]!r}"
+    kind = stat.S_IFMT(info.external_attr >> 16)
+    if info.is_dir() or kind not in (0, stat.S_IFREG):
+        raise FormatError(f"{what} is no plain file")
+    if info.flag_bits & 0x1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise FormatError(f"{what} is encrypted, or compressed in a way that is not known here")
+    if info.file_size > MAX_MEMBER:
+        raise FormatError(f"{what} has {info.file_size} bytes; {MAX_MEMBER} are the most")
+    if info.orig_filename != info.filename:
+        raise FormatError(f"{what} has another name in the file")
+
+
+def _decompressed(archive: zipfile.ZipFile, member: Member, shown: str) -> bytes:
+    try:
+        with archive.open(member.path) as file:
+            return file.read(member.size + 1)
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, OSError) as error:
+        raise CorruptionError(f"{shown} is damaged: {member.path!r}: {error}; copy the file again") from None
+
+
+def _parse(data: bytes, shown: str) -> Manifest:
+    what = f"{shown}: {MANIFEST}"
+    found = parse(data, what)
+    if found.get("format") != "thaw caches":
+        raise FormatError(f"{shown} is no file of caches")
+    if found.get("version") != VERSION:
+        raise VersionError(f"{shown} has version {found.get('version')!r}; this build reads {VERSION}: upgrade thaw")
+    key = {text(k, what, 100): text(v, f"{what}: {k}", 1000) for k, v in mapping(found.get("key"), what).items()}
+    members = []
+    for entry in array(found.get("files"), what, MAX_MEMBERS):
+        if not isinstance(entry, list) or len(entry) != 3:
+            raise FormatError(f"{what}: a file has a path, a size and a digest")
+        path, size, digest = text(entry[0], what), integer(entry[1], what, 0, MAX_MEMBER), text(entry[2], what, 64)
+        _check_path(path, what)
+        if not _DIGEST.fullmatch(digest):
+            raise FormatError(f"{what}: {digest!r} is no SHA-256")
+        members.append(Member(path, size, digest))
+    made = mapping(found.get("made"), what)
+    return Manifest(key, made, tuple(members))
+
+
+def _check_path(path: str, what: str) -> None:
+    """Refuse what does not lie below a place, or is never carried."""
+    parts = path.split("/")
+    sound = 2 <= len(parts) <= MAX_DEPTH and len(path) <= 1024
+    if not sound or not all(_COMPONENT.fullmatch(part) and part not in (".", "..") for part in parts):
+        raise FormatError(f"{what}: {path[:200]!r} is no path in a cache")
+    if not carried(path):
+        raise FormatError(f"{what}: {path[:200]!r} is nothing that travels")
+
+
+def _agree(manifest: Manifest, infos: list[zipfile.ZipInfo], shown: str) -> None:
+    told = [(member.path, member.size) for member in manifest.members]
+    if sorted((info.filename, info.file_size) for info in infos) != sorted(told):
+        raise FormatError(f"{shown}: its members are not those that its manifest tells")
+    names = {path for path, _ in told}
+    if len(names) != len(told):
+        raise FormatError(f"{shown}: a member is there twice")
+    for path in names:
+        parts = path.split("/")
+        if any("/".join(parts[:end]) in names for end in range(2, len(parts))):
+            raise FormatError(f"{shown}: {path[:200]!r} lies below a file")
+    if manifest.size > MAX_BYTES:
+        raise FormatError(f"{shown}: its members have {manifest.size} bytes; {MAX_BYTES} are the most")
+
+
+def unpack(caches: Caches, places: Mapping[str, Place]) -> Unpacked:
+    """Put its files where they are looked for. What is there already stays; what is damaged is not published.
+
+    Each file appears whole or not at all. What an interruption leaves is what any start may find: some of them.
+
+    Raises:
+        SpaceError, StorageError: a place is full, may not be written to, or others may write to it.
+        CorruptionError: a member is damaged; those before it are in place.
+    """
+    members = [(member, places.get(member.path.partition("/")[0])) for member in caches.manifest.members]
+    for directory in sorted({place.directory for _, place in members if place is not None}):
+        _check_place(directory, caches)
+
+    def bring(member: Member, place: Place) -> int | None:
+        target = place.directory / member.path.partition("/")[2]
+        if os.path.lexists(target):
+            return None
+        data = absolute(member.path, caches.read(member), target.parent)
+        _publish(target, data, place.directory)
+        return len(data)
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        wanted = [pool.submit(bring, member, place) for member, place in members if place is not None]
+        try:
+            sizes = [one.result() for one in wanted]
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    written = [size for size in sizes if size is not None]
+    return Unpacked(len(written), len(sizes) - len(written), sum(written), len(members) - len(sizes))
+
+
+def _check_place(directory: Path, caches: Caches) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        found = directory.stat()
+        room = os.statvfs(directory)
+    except OSError as error:
+        raise StorageError(f"nothing can be kept in {str(directory)!r}: {error.strerror or error}") from None
+    if found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o022:
+        raise StorageError(
+            f"others may write to {str(directory)!r}; chmod 700 it, or have another directory in its place"
+        )
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise StorageError(f"{str(directory)!r} may not be written to")
+    if room.f_bavail * room.f_frsize < caches.manifest.size:
+        raise SpaceError(
+            f"{str(directory)!r} has {room.f_bavail * room.f_frsize / 1e9:.2f} GB free, {caches.shown} needs "
+            f"{caches.manifest.size / 1e9:.2f}; make room"
+        )
+
+
+def _publish(target: Path, data: bytes, place: Path) -> None:
+    try:
+        _directories(target.parent, place)
+        with StagedFile(target, len(data)) as staged:
+            staged.write(0, data)
+            staged.publish()
+    except ExistsError:  # another start has brought it meanwhile
+        pass
+    except OSError as error:
+        raise StorageError(f"{str(target)!r} cannot be written: {error.strerror or error}") from None
+
+
+def _directories(directory: Path, place: Path) -> None:
+    """Make it, below the place; no link on the way is followed out of it."""
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if not Path(os.path.realpath(directory)).is_relative_to(os.path.realpath(place)):
+        raise StorageError(f"{str(directory)!r} leads out of {str(place)!r}")

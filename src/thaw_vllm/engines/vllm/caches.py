@@ -1,0 +1,355 @@
+"""What a start of vLLM compiles, packed into a file beside a snapshot, and brought to where another start looks."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ... import __version__
+from ...caches import archive, machine, places, trust
+from ...errors import MismatchError, StorageError, ThawError, UsageError
+from ...transport.writer import check_target
+from . import fresh, one_server
+from .command_line import given, options
+from .fast_start import BUNDLE, PLAN, among, fast_start
+
+SUFFIX = archive.SUFFIX
+NOTE, PLANNED = ".name", "startup_plan_{}.json"
+"""As ``compiled`` names a note of vLLM's name of measured memory, and as vLLM names that."""
+BROUGHT = "caches.json"
+"""In a directory of a start's report: what became of its file of caches."""
+_OWN = {"load_format", "model_loader_extra_config", "host", "port", "uds"}
+_SECRET = re.compile(r"key|token|secret|password|ssl|cert", re.IGNORECASE)
+_BESIDE = re.compile(r"(vllm/torch_compile_cache/torch_aot_compile/[^/]+/inductor_cache/triton/\d+/)(.+)")
+_PROMPTS = (1, 2, 5, 16, 33, 64, 100, 200, 500)
+"""Lengths of what a server is asked so that it compiles what it compiles late."""
+_ANSWER = 16
+
+Say = Callable[[str], None]
+
+
+def beside(snapshot: str | os.PathLike[str]) -> Path:
+    """Where a snapshot's caches are kept: ``weights.thawcaches`` beside ``weights.thaw``."""
+    path = Path(snapshot)
+    return path.with_name((path.stem if path.suffix == ".thaw" else path.name) + SUFFIX)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What was packed.
+
+    Attributes:
+        path: the file of caches.
+        sha256: of it.
+        size: in bytes.
+        manifest: what it says of itself.
+        seconds: until the server was healthy, all being compiled.
+    """
+
+    path: str
+    sha256: str
+    size: int
+    manifest: archive.Manifest
+    seconds: float
+
+    @property
+    def compiled(self) -> int:
+        """Parts of the model that torch.compile went through; 0 of an engine without."""
+        found = (
+            re.match(r"vllm/torch_compile_cache/torch_aot_compile/([^/]+)/", m.path) for m in self.manifest.members
+        )
+        return len({match[1] for match in found if match})
+
+
+def pack(
+    path: str | os.PathLike[str],
+    model: str,
+    snapshot: str | os.PathLike[str] | None = None,
+    words: Sequence[str] = (),
+    *,
+    quick: bool = False,
+    offline: Mapping[str, Any] | None = None,
+    force: bool = False,
+    log: Path | None = None,
+    say: Say = lambda line: None,
+) -> Packed:
+    """Start vLLM with empty caches, have it compile all that it needs, and pack that.
+
+    Args:
+        path: the file of caches to write.
+        model: a model directory, or a name on the hub.
+        snapshot: to thaw its weights from; None reads the checkpoint.
+        words: options of vLLM's server, those that it will be served with.
+        quick: also with the preset of ``thaw serve --fast-start``.
+        offline: engine arguments of ``vllm.LLM``, which is started in place of a server: they compile differently.
+        force: replace an existing file.
+        log: where what vLLM prints stays; None to keep nothing.
+
+    Raises:
+        UsageError: options that this sets itself; nothing was compiled.
+        ThawError: vLLM did not come up.
+        ExistsError, SpaceError, StorageError: the file cannot be written.
+    """
+    path = Path(os.path.abspath(path))
+    chosen: Mapping[str, Any] = given(words) if offline is None else offline
+    if taken := sorted(name for name in chosen if among({name}, _OWN)):
+        raise UsageError(f"packing sets --{taken[0].replace('_', '-')} itself; leave it out")
+    check_target(path, force)
+    extra = {} if snapshot is None else {"snapshot": os.path.abspath(snapshot)}
+    args: dict[str, Any] = {"load_format": "thaw"} | ({"model_loader_extra_config": extra} if extra else {})
+    variables: dict[str, str | None] = {BUNDLE: os.environ.get(BUNDLE, "1"), PLAN: os.environ.get(PLAN, "1")}
+    if quick:
+        preset = fast_start(chosen, os.environ)
+        args |= preset.engine_args
+        variables |= preset.environment
+        for line in preset.said:
+            say(f"fast start: {line}")
+    with tempfile.TemporaryDirectory(prefix="thaw-caches-", ignore_cleanup_errors=True) as folder:
+        root = Path(folder)
+        variables |= places.empty(root)
+        variables |= dict.fromkeys(places.UNSET)
+        log = root / "log.txt" if log is None else log
+        say("starting vLLM with empty caches, so that it compiles all that it needs")
+        if offline is None:
+            seconds = _serve(model, [*options(args), *words], variables, log, say)
+        else:
+            seconds = _start(model, args | dict(offline), variables, log)
+        say(f"it was ready after {seconds:.0f} s; packing")
+        made = {
+            "thaw": __version__,
+            "model": os.path.basename(os.path.abspath(model)) if os.path.isdir(model) else model,
+            "usage": "server" if offline is None else "offline",
+            "arguments": _shown(chosen),
+            "fast_start": quick,
+            "variables": {name: variables[name] for name in (BUNDLE, PLAN)},
+        }
+        environment = {name: value for name, value in {**os.environ, **variables}.items() if value is not None}
+        manifest = archive.pack(path, _found(environment), machine.key(), made, force=force)
+    whole = archive.read(path)
+    trust.note_own(whole.sha256, os.environ)
+    return Packed(str(path), whole.sha256, whole.size, manifest, seconds)
+
+
+def pack_caches(
+    path: str | os.PathLike[str],
+    model: str,
+    snapshot: str | os.PathLike[str] | None = None,
+    *,
+    fast_start: bool = False,
+    force: bool = False,
+    **llm_kwargs: Any,
+) -> str:
+    """Pack what ``load`` with the same arguments compiles, for its ``caches``; another process starts an engine for it.
+
+    Args:
+        path: the file to write (``.thawcaches``).
+        model: model directory or hub name.
+        snapshot: to thaw its weights from; None reads the checkpoint.
+        fast_start: as of ``load``.
+        force: replace an existing file.
+        llm_kwargs: of ``vllm.LLM``, as they will be given; values that JSON has.
+
+    Returns:
+        The file's SHA-256, for ``trust_caches`` on other machines; here it is ``own``.
+
+    Raises:
+        UsageError, ExistsError, SpaceError, StorageError, ThawError: as ``thaw caches pack``.
+    """
+    return pack(path, model, snapshot, quick=fast_start, offline=llm_kwargs, force=force).sha256
+
+
+def _serve(model: str, words: list[str], variables: Mapping[str, str | None], log: Path, say: Say) -> float:
+    """Run a server until it has answered as it will be asked; seconds until it was healthy."""
+    with one_server.serving(model, words, {**fresh.READ_FROM_THE_LOG, **variables}, None, log) as server:
+        name, longest = server.described()
+        asked = replace(server, model=name)
+        say("it is healthy; asking, for what it compiles late")
+        lengths = [length for length in _PROMPTS if length + _ANSWER < longest]
+        for length in lengths:
+            asked.complete(_prompt(length), _ANSWER)
+        with ThreadPoolExecutor(len(lengths) or 1) as pool:
+            for sampling in ({}, {"temperature": 0.8, "top_p": 0.9, "seed": 1}, {"temperature": 1.0, "top_k": 20}):
+                sent = [pool.submit(asked.complete, _prompt(length), _ANSWER, **sampling) for length in lengths]
+                for one in sent:
+                    one.result()
+        return server.seconds
+
+
+def _start(model: str, args: dict[str, Any], variables: Mapping[str, str | None], log: Path) -> float:
+    """The same of ``vllm.LLM``."""
+    questions = [_prompt(length) for length in _PROMPTS if length + _ANSWER < int(args.get("max_model_len") or 4096)]
+    environment = {name: value for name, value in variables.items() if value is not None}
+    extra = args.pop("model_loader_extra_config", {})
+    snapshot = extra.get("snapshot")
+    if snapshot is not None:
+        args.pop("load_format")
+    answer = fresh.run(
+        "ask",
+        model=model,
+        snapshot=snapshot,
+        engine_args=args,
+        questions=questions,
+        max_tokens=_ANSWER,
+        environment=environment,
+        removed=[name for name, value in variables.items() if value is None],
+        log=log,
+    )
+    return float(answer["seconds"]["total"])
+
+
+def _prompt(length: int) -> list[int]:
+    return [5 + at % 100 for at in range(length)]
+
+
+def _shown(chosen: Mapping[str, Any]) -> dict[str, str]:
+    """Arguments, for whoever wants to start the same; none that might be a secret."""
+    return {name: str(value) for name, value in chosen.items() if not _SECRET.search(name)}
+
+
+def _found(environment: Mapping[str, str]) -> Iterator[tuple[str, Path]]:
+    """What of these places is carried; of measured memory that which a start of the same configuration finds."""
+    there = places.places(environment)
+    found = dict(item for place in there.values() for item in places.files(place))
+    yield from found.items()
+    yield from ((name, source) for name, source in _kernels_elsewhere(found) if name not in found)
+    plans = there[places.VLLM].directory / "startup_plan"
+    for note in sorted(plans.glob(f"thaw-*{NOTE}")):
+        own = plans / PLANNED.format(note.read_text(encoding="utf-8").strip())
+        if own.is_file():
+            yield f"{places.VLLM}/startup_plan/{PLANNED.format(note.name.removesuffix(NOTE))}", own
+
+
+def _kernels_elsewhere(found: Mapping[str, Path]) -> Iterator[tuple[str, Path]]:
+    """Triton's kernels where else they are looked for.
+
+    While a model is compiled, and after that, they are kept beside what is compiled (``CachingAutotuner`` of PyTorch
+    sets TRITON_CACHE_DIR); a start that finds the model compiled looks where Triton itself keeps them.
+    """
+    beside = {match[1] for name in found if (match := _BESIDE.match(name))}
+    for name, source in found.items():
+        if match := _BESIDE.match(name):
+            yield f"{places.TRITON}/{match[2]}", source
+        elif name.startswith(f"{places.TRITON}/"):
+            yield from ((prefix + name.partition("/")[2], source) for prefix in sorted(beside))
+
+
+@dataclass(frozen=True)
+class Brought:
+    """What became of a file of caches.
+
+    Attributes:
+        used: whether it was unpacked.
+        said: one line, also why it was not.
+        environment: variables that a start needs to find it.
+        counts: files ``written`` and already ``present``; empty where it was not unpacked.
+    """
+
+    used: bool
+    said: str
+    environment: dict[str, str]
+    counts: dict[str, int]
+
+
+def bring(
+    path: str | os.PathLike[str],
+    trusted: str | None,
+    environment: Mapping[str, str],
+    *,
+    report: str | None = None,
+) -> Brought:
+    """Unpack a file of caches for a start with these variables; whatever stands against that, vLLM compiles as ever.
+
+    Args:
+        trusted: ``own``, a SHA-256, or None.
+        report: a directory for the report of the start, where what became of it is written as well.
+
+    Raises:
+        UsageError: ``trusted`` is none of these.
+    """
+    trust.check_word(trusted)
+    try:
+        found = _bring(path, trusted, environment)
+    except ThawError as error:
+        found = Brought(False, f"caches are not used: {error}", {}, {})
+    except RuntimeError as error:  # no home
+        found = Brought(False, f"caches are not used: {error}", {}, {})
+    if report:
+        _note(Path(report), path, found)
+    return found
+
+
+def _bring(path: str | os.PathLike[str], trusted: str | None, environment: Mapping[str, str]) -> Brought:
+    caches = archive.read(path)
+    require_trust(caches, trusted, environment)
+    require_machine(caches)
+    done = archive.unpack(caches, places.places(environment))
+    said = f"caches of {caches.shown}: {done.written} files unpacked, {done.present} were there"
+    variables = {name: value for name, value in needed(caches.manifest).items() if name not in environment}
+    return Brought(True, said, variables, {"written": done.written, "present": done.present, "bytes": done.bytes})
+
+
+def require_trust(caches: archive.Caches, trusted: str | None, environment: Mapping[str, str]) -> None:
+    """Refuse a file that is not trusted.
+
+    Raises:
+        UsageError: why, and the cure.
+    """
+    if (why := trust.why_not(caches, trusted, environment)) is not None:
+        raise UsageError(why)
+
+
+def require_machine(caches: archive.Caches) -> None:
+    """Refuse a file that was made for another machine.
+
+    Raises:
+        MismatchError: what is different.
+    """
+    if differs := machine.differences(caches.manifest.key, machine.key()):
+        raise MismatchError(
+            f"{caches.shown} was compiled for another machine or other libraries: {'; '.join(differs)}; pack it here: "
+            "thaw caches pack"
+        )
+
+
+def needed(manifest: archive.Manifest) -> dict[str, str]:
+    """Variables with which vLLM finds what is packed, since they are in its names or say what it looks for."""
+    said = manifest.made.get("variables")
+    value = said.get(BUNDLE) if isinstance(said, dict) else None
+    return {BUNDLE: value} if isinstance(value, str) and value in ("0", "1") else {}
+
+
+def _note(directory: Path, path: str | os.PathLike[str], found: Brought) -> None:
+    document = {"file": os.fspath(path), "used": found.used, "said": found.said} | found.counts
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / BROUGHT).write_text(json.dumps(document))
+    except OSError:  # the start itself says that no report can be written
+        pass
+
+
+def chosen_file(caches: str | os.PathLike[str] | None, snapshot: str | None, trusted: str | None) -> str | None:
+    """Which file of caches a start means: the one that is named, or the one beside its snapshot; None for none.
+
+    Raises:
+        UsageError: a trust in nothing.
+        StorageError: the one that was named is not there.
+    """
+    trust.check_word(trusted)
+    if caches is not None:
+        if not os.fspath(caches):
+            raise UsageError(f"--caches is empty; give a file ({SUFFIX})")
+        if not os.path.exists(caches):
+            raise StorageError(f"there is no file of caches {os.fspath(caches)!r}; make it: thaw caches pack")
+        return os.fspath(caches)
+    if trusted is None:
+        return None
+    if snapshot is None:
+        raise UsageError("--trust-caches trusts a file of caches; name it with --caches")
+    return str(beside(snapshot))
