@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from ..caches import places
 from ..engines.vllm import fresh, one_server, start_page, start_report, startup
 from ..engines.vllm.api import check_sizes
 from ..engines.vllm.fast_start import cache_variables, fast_start, has_gpu
@@ -22,6 +23,7 @@ from ..errors import StorageError, ThawError, UsageError
 from ..zygote.client import ask
 from ..zygote.place import place
 from ..zygote.start import start
+from .new_machine import NewMachine
 from .outcome import Missed, Outcome, Say
 from .record import RUN, Record, file_system_of
 
@@ -29,7 +31,8 @@ LOAD, EAGER, GRAPHS = "vllm-load-weights", "start-eager", "start-graphs"
 SERVER, HEALTHY, HEALTHY_CPU = "server", "server-healthy", "server-healthy-cpu"
 MODES = {"eager": EAGER, "graphs": GRAPHS, SERVER: HEALTHY}
 """What is started: an engine in a program, until its first token; or vLLM's server, eager, until it is healthy."""
-WARM, COLD = "warm", "cold"
+NEW = "start-new-machine"
+WARM, COLD, FILE = "warm", "cold", "file"
 DEFAULT, SNAPSHOT, STREAMED = "default-loader", "snapshot", "checkpoint"
 FORKED, FAST = "-zygote", "-fast-start"
 """End the routes of starts in forks of a zygote, and of those with the preset of ``thaw serve --fast-start``."""
@@ -44,7 +47,7 @@ FORMATS = {
 """vLLM's own load formats → the distribution that each needs."""
 QUESTIONS: list[Any] = [list(range(5, 200)), [11, 12, 13]]
 """Token ids: a model of random weights needs no tokenizer and no chat template."""
-BEFORE_FIRST_TOKEN = ("process", "imports", "engine", "first_token")
+BEFORE_FIRST_TOKEN = ("process", "imports", "caches", "engine", "first_token")
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,8 @@ class Settings:
         runs: fresh processes each loader gets in each mode.
         engine_args: further ones of vLLM.
         max_tokens: of each answer.
-        caches: WARM: of compiled and tuned kernels, as they are; COLD: empty ones for every start.
+        caches: WARM: of compiled and tuned kernels, as they are; COLD: empty ones for every start; FILE: empty but for
+            what a file of caches brings, which is packed first.
         reports: a directory for the report of every start, as JSON and as a page, and what vLLM printed; None to keep
             none.
         zygote: also start by each loader of thaw's and vllm's own in forks of a zygote that is started for it.
@@ -139,18 +143,59 @@ def measure(settings: Settings, say: Say) -> Outcome:
         raise UsageError("--fast-start changes nothing without a GPU; leave it out")
     if settings.zygote and settings.caches == COLD:
         raise UsageError("a zygote has read where caches are; leave out --zygote or --caches cold")
+    if settings.caches == FILE:
+        if settings.modes != ("graphs",):
+            raise UsageError("--caches file measures --mode graphs alone: what is compiled otherwise is little")
+        chosen = [loader for loader in chosen if loader.route not in FORMATS and not loader.route.startswith(DEFAULT)]
+        if not chosen:
+            raise UsageError("--caches file is for thaw's loaders, snapshot and checkpoint")
     if settings.reports is not None:
         with _kept(settings.reports):
             settings.reports.mkdir(parents=True, exist_ok=True)
     outcome = Outcome()
-    with _until_terminated(), _zygote(settings, say):
+    with _until_terminated(), tempfile.TemporaryDirectory(prefix="thaw-new-", ignore_cleanup_errors=True) as folder:
+        machine = NewMachine(Path(folder)) if settings.caches == FILE else None
         try:
-            for mode in settings.modes:
-                outcome += _mode(mode, chosen, size, settings, say)
-                if outcome.interrupted:
-                    break
+            outcome += _measured(settings, chosen, size, machine, say)
         except KeyboardInterrupt:
             outcome.interrupted = True
+    return outcome
+
+
+def _measured(settings: Settings, chosen: Sequence[Loader], size: int, machine: NewMachine | None, say: Say) -> Outcome:
+    outcome = Outcome()
+    if machine is not None:
+        outcome += _pack(settings, chosen, size, machine, say)
+        chosen = [loader for loader in chosen if loader.fast in machine.packed]
+    with _zygote(settings, machine, say):
+        for mode in settings.modes:
+            outcome += _mode(mode, chosen, size, settings, machine, say)
+            if outcome.interrupted:
+                break
+    return outcome
+
+
+def _pack(settings: Settings, chosen: Sequence[Loader], size: int, machine: NewMachine, say: Say) -> Outcome:
+    """A start with empty caches for each kind of compiled code, which is what a file spares."""
+    outcome = Outcome()
+    for fast in sorted({loader.fast for loader in chosen}):
+        thawing = any(loader.snapshot is not None for loader in chosen)
+        loader = Loader("thaw", (SNAPSHOT if thawing else STREAMED) + FAST * fast, {}, fast=fast)
+        args = {"enforce_eager": False} | settings.engine_args
+        work = f"{GRAPHS}-cold"
+        try:
+            packed = machine.pack(settings.model, settings.snapshot if thawing else None, args, QUESTIONS, fast)
+        except (ThawError, OSError) as error:
+            why = " ".join(str(error).split())[:300]
+            outcome.missed.append(Missed(work, loader.system, loader.route, why))
+            say(f"{work}, {loader.route}: {why}")
+            continue
+        files = len(packed.manifest.members)
+        say(f"{work}, {loader.route}: {packed.seconds:.1f} s; {files} files packed, {packed.size / 1e6:.1f} MB")
+        answers = [packed.answer or {}]
+        extra = {"packed_bytes": packed.size, "files": files, "unpacked_bytes": packed.manifest.size}
+        for record in _records(work, loader, answers, size, settings, answers[0]["outputs"], itself=True):
+            outcome.records.append(replace(record, extra=record.extra | extra))
     return outcome
 
 
@@ -176,16 +221,15 @@ def _until_terminated() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _zygote(settings: Settings, say: Say) -> Iterator[None]:
+def _zygote(settings: Settings, machine: NewMachine | None, say: Say) -> Iterator[None]:
     """One for the measurement's own use, in its own environment."""
     if not settings.zygote:
         yield
         return
     where = place(ZYGOTE)
     begun = time.perf_counter()
-    start(
-        where, imports=[], models=[os.path.abspath(settings.model)], environment=fresh.READ_FROM_THE_LOG | _defaults()
-    )
+    variables = fresh.READ_FROM_THE_LOG | _defaults() | ({} if machine is None else machine.variables)
+    start(where, imports=[], models=[os.path.abspath(settings.model)], environment=variables)
     try:
         say(f"zygote: ready after {time.perf_counter() - begun:.1f} s")
         yield
@@ -212,8 +256,11 @@ def loaders(settings: Settings) -> list[Loader]:
     return found + [Loader(package, name, {"load_format": name}) for name, package in FORMATS.items()]
 
 
-def _mode(mode: str, chosen: Sequence[Loader], size: int, settings: Settings, say: Say) -> Outcome:
+def _mode(
+    mode: str, chosen: Sequence[Loader], size: int, settings: Settings, machine: NewMachine | None, say: Say
+) -> Outcome:
     outcome, work = Outcome(), MODES[mode] + ("-cold" if settings.caches == COLD else "")
+    work = work if machine is None else NEW
     if mode == SERVER and not has_gpu(os.environ):
         work = work.replace(HEALTHY, HEALTHY_CPU)
     found: dict[str, list[dict[str, Any]]] = {loader.route: [] for loader in chosen}
@@ -226,7 +273,7 @@ def _mode(mode: str, chosen: Sequence[Loader], size: int, settings: Settings, sa
             for loader in [*chosen[shift:], *chosen[:shift]]:
                 if loader.route in failed:
                     continue
-                answer = _start(loader, mode, settings, _name(work, loader, number + 1))
+                answer = _start(loader, mode, settings, _name(work, loader, number + 1), machine)
                 if isinstance(answer, str):
                     failed[loader.route] = answer
                 else:
@@ -238,7 +285,12 @@ def _mode(mode: str, chosen: Sequence[Loader], size: int, settings: Settings, sa
     outcome.missed += [Missed(work, x.system, x.route, failed[x.route]) for x in chosen if x.route in failed]
     answered = [loader for loader in chosen if found[loader.route]]
     for loader in answered:
-        outcome.records += _records(work, loader, found, size, settings, _held_against(loader, answered))
+        if machine is None:
+            held = _held_against(loader, answered)
+            reference, itself = found[held.route][0]["outputs"], held == loader
+        else:
+            reference, itself = (machine.packed[loader.fast].answer or {})["outputs"], False
+        outcome.records += _records(work, loader, found[loader.route], size, settings, reference, itself=itself)
     return outcome
 
 
@@ -286,7 +338,9 @@ def _compile(
             compiled.add(loader.fast)
 
 
-def _start(loader: Loader, mode: str, settings: Settings, name: str) -> dict[str, Any] | str:
+def _start(
+    loader: Loader, mode: str, settings: Settings, name: str, machine: NewMachine | None = None
+) -> dict[str, Any] | str:
     """The answer, with the ``report`` of the start where there is one; or why there is none."""
     package = FORMATS.get(loader.route)
     if package is not None:
@@ -299,6 +353,9 @@ def _start(loader: Loader, mode: str, settings: Settings, name: str) -> dict[str
         environment = _defaults()
         if settings.caches == COLD:
             environment |= cache_variables(folder)
+        if machine is not None:
+            machine.empty()
+            environment |= machine.variables
         if loader.fast:
             preset = fast_start(args, os.environ)
             args |= preset.engine_args
@@ -322,6 +379,8 @@ def _start(loader: Loader, mode: str, settings: Settings, name: str) -> dict[str
                 environment=environment,
                 zygote=loader.zygote,
                 log=log,
+                removed=[] if machine is None else places.UNSET,
+                caches=None if machine is None else machine.file(loader.fast),
             )
         except (ThawError, OSError) as error:
             return " ".join(str(error).split())[:300]
@@ -370,22 +429,36 @@ def _kept(directory: Path) -> Iterator[None]:
 
 
 def _records(
-    work: str, loader: Loader, found: dict[str, list[dict[str, Any]]], size: int, settings: Settings, held: Loader
+    work: str,
+    loader: Loader,
+    answers: Sequence[dict[str, Any]],
+    size: int,
+    settings: Settings,
+    reference: Any,
+    *,
+    itself: bool,
 ) -> Iterator[Record]:
-    answers, reference = found[loader.route], found[held.route][0]["outputs"]
+    """Of one loader's starts.
+
+    Args:
+        reference: outputs that its own should equal.
+        itself: whether those are its own.
+    """
     asked = [answer["seconds"] for answer in answers]
     equal: bool | None = all(_tokens(answer["outputs"]) == _tokens(reference) for answer in answers)
-    if equal and held == loader and not loader.route.startswith(DEFAULT):
+    if equal and itself and not loader.route.startswith(DEFAULT):
         equal = None  # to itself, which says little
     verified = bool(answers[-1]["reports"]) and answers[-1]["reports"][0].get("verified", "none") != "none"
     place = file_system_of(loader.snapshot or settings.model)
     told = {name: [round(s[name], 3) for s in asked if name in s] for name in asked[-1]}
-    extra = {
+    extra: dict[str, Any] = {
         "phases": _phases(answers) or told,
         "asked": told,
         "engine_args": settings.engine_args,
         "logprobs_equal": all(answer["outputs"] == reference for answer in answers),
     }
+    if any(answer.get("compiled") for answer in answers):
+        extra["compiled"] = [answer["compiled"] for answer in answers]
     starts = [sum(s.get(name, 0.0) for name in BEFORE_FIRST_TOKEN) for s in asked]
     yield Record(work, loader.system, loader.route, size, starts, "warm", verified, equal, None, extra, place)
     loads = [s["weights"] for s in asked if "weights" in s]

@@ -25,6 +25,7 @@ thaw bench weights --size-gb 2 --dir /dev/shm --system thaw --system safetensors
 thaw bench freeze --dir /dev/shm --dir /mnt/nvme --runs 3 --record
 thaw bench cold-start --model Llama-3-8B/ --snapshot /dev/shm/W.thaw --mode eager --record
 thaw bench cold-start --model Llama-3-8B/ --loader default-loader --caches cold --reports starts/
+thaw bench cold-start --model Llama-3-8B/ --snapshot llama.thaw --mode graphs --zygote --caches file
 thaw bench kv --model Llama-3-8B/ --tokens 1024 --tokens 4096 --record
 thaw bench fork --model Llama-3-8B/ --dir /dev/shm --runs 5 --record
 thaw bench fork --model Llama-3-8B/ --snapshot /dev/shm/W.thaw --workers 4
@@ -212,7 +213,12 @@ def cold_start(
     ] = None,
     runs: Annotated[int, typer.Option(min=1, help="Fresh processes for each loader and mode.")] = 1,
     caches: Annotated[
-        str, typer.Option(help="warm: kernels compiled before; cold: none, for every start.", metavar="KIND")
+        str,
+        typer.Option(
+            help="warm: kernels compiled before; cold: none, for every start; file: those of a file of caches, which "
+            "is packed first.",
+            metavar="KIND",
+        ),
     ] = "warm",
     reports: Annotated[
         Path | None, typer.Option(help="Keep every start's report here, as JSON and HTML, and its log.", metavar="DIR")
@@ -231,7 +237,9 @@ def cold_start(
 
     vLLM's own loader, thaw from a snapshot, thaw from the checkpoint, and vLLM's load formats whose packages are
     installed. Tokens are compared. A first start, which also compiles kernels, is not counted, unless every start is
-    given empty caches. Shown is also what each phase of a start took (thaw start-report).
+    given empty caches. With --caches file each is a start on a new machine that was brought a file (thaw caches pack),
+    and the first one, with nothing compiled, is shown as well. Shown is also what each phase of a start took (thaw
+    start-report).
     """
     from ..bench import cold_start as measuring
     from ..bench.summary import failures, phase_tables, seconds_table
@@ -246,7 +254,7 @@ def cold_start(
         tuple(loader or ()),
         runs,
         {"max_model_len": 2048} | dict(parse_engine_arg(text) for text in engine_arg or []),
-        caches=_chosen([caches], (measuring.WARM, measuring.COLD), "kind of caches")[0],
+        caches=_chosen([caches], (measuring.WARM, measuring.COLD, measuring.FILE), "kind of caches")[0],
         reports=reports,
         zygote=zygote,
         fast_start=fast_start,

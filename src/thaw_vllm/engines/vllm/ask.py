@@ -18,9 +18,10 @@ def main(request_path: str, answer_path: str) -> None:
 
     The request holds ``started`` (``time.time()`` of the parent just before it started this process), ``action``
     (one of those below), ``model`` (or null), ``snapshot`` (or null for vLLM's default loader),
-    ``engine_args``, ``questions`` (chat messages' texts, or lists of token ids) and ``max_tokens``; for ``kv`` also
-    ``kv``: the file's ``path``, whether to ``freeze`` it (else it is restored), and the ``model_id``; for ``fork`` and
-    ``rollouts`` ``fork``, which ``sessions/showing.py`` and ``sessions/rolling.py`` know.
+    ``engine_args``, ``questions`` (chat messages' texts, or lists of token ids), ``max_tokens`` and ``caches`` (a file
+    of caches that was packed here, to be unpacked first, or null); for ``kv`` also ``kv``: the file's ``path``, whether
+    to ``freeze`` it (else it is restored), and the ``model_id``; for ``fork`` and ``rollouts`` ``fork``, which
+    ``sessions/showing.py`` and ``sessions/rolling.py`` know.
     """
     entered = time.time()
     request = json.loads(Path(request_path).read_text())
@@ -50,6 +51,8 @@ def _engine(request: dict[str, Any], seconds: dict[str, float]) -> Any:
     from vllm import LLM
 
     seconds["imports"] = time.perf_counter() - start
+    if request["caches"] is not None:
+        _bring(request["caches"], seconds)
     start = time.perf_counter()
     if request["snapshot"] is None:
         llm = LLM(model=request["model"], **request["engine_args"])
@@ -59,6 +62,21 @@ def _engine(request: dict[str, Any], seconds: dict[str, float]) -> Any:
         llm = load(request["model"], request["snapshot"], **request["engine_args"])
     seconds["engine"] = time.perf_counter() - start
     return llm
+
+
+def _bring(file: str, seconds: dict[str, float]) -> None:
+    """Caches that were packed here, whose use is what is looked at: without them this is an error."""
+    import os
+
+    from ...errors import MismatchError
+    from .caches import bring
+
+    start = time.perf_counter()
+    brought = bring(file, "own", os.environ, report=os.environ.get("THAW_START_REPORT"))
+    if not brought.used:
+        raise MismatchError(brought.said)
+    os.environ.update(brought.environment)
+    seconds["caches"] = time.perf_counter() - start
 
 
 def _fork(request: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:

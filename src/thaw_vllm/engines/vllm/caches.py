@@ -50,7 +50,8 @@ class Packed:
         sha256: of it.
         size: in bytes.
         manifest: what it says of itself.
-        seconds: until the server was healthy, all being compiled.
+        seconds: until the server was healthy, or the engine had given its first token, all being compiled.
+        answer: of ``fresh.run``, offline.
     """
 
     path: str
@@ -58,6 +59,7 @@ class Packed:
     size: int
     manifest: archive.Manifest
     seconds: float
+    answer: dict[str, Any] | None = None
 
     @property
     def compiled(self) -> int:
@@ -76,6 +78,7 @@ def pack(
     *,
     quick: bool = False,
     offline: Mapping[str, Any] | None = None,
+    questions: Sequence[list[int]] | None = None,
     force: bool = False,
     log: Path | None = None,
     say: Say = lambda line: None,
@@ -89,6 +92,7 @@ def pack(
         words: options of vLLM's server, those that it will be served with.
         quick: also with the preset of ``thaw serve --fast-start``.
         offline: engine arguments of ``vllm.LLM``, which is started in place of a server: they compile differently.
+        questions: token ids that it is asked, offline; None for prompts of many lengths.
         force: replace an existing file.
         log: where what vLLM prints stays; None to keep nothing.
 
@@ -117,10 +121,12 @@ def pack(
         variables |= dict.fromkeys(places.UNSET)
         log = root / "log.txt" if log is None else log
         say("starting vLLM with empty caches, so that it compiles all that it needs")
+        answer = None
         if offline is None:
             seconds = _serve(model, [*options(args), *words], variables, log, say)
         else:
-            seconds = _start(model, args | dict(offline), variables, log)
+            answer = _start(model, args | dict(offline), variables, log, questions)
+            seconds = sum(answer["seconds"][name] for name in ("process", "imports", "engine", "first_token"))
         say(f"it was ready after {seconds:.0f} s; packing")
         made = {
             "thaw": __version__,
@@ -134,7 +140,7 @@ def pack(
         manifest = archive.pack(path, _found(environment), machine.key(), made, force=force)
     whole = archive.read(path)
     trust.note_own(whole.sha256, os.environ)
-    return Packed(str(path), whole.sha256, whole.size, manifest, seconds)
+    return Packed(str(path), whole.sha256, whole.size, manifest, seconds, answer)
 
 
 def pack_caches(
@@ -182,26 +188,30 @@ def _serve(model: str, words: list[str], variables: Mapping[str, str | None], lo
         return server.seconds
 
 
-def _start(model: str, args: dict[str, Any], variables: Mapping[str, str | None], log: Path) -> float:
-    """The same of ``vllm.LLM``."""
-    questions = [_prompt(length) for length in _PROMPTS if length + _ANSWER < int(args.get("max_model_len") or 4096)]
-    environment = {name: value for name, value in variables.items() if value is not None}
+def _start(
+    model: str,
+    args: dict[str, Any],
+    variables: Mapping[str, str | None],
+    log: Path,
+    questions: Sequence[list[int]] | None,
+) -> dict[str, Any]:
+    """The same of ``vllm.LLM``; what it answered."""
+    longest = int(args.get("max_model_len") or 4096)
     extra = args.pop("model_loader_extra_config", {})
     snapshot = extra.get("snapshot")
     if snapshot is not None:
         args.pop("load_format")
-    answer = fresh.run(
+    return fresh.run(
         "ask",
         model=model,
         snapshot=snapshot,
         engine_args=args,
-        questions=questions,
+        questions=list(questions or (_prompt(length) for length in _PROMPTS if length + _ANSWER < longest)),
         max_tokens=_ANSWER,
-        environment=environment,
+        environment={name: value for name, value in variables.items() if value is not None},
         removed=[name for name, value in variables.items() if value is None],
         log=log,
     )
-    return float(answer["seconds"]["total"])
 
 
 def _prompt(length: int) -> list[int]:

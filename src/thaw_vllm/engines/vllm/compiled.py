@@ -9,6 +9,7 @@ that it was made of (``_verify_source_unchanged``) and the machine (``SystemInfo
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 from dataclasses import asdict, dataclass
@@ -193,6 +194,7 @@ def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
         found.append("the model's configuration or vLLM's arguments")
     if there["part"] != here["part"]:
         found.append("vLLM's version, or the model's class")
-    if there["others"] != here["others"]:
-        found.append("GPU, PyTorch or its settings")
+    for theirs, ours in itertools.zip_longest(there["others"], here["others"], fillvalue={}):
+        names = [name for name in sorted(theirs.keys() | ours.keys()) if theirs.get(name) != ours.get(name)]
+        found += [f"{name} of PyTorch ({theirs.get(name)}, here {ours.get(name)})" for name in names]
     return found or ["nothing that can be told"]

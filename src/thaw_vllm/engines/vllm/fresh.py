@@ -55,6 +55,7 @@ def run(
     zygote: str | None = None,
     log: Path | None = None,
     removed: Sequence[str] = (),
+    caches: str | None = None,
 ) -> dict[str, Any]:
     """What ``ask`` answered, with ``seconds["weights"]`` added from thaw's report or vLLM's own log.
 
@@ -66,6 +67,7 @@ def run(
         zygote: the name of one whose fork it shall be, instead of a process that imports all anew.
         log: where what it prints stays; None to keep nothing.
         removed: variables that it shall not have.
+        caches: a file of caches that was packed here, unpacked for it.
 
     Raises:
         ThawError: the process failed; of the class of the last error it printed where that is one of thaw's.
@@ -82,6 +84,7 @@ def run(
             "max_tokens": max_tokens,
             "kv": kv,
             "fork": fork,
+            "caches": caches,
             "started": time.time(),
         }
         request.write_text(json.dumps(document))

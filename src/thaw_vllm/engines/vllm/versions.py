@@ -941,7 +941,8 @@ class CompiledName:
         directory: in which vLLM keeps it, below VLLM_CACHE_ROOT.
         own: vLLM's name, a hash of, among others, the model directory's path and the user's home.
         anywhere: the same hash of all but these.
-        factors: what is hashed, but for the path: variables by name, and hashes.
+        factors: what is hashed, but for paths: ``variables`` of vLLM by name, ``others`` of PyTorch, each by names, and
+            digests of the ``configuration`` and of the model's ``part``.
     """
 
     directory: Path
@@ -973,14 +974,14 @@ def compiled_names(model: torch.nn.Module, config: Any) -> list[CompiledName]:
             "variables": variables,
             "configuration": anywhere[1],
             "part": key,
-            "others": _sha256(str(anywhere[2:-1])),
+            "others": [_plain(factor) for factor in anywhere[2:-1]],
         }
         found[names[0]] = CompiledName(directory, names[0], names[1], told)
     return list(found.values())
 
 
 def plan_name(config: Any) -> CompiledName | None:
-    """Of the memory that a start measured, as ``compiled_names``; None where that is not kept (VLLM_ENABLE_STARTUP_PLAN)."""
+    """Of the memory that a start measured, as ``compiled_names``; None where that is not kept (see PLAN)."""
     if not _get("vllm.envs", "VLLM_ENABLE_STARTUP_PLAN"):
         return None
     parallel = config.parallel_config
@@ -1009,6 +1010,13 @@ def _compile_factors(config: Any) -> list[str]:
 def _hash_of_variables() -> tuple[str, dict[str, Any]]:
     variables = {name: value for name, value in _get("vllm.envs", "compile_factors")().items() if name not in _PLACES}
     return str(_get("vllm.config.utils", "hash_factors")(variables)), variables
+
+
+def _plain(factor: Any) -> dict[str, str]:
+    """Settings by name, or a digest of anything else."""
+    if isinstance(factor, dict):
+        return {str(name): repr(value) for name, value in factor.items()}
+    return {"digest": _sha256(repr(factor))}
 
 
 def _sha256(text: str) -> str:
