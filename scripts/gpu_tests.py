@@ -26,6 +26,7 @@ ALONE = {
     "pages": ["tests/gpu/test_kv.py", "-k", "pages_go or memory_on"],
     "pool": ["tests/gpu/test_pool.py"],
     "fork": ["tests/gpu/test_fork_pool.py"],
+    "caches": ["tests/gpu/test_caches.py"],
 }
 TOGETHER = {
     "tensors": ["tests/gpu/test_vllm.py", "-k", "every_tensor"],

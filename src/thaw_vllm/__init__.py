@@ -96,6 +96,7 @@ __all__ = [
 if TYPE_CHECKING:
     from .engines.transformers.cache import freeze_cache, restore_cache
     from .engines.vllm.api import freeze_model_tp, load
+    from .engines.vllm.caches import pack_caches
     from .engines.vllm.kv.api import (
         expect_kv_restore,
         expect_kv_restore_async,

@@ -22,10 +22,25 @@ class Engine:
 
     def __init__(self, failing=(), different=(), reporting=False):
         self.failing, self.different, self.reporting, self.asked = failing, different, reporting, []
-        self.environments, self.zygotes, self.args = [], [], []
+        self.environments, self.zygotes, self.args, self.caches = [], [], [], []
 
-    def __call__(self, action, *, model, snapshot, engine_args, questions, max_tokens, environment, zygote, log):
+    def __call__(
+        self,
+        action,
+        *,
+        model,
+        snapshot,
+        engine_args,
+        questions,
+        max_tokens,
+        environment,
+        zygote=None,
+        log,
+        removed=(),
+        caches=None,
+    ):
         self.zygotes.append(zygote)
+        self.caches.append((caches, tuple(removed)))
         log.write_text(f"started {engine_args}")
         self.args.append(engine_args)
         name = "snapshot" if snapshot is not None else engine_args.get("load_format", "default")

@@ -174,7 +174,7 @@ def _why(name: CompiledName) -> str:
             continue
         try:
             differs = _differences(json.loads(file.read_text(encoding="utf-8")), name.factors)
-        except (OSError, ValueError, AttributeError):
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
             continue
         if nearest is None or len(differs) < len(nearest):
             nearest = differs
