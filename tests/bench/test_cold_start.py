@@ -9,6 +9,7 @@ import pytest
 from tests.cli.ranks import freeze_set
 
 from thaw_vllm.bench import cold_start
+from thaw_vllm.caches.places import UNSET
 from thaw_vllm.engines.vllm import one_server
 from thaw_vllm.engines.vllm.fast_start import CACHES, FastStart
 from thaw_vllm.errors import ThawError, UsageError
@@ -389,6 +390,95 @@ def test_starts_with_empty_caches(thaw, model, engine):
     assert ran.document["records"][1]["start"] == "start-graphs-cold"
     places = [{name: e[name] for name in CACHES} for e in started.environments]
     assert len({path for place in places for path in place.values()}) == 2 * len(CACHES)
+
+
+class Compiling(Engine):
+    """Leaves what it has compiled, as an engine that is given no file; says what it found there."""
+
+    def __call__(self, action, *, environment, caches=None, **options):
+        answer = super().__call__(action, environment=environment, caches=caches, **options)
+        place = Path(environment["VLLM_CACHE_ROOT"]) / "modelinfos"
+        self.there.append(sorted(path.name for path in place.glob("*")))
+        place.mkdir(parents=True)
+        (place / "llama.json").write_text("{}")
+        counts = {"aot_compiles": int(caches is None)}
+        return answer | {"compiled": [{"state": "new" if caches is None else "found", "counts": counts}]}
+
+    there: list[list[str]]
+
+
+@pytest.fixture
+def compiling(engine, monkeypatch, tmp_path):
+    engine()
+    found = Compiling()
+    found.there = []
+    monkeypatch.setattr(cold_start.fresh, "run", found)
+    monkeypatch.setenv("THAW_STATE_DIR", str(tmp_path / "state"))
+    for name in UNSET:
+        monkeypatch.delenv(name, raising=False)
+    return found
+
+
+FROM_A_FILE = ("--mode", "graphs", "--caches", "file")
+
+
+def test_starts_with_caches_from_a_file(thaw, model, compiling, zygote, tmp_path):
+    arguments = (*FROM_A_FILE, "--snapshot", tmp_path / "W.thaw", "--runs", 2, "--zygote", "--json")
+    ran = thaw("bench", "cold-start", "--model", model, *arguments)
+    assert ran.code == 0, ran.err
+    found = {(r["work"], r["route"]): r for r in ran.document["records"] if r["work"] != "vllm-load-weights"}
+    routes = ["snapshot", "checkpoint", "snapshot-zygote", "checkpoint-zygote"]
+    new = [(cold_start.NEW, route) for route in routes]
+    assert list(found) == [("start-graphs-cold", "snapshot"), *new]
+    cold, first = found["start-graphs-cold", "snapshot"], found[cold_start.NEW, "snapshot"]
+    assert cold["equal"] is None and cold["files"] == 1 and cold["packed_bytes"] > 0
+    assert all(found[one]["equal"] is True and len(found[one]["seconds"]) == 2 for one in new)
+    assert [one[0]["state"] for one in first["compiled"]] == ["found", "found"]
+    (packing, *starts) = compiling.caches
+    assert packing[0] is None and set(UNSET) <= set(packing[1])
+    assert len(starts) == 8 and len({file for file, _ in starts}) == 1 and starts[0][0].endswith(".thawcaches")
+    assert compiling.there == [[]] * 9, "each finds its places empty"
+    cleared = [e["VLLM_CACHE_ROOT"] for e in compiling.environments]
+    assert len(set(cleared[1:])) == 1 and cleared[0] not in cleared[1:], "packed at one place, used at another"
+
+
+def test_other_tokens_than_those_of_the_start_that_was_packed(thaw, model, compiling):
+    real = compiling.__call__
+
+    def differs(*args, **options):
+        answer = real(*args, **options)
+        if options.get("caches") is not None:
+            answer["outputs"][0]["tokens"] = [9]
+        return answer
+
+    cold_start.fresh.run = differs
+    ran = thaw("bench", "cold-start", "--model", model, *FROM_A_FILE, "--loader", "checkpoint")
+    assert ran.code == 1 and f"NOT EQUAL: {cold_start.NEW}, thaw (checkpoint)" in ran.err
+
+
+def test_what_cannot_be_packed_is_told(thaw, model, compiling):
+    compiling.failing = ("thaw",)
+    ran = thaw("bench", "cold-start", "--model", model, *FROM_A_FILE, "--loader", "checkpoint", "--json")
+    assert ran.document["records"] == [] and ran.code != 0
+    assert ran.document["missed"][0]["why"] == "the process failed: thaw is not known"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--mode", "eager", "--caches", "file"), "measures --mode graphs alone"),
+        ((*FROM_A_FILE, "--loader", "default-loader"), "is for thaw's loaders"),
+    ],
+)
+def test_what_a_file_is_not_for(thaw, model, compiling, arguments, told):
+    ran = thaw("bench", "cold-start", "--model", model, *arguments)
+    assert ran.code == 2 and told in ran.err
+
+
+def test_a_zygote_that_would_find_kernels(thaw, model, compiling, zygote, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", "somewhere")
+    ran = thaw("bench", "cold-start", "--model", model, *FROM_A_FILE, "--zygote")
+    assert ran.code == 2 and "by TRITON_CACHE_DIR; unset it" in ran.err and not zygote
 
 
 def test_reports_that_cannot_be_kept(thaw, model, engine, tmp_path):

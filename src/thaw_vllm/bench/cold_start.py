@@ -149,6 +149,9 @@ def measure(settings: Settings, say: Say) -> Outcome:
         chosen = [loader for loader in chosen if loader.route not in FORMATS and not loader.route.startswith(DEFAULT)]
         if not chosen:
             raise UsageError("--caches file is for thaw's loaders, snapshot and checkpoint")
+        set_here = [name for name in places.UNSET if name in os.environ]
+        if settings.zygote and set_here:
+            raise UsageError(f"a zygote would find compiled kernels by {set_here[0]}; unset it")
     if settings.reports is not None:
         with _kept(settings.reports):
             settings.reports.mkdir(parents=True, exist_ok=True)

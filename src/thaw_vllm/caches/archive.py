@@ -10,6 +10,7 @@ import io
 import os
 import re
 import stat
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
@@ -19,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CorruptionError, ExistsError, FormatError, SpaceError, StorageError, UsageError, VersionError
-from ..format.document import array, canonical, integer, mapping, parse, text
+from ..format import document
+from ..format.document import array, canonical, integer, mapping, text
 from ..transport.writer import StagedFile
 from .groups import absolute, relative
 from .places import Place, carried
@@ -27,18 +29,23 @@ from .places import Place, carried
 SUFFIX = ".thawcaches"
 MANIFEST = "thaw-caches.json"
 VERSION = 1
-MAX_FILE = 4 << 30
+MAX_FILE = (4 << 30) - (1 << 20)
 """Bytes of a file of caches: it is read into memory whole, so that what was hashed is what is unpacked."""
 MAX_MEMBER = 1 << 30
 MAX_BYTES = 8 << 30
 """Of all members."""
-MAX_MEMBERS = 200_000
+MAX_MEMBERS = 50_000
 MAX_MANIFEST = 64 << 20
 MAX_DEPTH = 24
+_MAX_PATH = 1024
 THREADS = 8
 """That decompress and write: each file is synced."""
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _COMPONENT = re.compile(r"[^/\\\x00-\x1f\x7f]{1,255}")
+_END = struct.Struct("<4s4H2LH")
+"""Of a ZIP: signature, disks, members (twice), bytes of their list, where it is, bytes of a comment."""
+_ENTRY = 46
+"""Bytes of a member in that list, less its name."""
 _MADE = (1980, 1, 1, 0, 0, 0)
 """When each member says it was made, so that the same caches are the same file."""
 
@@ -76,6 +83,20 @@ class Manifest:
     def size(self) -> int:
         """Bytes of all members."""
         return sum(member.size for member in self.members)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """The bytes of a file, of which nothing was looked at yet.
+
+    Attributes:
+        shown: its path, for messages.
+        sha256: of all of it.
+    """
+
+    shown: str
+    data: bytes
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -148,7 +169,7 @@ def pack(
     contents = {name: relative(name, _read(source), source.parent) for name, source in files}
     if not contents:
         raise UsageError("there is nothing to pack: nothing was compiled")
-    if len(contents) > MAX_MEMBERS or sum(map(len, contents.values())) > MAX_BYTES:
+    if len(contents) > MAX_MEMBERS or sum(map(len, contents.values())) > min(MAX_BYTES, MAX_FILE):
         raise UsageError(f"{len(contents)} files are too many or too large for one file of caches")
     members = tuple(
         Member(name, len(data), hashlib.sha256(data).hexdigest()) for name, data in sorted(contents.items())
@@ -157,8 +178,8 @@ def pack(
     for member in members:
         _check_path(member.path, repr(os.fspath(path)))
     whole = io.BytesIO()
-    with zipfile.ZipFile(whole, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
-        archive.writestr(_info(MANIFEST), canonical(_document(manifest)))
+    with zipfile.ZipFile(whole, "w", zipfile.ZIP_DEFLATED, allowZip64=False, compresslevel=1) as archive:
+        archive.writestr(_info(MANIFEST), canonical(_told(manifest)))
         for member in members:
             archive.writestr(_info(member.path), contents[member.path])
     data = whole.getbuffer()
@@ -183,7 +204,7 @@ def _info(name: str) -> zipfile.ZipInfo:
     return found
 
 
-def _document(manifest: Manifest) -> dict[str, Any]:
+def _told(manifest: Manifest) -> dict[str, Any]:
     return {
         "format": "thaw caches",
         "version": VERSION,
@@ -193,17 +214,32 @@ def _document(manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def read(path: str | os.PathLike[str]) -> Caches:
-    """A file of caches, read whole and held against every limit; nothing is decompressed but its manifest.
+def fetch(path: str | os.PathLike[str]) -> Whole:
+    """A file, read whole; what is trusted, looked at and unpacked are these bytes, whatever becomes of the file.
 
     Raises:
         StorageError: it cannot be read, or is no plain file.
-        FormatError, VersionError: it is none of caches, or holds what none may: paths that lead elsewhere, links,
-            devices, members twice, or sizes beyond the limits.
+        FormatError: it is too large.
     """
     shown = repr(os.fspath(path))
     data = _whole(path, shown)
-    digest = hashlib.sha256(data).hexdigest()
+    return Whole(shown, data, hashlib.sha256(data).hexdigest())
+
+
+def read(path: str | os.PathLike[str]) -> Caches:
+    """``fetch`` and ``parse``."""
+    return parse(fetch(path))
+
+
+def parse(whole: Whole) -> Caches:
+    """A file of caches, held against every limit; nothing is decompressed but its manifest.
+
+    Raises:
+        FormatError, VersionError: it is none of caches, or holds what none may: paths that lead elsewhere, links,
+            devices, members twice, or sizes beyond the limits.
+    """
+    shown, data, digest = whole.shown, whole.data, whole.sha256
+    _check_end(data, shown)
     try:
         archive = zipfile.ZipFile(io.BytesIO(data))
         infos = archive.infolist()
@@ -211,14 +247,12 @@ def read(path: str | os.PathLike[str]) -> Caches:
         raise FormatError(f"{shown} is no file of caches: {error}") from None
     if not infos or infos[0].filename != MANIFEST:
         raise FormatError(f"{shown} is no file of caches: it does not begin with {MANIFEST}")
-    if len(infos) > MAX_MEMBERS + 1:
-        raise FormatError(f"{shown} has {len(infos)} members; {MAX_MEMBERS} are the most")
     for info in infos:
         _check_member(info, shown)
     if infos[0].file_size > MAX_MANIFEST:
         raise FormatError(f"{shown}: its manifest is too large")
     first = Member(MANIFEST, infos[0].file_size, "")
-    manifest = _parse(_decompressed(archive, first, shown), shown)
+    manifest = _manifest(_decompressed(archive, first, shown), shown)
     _agree(manifest, infos[1:], shown)
     return Caches(shown, digest, len(data), manifest, archive)
 
@@ -238,6 +272,18 @@ def _whole(path: str | os.PathLike[str], shown: str) -> bytes:
     if len(data) > MAX_FILE:
         raise FormatError(f"{shown} has more than {MAX_FILE} bytes")
     return data
+
+
+def _check_end(data: bytes, shown: str) -> None:
+    """Refuse, before the list of members is read, one that is longer than any may be, and what need not be there."""
+    end = data[-_END.size :]
+    if len(end) < _END.size or not end.startswith(b"PK\x05\x06"):
+        raise FormatError(f"{shown} is no file of caches, or it is cut")
+    _, _, _, _, members, size, _, comment = _END.unpack(end)
+    if comment or data[-_END.size - 20 : -_END.size].startswith(b"PK\x06\x07"):
+        raise FormatError(f"{shown} is no file of caches: it has a comment, or is a ZIP64")
+    if members > MAX_MEMBERS + 1 or size > members * (_ENTRY + _MAX_PATH):
+        raise FormatError(f"{shown} has {members} members in {size} bytes; {MAX_MEMBERS} are the most")
 
 
 def _check_member(info: zipfile.ZipInfo, shown: str) -> None:
@@ -261,9 +307,9 @@ def _decompressed(archive: zipfile.ZipFile, member: Member, shown: str) -> bytes
         raise CorruptionError(f"{shown} is damaged: {member.path!r}: {error}; copy the file again") from None
 
 
-def _parse(data: bytes, shown: str) -> Manifest:
+def _manifest(data: bytes, shown: str) -> Manifest:
     what = f"{shown}: {MANIFEST}"
-    found = parse(data, what)
+    found = document.parse(data, what)
     if found.get("format") != "thaw caches":
         raise FormatError(f"{shown} is no file of caches")
     if found.get("version") != VERSION:
@@ -285,7 +331,7 @@ def _parse(data: bytes, shown: str) -> Manifest:
 def _check_path(path: str, what: str) -> None:
     """Refuse what does not lie below a place, or is never carried."""
     parts = path.split("/")
-    sound = 2 <= len(parts) <= MAX_DEPTH and len(path) <= 1024
+    sound = 2 <= len(parts) <= MAX_DEPTH and len(path.encode()) <= _MAX_PATH
     if not sound or not all(_COMPONENT.fullmatch(part) and part not in (".", "..") for part in parts):
         raise FormatError(f"{what}: {path[:200]!r} is no path in a cache")
     if not carried(path):
@@ -310,15 +356,14 @@ def _agree(manifest: Manifest, infos: list[zipfile.ZipInfo], shown: str) -> None
 def unpack(caches: Caches, places: Mapping[str, Place]) -> Unpacked:
     """Put its files where they are looked for. What is there already stays; what is damaged is not published.
 
-    Each file appears whole or not at all. What an interruption leaves is what any start may find: some of them.
+    All are verified before any is written. Each appears whole or not at all. What an interruption leaves is what any
+    start may find: some of them.
 
     Raises:
         SpaceError, StorageError: a place is full, may not be written to, or others may write to it.
-        CorruptionError: a member is damaged; those before it are in place.
+        CorruptionError: a member is damaged; nothing was written.
     """
     members = [(member, places.get(member.path.partition("/")[0])) for member in caches.manifest.members]
-    for directory in sorted({place.directory for _, place in members if place is not None}):
-        _check_place(directory, caches)
 
     def bring(member: Member, place: Place) -> int | None:
         target = place.directory / member.path.partition("/")[2]
@@ -329,6 +374,10 @@ def unpack(caches: Caches, places: Mapping[str, Place]) -> Unpacked:
         return len(data)
 
     with ThreadPoolExecutor(THREADS) as pool:
+        for _ in pool.map(caches.read, (member for member, place in members if place is not None)):
+            pass
+        for directory in sorted({place.directory for _, place in members if place is not None}):
+            _check_place(directory, caches)
         wanted = [pool.submit(bring, member, place) for member, place in members if place is not None]
         try:
             sizes = [one.result() for one in wanted]
@@ -341,7 +390,7 @@ def unpack(caches: Caches, places: Mapping[str, Place]) -> Unpacked:
 
 def _check_place(directory: Path, caches: Caches) -> None:
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         found = directory.stat()
         room = os.statvfs(directory)
     except OSError as error:
@@ -373,6 +422,6 @@ def _publish(target: Path, data: bytes, place: Path) -> None:
 
 def _directories(directory: Path, place: Path) -> None:
     """Make it, below the place; no link on the way is followed out of it."""
-    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     if not Path(os.path.realpath(directory)).is_relative_to(os.path.realpath(place)):
         raise StorageError(f"{str(directory)!r} leads out of {str(place)!r}")
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)

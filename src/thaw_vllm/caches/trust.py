@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..errors import StorageError, UsageError
 from ..transport.private import private
-from .archive import Caches
+from .archive import Whole
 
 OWN = "own"
 VARIABLE = "THAW_STATE_DIR"
@@ -44,7 +44,7 @@ def check_word(trust: str | None) -> None:
         )
 
 
-def why_not(caches: Caches, trust: str | None, environment: Mapping[str, str]) -> str | None:
+def why_not(whole: Whole, trust: str | None, environment: Mapping[str, str]) -> str | None:
     """Why a file of caches may not be unpacked; None where it may.
 
     Args:
@@ -57,19 +57,19 @@ def why_not(caches: Caches, trust: str | None, environment: Mapping[str, str]) -
     check_word(trust)
     if trust is None:
         return (
-            f"{caches.shown} was not trusted: it holds machine code and pickles, which vLLM would execute; give "
-            f"--trust-caches {OWN} if you have packed it here, or --trust-caches {caches.sha256} if you know from whom "
+            f"{whole.shown} was not trusted: it holds machine code and pickles, which vLLM would execute; give "
+            f"--trust-caches {OWN} if you have packed it here, or --trust-caches {whole.sha256} if you know from whom "
             "it is"
         )
     if trust != OWN:
-        if trust.lower() == caches.sha256:
+        if trust.lower() == whole.sha256:
             return None
-        return f"{caches.shown} is not the file that was trusted: its SHA-256 is {caches.sha256}"
-    if caches.sha256 in _read(own_list(environment)):
+        return f"{whole.shown} is not the file that was trusted: its SHA-256 is {whole.sha256}"
+    if whole.sha256 in _read(own_list(environment)):
         return None
     return (
-        f"{caches.shown} is not one that you have packed here; where you know from whom it is, give --trust-caches "
-        f"{caches.sha256}"
+        f"{whole.shown} is not one that you have packed here; where you know from whom it is, give --trust-caches "
+        f"{whole.sha256}"
     )
 
 

@@ -14,7 +14,7 @@ from .output import Force, Json, document, pairs, plain, size, stdout_to_stderr,
 
 EXAMPLES = """
 thaw caches pack llama.thawcaches --model Llama-3-8B/ --snapshot llama.thaw
-thaw caches pack llama.thawcaches --model Llama-3-8B/ --snapshot llama.thaw --fast-start --max-model-len 8192
+thaw caches pack llama.thawcaches --model Llama-3-8B/ --fast-start --max-model-len 8192
 thaw caches unpack llama.thawcaches --trust-caches own
 thaw caches unpack llama.thawcaches --trust-caches 4f1d… --cache-dir /var/cache/thaw
 thaw caches info llama.thawcaches
@@ -35,7 +35,7 @@ File = Annotated[Path, typer.Argument(metavar="FILE", help="A file of caches (.t
 
 @app.callback(epilog=examples(EXAMPLES))
 def caches() -> None:
-    """Pack what vLLM compiles, so that another machine need not compile it."""
+    """Carry what vLLM compiles to other machines."""
 
 
 @app.command(epilog=examples(EXAMPLES, "pack"), context_settings=CONTEXT)
@@ -158,19 +158,22 @@ def unpack(
     from ..engines.vllm.caches import needed, require_machine, require_trust
     from ..engines.vllm.fast_start import cache_variables
 
-    caches = archive.read(path)
-    require_trust(caches, trust_caches, os.environ)
+    whole = archive.fetch(path)
+    require_trust(whole, trust_caches, os.environ)
+    caches = archive.parse(whole)
     require_machine(caches)
     environment = dict(os.environ) | cache_variables(cache_dir)
     done = archive.unpack(caches, places.places(environment))
-    variables = {name: value for name, value in needed(caches.manifest).items() if os.environ.get(name) != value}
+    variables = needed(caches.manifest, environment)
     if as_json:
         document(
             {"sha256": caches.sha256, "written": done.written, "present": done.present, "bytes": done.bytes}
-            | {"variables": variables}
+            | {"unwanted": done.unwanted, "variables": variables}
         )
         return
     rows = [("unpacked", f"{done.written} files ({size(done.bytes)}), {done.present} were there")]
+    if done.unwanted:
+        rows.append(("left out", f"{done.unwanted} files, of places that are not known here"))
     rows += [("start vLLM with", f"{name}={value}") for name, value in variables.items()]
     pairs(rows)
 
@@ -183,10 +186,11 @@ def info(path: File, as_json: Json = False) -> None:
     """
     from ..caches import archive, machine, trust
 
-    caches = archive.read(path)
+    whole = archive.fetch(path)
+    caches = archive.parse(whole)
     manifest, here = caches.manifest, machine.key()
     differs = machine.differences(manifest.key, here)
-    own = trust.why_not(caches, trust.OWN, os.environ) is None
+    own = trust.why_not(whole, trust.OWN, os.environ) is None
     by_place: dict[str, list[int]] = {}
     for member in manifest.members:
         by_place.setdefault(member.path.partition("/")[0], []).append(member.size)

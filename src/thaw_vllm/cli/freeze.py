@@ -127,7 +127,7 @@ def _with_caches(
     if ran.returncode:
         raise typer.Exit(ran.returncode)
     frozen = json.loads(ran.stdout)
-    served = {name: given[name] for name in _SERVED if given[name] not in (None, 1)} | engine_args
+    served = {name: value for name in _SERVED if (value := given[name]) is True or value not in (None, 1)} | engine_args
     say = partial(print, "thaw:", file=sys.stderr, flush=True)
     with stdout_to_stderr():
         packed = pack(beside(output), model, output, options(served), force=force, say=say)

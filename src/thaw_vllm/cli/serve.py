@@ -118,7 +118,7 @@ def serve(
         ),
     ] = False,
     caches: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             "--caches",
             metavar="FILE",

@@ -42,6 +42,7 @@ def test_unpacked_for_a_start(packed, environment, tmp_path):
     assert found.environment == {BUNDLE: "1"}
     assert unpacked(environment).read_bytes() == b"kernel"
     noted = json.loads((tmp_path / "report" / caches.BROUGHT).read_text())
+    assert noted.pop("at") > 0
     assert noted == {"file": str(packed), "used": True, "said": found.said, "written": 1, "present": 0, "bytes": 6}
     again = caches.bring(packed, "own", environment | {BUNDLE: "0"})
     assert again.used and again.environment == {}, "who chose is not overruled"
@@ -69,6 +70,7 @@ def test_another_machine_is_said(packed, environment, monkeypatch):
 def test_no_file_and_a_damaged_one_are_said(packed, environment, tmp_path):
     assert "cannot be read: No such file" in refused(tmp_path / "none", environment)
     packed.write_bytes(packed.read_bytes()[:-9])
+    trust.note_own(archive.fetch(packed).sha256, environment)
     assert "is no file of caches" in refused(packed, environment)
 
 
@@ -143,10 +145,33 @@ def test_kernels_are_where_both_look(tmp_path):
     assert found == {KERNEL.replace("K/k.cubin", "A/a"): usual, "triton/K/k.cubin": beside}
 
 
+def test_triton_finds_what_was_unpacked(tmp_path, environment, monkeypatch):
+    """Its own list of a kernel's files, written through a link as vLLM's names are, and read elsewhere."""
+    cache = pytest.importorskip("triton.runtime.cache", reason="Triton is not installed")
+    root = tmp_path / "packing" / "triton"
+    (root / "real").mkdir(parents=True)
+    (root / "named").symlink_to("real")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(root / "named"))
+    manager = cache.FileCacheManager("KEY")
+    manager.put_group("k.json", {name: manager.put(b"x" + name.encode(), name) for name in ("k.json", "k.cubin")})
+    here = places.places({"HOME": str(tmp_path), "TRITON_CACHE_DIR": str(root / "real")})[places.TRITON]
+    path = tmp_path / "w.thawcaches"
+    archive.pack(path, places.files(here), machine.key(), {})
+    shutil.rmtree(tmp_path / "packing")
+    archive.unpack(archive.read(path), places.places(environment))
+    monkeypatch.delenv("TRITON_CACHE_DIR")
+    monkeypatch.setattr(cache.knobs.cache, "home_dir", environment["HOME"])
+    found = cache.FileCacheManager("KEY").get_group("k.json")
+    assert {name: Path(file).read_bytes() for name, file in found.items()} == {
+        "k.json": b"xk.json",
+        "k.cubin": b"xk.cubin",
+    }
+
+
 @pytest.mark.vllm
 @pytest.mark.slow
 def test_nothing_is_compiled_again(checkpoints, tmp_path, monkeypatch):
-    """A whole vLLM, compiled for whatever runs it here: packed at one path, for one home, and used at and for others."""
+    """A whole vLLM, compiled for whatever runs it here: packed at one path, for one home, and used with others."""
     pytest.importorskip("vllm", reason="vLLM is not installed")
     monkeypatch.setenv("THAW_STATE_DIR", str(tmp_path / "state"))
     first, second = tmp_path / "model", tmp_path / "elsewhere" / "the-model"

@@ -18,7 +18,8 @@ from ...errors import MismatchError, StorageError, ThawError, UsageError
 from ...transport.writer import check_target
 from . import fresh, one_server
 from .command_line import given, options
-from .fast_start import BUNDLE, PLAN, among, fast_start
+from .fast_start import BUNDLE, PLAN, among, can_bundle, fast_start
+from .startup import now
 
 SUFFIX = archive.SUFFIX
 NOTE, PLANNED = ".name", "startup_plan_{}.json"
@@ -26,7 +27,7 @@ NOTE, PLANNED = ".name", "startup_plan_{}.json"
 BROUGHT = "caches.json"
 """In a directory of a start's report: what became of its file of caches."""
 _OWN = {"load_format", "model_loader_extra_config", "host", "port", "uds"}
-_SECRET = re.compile(r"key|token|secret|password|ssl|cert", re.IGNORECASE)
+_SECRET = re.compile(r"(?:^|_)(?:key|token|secret|password)(?:_|$)|^ssl|cert", re.IGNORECASE)
 _BESIDE = re.compile(r"(vllm/torch_compile_cache/torch_aot_compile/[^/]+/inductor_cache/triton/\d+/)(.+)")
 _PROMPTS = (1, 2, 5, 16, 33, 64, 100, 200, 500)
 """Lengths of what a server is asked so that it compiles what it compiles late."""
@@ -108,7 +109,10 @@ def pack(
     check_target(path, force)
     extra = {} if snapshot is None else {"snapshot": os.path.abspath(snapshot)}
     args: dict[str, Any] = {"load_format": "thaw"} | ({"model_loader_extra_config": extra} if extra else {})
-    variables: dict[str, str | None] = {BUNDLE: os.environ.get(BUNDLE, "1"), PLAN: os.environ.get(PLAN, "1")}
+    bundled = os.environ.get(BUNDLE, "1" if can_bundle(os.environ) else "0")
+    variables: dict[str, str | None] = {BUNDLE: bundled, PLAN: os.environ.get(PLAN, "1")}
+    if bundled != "1":
+        say(f"vLLM keeps compiled code in pieces here, which do not travel; kernels do ({BUNDLE}=1 would change that)")
     if quick:
         preset = fast_start(chosen, os.environ)
         args |= preset.engine_args
@@ -138,9 +142,9 @@ def pack(
         }
         environment = {name: value for name, value in {**os.environ, **variables}.items() if value is not None}
         manifest = archive.pack(path, _found(environment), machine.key(), made, force=force)
-    whole = archive.read(path)
+    whole = archive.fetch(path)
     trust.note_own(whole.sha256, os.environ)
-    return Packed(str(path), whole.sha256, whole.size, manifest, seconds, answer)
+    return Packed(str(path), whole.sha256, len(whole.data), manifest, seconds, answer)
 
 
 def pack_caches(
@@ -296,22 +300,23 @@ def bring(
 
 
 def _bring(path: str | os.PathLike[str], trusted: str | None, environment: Mapping[str, str]) -> Brought:
-    caches = archive.read(path)
-    require_trust(caches, trusted, environment)
+    whole = archive.fetch(path)
+    require_trust(whole, trusted, environment)
+    caches = archive.parse(whole)
     require_machine(caches)
     done = archive.unpack(caches, places.places(environment))
     said = f"caches of {caches.shown}: {done.written} files unpacked, {done.present} were there"
-    variables = {name: value for name, value in needed(caches.manifest).items() if name not in environment}
+    variables = needed(caches.manifest, environment)
     return Brought(True, said, variables, {"written": done.written, "present": done.present, "bytes": done.bytes})
 
 
-def require_trust(caches: archive.Caches, trusted: str | None, environment: Mapping[str, str]) -> None:
+def require_trust(whole: archive.Whole, trusted: str | None, environment: Mapping[str, str]) -> None:
     """Refuse a file that is not trusted.
 
     Raises:
         UsageError: why, and the cure.
     """
-    if (why := trust.why_not(caches, trusted, environment)) is not None:
+    if (why := trust.why_not(whole, trusted, environment)) is not None:
         raise UsageError(why)
 
 
@@ -328,15 +333,15 @@ def require_machine(caches: archive.Caches) -> None:
         )
 
 
-def needed(manifest: archive.Manifest) -> dict[str, str]:
-    """Variables with which vLLM finds what is packed, since they are in its names or say what it looks for."""
+def needed(manifest: archive.Manifest, environment: Mapping[str, str]) -> dict[str, str]:
+    """Variables with which vLLM finds what is packed, but for those that are chosen already or that it would refuse."""
     said = manifest.made.get("variables")
-    value = said.get(BUNDLE) if isinstance(said, dict) else None
-    return {BUNDLE: value} if isinstance(value, str) and value in ("0", "1") else {}
+    bundled = isinstance(said, dict) and said.get(BUNDLE) == "1"
+    return {BUNDLE: "1"} if bundled and BUNDLE not in environment and can_bundle(environment) else {}
 
 
 def _note(directory: Path, path: str | os.PathLike[str], found: Brought) -> None:
-    document = {"file": os.fspath(path), "used": found.used, "said": found.said} | found.counts
+    document = {"at": now(), "file": os.fspath(path), "used": found.used, "said": found.said} | found.counts
     try:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / BROUGHT).write_text(json.dumps(document))

@@ -90,8 +90,7 @@ def fast_start(given: Mapping[str, Any], environment: Mapping[str, str], *, gpu:
             f"CUDA graphs are captured for steps of {', '.join(map(str, SIZES))} tokens only: prompts, and more than "
             f"{SIZES[-1]} requests at once, run without them, slower; give --cudagraph-capture-sizes for others"
         ]
-    bundled = all(environment.get(name, value) == value for name, value in _BUNDLED.items())
-    if not eager and BUNDLE not in environment and bundled:
+    if not eager and BUNDLE not in environment and can_bundle(environment):
         variables[BUNDLE] = "1"
         said.append(
             "what is compiled is kept as one file, which is loaded sooner; what earlier starts kept in pieces may be "
@@ -106,6 +105,11 @@ def fast_start(given: Mapping[str, Any], environment: Mapping[str, str], *, gpu:
             "free; it is not measured again"
         )
     return FastStart(args, variables, said)
+
+
+def can_bundle(environment: Mapping[str, str]) -> bool:
+    """Whether vLLM keeps compiled code as one file if BUNDLE says so, all else being as it is."""
+    return all(environment.get(name, value) == value for name, value in _BUNDLED.items())
 
 
 def among(names: Iterable[str], known: set[str]) -> bool:

@@ -38,6 +38,8 @@ PHASES = (
 _OF_ROLE = {CORE: "engine", WORKER: "worker", HELPER: "helper"}
 _LINES = 100_000
 """Of one file; further ones are skipped."""
+_BEFORE = 60.0
+"""Seconds before a start in which what its caches came to may have been noted, by whoever asked for the start."""
 HOW = "start vLLM with THAW_START_REPORT naming a directory, as in: THAW_START_REPORT=start/ vllm serve M"
 
 
@@ -100,6 +102,7 @@ class StartReport:
         first_token: whether one came.
         skipped: lines that are no events, and events of other starts in the same directory.
         caches: what became of a file of caches (``caches.Brought``); None where none was named.
+        began: of the start, on its machine's clock since that was started (``startup.now``).
         compiled: of each worker that compiles, what it found and what it compiled (``compiled.report``).
     """
 
@@ -109,6 +112,7 @@ class StartReport:
     first_token: bool
     skipped: int
     caches: dict[str, Any] | None = None
+    began: float = 0.0
     compiled: tuple[dict[str, Any], ...] = ()
 
     @property
@@ -210,7 +214,16 @@ def read(directory: str | os.PathLike[str]) -> StartReport:
     started = [(file, one) for file in sorted(path.glob(f"*{COMPILED}")) if (one := _object(file)) is not None]
     mine = {str(process.pid) for process in whole.processes}
     compiled = tuple(one for file, one in started if file.name.removesuffix(COMPILED) in mine)
-    return replace(whole, caches=_object(path / BROUGHT), compiled=compiled)
+    return replace(whole, caches=_brought(path / BROUGHT, whole), compiled=compiled)
+
+
+def _brought(file: Path, report: StartReport) -> dict[str, Any] | None:
+    """What became of a file of caches, unless it is of another start in the same directory."""
+    found = _object(file)
+    at = None if found is None else found.pop("at", None)
+    begun = report.began
+    in_time = isinstance(at, int | float) and begun - _BEFORE <= at <= begun + report.total
+    return found if in_time else None
 
 
 def _object(file: Path) -> dict[str, Any] | None:
@@ -293,7 +306,8 @@ def report(
         _process(key, depth, by_process[key], key == root, zero, end - zero, (imported or {}).get(key, ()))
         for key, depth in chosen.items()
     )
-    return StartReport(processes, tuple(_wall(processes, end - zero)), end - zero, bool(tokens), skipped)
+    phases = tuple(_wall(processes, end - zero))
+    return StartReport(processes, phases, end - zero, bool(tokens), skipped, began=zero)
 
 
 def _parent(

@@ -14,6 +14,7 @@ import hashlib
 import importlib
 import logging
 import os
+import re
 import sys
 import threading
 import time
@@ -929,8 +930,13 @@ async def completion_tokens(client: Any, text: str) -> list[int]:
     return [int(token) for token in rendered["prompt_token_ids"]]
 
 
-_PLACES = ("VLLM_CONFIG_ROOT", "VLLM_XLA_CACHE_PATH", "VLLM_LORA_RESOLVER_CACHE_DIR", "VLLM_TORCH_PROFILER_DIR")
-"""Variables that vLLM hashes into the names of compiled code although they only say where it keeps something else."""
+_NOT_COMPILED = (
+    *("VLLM_CONFIG_ROOT", "VLLM_XLA_CACHE_PATH", "VLLM_LORA_RESOLVER_CACHE_DIR", "VLLM_TORCH_PROFILER_DIR"),
+    "VLLM_API_KEY",
+)
+"""Variables that vLLM hashes into the names of compiled code although they only say where it keeps something else, or
+who may ask it. The last is a secret."""
+_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL")
 
 
 @dataclass(frozen=True)
@@ -969,6 +975,7 @@ def compiled_names(model: torch.nn.Module, config: Any) -> list[CompiledName]:
         key = part_key(part.forward)
         own, anywhere = ([*_compile_factors(one), key] for one in (config, without_path(config)))
         anywhere[0], variables = _hash_of_variables()
+        variables = {n: _sha256(repr(v)) if _SECRET.search(n) else v for n, v in variables.items()}
         names = [_sha256(str(factors)) for factors in (own, anywhere)]
         told = {
             "variables": variables,
@@ -1008,7 +1015,9 @@ def _compile_factors(config: Any) -> list[str]:
 
 
 def _hash_of_variables() -> tuple[str, dict[str, Any]]:
-    variables = {name: value for name, value in _get("vllm.envs", "compile_factors")().items() if name not in _PLACES}
+    variables = {
+        name: value for name, value in _get("vllm.envs", "compile_factors")().items() if name not in _NOT_COMPILED
+    }
     return str(_get("vllm.config.utils", "hash_factors")(variables)), variables
 
 
