@@ -1,11 +1,13 @@
 import json
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
 
+from thaw_vllm.caches import archive
 from thaw_vllm.cli.freeze import parse_engine_arg
-from thaw_vllm.engines.vllm import api
+from thaw_vllm.engines.vllm import api, caches
 from thaw_vllm.errors import ExistsError, UsageError
 from thaw_vllm.weights.freeze import FreezeReport
 
@@ -195,3 +197,66 @@ def test_demo_keeps_what_is_there(thaw, tmp_path, monkeypatch):
     ran = thaw("demo", "--model", tmp_path, "--snapshot", tmp_path / "w.thaw")
     assert ran.code != 0 and "exists" in ran.err
     assert (tmp_path / "w.thaw").read_text() == "mine"
+
+
+class TestWithCaches:
+    """``--with-caches``: freezing is a process of its own, and what is packed afterwards is served likewise."""
+
+    @pytest.fixture
+    def asked(self, monkeypatch):
+        """What was run and packed; neither is."""
+        found = {}
+
+        def run(command, **options):
+            found["command"] = command[3:]
+            document = {"ranks": [{"path": "W.thaw", "file_size": 9, "tensors": 1, "gb_per_s": 1.0, "model": "m"}]}
+            document["ranks"][0]["content"] = "c"
+            return subprocess.CompletedProcess(command, found.get("code", 0), json.dumps(document).encode())
+
+        def pack(path, model, snapshot, words, *, force, say):
+            found["packed"] = (str(path), model, str(snapshot), words, force)
+            if "error" in found:
+                raise found["error"]
+            manifest = archive.Manifest({}, {}, ())
+            return caches.Packed(str(path), "5ha", 7, manifest, 1.0)
+
+        monkeypatch.setattr("thaw_vllm.cli.freeze.subprocess.run", run)
+        monkeypatch.setattr(caches, "pack", pack)
+        return found
+
+    def test_both_are_given_what_was_given(self, thaw, asked, tmp_path):
+        output = tmp_path / "W.thaw"
+        more = ("--tensor-parallel-size", 2, "--trust-remote-code", "--compress", "--force", "--engine-arg", "seed=3")
+        ran = thaw("freeze", "--model", "M", "--output", output, "--with-caches", *more)
+        assert ran.code == 0, ran.err
+        file = str(tmp_path / "W.thawcaches")
+        assert asked["command"][:5] == ["freeze", "--model", "M", "--output", str(output)]
+        frozen = asked["command"][5:]
+        for words in (["--tensor-parallel-size", "2"], ["--engine-arg", "seed=3"]):
+            at = frozen.index(words[0])
+            assert frozen[at : at + 2] == words
+        assert {"--trust-remote-code", "--compress", "--force", "--json"} <= set(frozen)
+        assert "--with-caches" not in frozen
+        served = ["--tensor-parallel-size", "2", "--pipeline-parallel-size", "1", "--trust-remote-code", "--seed", "3"]
+        assert asked["packed"] == (file, "M", str(output), served, True)
+        assert f"{file} (7 bytes, 0 compiled parts)" in ran.out and "5ha" in ran.out
+
+    def test_json(self, thaw, asked, tmp_path):
+        ran = thaw("freeze", "--model", "M", "--output", tmp_path / "W.thaw", "--with-caches", "--json")
+        assert ran.document["caches"] == {"path": str(tmp_path / "W.thawcaches"), "sha256": "5ha", "bytes": 7}
+        assert ran.document["ranks"][0]["model"] == "m"
+
+    def test_nothing_is_frozen_where_caches_are_in_the_way(self, thaw, asked, tmp_path):
+        (tmp_path / "W.thawcaches").touch()
+        ran = thaw("freeze", "--model", "M", "--output", tmp_path / "W.thaw", "--with-caches")
+        assert ran.code == 6 and "exists" in ran.err and not asked
+
+    def test_a_freeze_that_failed_says_so_itself(self, thaw, asked, tmp_path):
+        asked["code"] = 5
+        ran = thaw("freeze", "--model", "M", "--output", tmp_path / "W.thaw", "--with-caches")
+        assert ran.code == 5 and "packed" not in asked
+
+    def test_the_snapshot_stays_where_packing_fails(self, thaw, asked, tmp_path):
+        asked["error"] = UsageError("there is nothing to pack")
+        ran = thaw("freeze", "--model", "M", "--output", tmp_path / "W.thaw", "--with-caches")
+        assert ran.code == 2 and "was frozen, but its caches were not packed: there is nothing to pack" in ran.err

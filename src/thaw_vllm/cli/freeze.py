@@ -85,7 +85,7 @@ def freeze(
             raise typer.BadParameter(f"--engine-arg cannot set {name}; --model and --output do")
     arguments |= engine_args
     if with_caches:
-        _with_caches(model, output, given, engine_args, force, as_json)
+        _with_caches(model, output, given, engine_arg or [], verbose, as_json)
         return
     if not verbose:
         os.environ.setdefault("PYTHONWARNINGS", "ignore")
@@ -112,25 +112,36 @@ def _show(reports: list[dict[str, Any]], *more: tuple[str, str]) -> None:
 
 
 def _with_caches(
-    model: str, output: Path, given: dict[str, Any], engine_args: dict[str, Any], force: bool, as_json: bool
+    model: str, output: Path, given: dict[str, Any], engine_arg: list[str], verbose: bool, as_json: bool
 ) -> None:
-    """This command again without its caches, in a process that gives back the GPU's memory; then they are packed."""
+    """Freeze in a process that gives back the GPU's memory when it ends; then pack what a server compiles.
+
+    Args:
+        given: options by the names of engine arguments.
+        engine_arg: as on the command line.
+    """
     from ..engines.vllm.caches import beside, pack
     from ..engines.vllm.command_line import options
+    from ..errors import ThawError
     from ..transport.writer import check_target
 
-    check_target(beside(output), force)
-    again = sys.argv[1:]
-    again.remove("--with-caches")
-    command = [sys.executable, "-m", "thaw_vllm", *again, *([] if as_json else ["--json"])]
+    check_target(beside(output), given["force"])
+    chosen = {name: value for name, value in given.items() if value is not None and name != "use_tqdm_on_load"}
+    words = options({name: value for name, value in chosen.items() if value is not False})
+    words += [word for text in engine_arg for word in ("--engine-arg", text)] + ["--verbose"] * verbose
+    command = [sys.executable, "-m", "thaw_vllm", "freeze", "--model", model, "--output", str(output), *words, "--json"]
     ran = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=False)
     if ran.returncode:
         raise typer.Exit(ran.returncode)
     frozen = json.loads(ran.stdout)
-    served = {name: value for name in _SERVED if (value := given[name]) is True or value not in (None, 1)} | engine_args
+    served = {name: chosen[name] for name in _SERVED if name in chosen} | dict(map(parse_engine_arg, engine_arg))
+    served = {name: value for name, value in served.items() if value is not None}
     say = partial(print, "thaw:", file=sys.stderr, flush=True)
-    with stdout_to_stderr():
-        packed = pack(beside(output), model, output, options(served), force=force, say=say)
+    try:
+        with stdout_to_stderr():
+            packed = pack(beside(output), model, output, options(served), force=given["force"], say=say)
+    except ThawError as error:
+        raise type(error)(f"{str(output)!r} was frozen, but its caches were not packed: {error}") from None
     if as_json:
         document(frozen | {"caches": {"path": packed.path, "sha256": packed.sha256, "bytes": packed.size}})
         return
