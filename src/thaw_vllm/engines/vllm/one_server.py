@@ -138,13 +138,15 @@ def _running(command: list[str], log: Any, environment: dict[str, str]) -> Itera
         env=environment,
         start_new_session=True,
     )
+    patience = 0.0  # an interruption, or a server that does not come up: it may not listen to signals for long
     try:
         yield process
+        patience = _ENDING
     finally:
         try:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process.pid, signal.SIGTERM)
-            until = time.monotonic() + _ENDING
+            until = time.monotonic() + patience
             while not has_ended(process.pid) and time.monotonic() < until:
                 time.sleep(0.02)
         finally:  # also where somebody presses Ctrl-C once more
