@@ -156,7 +156,7 @@ def unpack(
     """
     from ..caches import archive, places
     from ..engines.vllm.caches import needed, require_machine, require_trust
-    from ..engines.vllm.fast_start import cache_variables
+    from ..engines.vllm.fast_start import BUNDLE, cache_variables
 
     whole = archive.fetch(path)
     require_trust(whole, trust_caches, os.environ)
@@ -164,7 +164,8 @@ def unpack(
     require_machine(caches)
     environment = dict(os.environ) | cache_variables(cache_dir)
     done = archive.unpack(caches, places.places(environment))
-    variables = needed(caches.manifest, environment)
+    chosen = os.environ.get(BUNDLE)
+    variables = {} if chosen == "1" else needed(caches.manifest, {n: v for n, v in environment.items() if n != BUNDLE})
     if as_json:
         document(
             {"sha256": caches.sha256, "written": done.written, "present": done.present, "bytes": done.bytes}
