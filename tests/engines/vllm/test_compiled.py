@@ -1,7 +1,6 @@
 """Names under which compiled code is found, without an engine: vLLM's own names are made up."""
 
 import json
-import os
 from types import SimpleNamespace
 
 import pytest
@@ -192,29 +191,6 @@ class TestMeasuredMemory:
         (directory / "startup_plan_thaw-anywhere.json").write_text(text)
         start()
         assert not (directory / "startup_plan_two.json").exists()
-
-
-def test_kernels_that_are_new(vllm, tmp_path, monkeypatch):
-    def kernel(root, name):
-        (root / name).mkdir(parents=True)
-        (root / name / "k.cubin").write_bytes(b"")
-
-    vllm("one")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
-    monkeypatch.delenv("TRITON_HOME", raising=False)
-    usual = tmp_path / ".triton" / "cache"
-    beside = tmp_path / "vllm/torch_compile_cache/torch_aot_compile/thaw-x/inductor_cache/triton/0"
-    kernel(usual, "A")
-    kernel(beside, "B")
-    start()
-    assert compiled.report()["kernels"] == 0
-    kernel(usual, "C")
-    kernel(beside, "D")
-    (usual / "empty").mkdir()
-    os.symlink("thaw-x", beside.parents[2] / "own")
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(beside.parents[2] / "own/inductor_cache/triton/0"))
-    assert compiled.report()["kernels"] == 2
 
 
 def test_names_of_a_real_configuration(tmp_path, monkeypatch):

@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 
-from ...caches import places
 from ...errors import UnsupportedError
-from . import versions
+from . import kernels, versions
 from .caches import NOTE, PLANNED
 from .versions import CompiledName
 
@@ -54,33 +53,18 @@ last: Looked = Looked()
 """Of this worker process."""
 
 
-_kernels: set[str] = set()
-"""Directories of Triton's kernels, one each, that were there when the model was loaded."""
+_kernels: dict[str, str] = {}
+"""Triton's kernels that were there when the model was loaded."""
 
 
 def report() -> dict[str, Any]:
     """What this process found, and what it compiled.
 
     ``state``, ``why`` and ``names`` as of ``Looked``; ``counts`` of vLLM's own counter (``aot_compiles``,
-    ``aot_artifacts_loaded``, …); ``kernels``: of Triton, in its caches, that were not there when the model was loaded.
+    ``aot_artifacts_loaded``, …); ``kernels``: of Triton, that were not in its caches when the model was loaded, each with
+    its ``name`` and ``why``.
     """
-    new = sorted(_listed() - _kernels)
-    return {**asdict(last), "counts": versions.compile_counts(), "kernels": len(new)}
-
-
-def _listed() -> set[str]:
-    """Every kernel in the places where this process's Triton keeps them."""
-    now = dict(os.environ)
-    usual = {name: value for name, value in now.items() if name != "TRITON_CACHE_DIR"}
-    roots = {places.places(variables)[places.TRITON].directory for variables in (now, usual)}
-    roots |= {
-        *(versions.cache_root() / "torch_compile_cache" / "torch_aot_compile").glob("thaw-*/inductor_cache/triton/*")
-    }
-    found = set()
-    for root in roots:
-        with contextlib.suppress(OSError), os.scandir(root) as entries:
-            found |= {os.path.realpath(entry.path) for entry in entries if any(Path(entry.path).glob("*.cubin"))}
-    return found
+    return {**asdict(last), "counts": versions.compile_counts(), "kernels": kernels.compiled_since(_kernels)}
 
 
 def prepare(model: torch.nn.Module, config: Any) -> None:
@@ -92,7 +76,7 @@ def prepare(model: torch.nn.Module, config: Any) -> None:
     global last, _kernels
     last = Looked()
     with contextlib.suppress(Exception):
-        _kernels = _listed()
+        _kernels = kernels.listed()
     with contextlib.suppress(Exception):  # measured again
         if (plan := versions.plan_name(config)) is not None:
             _take_plan(plan)

@@ -38,6 +38,8 @@ PHASES = (
 _OF_ROLE = {CORE: "engine", WORKER: "worker", HELPER: "helper"}
 _LINES = 100_000
 """Of one file; further ones are skipped."""
+_KERNELS = 5
+"""That a report tells in lines."""
 _BEFORE = 60.0
 """Seconds before a start in which what its caches came to may have been noted, by whoever asked for the start."""
 HOW = "start vLLM with THAW_START_REPORT naming a directory, as in: THAW_START_REPORT=start/ vllm serve M"
@@ -162,10 +164,11 @@ class StartReport:
             loaded, made = counts.get("aot_artifacts_loaded", 0), counts.get("aot_compiles", 0)
             why = worker.get("why") or ("what was found could not be loaded; vLLM's log says why" if made else "")
             why = f" ({why})" if why else ""
-            lines.append(
-                f"compiled code: {loaded} parts loaded, {made} compiled{why}; {worker.get('kernels', 0)} kernels of "
-                "Triton compiled"
-            )
+            lines.append(f"compiled code: {loaded} parts loaded, {made} compiled{why}")
+            kernels = [one for one in worker.get("kernels") or [] if isinstance(one, dict)]
+            lines.append(f"kernels of Triton: {len(kernels)} compiled")
+            lines += [f"  {one.get('name')}: {one.get('why')}" for one in kernels[:_KERNELS]]
+            lines += [f"  and {len(kernels) - _KERNELS} more"] if len(kernels) > _KERNELS else []
         return lines
 
     def waterfall(self, width: int = 40) -> str:
