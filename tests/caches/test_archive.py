@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 from tests.transport.calls import WRITERS, Calls, in_child
 
-from thaw_vllm.caches import archive, groups
-from thaw_vllm.caches.archive import Unpacked, pack, read, unpack
+from thaw_vllm.caches import groups, packing, unpacking
+from thaw_vllm.caches.archive import read
+from thaw_vllm.caches.packing import pack
 from thaw_vllm.caches.places import Place, empty, files, places
+from thaw_vllm.caches.unpacking import Unpacked, unpack
 from thaw_vllm.errors import ExistsError, FormatError, SpaceError, StorageError, UsageError
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
@@ -198,8 +200,8 @@ def test_links_and_pipes_are_not_packed(here):
     (here / "source/triton/K/gone").symlink_to(here / "none")
     (here / "source/vllm/folder").symlink_to(here / "secrets")
     os.mkfifo(here / "source/triton/K/pipe")
-    manifest = pack(here / "a", found(there), KEY, MADE)
-    assert {member.path for member in manifest.members} == FILES.keys()
+    written = pack(here / "a", found(there), KEY, MADE)
+    assert {member.path for member in written.manifest.members} == FILES.keys()
 
 
 def test_nothing_to_pack(here):
@@ -210,10 +212,10 @@ def test_nothing_to_pack(here):
     assert not (here / "a").exists()
 
 
-@pytest.mark.parametrize("limit", ["MAX_MEMBERS", "MAX_BYTES"])
+@pytest.mark.parametrize("limit", ["MAX_MEMBERS", "MAX_BYTES", "MAX_MEMBER", "MAX_FILE"])
 def test_too_much_to_pack(here, monkeypatch, limit):
-    monkeypatch.setattr(archive, limit, 4)
-    with pytest.raises(UsageError, match="too many or too large"):
+    monkeypatch.setattr(packing, limit, 4)
+    with pytest.raises(UsageError, match="too many, or too large"):
         pack(here / "a", found(lay(here / "source")), KEY, MADE)
     assert not (here / "a").exists()
 
@@ -284,7 +286,7 @@ def test_unpacking_onto_a_disk_with_too_little_room(file, here, monkeypatch):
 @pytest.mark.parametrize("after", range(4))
 def test_a_disk_that_is_full_meanwhile(file, here, monkeypatch, after):
     """What was written before is whole."""
-    monkeypatch.setattr(archive, "THREADS", 1)
+    monkeypatch.setattr(unpacking, "THREADS", 1)
     with monkeypatch.context() as patch:
         fill(patch, after)
         with pytest.raises(SpaceError):
@@ -359,7 +361,7 @@ def trace(caches, target):
 
 def test_killed_at_each_call(here, monkeypatch):
     """What is left is whole, and the next start brings the rest."""
-    monkeypatch.setattr(archive, "THREADS", 1)
+    monkeypatch.setattr(unpacking, "THREADS", 1)
     contents = {"triton/K/a": b"a" * 100, "triton/K/b": b"b" * 200, "vllm/c": b"c"}
     pack(here / "a", found(lay(here / "source", contents)), KEY, MADE)
     caches = read(here / "a")
@@ -384,7 +386,7 @@ def test_killed_at_each_call(here, monkeypatch):
 
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), KeyboardInterrupt(), MemoryError()])
 def test_failed_at_each_call(here, monkeypatch, error):
-    monkeypatch.setattr(archive, "THREADS", 1)
+    monkeypatch.setattr(unpacking, "THREADS", 1)
     contents = {"triton/K/a": b"a" * 100, "vllm/c": b"c"}
     pack(here / "a", found(lay(here / "source", contents)), KEY, MADE)
     caches = read(here / "a")

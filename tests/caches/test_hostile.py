@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 
 import thaw_vllm.caches
 from thaw_vllm.caches import archive
-from thaw_vllm.caches.archive import MANIFEST, read, unpack
+from thaw_vllm.caches.archive import MANIFEST, read
 from thaw_vllm.caches.places import Place
+from thaw_vllm.caches.unpacking import unpack
 from thaw_vllm.errors import CorruptionError, FormatError, StorageError, ThawError, VersionError
 
 MIB = 1 << 20
@@ -124,7 +125,7 @@ def test_a_sound_file_is_accepted(tmp_path):
     assert unpack(read(tmp_path / "x"), here(tmp_path)).written == 2
     assert {name: (tmp_path / "places" / name).read_bytes() for name in FILES} == FILES
     stored = [replace(one, method=0, mode=0) for one in entries({"vllm/b": b"b"})]
-    (tmp_path / "y").write_bytes(b"before it" + zipped(stored))
+    (tmp_path / "y").write_bytes(zipped(stored))
     assert unpack(read(tmp_path / "y"), here(tmp_path)).written == 1
 
 
@@ -317,6 +318,12 @@ HOSTILE = {
     "a snapshot": (lambda: b"\x89thaw\r\n\x1a" + bytes(5000), FormatError, "is no file of caches"),
     "a wheel": (lambda: zipped([Entry(b"x/__init__.py", b"")]), FormatError, "does not begin with"),
     "only the end": (lambda: zipped([])[:21], FormatError, "is no file of caches"),
+    "something before it": (lambda: b"before it" + sound(), FormatError, "are the most"),
+    "more members than it says": (
+        lambda: sound()[:-14] + b"\1\0\1\0" + sound()[-10:],
+        FormatError,
+        "more members than",
+    ),
     "a directory that is too large": (
         lambda: sound()[:-10] + struct.pack("<2IH", 1 << 31, 0, 0),
         FormatError,

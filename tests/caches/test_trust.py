@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from thaw_vllm.caches import archive, trust
+from thaw_vllm.caches import archive, packing, trust
 from thaw_vllm.errors import StorageError, UsageError
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
@@ -18,7 +18,7 @@ DIGESTS = [f"{number:064x}" for number in range(8)]
 @pytest.fixture
 def caches(tmp_path):
     (tmp_path / "kernel").write_bytes(b"kernel")
-    archive.pack(tmp_path / "a.thawcaches", [("triton/K/k", tmp_path / "kernel")], {}, {})
+    packing.pack(tmp_path / "a.thawcaches", [("triton/K/k", tmp_path / "kernel")], {}, {})
     return archive.read(tmp_path / "a.thawcaches")
 
 

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from thaw_vllm.caches import archive, machine, places, trust
+from thaw_vllm.caches import machine, packing, places, trust
 from thaw_vllm.engines.vllm.fast_start import BUNDLE, CACHES
 
 AOT = "vllm/torch_compile_cache/torch_aot_compile/thaw-" + "a" * 64
@@ -38,7 +38,7 @@ def packed(path, made=MADE, **key):
     for name, data in FILES.items():
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_bytes(data)
-    archive.pack(path, [(name, source / name) for name in FILES], machine.key() | key, made)
+    packing.pack(path, [(name, source / name) for name in FILES], machine.key() | key, made)
     return path
 
 

@@ -34,8 +34,9 @@ MODES = {"eager": EAGER, "graphs": GRAPHS, SERVER: HEALTHY}
 NEW = "start-new-machine"
 WARM, COLD, FILE = "warm", "cold", "file"
 DEFAULT, SNAPSHOT, STREAMED = "default-loader", "snapshot", "checkpoint"
-FORKED, FAST = "-zygote", "-fast-start"
-"""End the routes of starts in forks of a zygote, and of those with the preset of ``thaw serve --fast-start``."""
+FORKED, FAST, UNPACKED = "-zygote", "-fast-start", "-nothing-compiled"
+"""End the routes of starts in forks of a zygote, of those with the preset of ``thaw serve --fast-start``, and of those
+whose caches are packed for others."""
 ZYGOTE = f"bench-{os.getpid()}"
 DEFAULTS = {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
 """Of starts, unless the caller has others. GiB, without a GPU only: nearly all of the memory otherwise."""
@@ -183,11 +184,11 @@ def _pack(settings: Settings, chosen: Sequence[Loader], size: int, machine: NewM
     outcome = Outcome()
     for fast in sorted({loader.fast for loader in chosen}):
         thawing = any(loader.snapshot is not None for loader in chosen)
-        loader = Loader("thaw", (SNAPSHOT if thawing else STREAMED) + FAST * fast, {}, fast=fast)
+        loader = Loader("thaw", (SNAPSHOT if thawing else STREAMED) + FAST * fast + UNPACKED, {}, fast=fast)
         args = {"enforce_eager": False} | settings.engine_args
-        work = f"{GRAPHS}-cold"
+        work, snapshot = NEW, settings.snapshot if thawing else None
         try:
-            packed = machine.pack(settings.model, settings.snapshot if thawing else None, args, QUESTIONS, fast)
+            packed = machine.pack(settings.model, snapshot, args, QUESTIONS, settings.max_tokens, fast)
         except (ThawError, OSError) as error:
             why = " ".join(str(error).split())[:300]
             outcome.missed.append(Missed(work, loader.system, loader.route, why))
@@ -460,7 +461,7 @@ def _records(
         "engine_args": settings.engine_args,
         "logprobs_equal": all(answer["outputs"] == reference for answer in answers),
     }
-    if any(answer.get("compiled") for answer in answers):
+    if any(any(answer.get("compiled") or []) for answer in answers):
         extra["compiled"] = [answer["compiled"] for answer in answers]
     starts = [sum(s.get(name, 0.0) for name in BEFORE_FIRST_TOKEN) for s in asked]
     yield Record(work, loader.system, loader.route, size, starts, "warm", verified, equal, None, extra, place)

@@ -29,7 +29,13 @@ class NewMachine:
         return places.empty(self.folder / "places")
 
     def pack(
-        self, model: Path, snapshot: Path | None, args: dict[str, Any], questions: list[Any], fast: bool
+        self,
+        model: Path,
+        snapshot: Path | None,
+        args: dict[str, Any],
+        questions: list[Any],
+        max_tokens: int,
+        fast: bool,
     ) -> Packed:
         """Compile with empty caches, elsewhere, and keep that as a file.
 
@@ -37,7 +43,16 @@ class NewMachine:
             ThawError: see ``caches.pack``.
         """
         path = self.folder / f"{'fast' if fast else 'usual'}{SUFFIX}"
-        self.packed[fast] = pack(path, str(model), snapshot, quick=fast, offline=args, questions=questions, force=True)
+        self.packed[fast] = pack(
+            path,
+            str(model),
+            snapshot,
+            quick=fast,
+            offline=args,
+            questions=questions,
+            max_tokens=max_tokens,
+            force=True,
+        )
         return self.packed[fast]
 
     def empty(self) -> None:

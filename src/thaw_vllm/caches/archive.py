@@ -1,4 +1,4 @@
-"""Compiled code as one file, ``.thawcaches``: a ZIP whose first member says what is in it and what it belongs to.
+"""Compiled code as one file, ``.thawcaches``, read: a ZIP whose first member says what is in it, and whose it is.
 
 docs/format.md specifies it. Nothing here executes, imports or unpickles what a file holds; engines will.
 """
@@ -13,18 +13,13 @@ import stat
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from ..errors import CorruptionError, ExistsError, FormatError, SpaceError, StorageError, UsageError, VersionError
+from ..errors import CorruptionError, FormatError, StorageError, VersionError
 from ..format import document
-from ..format.document import array, canonical, integer, mapping, text
-from ..transport.writer import StagedFile
-from .groups import absolute, relative
-from .places import Place, carried
+from ..format.document import array, integer, mapping, text
+from .places import carried
 
 SUFFIX = ".thawcaches"
 MANIFEST = "thaw-caches.json"
@@ -35,19 +30,19 @@ MAX_MEMBER = 1 << 30
 MAX_BYTES = 8 << 30
 """Of all members."""
 MAX_MEMBERS = 50_000
-MAX_MANIFEST = 64 << 20
+MAX_MANIFEST = 16 << 20
 MAX_DEPTH = 24
 _MAX_PATH = 1024
-THREADS = 8
-"""That decompress and write: each file is synced."""
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _COMPONENT = re.compile(r"[^/\\\x00-\x1f\x7f]{1,255}")
 _END = struct.Struct("<4s4H2LH")
 """Of a ZIP: signature, disks, members (twice), bytes of their list, where it is, bytes of a comment."""
 _ENTRY = 46
-"""Bytes of a member in that list, less its name."""
-_MADE = (1980, 1, 1, 0, 0, 0)
-"""When each member says it was made, so that the same caches are the same file."""
+"""Bytes of a member in that list, less its name, and what may follow it."""
+_LENGTHS = (28, 30, 32)
+"""Where these bytes have the lengths of both."""
+_NAMES = 16 << 20
+"""Bytes of all names in that list."""
 
 
 @dataclass(frozen=True)
@@ -121,97 +116,10 @@ class Caches:
         Raises:
             CorruptionError: they are not those that the manifest tells.
         """
-        try:
-            with self._archive.open(member.path) as file:
-                data = file.read(member.size + 1)
-        except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, OSError) as error:
-            raise CorruptionError(f"{self.shown} is damaged: {member.path!r}: {error}; copy the file again") from None
+        data = _decompressed(self._archive, member, self.shown)
         if len(data) != member.size or hashlib.sha256(data).hexdigest() != member.sha256:
             raise CorruptionError(f"{self.shown} is damaged: {member.path!r} has other bytes; copy the file again")
         return data
-
-
-@dataclass(frozen=True)
-class Unpacked:
-    """What came of it.
-
-    Attributes:
-        written: files.
-        present: files that were there already, and were left as they were.
-        bytes: of those written.
-        unwanted: files of places that nobody has here.
-    """
-
-    written: int
-    present: int
-    bytes: int
-    unwanted: int
-
-
-def pack(
-    path: str | os.PathLike[str],
-    files: Iterable[tuple[str, Path]],
-    key: Mapping[str, str],
-    made: Mapping[str, Any],
-    *,
-    force: bool = False,
-) -> Manifest:
-    """Write a file of caches.
-
-    Args:
-        files: paths in it, each with where the file lies.
-        force: replace an existing file.
-
-    Raises:
-        UsageError: there is nothing to pack, or too much.
-        ExistsError, SpaceError, StorageError: as for any file; nothing was published.
-    """
-    contents = {name: relative(name, _read(source), source.parent) for name, source in files}
-    if not contents:
-        raise UsageError("there is nothing to pack: nothing was compiled")
-    if len(contents) > MAX_MEMBERS or sum(map(len, contents.values())) > min(MAX_BYTES, MAX_FILE):
-        raise UsageError(f"{len(contents)} files are too many or too large for one file of caches")
-    members = tuple(
-        Member(name, len(data), hashlib.sha256(data).hexdigest()) for name, data in sorted(contents.items())
-    )
-    manifest = Manifest(dict(key), dict(made), members)
-    for member in members:
-        _check_path(member.path, repr(os.fspath(path)))
-    whole = io.BytesIO()
-    with zipfile.ZipFile(whole, "w", zipfile.ZIP_DEFLATED, allowZip64=False, compresslevel=1) as archive:
-        archive.writestr(_info(MANIFEST), canonical(_told(manifest)))
-        for member in members:
-            archive.writestr(_info(member.path), contents[member.path])
-    data = whole.getbuffer()
-    with StagedFile(path, len(data), force=force) as staged:
-        staged.write(0, data)
-        staged.publish()
-    return manifest
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise StorageError(f"{str(path)!r} cannot be read: {error.strerror or error}") from None
-
-
-def _info(name: str) -> zipfile.ZipInfo:
-    found = zipfile.ZipInfo(name, _MADE)
-    found.compress_type = zipfile.ZIP_DEFLATED
-    found.create_system = 3
-    found.external_attr = (stat.S_IFREG | 0o600) << 16
-    return found
-
-
-def _told(manifest: Manifest) -> dict[str, Any]:
-    return {
-        "format": "thaw caches",
-        "version": VERSION,
-        "key": manifest.key,
-        "made": manifest.made,
-        "files": [[member.path, member.size, member.sha256] for member in manifest.members],
-    }
 
 
 def fetch(path: str | os.PathLike[str]) -> Whole:
@@ -279,11 +187,17 @@ def _check_end(data: bytes, shown: str) -> None:
     end = data[-_END.size :]
     if len(end) < _END.size or not end.startswith(b"PK\x05\x06"):
         raise FormatError(f"{shown} is no file of caches, or it is cut")
-    _, _, _, _, members, size, _, comment = _END.unpack(end)
+    _, _, _, _, members, size, at, comment = _END.unpack(end)
     if comment or data[-_END.size - 20 : -_END.size].startswith(b"PK\x06\x07"):
         raise FormatError(f"{shown} is no file of caches: it has a comment, or is a ZIP64")
-    if members > MAX_MEMBERS + 1 or size > members * (_ENTRY + _MAX_PATH):
+    if members > MAX_MEMBERS + 1 or size > members * _ENTRY + _NAMES or at + size != len(data) - _END.size:
         raise FormatError(f"{shown} has {members} members in {size} bytes; {MAX_MEMBERS} are the most")
+    counted = 0
+    while at < len(data) - _END.size:
+        at += _ENTRY + sum(int.from_bytes(data[at + n : at + n + 2], "little") for n in _LENGTHS)
+        counted += 1
+        if counted > members:
+            raise FormatError(f"{shown} has more members than it says")
 
 
 def _check_member(info: zipfile.ZipInfo, shown: str) -> None:
@@ -320,7 +234,7 @@ def _manifest(data: bytes, shown: str) -> Manifest:
         if not isinstance(entry, list) or len(entry) != 3:
             raise FormatError(f"{what}: a file has a path, a size and a digest")
         path, size, digest = text(entry[0], what), integer(entry[1], what, 0, MAX_MEMBER), text(entry[2], what, 64)
-        _check_path(path, what)
+        check_path(path, what)
         if not _DIGEST.fullmatch(digest):
             raise FormatError(f"{what}: {digest!r} is no SHA-256")
         members.append(Member(path, size, digest))
@@ -328,7 +242,7 @@ def _manifest(data: bytes, shown: str) -> Manifest:
     return Manifest(key, made, tuple(members))
 
 
-def _check_path(path: str, what: str) -> None:
+def check_path(path: str, what: str) -> None:
     """Refuse what does not lie below a place, or is never carried."""
     parts = path.split("/")
     sound = 2 <= len(parts) <= MAX_DEPTH and len(path.encode()) <= _MAX_PATH
@@ -351,77 +265,3 @@ def _agree(manifest: Manifest, infos: list[zipfile.ZipInfo], shown: str) -> None
             raise FormatError(f"{shown}: {path[:200]!r} lies below a file")
     if manifest.size > MAX_BYTES:
         raise FormatError(f"{shown}: its members have {manifest.size} bytes; {MAX_BYTES} are the most")
-
-
-def unpack(caches: Caches, places: Mapping[str, Place]) -> Unpacked:
-    """Put its files where they are looked for. What is there already stays; what is damaged is not published.
-
-    All are verified before any is written. Each appears whole or not at all. What an interruption leaves is what any
-    start may find: some of them.
-
-    Raises:
-        SpaceError, StorageError: a place is full, may not be written to, or others may write to it.
-        CorruptionError: a member is damaged; nothing was written.
-    """
-    members = [(member, places.get(member.path.partition("/")[0])) for member in caches.manifest.members]
-
-    def bring(member: Member, place: Place) -> int | None:
-        target = place.directory / member.path.partition("/")[2]
-        if os.path.lexists(target):
-            return None
-        data = absolute(member.path, caches.read(member), target.parent)
-        _publish(target, data, place.directory)
-        return len(data)
-
-    with ThreadPoolExecutor(THREADS) as pool:
-        for _ in pool.map(caches.read, (member for member, place in members if place is not None)):
-            pass
-        for directory in sorted({place.directory for _, place in members if place is not None}):
-            _check_place(directory, caches)
-        wanted = [pool.submit(bring, member, place) for member, place in members if place is not None]
-        try:
-            sizes = [one.result() for one in wanted]
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    written = [size for size in sizes if size is not None]
-    return Unpacked(len(written), len(sizes) - len(written), sum(written), len(members) - len(sizes))
-
-
-def _check_place(directory: Path, caches: Caches) -> None:
-    try:
-        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        found = directory.stat()
-        room = os.statvfs(directory)
-    except OSError as error:
-        raise StorageError(f"nothing can be kept in {str(directory)!r}: {error.strerror or error}") from None
-    if found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o022:
-        raise StorageError(
-            f"others may write to {str(directory)!r}; chmod 700 it, or have another directory in its place"
-        )
-    if not os.access(directory, os.W_OK | os.X_OK):
-        raise StorageError(f"{str(directory)!r} may not be written to")
-    if room.f_bavail * room.f_frsize < caches.manifest.size:
-        raise SpaceError(
-            f"{str(directory)!r} has {room.f_bavail * room.f_frsize / 1e9:.2f} GB free, {caches.shown} needs "
-            f"{caches.manifest.size / 1e9:.2f}; make room"
-        )
-
-
-def _publish(target: Path, data: bytes, place: Path) -> None:
-    try:
-        _directories(target.parent, place)
-        with StagedFile(target, len(data)) as staged:
-            staged.write(0, data)
-            staged.publish()
-    except ExistsError:  # another start has brought it meanwhile
-        pass
-    except OSError as error:
-        raise StorageError(f"{str(target)!r} cannot be written: {error.strerror or error}") from None
-
-
-def _directories(directory: Path, place: Path) -> None:
-    """Make it, below the place; no link on the way is followed out of it."""
-    if not Path(os.path.realpath(directory)).is_relative_to(os.path.realpath(place)):
-        raise StorageError(f"{str(directory)!r} leads out of {str(place)!r}")
-    directory.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -31,9 +31,14 @@ def absolute(path: str, data: bytes, directory: Path) -> bytes:
     return json.dumps(found | {_KEY: {name: str(directory / child) for name, child in found[_KEY].items()}}).encode()
 
 
-def _group(path: str, data: bytes) -> dict[str, Any] | None:
+def is_list(path: str) -> bool:
+    """Whether a file is named as such a list."""
     name = path.rpartition("/")[2]
-    if not name.startswith(_BEGIN) or not name.endswith(_END):
+    return name.startswith(_BEGIN) and name.endswith(_END)
+
+
+def _group(path: str, data: bytes) -> dict[str, Any] | None:
+    if not is_list(path):
         return None
     try:
         found = json.loads(data)

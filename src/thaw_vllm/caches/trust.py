@@ -12,9 +12,11 @@ import re
 import stat
 from collections.abc import Mapping
 from pathlib import Path
+from typing import IO
 
 from ..errors import StorageError, UsageError
 from ..transport.private import private
+from ..transport.writer import StagedFile
 from .archive import Whole
 
 OWN = "own"
@@ -81,14 +83,14 @@ def note_own(digest: str, environment: Mapping[str, str]) -> None:
     """
     path = own_list(environment)
     private(path.parent, f"set {VARIABLE} to another directory")
-    with _opened(path, os.O_RDWR | os.O_CREAT) as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        known = _digests(file.read(_MOST))
+    with _opened(path.with_name(f"{path.name}.lock"), os.O_RDWR | os.O_CREAT) as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        known = _read(path)
         if digest not in known:
-            lines = [*known, digest][-(_MOST // 65) :]
-            file.seek(0)
-            file.truncate()
-            file.write("".join(f"{line}\n" for line in lines))
+            text = "".join(f"{line}\n" for line in [*known, digest][-(_MOST // 65) :]).encode()
+            with StagedFile(path, len(text), force=True) as staged:
+                staged.write(0, text)
+                staged.publish()
 
 
 def _read(path: Path) -> list[str]:
@@ -102,7 +104,7 @@ def _read(path: Path) -> list[str]:
         raise
 
 
-def _opened(path: Path, flags: int):  # type: ignore[no-untyped-def]
+def _opened(path: Path, flags: int) -> IO[str]:
     try:
         descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as error:

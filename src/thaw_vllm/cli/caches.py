@@ -21,6 +21,8 @@ thaw caches info llama.thawcaches
 """
 CONTEXT = {"ignore_unknown_options": True, "allow_extra_args": True}
 
+_SIZES = ("tensor_parallel_size", "pipeline_parallel_size")
+
 app = plain_app(add_completion=False)
 Trust = Annotated[
     str | None,
@@ -75,6 +77,8 @@ def pack(
     from ..errors import UsageError
     from .freeze import parse_engine_arg
 
+    if str(path).startswith("-"):
+        raise UsageError("give FILE first, as in: thaw caches pack llama.thawcaches --model M")
     words, engine_args = list(context.args), dict(parse_engine_arg(text) for text in engine_arg or [])
     if engine_args and not offline:
         raise UsageError("--engine-arg goes with --offline; give vllm serve's options as they are")
@@ -106,9 +110,6 @@ def pack(
         document(_packed(done))
         return
     show(done)
-
-
-_SIZES = ("tensor_parallel_size", "pipeline_parallel_size")
 
 
 def show(done: Any) -> None:
@@ -154,7 +155,7 @@ def unpack(
     Start vLLM with thaw's loader afterwards (thaw serve, or --load-format thaw), under whatever path the model lies. A
     vLLM that keeps compiled code in pieces unless told otherwise needs the variable that is printed.
     """
-    from ..caches import archive, places
+    from ..caches import archive, places, unpacking
     from ..engines.vllm.caches import needed, require_machine, require_trust
     from ..engines.vllm.fast_start import BUNDLE, cache_variables
 
@@ -163,7 +164,7 @@ def unpack(
     caches = archive.parse(whole)
     require_machine(caches)
     environment = dict(os.environ) | cache_variables(cache_dir)
-    done = archive.unpack(caches, places.places(environment))
+    done = unpacking.unpack(caches, places.places(environment))
     chosen = os.environ.get(BUNDLE)
     variables = {} if chosen == "1" else needed(caches.manifest, {n: v for n, v in environment.items() if n != BUNDLE})
     if as_json:

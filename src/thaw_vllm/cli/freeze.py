@@ -120,12 +120,13 @@ def _with_caches(
         given: options by the names of engine arguments.
         engine_arg: as on the command line.
     """
-    from ..engines.vllm.caches import beside, pack
+    from ..engines.vllm.caches import beside, check_arguments, pack
     from ..engines.vllm.command_line import options
     from ..errors import ThawError
     from ..transport.writer import check_target
 
     check_target(beside(output), given["force"])
+    check_arguments(dict(map(parse_engine_arg, engine_arg)))
     chosen = {name: value for name, value in given.items() if value is not None and name != "use_tqdm_on_load"}
     words = options({name: value for name, value in chosen.items() if value is not False})
     words += [word for text in engine_arg for word in ("--engine-arg", text)] + ["--verbose"] * verbose

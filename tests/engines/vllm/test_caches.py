@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from thaw_vllm.caches import archive, machine, places, trust
+from thaw_vllm.caches import archive, machine, packing, places, trust, unpacking
 from thaw_vllm.engines.vllm import caches, fresh
 from thaw_vllm.engines.vllm.fast_start import BUNDLE
 from thaw_vllm.errors import ExistsError, StorageError, UsageError
@@ -27,7 +27,7 @@ def packed(tmp_path, environment):
     source = tmp_path / "k.cubin"
     source.write_bytes(b"kernel")
     path = tmp_path / f"w{caches.SUFFIX}"
-    archive.pack(path, [(KERNEL, source)], machine.key(), {"variables": {BUNDLE: "1"}})
+    packing.pack(path, [(KERNEL, source)], machine.key(), {"variables": {BUNDLE: "1"}})
     trust.note_own(archive.read(path).sha256, environment)
     return path
 
@@ -85,6 +85,7 @@ def test_a_full_disk_is_said(packed, environment, monkeypatch):
     monkeypatch.setattr(os, "statvfs", full)
     found = caches.bring(packed, "own", environment)
     assert not found.used and "0.00 GB free" in found.said
+    assert found.environment == {BUNDLE: "1"}, "what is there may be enough"
     assert not unpacked(environment).exists()
 
 
@@ -120,7 +121,9 @@ def test_which_file_a_start_means(tmp_path, packed):
             caches.chosen_file(wrong.get("caches"), None, wrong.get("trusted"))
 
 
-@pytest.mark.parametrize("words", [["--load-format", "auto"], ["--port=1"], ["--model-loader-extra-config", "{}"]])
+@pytest.mark.parametrize(
+    "words", [["--load-format", "auto"], ["--port=1"], ["--model-loader-extra-config", "{}"], ["--api-k", "x"]]
+)
 def test_what_packing_sets_itself(tmp_path, words):
     with pytest.raises(UsageError, match="packing sets --"):
         caches.pack(tmp_path / "x", "M", words=words)
@@ -135,8 +138,8 @@ def test_packing_replaces_nothing(packed):
 
 
 def test_secrets_are_not_told():
-    given = {"api_key": "k", "hf_token": "t", "ssl_keyfile": "f", "max_model_len": "128"}
-    assert caches._shown(given) == {"max_model_len": "128"}
+    given = {"api_k": "k", "hf_tok": "t", "kv_transfer_config": "p", "dtype": "a b", "max_model_len": "128"}
+    assert caches._shown(given) == dict.fromkeys(given, "(given)") | {"max_model_len": "128"}
 
 
 def test_kernels_are_where_both_look(tmp_path):
@@ -156,9 +159,9 @@ def test_triton_finds_what_was_unpacked(tmp_path, environment, monkeypatch):
     manager.put_group("k.json", {name: manager.put(b"x" + name.encode(), name) for name in ("k.json", "k.cubin")})
     here = places.places({"HOME": str(tmp_path), "TRITON_CACHE_DIR": str(root / "real")})[places.TRITON]
     path = tmp_path / "w.thawcaches"
-    archive.pack(path, places.files(here), machine.key(), {})
+    packing.pack(path, places.files(here), machine.key(), {})
     shutil.rmtree(tmp_path / "packing")
-    archive.unpack(archive.read(path), places.places(environment))
+    unpacking.unpack(archive.read(path), places.places(environment))
     monkeypatch.delenv("TRITON_CACHE_DIR")
     monkeypatch.setattr(cache.knobs.cache, "home_dir", environment["HOME"])
     found = cache.FileCacheManager("KEY").get_group("k.json")
@@ -179,7 +182,8 @@ def test_nothing_is_compiled_again(checkpoints, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     done = caches.pack(tmp_path / "w.thawcaches", str(first), offline=ARGS)
     assert done.compiled == 1
-    assert done.answer["compiled"][0]["state"] == "new"
+    (first_found,) = done.answer["compiled"]
+    assert [one["state"] for one in first_found["parts"]] == ["new"]
     second.parent.mkdir()
     first.rename(second)
     home = tmp_path / "another home"
@@ -190,12 +194,12 @@ def test_nothing_is_compiled_again(checkpoints, tmp_path, monkeypatch):
         engine_args=ARGS | {"load_format": "thaw"},
         questions=[caches._prompt(n) for n in caches._PROMPTS if n + 16 < 128],
         max_tokens=16,
-        environment={"HOME": str(home)},
+        environment={"HOME": str(home), "THAW_START_REPORT": str(tmp_path / "report")},
         removed=[*places.empty(tmp_path), *places.UNSET, "XDG_CACHE_HOME"],
         caches=done.path,
     )
     (found,) = answer["compiled"]
-    assert found["state"] == "found" and found["names"] == done.answer["compiled"][0]["names"]
+    assert [one | {"state": "found", "why": ""} for one in first_found["parts"]] == found["parts"]
     assert found["kernels"] == []
     assert answer["outputs"] == done.answer["outputs"], "tokens and log-probabilities"
     packed = {Path(m.path).name for m in done.manifest.members}

@@ -1,6 +1,7 @@
 """Names under which compiled code is found, without an engine: vLLM's own names are made up."""
 
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -16,38 +17,35 @@ FACTORS = {"variables": {"VLLM_X": 1}, "configuration": "c", "part": "p", "other
 FILE = "rank_0_0/model"
 
 
-class Model(torch.nn.Module):
-    def forward(self, x):
-        return x
-
-
 @pytest.fixture
 def vllm(tmp_path, monkeypatch):
     """Sets what vLLM calls the compiled code of the next start."""
     monkeypatch.setattr(versions, "cache_root", lambda: tmp_path / "vllm")
-    monkeypatch.setattr(versions, "plan_name", lambda config: None)
+    monkeypatch.setattr(versions, "plan_name", lambda config, instead: None)
+    monkeypatch.setattr(compiled, "_instead", lambda model_config: "")
 
     def named(own, anywhere="anywhere", factors=FACTORS):
         name = CompiledName(tmp_path / "vllm" / "aot", own, anywhere, factors)
-        monkeypatch.setattr(versions, "compiled_names", lambda model, config: [name])
+        monkeypatch.setattr(versions, "compiled_name", lambda config, key, instead: name)
         return name.directory
 
     return named
 
 
-def start(rank=0):
-    """One start up to its first step; what it found."""
-    config = SimpleNamespace(parallel_config=SimpleNamespace(rank=rank, data_parallel_index=0))
-    model = Model()
-    compiled.prepare(model, config)
-    assert compiled.last.state == "", "vLLM's configuration is not complete before the model runs"
-    model(torch.zeros(1))
-    found = compiled.last
-    compiled.last = compiled.Looked()
-    model(torch.zeros(1))
-    assert compiled.last.state == "", "it is looked for once"
-    compiled.last = found
-    return found
+def start(rank=0, parts=("part",)):
+    """One start up to its compiling; what it found."""
+    parallel = SimpleNamespace(rank=rank, data_parallel_index=0)
+    config = SimpleNamespace(parallel_config=parallel, model_config=None)
+    with pytest.MonkeyPatch.context() as patch:
+        watching = []
+        patch.setattr(versions, "watch_compiling", watching.append)
+        compiled.prepare(config)
+    assert compiled.report() is None, "vLLM's configuration is not complete before it compiles"
+    for key in parts:
+        watching[0](SimpleNamespace(vllm_config=config), key)
+    found = compiled.report()["parts"]
+    assert len(found) == len(parts)
+    return compiled.Looked(**found[-1])
 
 
 def compile_as_vllm(directory, own, text="code"):
@@ -57,10 +55,12 @@ def compile_as_vllm(directory, own, text="code"):
 
 def test_found_under_another_name(vllm):
     directory = vllm("one")
-    assert start() == compiled.Looked("new", compiled.last.why, ("anywhere",))
+    assert start() == compiled.Looked(
+        "new", "this model is compiled: nothing that was compiled is in the cache", "anywhere"
+    )
     compile_as_vllm(directory, "one")
     vllm("two")
-    assert start() == compiled.Looked("found", "", ("anywhere",))
+    assert start() == compiled.Looked("found", "", "anywhere")
     assert (directory / "two" / FILE).read_text() == "code"
     assert not (directory / "thaw-anywhere").is_symlink()
 
@@ -136,17 +136,51 @@ def test_no_start_fails_for_it(vllm, monkeypatch, error):
         raise error
 
     vllm("one")
-    monkeypatch.setattr(versions, "compiled_names", fail)
+    monkeypatch.setattr(versions, "compiled_name", fail)
     monkeypatch.setattr(versions, "plan_name", fail)
     found = start()
-    assert found.state == "refused"
-    assert "under vLLM's names only" in found.why
+    assert found.state == "refused" and "under vLLM's names only" in found.why
 
 
-def test_nothing_is_compiled(vllm, monkeypatch):
+def test_a_vllm_that_cannot_be_watched(monkeypatch):
+    def fail(look):
+        raise UnsupportedError("no such name")
+
+    monkeypatch.setattr(versions, "watch_compiling", fail)
+    compiled.prepare(SimpleNamespace(model_config=None))
+    (found,) = compiled.report()["parts"]
+    assert found["state"] == "refused" and found["why"].endswith("under vLLM's names only: no such name")
+
+
+def test_every_part_is_told(vllm):
     vllm("one")
-    monkeypatch.setattr(versions, "compiled_names", lambda model, config: [])
-    assert start() == compiled.Looked()
+    start(parts=("language", "vision"))
+
+
+def test_ranks_that_do_so_at_once(vllm, monkeypatch):
+    """The other one is always a step ahead."""
+    directory = vllm("one")
+    compile_as_vllm(directory, "thaw-anywhere")
+    name, real, ahead = CompiledName(directory, "one", "anywhere", FACTORS), os.replace, []
+
+    def replace(source, target):
+        if not ahead:
+            ahead.append(True)
+            assert compiled._link(name, FILE)
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    assert compiled._link(name, FILE)
+    assert ahead and os.readlink(directory / "one") == "thaw-anywhere"
+    assert sorted(path.name for path in directory.iterdir()) == ["one", "thaw-anywhere"]
+
+
+def test_an_empty_directory_in_the_place_of_a_link(vllm):
+    directory = vllm("one")
+    compile_as_vllm(directory, "thaw-anywhere")
+    (directory / "one" / "inductor_cache").mkdir(parents=True)
+    assert start().state == "found"
+    assert (directory / "one" / FILE).read_text() == "code"
 
 
 class TestMeasuredMemory:
@@ -154,11 +188,11 @@ class TestMeasuredMemory:
 
     @pytest.fixture
     def plan(self, vllm, tmp_path, monkeypatch):
-        monkeypatch.setattr(versions, "compiled_names", lambda model, config: [])
+        vllm("one")
 
         def named(own, anywhere="anywhere"):
             name = CompiledName(tmp_path / "vllm" / "startup_plan", own, anywhere, {})
-            monkeypatch.setattr(versions, "plan_name", lambda config: name)
+            monkeypatch.setattr(versions, "plan_name", lambda config, instead: name)
             return name.directory
 
         return named
@@ -193,23 +227,52 @@ class TestMeasuredMemory:
         assert not (directory / "startup_plan_two.json").exists()
 
 
+def test_what_stands_for_a_path(tmp_path):
+    """What vLLM reads beside the configuration, and does not hash."""
+    (tmp_path / "config.json").write_text("{}")
+
+    def instead():
+        return compiled._instead(SimpleNamespace(model=str(tmp_path), hf_config_path=None, revision=None))
+
+    plain = instead()
+    assert str(tmp_path) not in plain
+    (tmp_path / "hf_quant_config.json").write_text("{}")
+    quantised = instead()
+    (tmp_path / "hf_quant_config.json").write_text('{"a": 1}')
+    assert len({plain, quantised, instead()}) == 3
+
+
+def test_vllm_says_when_it_compiles():
+    """vLLM's own function, through which every part goes."""
+    from vllm.compilation import decorators
+
+    class Part:
+        def forward(self):
+            """Nothing."""
+
+    real, seen = decorators._model_hash_key, []
+    try:
+        expected = real(Part().forward)
+        versions.watch_compiling(lambda part, key: seen.append("old"))
+        versions.watch_compiling(lambda part, key: seen.append((part, key)))
+        part = Part()
+        assert decorators._model_hash_key(part.forward) == expected
+        assert seen == [(part, expected)]
+    finally:
+        decorators._model_hash_key = real
+
+
 def test_names_of_a_real_configuration(tmp_path, monkeypatch):
     """Both names change with what is compiled; the path is in vLLM's alone, and so is, up to 0.26, the home."""
     from tests.engines.vllm.models import BASE
     from transformers import LlamaConfig
     from vllm.engine.arg_utils import EngineArgs
 
-    class Part(torch.nn.Module):
-        do_not_compile = False
-
-        def forward(self, x):
-            return x
-
     def name(directory, **arguments):
         LlamaConfig(**BASE, architectures=["LlamaForCausalLM"], dtype=torch.bfloat16).save_pretrained(directory)
         options = {"max_model_len": 128, "skip_tokenizer_init": True} | arguments
-        (found,) = versions.compiled_names(Part(), EngineArgs(model=str(directory), **options).create_engine_config())
-        return found
+        config = EngineArgs(model=str(directory), **options).create_engine_config()
+        return versions.compiled_name(config, "key", "instead")
 
     first, moved = name(tmp_path / "a"), name(tmp_path / "b" / "c")
     assert first.anywhere == moved.anywhere and first.own != moved.own
@@ -221,3 +284,5 @@ def test_names_of_a_real_configuration(tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_PP_LAYER_PARTITION", "1,1")
     assert name(tmp_path / "a").anywhere != first.anywhere
     assert str(tmp_path) not in json.dumps(first.factors, default=str)
+    monkeypatch.setenv("VLLM_API_KEY", "s3cret")
+    assert "s3cret" not in json.dumps(name(tmp_path / "a").factors, default=str)

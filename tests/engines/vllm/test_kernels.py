@@ -11,7 +11,7 @@ from thaw_vllm.engines.vllm import kernels, versions
 
 TTIR = """#loc = loc("kernel.py":1:0)
 module {
-  tt.func public @k(%x_ptr: !tt.ptr<f32> {tt.divisibility = 16 : i32} loc("x_ptr"(#loc)), %n: i32 loc("n"(#loc))) attributes {noinline = false} {
+  tt.func public @k(%x_ptr: !tt.ptr<f32> {tt.divisibility = 16 : i32} loc("x_ptr"(#loc)), %n: i32 loc("n"(#loc))) {
 """
 
 

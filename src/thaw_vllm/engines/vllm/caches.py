@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ... import __version__
-from ...caches import archive, machine, places, trust
+from ...caches import archive, machine, packing, places, trust, unpacking
 from ...errors import MismatchError, StorageError, ThawError, UsageError
 from ...transport.writer import check_target
 from . import fresh, one_server
@@ -27,11 +27,23 @@ NOTE, PLANNED = ".name", "startup_plan_{}.json"
 BROUGHT = "caches.json"
 """In a directory of a start's report: what became of its file of caches."""
 _OWN = {"load_format", "model_loader_extra_config", "host", "port", "uds"}
-_SECRET = re.compile(r"(?:^|_)(?:key|token|secret|password)(?:_|$)|^ssl|cert", re.IGNORECASE)
+_OF_CLIENTS = {"api_key", "ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "root_path", "headless"}
+"""Options that say how a server is reached; packing reaches its own in a way of its own."""
+_TOLD = {
+    *("dtype", "quantization", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "gpu_memory_utilization"),
+    *("kv_cache_memory_bytes", "kv_cache_dtype", "block_size", "tensor_parallel_size", "pipeline_parallel_size"),
+    *("data_parallel_size", "enable_expert_parallel", "enforce_eager", "trust_remote_code", "enable_prefix_caching"),
+    *("cudagraph_capture_sizes", "max_cudagraph_capture_size", "optimization_level", "O", "attention_backend"),
+}
+"""Arguments whose values a file of caches tells; of others, which may be secrets, that they were given."""
+_PLAIN = re.compile(r"[\w.:-]{0,40}")
+_COMPILED = re.compile(r"vllm/torch_compile_cache/torch_aot_compile/[^/]+/rank_\d+_\d+/model")
 _BESIDE = re.compile(r"(vllm/torch_compile_cache/torch_aot_compile/[^/]+/inductor_cache/triton/\d+/)(.+)")
 _PROMPTS = (1, 2, 5, 16, 33, 64, 100, 200, 500)
 """Lengths of what a server is asked so that it compiles what it compiles late."""
 _ANSWER = 16
+_PATIENCE = 3600.0
+"""Seconds for a server to come up with everything compiled, of a large model."""
 
 Say = Callable[[str], None]
 
@@ -64,11 +76,8 @@ class Packed:
 
     @property
     def compiled(self) -> int:
-        """Parts of the model that torch.compile went through; 0 of an engine without."""
-        found = (
-            re.match(r"vllm/torch_compile_cache/torch_aot_compile/([^/]+)/", m.path) for m in self.manifest.members
-        )
-        return len({match[1] for match in found if match})
+        """Parts of the model, of every rank, whose code is in it; 0 of an engine that compiles none."""
+        return sum(_COMPILED.match(member.path) is not None for member in self.manifest.members)
 
 
 def pack(
@@ -80,6 +89,7 @@ def pack(
     quick: bool = False,
     offline: Mapping[str, Any] | None = None,
     questions: Sequence[list[int]] | None = None,
+    max_tokens: int = _ANSWER,
     force: bool = False,
     log: Path | None = None,
     say: Say = lambda line: None,
@@ -94,6 +104,7 @@ def pack(
         quick: also with the preset of ``thaw serve --fast-start``.
         offline: engine arguments of ``vllm.LLM``, which is started in place of a server: they compile differently.
         questions: token ids that it is asked, offline; None for prompts of many lengths.
+        max_tokens: of each answer.
         force: replace an existing file.
         log: where what vLLM prints stays; None to keep nothing.
 
@@ -104,8 +115,7 @@ def pack(
     """
     path = Path(os.path.abspath(path))
     chosen: Mapping[str, Any] = given(words) if offline is None else offline
-    if taken := sorted(name for name in chosen if among({name}, _OWN)):
-        raise UsageError(f"packing sets --{taken[0].replace('_', '-')} itself; leave it out")
+    check_arguments(chosen)
     check_target(path, force)
     extra = {} if snapshot is None else {"snapshot": os.path.abspath(snapshot)}
     args: dict[str, Any] = {"load_format": "thaw"} | ({"model_loader_extra_config": extra} if extra else {})
@@ -127,9 +137,9 @@ def pack(
         say("starting vLLM with empty caches, so that it compiles all that it needs")
         answer = None
         if offline is None:
-            seconds = _serve(model, [*options(args), *words], variables, log, say)
+            seconds = _serve(model, [*options(args), *words], variables, log, max_tokens, say)
         else:
-            answer = _start(model, args | dict(offline), variables, log, questions)
+            answer = _start(model, args | dict(offline), variables, log, questions, max_tokens)
             seconds = sum(answer["seconds"][name] for name in ("process", "imports", "engine", "first_token"))
         say(f"it was ready after {seconds:.0f} s; packing")
         made = {
@@ -141,10 +151,24 @@ def pack(
             "variables": {name: variables[name] for name in (BUNDLE, PLAN)},
         }
         environment = {name: value for name, value in {**os.environ, **variables}.items() if value is not None}
-        manifest = archive.pack(path, _found(environment), machine.key(), made, force=force)
-    whole = archive.fetch(path)
-    trust.note_own(whole.sha256, os.environ)
-    return Packed(str(path), whole.sha256, len(whole.data), manifest, seconds, answer)
+        written = packing.pack(path, _found(environment), machine.key(), made, force=force)
+    trust.note_own(written.sha256, os.environ)
+    done = Packed(str(path), written.sha256, written.size, written.manifest, seconds, answer)
+    if not done.compiled and bundled == "1":
+        say("vLLM kept no compiled code of the model; only kernels, and what it has noted, were packed")
+    return done
+
+
+def check_arguments(chosen: Mapping[str, Any]) -> None:
+    """Refuse arguments that packing sets itself, before anything is started.
+
+    Raises:
+        UsageError: with the cure.
+    """
+    if taken := sorted(name for name in chosen if among({name}, _OWN | _OF_CLIENTS)):
+        raise UsageError(
+            f"packing sets --{taken[0].replace('_', '-')} itself; leave it out: it changes nothing of what is compiled"
+        )
 
 
 def pack_caches(
@@ -175,20 +199,26 @@ def pack_caches(
     return pack(path, model, snapshot, quick=fast_start, offline=llm_kwargs, force=force).sha256
 
 
-def _serve(model: str, words: list[str], variables: Mapping[str, str | None], log: Path, say: Say) -> float:
+def _serve(
+    model: str, words: list[str], variables: Mapping[str, str | None], log: Path, max_tokens: int, say: Say
+) -> float:
     """Run a server until it has answered as it will be asked; seconds until it was healthy."""
-    with one_server.serving(model, words, {**fresh.READ_FROM_THE_LOG, **variables}, None, log) as server:
+    environment = {**fresh.READ_FROM_THE_LOG, **variables, "VLLM_API_KEY": None}
+    with one_server.serving(model, words, environment, None, log, patience=_PATIENCE) as server:
+        say("it is healthy; asking, for what it compiles late")
         name, longest = server.described()
         asked = replace(server, model=name)
-        say("it is healthy; asking, for what it compiles late")
-        lengths = [length for length in _PROMPTS if length + _ANSWER < longest]
-        for length in lengths:
-            asked.complete(_prompt(length), _ANSWER)
-        with ThreadPoolExecutor(len(lengths) or 1) as pool:
-            for sampling in ({}, {"temperature": 0.8, "top_p": 0.9, "seed": 1}, {"temperature": 1.0, "top_k": 20}):
-                sent = [pool.submit(asked.complete, _prompt(length), _ANSWER, **sampling) for length in lengths]
-                for one in sent:
-                    one.result()
+        lengths = [length for length in _PROMPTS if length + max_tokens < longest]
+        try:
+            for length in lengths:
+                asked.complete(_prompt(length), max_tokens)
+            with ThreadPoolExecutor(len(lengths) or 1) as pool:
+                for sampling in ({}, {"temperature": 0.8, "top_p": 0.9, "seed": 1}, {"temperature": 1.0, "top_k": 20}):
+                    sent = [pool.submit(asked.complete, _prompt(length), max_tokens, **sampling) for length in lengths]
+                    for one in sent:
+                        one.result()
+        except ThawError as error:  # a model of another task
+            say(f"it gives no completions, so what it compiles for requests is not packed: {error}")
         return server.seconds
 
 
@@ -198,6 +228,7 @@ def _start(
     variables: Mapping[str, str | None],
     log: Path,
     questions: Sequence[list[int]] | None,
+    max_tokens: int,
 ) -> dict[str, Any]:
     """The same of ``vllm.LLM``; what it answered."""
     longest = int(args.get("max_model_len") or 4096)
@@ -210,8 +241,8 @@ def _start(
         model=model,
         snapshot=snapshot,
         engine_args=args,
-        questions=list(questions or (_prompt(length) for length in _PROMPTS if length + _ANSWER < longest)),
-        max_tokens=_ANSWER,
+        questions=list(questions or (_prompt(length) for length in _PROMPTS if length + max_tokens < longest)),
+        max_tokens=max_tokens,
         environment={name: value for name, value in variables.items() if value is not None},
         removed=[name for name, value in variables.items() if value is None],
         log=log,
@@ -223,8 +254,8 @@ def _prompt(length: int) -> list[int]:
 
 
 def _shown(chosen: Mapping[str, Any]) -> dict[str, str]:
-    """Arguments, for whoever wants to start the same; none that might be a secret."""
-    return {name: str(value) for name, value in chosen.items() if not _SECRET.search(name)}
+    """Arguments, for whoever wants to start the same, with the values of those that cannot be secrets."""
+    return {name: str(v) if name in _TOLD and _PLAIN.fullmatch(str(v)) else "(given)" for name, v in chosen.items()}
 
 
 def _found(environment: Mapping[str, str]) -> Iterator[tuple[str, Path]]:
@@ -304,9 +335,12 @@ def _bring(path: str | os.PathLike[str], trusted: str | None, environment: Mappi
     require_trust(whole, trusted, environment)
     caches = archive.parse(whole)
     require_machine(caches)
-    done = archive.unpack(caches, places.places(environment))
-    said = f"caches of {caches.shown}: {done.written} files unpacked, {done.present} were there"
     variables = needed(caches.manifest, environment)
+    try:
+        done = unpacking.unpack(caches, places.places(environment))
+    except StorageError as error:  # what is there may be enough
+        return Brought(False, f"caches are not unpacked: {error}", variables, {})
+    said = f"caches of {caches.shown}: {done.written} files unpacked, {done.present} were there"
     return Brought(True, said, variables, {"written": done.written, "present": done.present, "bytes": done.bytes})
 
 

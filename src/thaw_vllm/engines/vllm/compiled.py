@@ -9,129 +9,140 @@ that it was made of (``_verify_source_unchanged``) and the machine (``SystemInfo
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import json
 import os
+import secrets
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vllm.logger import init_logger
 
 from ...errors import UnsupportedError
+from ...weights.checkpoint import CONFIG_FILES
 from . import kernels, versions
 from .caches import NOTE, PLANNED
+from .identity import config_directory
+from .startup import VARIABLE as REPORT
 from .versions import CompiledName
-
-if TYPE_CHECKING:
-    import torch
 
 logger = init_logger(f"vllm.{__name__}")
 
 FACTORS = "thaw-factors.json"
 """Beside what was compiled: what its name was made of, to say why another start does not find it."""
 FOUND, NEW, REFUSED = "found", "new", "refused"
+_KEPT = "what is compiled is kept under vLLM's names only"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Looked:
-    """What a start has found of what earlier ones compiled.
+    """What a start has found of what earlier ones compiled of one part of its model.
 
     Attributes:
-        state: FOUND, for each of the model's parts; NEW, so it will be compiled; REFUSED, as ``why`` says. Empty where
-            nothing is compiled.
+        state: FOUND; NEW, so it will be compiled; REFUSED, as ``why`` says.
         why: of NEW and REFUSED, a sentence.
-        names: the parts' second names.
+        name: the part's second name, where it has one.
     """
 
-    state: str = ""
+    state: str
     why: str = ""
-    names: tuple[str, ...] = ()
+    name: str = ""
 
 
-last: Looked = Looked()
-"""Of this worker process."""
+_looked: dict[tuple[str, str], Looked] = {}
+"""Of this worker process, by vLLM's keys of parts, and their second names."""
+_kernels: dict[str, str] | None = None
+"""Triton's kernels that were there when the model was loaded, where somebody asks for a report."""
 
 
-_kernels: dict[str, str] = {}
-"""Triton's kernels that were there when the model was loaded."""
+def report() -> dict[str, Any] | None:
+    """What this process found, and what it compiled; None where it has compiled nothing and looked for nothing.
 
-
-def report() -> dict[str, Any]:
-    """What this process found, and what it compiled.
-
-    ``state``, ``why`` and ``names`` as of ``Looked``; ``counts`` of vLLM's own counter (``aot_compiles``,
-    ``aot_artifacts_loaded``, …); ``kernels``: of Triton, that were not in its caches when the model was loaded, each with
-    its ``name`` and ``why``.
+    ``parts`` of models, each as Looked; ``counts`` of vLLM's own counter (``aot_compiles``, ``aot_artifacts_loaded``,
+    …); ``kernels`` of Triton that were not in its caches when the model was loaded, each with its ``name`` and ``why``,
+    or None where the start was not asked for a report (THAW_START_REPORT).
     """
-    return {**asdict(last), "counts": versions.compile_counts(), "kernels": kernels.compiled_since(_kernels)}
+    if not _looked:
+        return None
+    new = None if _kernels is None else kernels.compiled_since(_kernels)
+    return {"parts": [asdict(one) for one in _looked.values()], "counts": versions.compile_counts(), "kernels": new}
 
 
-def prepare(model: torch.nn.Module, config: Any) -> None:
+def prepare(config: Any) -> None:
     """Have vLLM find, under its own names, what was compiled for the same model elsewhere; never raises.
 
-    Measured memory is looked for at once. Compiled code is when the model runs for the first time, since vLLM's
-    configuration, which is in its names, is not complete before; a part of the model is compiled within that call.
+    Measured memory is looked for at once. Compiled code is just before vLLM itself looks for it, since its
+    configuration, which is in its names, is not complete before.
     """
-    global last, _kernels
-    last = Looked()
-    with contextlib.suppress(Exception):
-        _kernels = kernels.listed()
+    global _kernels
+    _looked.clear()
+    if os.environ.get(REPORT):
+        with contextlib.suppress(Exception):  # the less important part
+            _kernels = kernels.listed()
     with contextlib.suppress(Exception):  # measured again
-        if (plan := versions.plan_name(config)) is not None:
+        if (plan := versions.plan_name(config, _instead(config.model_config))) is not None:
             _take_plan(plan)
-
-    def first_call(module: torch.nn.Module, args: Any) -> None:
-        handle.remove()
-        _look(module, config)
-
-    handle = model.register_forward_pre_hook(first_call)
-
-
-def _look(model: torch.nn.Module, config: Any) -> None:
-    global last
     try:
-        last = _prepare(model, config)
+        versions.watch_compiling(_look)
+    except UnsupportedError as error:
+        _looked["", ""] = Looked(REFUSED, f"{_KEPT}: {error}")
+        logger.info("%s", _looked["", ""].why)
+
+
+def _look(part: Any, key: str) -> None:
+    try:
+        found = _find(part.vllm_config, key)
     except (OSError, UnsupportedError) as error:
-        last = Looked(REFUSED, f"what is compiled is kept under vLLM's names only: {error}")
+        found = Looked(REFUSED, f"{_KEPT}: {error}")
     except Exception as error:  # vLLM's own functions, of a version that nobody has tried
-        last = Looked(REFUSED, f"what is compiled is kept under vLLM's names only: {type(error).__name__}: {error}")
-    if last.why:
-        logger.info("%s", last.why)
+        found = Looked(REFUSED, f"{_KEPT}: {type(error).__name__}: {error}")
+    _looked[key, found.name] = found
+    if found.why:
+        logger.info("%s", found.why)
 
 
-def _prepare(model: torch.nn.Module, config: Any) -> Looked:
-    names = versions.compiled_names(model, config)
-    if not names:
-        return Looked()
+def _find(config: Any, key: str) -> Looked:
+    name = versions.compiled_name(config, key, _instead(config.model_config))
     rank = config.parallel_config.rank, config.parallel_config.data_parallel_index
-    missing = [name for name in names if not _link(name, "rank_{}_{}/model".format(*rank))]
-    every = tuple(name.anywhere for name in names)
-    if not missing:
-        return Looked(FOUND, "", every)
-    return Looked(NEW, "this model is compiled: " + _why(missing[0]), every)
+    if _link(name, "rank_{}_{}/model".format(*rank)):
+        return Looked(FOUND, "", name.anywhere)
+    return Looked(NEW, "this model is compiled: " + _why(name), name.anywhere)
+
+
+def _instead(model_config: Any) -> str:
+    """What stands for a model's path: what vLLM reads in its directory beside the configuration that it hashes."""
+    directory = config_directory(model_config)
+    if directory is None:
+        return str(model_config.model)
+    digest = hashlib.sha256()
+    for name in CONFIG_FILES[1:]:
+        if (directory / name).is_file():
+            digest.update(f"{name}\0".encode() + (directory / name).read_bytes())
+    return digest.hexdigest()
 
 
 def _link(name: CompiledName, file: str) -> bool:
-    """Give a directory both names; whether ``file`` is in it."""
+    """Give a directory both names; whether ``file`` is in it. Several ranks may do so at once."""
     own, anywhere = name.directory / name.own, name.directory / f"thaw-{name.anywhere}"
-    if own.is_dir() and not own.is_symlink():  # compiled before thaw was here, or without it
-        if not os.path.lexists(anywhere):
-            _symlink(anywhere, own.name)
+    if own.is_dir() and not own.is_symlink() and ((own / file).exists() or not (anywhere / file).exists()):
+        if not os.path.lexists(anywhere):  # compiled before thaw was here, or without it
+            with contextlib.suppress(FileExistsError):
+                anywhere.symlink_to(own.name)
+    elif not own.is_symlink() or os.readlink(own) != anywhere.name:
+        anywhere.mkdir(parents=True, exist_ok=True)
+        if own.is_dir() and not own.is_symlink():  # made meanwhile, and empty of what is behind the other name
+            own.rename(own.with_name(f".{own.name[:16]}.{secrets.token_hex(4)}"))
+        part = own.with_name(f".{own.name[:16]}.{secrets.token_hex(4)}")
+        part.symlink_to(anywhere.name)
+        os.replace(part, own)
     else:
         anywhere.mkdir(parents=True, exist_ok=True)
-        if not own.is_dir():
-            own.unlink(missing_ok=True)  # dangling
-            _symlink(own, anywhere.name)
     found = (own / file).exists()
-    if name.factors and not (own / FACTORS).exists():
+    if not (own / FACTORS).exists():
         _write(own / FACTORS, json.dumps(name.factors, indent=1, sort_keys=True, default=str))
     return found
-
-
-def _symlink(path: Path, target: str) -> None:
-    with contextlib.suppress(FileExistsError):  # another rank was here
-        path.symlink_to(target)
 
 
 def _take_plan(name: CompiledName) -> None:

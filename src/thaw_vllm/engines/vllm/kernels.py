@@ -18,6 +18,7 @@ from ...caches import places
 from . import versions
 
 _SIGNATURE = re.compile(r"^\s*tt\.func public @\S*?\((.*)\)", re.MULTILINE)
+_PLACE = re.compile(r"\s*loc\((?:[^()]|\([^()]*\))*\)")
 _OWN = {"hash", "name"}
 """Of what is noted of a kernel, what says nothing about its compilation."""
 _BESIDE = "TRITON_CACHE_DIR"
@@ -93,4 +94,4 @@ def _signature(file: Path) -> list[str]:
         return []
     found = _SIGNATURE.search(text)
     parts = re.split(r",\s*(?=%)", found[1]) if found else []
-    return [re.sub(r"\s*loc\(.*?\)", "", part) for part in parts]
+    return [_PLACE.sub("", part) for part in parts]

@@ -163,7 +163,7 @@ class ThawModelLoader(BaseModelLoader):
         """
         with noted(self.config.failures):
             model = self._loaded(vllm_config, model_config, prefix)
-            compiled.prepare(model, vllm_config)
+            compiled.prepare(vllm_config)
             return model
 
     def _loaded(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str) -> torch.nn.Module:

@@ -56,7 +56,7 @@ class Server:
         """
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=_PATIENCE)
         try:
-            connection.request("GET", "/v1/models", headers=self._authorised())
+            connection.request("GET", "/v1/models")
             found = json.loads(connection.getresponse().read())["data"][0]
             return str(found["id"]), int(found["max_model_len"])
         except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError):
@@ -64,14 +64,15 @@ class Server:
         finally:
             connection.close()
 
-    def _authorised(self) -> dict[str, str]:
-        key = os.environ.get("VLLM_API_KEY")
-        return {} if not key else {"Authorization": f"Bearer {key}"}
-
 
 @contextlib.contextmanager
 def serving(
-    model: str, words: Sequence[str], environment: Mapping[str, str | None], zygote: str | None, log: Path
+    model: str,
+    words: Sequence[str],
+    environment: Mapping[str, str | None],
+    zygote: str | None,
+    log: Path,
+    patience: float = _PATIENCE,
 ) -> Iterator[Server]:
     """A server on a free port of this machine, ended with the block, and with it all that it has started.
 
@@ -80,6 +81,7 @@ def serving(
         environment: added to this process's; None takes a variable away.
         zygote: the name of one whose fork it shall be.
         log: where what it prints stays.
+        patience: seconds for it to come up.
 
     Raises:
         ThawError: it did not come up; with the last line that it printed.
@@ -90,8 +92,10 @@ def serving(
     begun = time.perf_counter()
     with log.open("wb") as stream, _running(command, stream, variables) as process:
         while not _healthy(port):
-            if has_ended(process.pid) or time.perf_counter() - begun > _PATIENCE:
+            if has_ended(process.pid):
                 raise ThawError(f"the server did not come up: {_last_line(log)}")
+            if time.perf_counter() - begun > patience:
+                raise ThawError(f"the server did not come up within {patience:.0f} s: {_last_line(log)}")
             time.sleep(0.01)
         yield Server(port, model, log, time.perf_counter() - begun)
 
@@ -181,7 +185,7 @@ def _complete(server: Server, prompt: list[int], max_tokens: int, sampling: dict
         "return_token_ids": True,
         "ignore_eos": True,
     }
-    headers = {"Content-Type": "application/json"} | server._authorised()
+    headers = {"Content-Type": "application/json"}
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=_PATIENCE)
     try:
         connection.request("POST", "/v1/completions", json.dumps(body | sampling), headers)

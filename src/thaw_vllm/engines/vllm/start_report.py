@@ -38,6 +38,8 @@ PHASES = (
 _OF_ROLE = {CORE: "engine", WORKER: "worker", HELPER: "helper"}
 _LINES = 100_000
 """Of one file; further ones are skipped."""
+_TICK = 0.02
+"""Seconds by which two notes of when a process was made may differ."""
 _KERNELS = 5
 """That a report tells in lines."""
 _BEFORE = 60.0
@@ -162,9 +164,11 @@ class StartReport:
         for worker in self.compiled:
             counts = worker.get("counts") or {}
             loaded, made = counts.get("aot_artifacts_loaded", 0), counts.get("aot_compiles", 0)
-            why = worker.get("why") or ("what was found could not be loaded; vLLM's log says why" if made else "")
-            why = f" ({why})" if why else ""
-            lines.append(f"compiled code: {loaded} parts loaded, {made} compiled{why}")
+            lines.append(f"compiled code: {loaded} parts loaded, {made} compiled")
+            parts = [one for one in worker.get("parts") or [] if isinstance(one, dict)]
+            lines += [f"  {one['why']}" for one in parts if one.get("why")]
+            if made and not any(one.get("why") for one in parts):
+                lines.append("  what was found could not be loaded; vLLM's log says why")
             kernels = [one for one in worker.get("kernels") or [] if isinstance(one, dict)]
             lines.append(f"kernels of Triton: {len(kernels)} compiled")
             lines += [f"  {one.get('name')}: {one.get('why')}" for one in kernels[:_KERNELS]]
@@ -214,10 +218,14 @@ def read(directory: str | os.PathLike[str]) -> StartReport:
     if not events:
         raise UsageError(f"{str(path)!r} holds no report of a start; {HOW}")
     whole = report(events, skipped, dict(filter(None, map(_imported, sorted(path.glob(f"*{IMPORTED}"))))))
-    started = [(file, one) for file in sorted(path.glob(f"*{COMPILED}")) if (one := _object(file)) is not None]
-    mine = {str(process.pid) for process in whole.processes}
-    compiled = tuple(one for file, one in started if file.name.removesuffix(COMPILED) in mine)
-    return replace(whole, caches=_brought(path / BROUGHT, whole), compiled=compiled)
+    mine = {(process.pid, process.created + whole.began) for process in whole.processes}
+    compiled = []
+    for file in sorted(path.glob(f"*{COMPILED}")):
+        told, pid = _object(file) or {}, file.name.removesuffix(COMPILED)
+        at = told.pop("created", None)
+        if isinstance(at, int | float) and any(str(p) == pid and abs(made - at) < _TICK for p, made in mine):
+            compiled.append(told)
+    return replace(whole, caches=_brought(path / BROUGHT, whole), compiled=tuple(compiled))
 
 
 def _brought(file: Path, report: StartReport) -> dict[str, Any] | None:

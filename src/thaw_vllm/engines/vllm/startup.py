@@ -30,6 +30,8 @@ IMPORTED = ".imported.json"
 """After its pid, the name of the file with what a process has imported."""
 COMPILED = ".compiled.json"
 """Likewise, with what a worker has found of compiled code, and compiled itself (``compiled.report``)."""
+_COMPILING = {"compile", "warm-up", "kernel warm-up", "graphs"}
+"""Phases within which something may be compiled; after the last of them a start is over."""
 _MARK = "_thaw_start"
 _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
@@ -77,7 +79,6 @@ class Recorder:
         self._plugin: float | None = None
         self._inherited: set[str] | None = None  # modules; None of a process that was not forked
         self._imported = 0
-        self._compiled: dict[str, Any] = {}
         self._request: float | None = None
 
     def begin(self) -> None:
@@ -135,7 +136,7 @@ class Recorder:
             with contextlib.suppress(Exception):  # the less important parts
                 self._note_imports()
             with contextlib.suppress(Exception):
-                self._note_compiled()
+                self._note_compiled(phase)
 
     def _note_imports(self) -> None:
         if self._inherited is None:
@@ -146,13 +147,9 @@ class Recorder:
         self._imported = len(found)
         self._replace(IMPORTED, {"created": self._created, "modules": found})
 
-    def _note_compiled(self) -> None:
+    def _note_compiled(self, phase: str) -> None:
         module = sys.modules.get(f"{__package__}.compiled")
-        if module is None or not module.last.state:
-            return
-        found = module.report()
-        if found != self._compiled:
-            self._compiled = found
+        if module is not None and phase in _COMPILING and (found := module.report()) is not None:
             self._replace(COMPILED, {"created": self._created, **found})
 
     def _replace(self, ending: str, document: dict[str, Any]) -> None:

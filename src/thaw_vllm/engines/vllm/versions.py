@@ -936,6 +936,7 @@ _NOT_COMPILED = (
 )
 """Variables that vLLM hashes into the names of compiled code although they only say where it keeps something else, or
 who may ask it. The last is a secret."""
+_REAL = "_thaw_real"
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL")
 
 
@@ -957,43 +958,63 @@ class CompiledName:
     factors: dict[str, Any]
 
 
-def compiled_names(model: torch.nn.Module, config: Any) -> list[CompiledName]:
-    """Of what torch.compile made, or will make, of this model's parts; empty where nothing is compiled.
+def watch_compiling(look: Callable[[Any, str], None]) -> None:
+    """Have ``look`` be called with each part of a model, and vLLM's key of it, just before that is found or compiled.
+
+    ``support_torch_compile`` makes that key in the call in which it compiles (``_model_hash_key`` in
+    vllm/compilation/decorators.py). A second call replaces what the first one gave.
+
+    Raises:
+        UnsupportedError: a vLLM that does it in another way.
+    """
+    real = _get("vllm.compilation.decorators", "_model_hash_key")
+    real = getattr(real, _REAL, real)
+
+    def keyed(function: Any) -> str:
+        key = str(real(function))
+        part = getattr(function, "__self__", None)
+        if part is not None:
+            look(part, key)
+        return key
+
+    setattr(keyed, _REAL, real)
+    vars(importlib.import_module("vllm.compilation.decorators"))["_model_hash_key"] = keyed
+
+
+def compiled_name(config: Any, key: str, instead: str) -> CompiledName:
+    """Of what torch.compile made, or will make, of one part of a model.
 
     vLLM's own functions make both names, the second one from a copy of the configuration whose model has no path.
+
+    Args:
+        config: the part's own, which may be a copy of the engine's.
+        key: of the part (``watch_compiling``).
+        instead: what stands for the model in the place of its path.
 
     Raises:
         UnsupportedError: a vLLM that names it in another way.
     """
-    parts = [part for part in model.modules() if getattr(part, "do_not_compile", True) is False]
-    if not parts or not _get("vllm.envs", "VLLM_USE_AOT_COMPILE"):
-        return []
-    part_key = _get("vllm.compilation.decorators", "_model_hash_key")
+    own, anywhere = ([*_compile_factors(one), key] for one in (config, without_path(config, instead)))
+    anywhere[0], variables = _hash_of_variables()
+    told = {
+        "variables": {n: "set" if _SECRET.search(n) and v else v for n, v in variables.items()},
+        "configuration": anywhere[1],
+        "part": key,
+        "others": [_plain(factor) for factor in anywhere[2:-1]],
+    }
     directory = cache_root() / "torch_compile_cache" / "torch_aot_compile"
-    found = {}
-    for part in parts:
-        key = part_key(part.forward)
-        own, anywhere = ([*_compile_factors(one), key] for one in (config, without_path(config)))
-        anywhere[0], variables = _hash_of_variables()
-        variables = {n: _sha256(repr(v)) if _SECRET.search(n) else v for n, v in variables.items()}
-        names = [_sha256(str(factors)) for factors in (own, anywhere)]
-        told = {
-            "variables": variables,
-            "configuration": anywhere[1],
-            "part": key,
-            "others": [_plain(factor) for factor in anywhere[2:-1]],
-        }
-        found[names[0]] = CompiledName(directory, names[0], names[1], told)
-    return list(found.values())
+    return CompiledName(directory, _sha256(str(own)), _sha256(str(anywhere)), told)
 
 
-def plan_name(config: Any) -> CompiledName | None:
-    """Of the memory that a start measured, as ``compiled_names``; None where that is not kept (see PLAN)."""
+def plan_name(config: Any, instead: str) -> CompiledName | None:
+    """Of the memory that a start measured, as ``compiled_name``; None where that is not kept (see PLAN)."""
     if not _get("vllm.envs", "VLLM_ENABLE_STARTUP_PLAN"):
         return None
     parallel = config.parallel_config
     fingerprint = _get("vllm.v1.worker.startup_plan", "compute_plan_fingerprint")
-    own, anywhere = (fingerprint(one, parallel.rank, parallel.world_size) for one in (config, without_path(config)))
+    own, anywhere = (
+        fingerprint(one, parallel.rank, parallel.world_size) for one in (config, without_path(config, instead))
+    )
     return CompiledName(cache_root() / "startup_plan", own, anywhere, {})
 
 
@@ -1002,10 +1023,10 @@ def cache_root() -> Path:
     return Path(_get("vllm.envs", "VLLM_CACHE_ROOT"))
 
 
-def without_path(config: Any) -> Any:
-    """A copy of vLLM's configuration whose model is not said to be anywhere."""
+def without_path(config: Any, instead: str) -> Any:
+    """A copy of vLLM's configuration whose model is not said to be anywhere; ``instead`` stands for its path."""
     found, model = copy.copy(config), copy.copy(config.model_config)
-    model.model = ""
+    model.model = instead
     found.model_config = model
     return found
 

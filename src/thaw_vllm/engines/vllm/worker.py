@@ -26,7 +26,7 @@ def thaw_outcome(worker: Any) -> dict[str, Any] | None:
     return None if loader.last_outcome is None else dataclasses.asdict(loader.last_outcome)
 
 
-def thaw_compiled(worker: Any) -> dict[str, Any]:
+def thaw_compiled(worker: Any) -> dict[str, Any] | None:
     """What this worker found of earlier starts' compiled code, and what it compiled itself (``compiled.report``)."""
     from . import compiled
 
