@@ -286,3 +286,19 @@ def test_names_of_a_real_configuration(tmp_path, monkeypatch):
     assert str(tmp_path) not in json.dumps(first.factors, default=str)
     monkeypatch.setenv("VLLM_API_KEY", "s3cret")
     assert "s3cret" not in json.dumps(name(tmp_path / "a").factors, default=str)
+
+
+def test_triton_is_prepared_as_in_a_process_that_compiles(vllm, monkeypatch):
+    """PyTorch's own functions, by the names that are called."""
+    from torch._inductor.runtime import compile_tasks
+
+    called = []
+    for name in versions._CHOOSES:
+        assert callable(getattr(compile_tasks, name))
+        monkeypatch.setattr(compile_tasks, name, lambda name=name: called.append(name))
+    vllm("one")
+    start()
+    assert called == list(versions._CHOOSES)
+    monkeypatch.delattr(compile_tasks, versions._CHOOSES[0])
+    monkeypatch.setattr(compile_tasks, versions._CHOOSES[1], lambda: 1 / 0)
+    assert start().state == "new"

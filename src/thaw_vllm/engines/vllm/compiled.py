@@ -99,6 +99,7 @@ def _look(part: Any, key: str) -> None:
     except Exception as error:  # vLLM's own functions, of a version that nobody has tried
         found = Looked(REFUSED, f"{_KEPT}: {type(error).__name__}: {error}")
     _looked[key, found.name] = found
+    versions.prepare_triton()
     if found.why:
         logger.info("%s", found.why)
 

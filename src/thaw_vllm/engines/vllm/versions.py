@@ -981,6 +981,23 @@ def watch_compiling(look: Callable[[Any, str], None]) -> None:
     vars(importlib.import_module("vllm.compilation.decorators"))["_model_hash_key"] = keyed
 
 
+_CHOOSES = ("_set_triton_ptxas_path", "_set_triton_libdevice_path")
+
+
+def prepare_triton() -> None:
+    """Have PyTorch choose Triton's assembler and its library of functions, as it does in a process that compiles.
+
+    ``AsyncCompile.triton`` of torch/_inductor/async_compile.py does so, and code that is loaded does not go through it.
+    Both are in the names of all kernels that Triton compiles afterwards, vLLM's own among them, and the library's
+    functions may round differently. A PyTorch without one of these functions chooses nothing.
+    """
+    with contextlib.suppress(ImportError):
+        tasks = importlib.import_module("torch._inductor.runtime.compile_tasks")
+        for name in _CHOOSES:
+            with contextlib.suppress(Exception):  # then it is as if nothing had been compiled here
+                getattr(tasks, name)()
+
+
 def compiled_name(config: Any, key: str, instead: str) -> CompiledName:
     """Of what torch.compile made, or will make, of one part of a model.
 
