@@ -67,6 +67,75 @@ def test_modules_that_were_imported(told, shown, thaw, start):
     assert thaw("start-report", start, "--json").document["processes"][0]["imported"] == names
 
 
+KERNELS = [{"name": f"k{number}", "why": "there was none of that name"} for number in range(7)]
+LOADED = {
+    "counts": {"aot_artifacts_loaded": 1, "aot_compiles": 0},
+    "parts": [{"state": "found", "why": ""}],
+    "kernels": [],
+}
+COMPILED = {
+    "counts": {"aot_artifacts_loaded": 0, "aot_compiles": 2},
+    "parts": [{"state": "new", "why": "this model is compiled: \x1b[2J"}, {"state": "found", "why": ""}],
+    "kernels": KERNELS,
+}
+NOT_LOADED = LOADED | {"counts": {"aot_compiles": 1}}
+
+
+@pytest.mark.parametrize(
+    ("told", "shown"),
+    [
+        (LOADED, ["compiled code: 1 parts loaded, 0 compiled", "kernels of Triton: 0 compiled"]),
+        (
+            COMPILED,
+            [
+                "compiled code: 0 parts loaded, 2 compiled",
+                r"'  this model is compiled: \x1b[2J'",
+                "kernels of Triton: 7 compiled",
+                *(f"  k{number}: there was none of that name" for number in range(5)),
+                "  and 2 more",
+            ],
+        ),
+        (
+            NOT_LOADED,
+            [
+                "compiled code: 0 parts loaded, 1 compiled",
+                "  what was found could not be loaded; vLLM's log says why",
+                "kernels of Triton: 0 compiled",
+            ],
+        ),
+        ({}, ["compiled code: 0 parts loaded, 0 compiled", "kernels of Triton: 0 compiled"]),
+        ({"parts": 7, "kernels": None, "counts": None}, ["compiled code: 0 parts loaded, 0 compiled"]),
+    ],
+)
+def test_what_was_compiled(told, shown, thaw, start):
+    (start / "7.compiled.json").write_text(json.dumps({"created": 100} | told))
+    ran = thaw("start-report", start)
+    assert ran.code == 0, ran.err
+    lines = [line.removeprefix("caches").strip() for line in ran.out.splitlines() if line.startswith("caches")]
+    assert lines[: len(shown)] == [line.strip() for line in shown]
+    assert thaw("start-report", start, "--json").document["compiled"] == [told]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"created": 99}', '{"created": "soon"}', "{}"])
+def test_of_another_start_and_what_is_damaged(text, thaw, start):
+    """A directory may hold several starts, and a pid comes again."""
+    (start / "7.compiled.json").write_text(text)
+    (start / "8.compiled.json").write_text('{"created": 100}')
+    (start / "caches.json").write_text(text)
+    document = thaw("start-report", start, "--json").document
+    assert document["compiled"] == [] and document["caches"] is None
+
+
+@pytest.mark.parametrize(
+    ("at", "its"), [(100, True), (41, True), (108, True), (39, False), (109, False), (None, False)]
+)
+def test_what_became_of_a_file_of_caches(at, its, thaw, start):
+    said = {"file": "w.thawcaches", "used": False, "said": "caches are not used: why"}
+    (start / "caches.json").write_text(json.dumps({"at": at} | said))
+    assert thaw("start-report", start, "--json").document["caches"] == (said if its else None)
+    assert ("caches are not used: why" in thaw("start-report", start).out) == its
+
+
 def test_page(thaw, start, tmp_path):
     page = tmp_path / "start.html"
     ran = thaw("start-report", start, "--html", page)

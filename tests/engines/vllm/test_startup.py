@@ -12,6 +12,7 @@ import sys
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -177,6 +178,18 @@ class TestRecorder:
         assert (process["phase"], weights["phase"], process["parent"]) == ("process", "weights", os.getpid())
         assert process["begin"] == process["created"] and process["end"] == weights["begin"]
         assert len(written(Path(recorder.directory))) == 2
+
+    def test_a_worker_says_what_it_compiled(self, recorder: startup.Recorder, monkeypatch: pytest.MonkeyPatch):
+        told: dict[str, object] = {"parts": []}
+        module = SimpleNamespace(report=lambda: told or None)
+        monkeypatch.setitem(sys.modules, f"{startup.__package__}.compiled", module)
+        recorder.begin()
+        recorder.span("weights", startup.now())
+        assert start_report.read(recorder.directory).compiled == (), "nothing is compiled by then"
+        for kernels in (1, 2):
+            told["kernels"] = kernels
+            recorder.span("graphs", startup.now())
+            assert start_report.read(recorder.directory).compiled == ({"parts": [], "kernels": kernels},)
 
     def test_a_forked_process_says_what_it_imports(self, recorder: startup.Recorder, tmp_path: Path):
         (tmp_path / "imported_late.py").touch()

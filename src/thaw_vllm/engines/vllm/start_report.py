@@ -162,14 +162,15 @@ class StartReport:
         """What was found compiled and what was not, in lines; empty where nothing is compiled."""
         lines = [] if self.caches is None else [str(self.caches.get("said"))]
         for worker in self.compiled:
-            counts = worker.get("counts") or {}
+            told = worker.get("counts")
+            counts = told if isinstance(told, dict) else {}
             loaded, made = counts.get("aot_artifacts_loaded", 0), counts.get("aot_compiles", 0)
             lines.append(f"compiled code: {loaded} parts loaded, {made} compiled")
-            parts = [one for one in worker.get("parts") or [] if isinstance(one, dict)]
+            parts = _objects(worker.get("parts"))
             lines += [f"  {one['why']}" for one in parts if one.get("why")]
             if made and not any(one.get("why") for one in parts):
                 lines.append("  what was found could not be loaded; vLLM's log says why")
-            kernels = [one for one in worker.get("kernels") or [] if isinstance(one, dict)]
+            kernels = _objects(worker.get("kernels"))
             lines.append(f"kernels of Triton: {len(kernels)} compiled")
             lines += [f"  {one.get('name')}: {one.get('why')}" for one in kernels[:_KERNELS]]
             lines += [f"  and {len(kernels) - _KERNELS} more"] if len(kernels) > _KERNELS else []
@@ -235,6 +236,10 @@ def _brought(file: Path, report: StartReport) -> dict[str, Any] | None:
     begun = report.began
     in_time = isinstance(at, int | float) and begun - _BEFORE <= at <= begun + report.total
     return found if in_time else None
+
+
+def _objects(found: Any) -> list[dict[str, Any]]:
+    return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
 
 
 def _object(file: Path) -> dict[str, Any] | None:
