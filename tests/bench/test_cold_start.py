@@ -457,6 +457,20 @@ def test_other_tokens_than_those_of_the_start_that_was_packed(thaw, model, compi
     assert ran.code == 1 and f"NOT EQUAL: {cold_start.NEW}, thaw (checkpoint)" in ran.err
 
 
+def test_what_was_measured_before_an_interruption_is_kept(thaw, model, compiling, zygote):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    real = compiling.__call__
+    cold_start.fresh.run = lambda *args, **options: (
+        interrupted() if options.get("caches") is not None else real(*args, **options)
+    )
+    ran = thaw("bench", "cold-start", "--model", model, *FROM_A_FILE, "--loader", "checkpoint", "--json")
+    assert ran.code == 130
+    (kept,) = (r for r in json.loads(ran.out)["records"] if r["work"] == cold_start.NEW)
+    assert kept["route"] == "checkpoint-nothing-compiled"
+
+
 def test_what_cannot_be_packed_is_told(thaw, model, compiling):
     compiling.failing = ("thaw",)
     ran = thaw("bench", "cold-start", "--model", model, *FROM_A_FILE, "--loader", "checkpoint", "--json")

@@ -25,9 +25,10 @@ from ..zygote.place import place
 from ..zygote.start import start
 from .new_machine import NewMachine
 from .outcome import Missed, Outcome, Say
-from .record import RUN, Record, file_system_of
+from .record import RUN
+from .start_records import records
 
-LOAD, EAGER, GRAPHS = "vllm-load-weights", "start-eager", "start-graphs"
+EAGER, GRAPHS = "start-eager", "start-graphs"
 SERVER, HEALTHY, HEALTHY_CPU = "server", "server-healthy", "server-healthy-cpu"
 MODES = {"eager": EAGER, "graphs": GRAPHS, SERVER: HEALTHY}
 """What is started: an engine in a program, until its first token; or vLLM's server, eager, until it is healthy."""
@@ -48,7 +49,6 @@ FORMATS = {
 """vLLM's own load formats → the distribution that each needs."""
 QUESTIONS: list[Any] = [list(range(5, 200)), [11, 12, 13]]
 """Token ids: a model of random weights needs no tokenizer and no chat template."""
-BEFORE_FIRST_TOKEN = ("process", "imports", "caches", "engine", "first_token")
 
 
 @dataclass(frozen=True)
@@ -160,46 +160,54 @@ def measure(settings: Settings, say: Say) -> Outcome:
     with _until_terminated(), tempfile.TemporaryDirectory(prefix="thaw-new-", ignore_cleanup_errors=True) as folder:
         machine = NewMachine(Path(folder)) if settings.caches == FILE else None
         try:
-            outcome += _measured(settings, chosen, size, machine, say)
+            _measure(outcome, settings, chosen, size, machine, say)
         except KeyboardInterrupt:
             outcome.interrupted = True
     return outcome
 
 
-def _measured(settings: Settings, chosen: Sequence[Loader], size: int, machine: NewMachine | None, say: Say) -> Outcome:
-    outcome = Outcome()
+def _measure(
+    outcome: Outcome,
+    settings: Settings,
+    chosen: Sequence[Loader],
+    size: int,
+    machine: NewMachine | None,
+    say: Say,
+) -> None:
+    """Add to an outcome, which has what was measured until an interruption."""
     if machine is not None:
-        outcome += _pack(settings, chosen, size, machine, say)
+        for fast in sorted({loader.fast for loader in chosen}):
+            outcome += _pack(fast, settings, chosen, size, machine, say)
         chosen = [loader for loader in chosen if loader.fast in machine.packed]
     with _zygote(settings, machine, say):
         for mode in settings.modes:
             outcome += _mode(mode, chosen, size, settings, machine, say)
             if outcome.interrupted:
                 break
-    return outcome
 
 
-def _pack(settings: Settings, chosen: Sequence[Loader], size: int, machine: NewMachine, say: Say) -> Outcome:
-    """A start with empty caches for each kind of compiled code, which is what a file spares."""
+def _pack(
+    fast: bool, settings: Settings, chosen: Sequence[Loader], size: int, machine: NewMachine, say: Say
+) -> Outcome:
+    """A start with empty caches, of one kind of compiled code, which is what a file spares."""
     outcome = Outcome()
-    for fast in sorted({loader.fast for loader in chosen}):
-        thawing = any(loader.snapshot is not None for loader in chosen)
-        loader = Loader("thaw", (SNAPSHOT if thawing else STREAMED) + FAST * fast + UNPACKED, {}, fast=fast)
-        args = {"enforce_eager": False} | settings.engine_args
-        work, snapshot = NEW, settings.snapshot if thawing else None
-        try:
-            packed = machine.pack(settings.model, snapshot, args, QUESTIONS, settings.max_tokens, fast)
-        except (ThawError, OSError) as error:
-            why = " ".join(str(error).split())[:300]
-            outcome.missed.append(Missed(work, loader.system, loader.route, why))
-            say(f"{work}, {loader.route}: {why}")
-            continue
-        files = len(packed.manifest.members)
-        say(f"{work}, {loader.route}: {packed.seconds:.1f} s; {files} files packed, {packed.size / 1e6:.1f} MB")
-        answers = [packed.answer or {}]
-        extra = {"packed_bytes": packed.size, "files": files, "unpacked_bytes": packed.manifest.size}
-        for record in _records(work, loader, answers, size, settings, answers[0]["outputs"], itself=True):
-            outcome.records.append(replace(record, extra=record.extra | extra))
+    thawing = any(loader.snapshot is not None for loader in chosen)
+    loader = Loader("thaw", (SNAPSHOT if thawing else STREAMED) + FAST * fast + UNPACKED, {}, fast=fast)
+    args = {"enforce_eager": False} | settings.engine_args
+    snapshot = settings.snapshot if thawing else None
+    try:
+        packed = machine.pack(settings.model, snapshot, args, QUESTIONS, settings.max_tokens, fast)
+    except (ThawError, OSError) as error:
+        why = " ".join(str(error).split())[:300]
+        outcome.missed.append(Missed(NEW, loader.system, loader.route, why))
+        say(f"{NEW}, {loader.route}: {why}")
+        return outcome
+    files = len(packed.manifest.members)
+    say(f"{NEW}, {loader.route}: {packed.seconds:.1f} s; {files} files packed, {packed.size / 1e6:.1f} MB")
+    answers = [packed.answer or {}]
+    extra = {"packed_bytes": packed.size, "files": files, "unpacked_bytes": packed.manifest.size}
+    for record in records(NEW, loader, answers, size, settings, answers[0]["outputs"], itself=True):
+        outcome.records.append(replace(record, extra=record.extra | extra))
     return outcome
 
 
@@ -291,10 +299,11 @@ def _mode(
     for loader in answered:
         if machine is None:
             held = _held_against(loader, answered)
-            reference, itself = found[held.route][0]["outputs"], held == loader
+            reference = found[held.route][0]["outputs"]
+            itself = held == loader and not loader.route.startswith(DEFAULT)
         else:
             reference, itself = (machine.packed[loader.fast].answer or {})["outputs"], False
-        outcome.records += _records(work, loader, found[loader.route], size, settings, reference, itself=itself)
+        outcome.records += records(work, loader, found[loader.route], size, settings, reference, itself=itself)
     return outcome
 
 
@@ -430,59 +439,6 @@ def _kept(directory: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise StorageError(f"cannot write to {str(directory)!r}: {error.strerror}; give another --reports") from None
-
-
-def _records(
-    work: str,
-    loader: Loader,
-    answers: Sequence[dict[str, Any]],
-    size: int,
-    settings: Settings,
-    reference: Any,
-    *,
-    itself: bool,
-) -> Iterator[Record]:
-    """Of one loader's starts.
-
-    Args:
-        reference: outputs that its own should equal.
-        itself: whether those are its own.
-    """
-    asked = [answer["seconds"] for answer in answers]
-    equal: bool | None = all(_tokens(answer["outputs"]) == _tokens(reference) for answer in answers)
-    if equal and itself and not loader.route.startswith(DEFAULT):
-        equal = None  # to itself, which says little
-    verified = bool(answers[-1]["reports"]) and answers[-1]["reports"][0].get("verified", "none") != "none"
-    place = file_system_of(loader.snapshot or settings.model)
-    told = {name: [round(s[name], 3) for s in asked if name in s] for name in asked[-1]}
-    extra: dict[str, Any] = {
-        "phases": _phases(answers) or told,
-        "asked": told,
-        "engine_args": settings.engine_args,
-        "logprobs_equal": all(answer["outputs"] == reference for answer in answers),
-    }
-    if any(any(answer.get("compiled") or []) for answer in answers):
-        extra["compiled"] = [answer["compiled"] for answer in answers]
-    starts = [sum(s.get(name, 0.0) for name in BEFORE_FIRST_TOKEN) for s in asked]
-    yield Record(work, loader.system, loader.route, size, starts, "warm", verified, equal, None, extra, place)
-    loads = [s["weights"] for s in asked if "weights" in s]
-    if loads:
-        mode = {"start": work}
-        yield Record(LOAD, loader.system, loader.route, size, loads, "warm", verified, equal, None, mode, place)
-
-
-def _phases(answers: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
-    """Seconds of the wall clock by phase, a list of all runs each; empty where a start has no report."""
-    if not all("report" in answer for answer in answers):
-        return {}
-    runs = [answer["report"].seconds for answer in answers]
-    names = {name for seconds in runs for name in seconds}
-    ordered = [name for name in start_report.PHASES if name in names] + sorted(names - set(start_report.PHASES))
-    return {name: [round(seconds.get(name, 0.0), 4) for seconds in runs] for name in ordered}
-
-
-def _tokens(outputs: Any) -> list[list[int]]:
-    return [output["tokens"] for output in outputs]
 
 
 def _weights(model: Path) -> int:
