@@ -297,7 +297,11 @@ class TestServe:
             (["--model", "m", "--caches", "a.thawcaches", "--trust-caches", "yes"], 2, "takes 'own'"),
             (["--model", "m", "--caches", "none.thawcaches"], 6, "there is no file of caches 'none.thawcaches'"),
             (["--model", "m", "--caches", "none", "--trust-caches", "own"], 6, "make it: thaw caches pack"),
-            (["--register", "a=m", "--caches", "a.thawcaches"], 2, "several models take no --caches"),
+            (
+                ["--register", "a=m", "--caches", "a.thawcaches"],
+                2,
+                "several models take no --caches: give it in the args",
+            ),
             (["--register", "a=m", "--trust-caches", "own"], 2, "unpack each first: thaw caches unpack"),
         ],
     )

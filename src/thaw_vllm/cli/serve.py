@@ -176,7 +176,9 @@ def serve(
                 "several models name their snapshots themselves; leave --snapshot-dir out (see --model-dir)"
             )
         if caches is not None or trust_caches is not None:
-            raise UsageError("several models take no --caches; unpack each first: thaw caches unpack FILE")
+            raise UsageError(
+                "several models take no --caches: give it in the args of each in --models FILE, or unpack it first"
+            )
         for directory in (kv_dir, sessions_dir):
             _require_directory(directory)
         passed = _shared(zygote, require_zygote, fast_start, cache_dir, kv_dir, sessions_dir)
