@@ -302,7 +302,7 @@ class TestServe:
                 2,
                 "several models take no --caches: give it in the args",
             ),
-            (["--register", "a=m", "--trust-caches", "own"], 2, "unpack each first: thaw caches unpack"),
+            (["--register", "a=m", "--trust-caches", "own"], 2, "or unpack it first"),
         ],
     )
     def test_what_is_refused(self, thaw, started, own, home, monkeypatch, words, code, said):
