@@ -96,10 +96,23 @@ def test_the_same_files_are_the_same_bytes(file, here):
     for _, path in found(there):
         os.utime(path, (1, 1))
         path.chmod(0o755)
-    pack(here / "b.thawcaches", reversed(found(there)), dict(reversed(KEY.items())), MADE)
+    written = pack(here / "b.thawcaches", reversed(found(there)), dict(reversed(KEY.items())), MADE)
     assert (here / "b.thawcaches").read_bytes() == file.read_bytes()
+    caches = read(file)
+    assert (written.manifest, written.sha256, written.size) == (caches.manifest, caches.sha256, caches.size)
     pack(here / "c.thawcaches", found(there), KEY | {"gpu": "none"}, MADE)
     assert (here / "c.thawcaches").read_bytes() != file.read_bytes()
+
+
+@pytest.mark.parametrize("umask", [0, 0o002, 0o027, 0o077])
+def test_directories_are_private_whatever_the_umask(file, here, umask):
+    before = os.umask(umask)
+    try:
+        unpack(read(file), at(here / "target"))
+    finally:
+        os.umask(before)
+    modes = {path.stat().st_mode & 0o777 for path in (here / "target").rglob("*") if path.is_dir()}
+    assert modes == {0o700} and tree(here / "target") == FILES
 
 
 def test_what_is_there_stays(file, here):
@@ -122,7 +135,8 @@ def test_one_that_another_start_brings_meanwhile(file, here, monkeypatch):
         link(source, target)
 
     monkeypatch.setattr(os, "link", late)
-    unpack(read(file), at(here / "target"))
+    done = unpack(read(file), at(here / "target"))
+    assert done == Unpacked(written=0, present=5, bytes=0, unwanted=0)
     assert set(tree(here / "target").values()) == {b"of another"}
 
 
@@ -216,6 +230,13 @@ def test_nothing_to_pack(here):
 def test_too_much_to_pack(here, monkeypatch, limit):
     monkeypatch.setattr(packing, limit, 4)
     with pytest.raises(UsageError, match="too many, or too large"):
+        pack(here / "a", found(lay(here / "source")), KEY, MADE)
+    assert not (here / "a").exists()
+
+
+def test_names_that_are_too_long_to_pack(here, monkeypatch):
+    monkeypatch.setattr(packing, "MAX_MANIFEST", 100)
+    with pytest.raises(UsageError, match="too long"):
         pack(here / "a", found(lay(here / "source")), KEY, MADE)
     assert not (here / "a").exists()
 
@@ -351,6 +372,14 @@ def test_a_place_that_will_not_do(file, here, monkeypatch, prepare, said):
     assert tree(here) == before and not any((here / "good").rglob("*/*"))
 
 
+def test_a_file_where_a_directory_is_needed(file, here):
+    lay(here / "target", {"triton/K": b"mine"})
+    with pytest.raises(StorageError, match="cannot be written"):
+        unpack(read(file), at(here / "target"))
+    left = tree(here / "target")
+    assert left.pop("triton/K") == b"mine" and left.items() <= FILES.items()
+
+
 def trace(caches, target):
     """The calls to the system that unpacking makes, in order."""
     with pytest.MonkeyPatch.context() as patch:
@@ -360,9 +389,10 @@ def trace(caches, target):
 
 
 def test_killed_at_each_call(here, monkeypatch):
-    """What is left is whole, and the next start brings the rest."""
+    """What is left is whole, a list of kernels not there before them; and the next start brings the rest."""
     monkeypatch.setattr(unpacking, "THREADS", 1)
-    contents = {"triton/K/a": b"a" * 100, "triton/K/b": b"b" * 200, "vllm/c": b"c"}
+    listed = "triton/K/__grp__a.json"
+    contents = {"triton/K/a": b"a" * 100, listed: b"{}", "vllm/c": b"c"}
     pack(here / "a", found(lay(here / "source", contents)), KEY, MADE)
     caches = read(here / "a")
     names = trace(caches, here / "trace")
@@ -378,6 +408,7 @@ def test_killed_at_each_call(here, monkeypatch):
         assert in_child(work) == 9, name
         left = tree(target)
         assert left.items() <= contents.items(), (number, name)
+        assert listed not in left or "triton/K/a" in left, (number, name)
         written.add(len(left))
         assert unpack(caches, at(target)).present == len(left)
         assert tree(target) == contents, (number, name)
