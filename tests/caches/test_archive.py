@@ -15,7 +15,7 @@ from thaw_vllm.caches.archive import read
 from thaw_vllm.caches.packing import pack
 from thaw_vllm.caches.places import Place, empty, files, places
 from thaw_vllm.caches.unpacking import Unpacked, unpack
-from thaw_vllm.errors import ExistsError, FormatError, SpaceError, StorageError, UsageError
+from thaw_vllm.errors import ExistsError, SpaceError, StorageError, UsageError
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -244,7 +244,7 @@ def test_names_that_are_too_long_to_pack(here, monkeypatch):
 def test_what_may_not_travel_is_not_packed(here):
     (here / "f").touch()
     for name in ("vllm/a.lock", "f", "../f", "vllm/gpu_p2p_access_cache_for_0.json"):
-        with pytest.raises(FormatError):
+        with pytest.raises(UsageError):
             pack(here / "a", [(name, here / "f")], KEY, MADE)
     assert sorted(tree(here)) == ["f"]
 
@@ -443,3 +443,26 @@ def test_failed_at_each_call(here, monkeypatch, error):
         assert tree(target).items() <= contents.items(), (number, name)
         assert not [*target.rglob("*.thaw-part")], (number, name)
     assert failed > 8
+
+
+@pytest.mark.parametrize("name", ["n" * 236, "ü" * 118, "a\udcff", "a\nb", "a\\b"])
+def test_names_that_no_machine_takes_are_left_out(here, name):
+    """Written under a longer name first, one must be shorter than a file system's limit."""
+    place = lay(here / "source", {"vllm/a": b"a"})
+    (here / "source/vllm" / name).write_bytes(b"b")
+    assert [path for path, _ in found(place)] == ["vllm/a"]
+    with pytest.raises(UsageError, match="no path in a cache"):
+        pack(here / "a", [(f"vllm/{name}", here / "source/vllm/a")], KEY, MADE)
+
+
+def test_the_longest_name(here):
+    place = lay(here / "source", {"vllm/" + "n" * 235: b"a"})
+    pack(here / "a", found(place), KEY, MADE)
+    assert unpack(read(here / "a"), at(here / "target")).written == 1
+
+
+@pytest.mark.parametrize(("key", "made"), [({"gpu": "x" * 1001}, {}), ({}, {"a": float("nan")})])
+def test_what_could_not_be_read_is_not_published(here, key, made):
+    with pytest.raises(UsageError, match="this cannot be packed"):
+        pack(here / "a", found(lay(here / "source")), key, made)
+    assert not (here / "a").exists()

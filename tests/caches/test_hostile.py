@@ -12,17 +12,18 @@ import tracemalloc
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import thaw_vllm.caches
-from thaw_vllm.caches import archive
+from thaw_vllm.caches import archive, places
 from thaw_vllm.caches.archive import MANIFEST, read
 from thaw_vllm.caches.places import Place
 from thaw_vllm.caches.unpacking import unpack
-from thaw_vllm.errors import CorruptionError, FormatError, StorageError, ThawError, VersionError
+from thaw_vllm.errors import CorruptionError, FormatError, ReplacedError, StorageError, ThawError, VersionError
 
 MIB = 1 << 20
 FILES = {"vllm/a/x": b"compiled" * 20, "triton/K/k.cubin": bytes(range(256))}
@@ -148,7 +149,7 @@ PATHS = {
     "delete": "vllm/\x7f",
     "an escape": "vllm/\x1b[2J",
     "a C1 control character": "vllm/\x9b2J",
-    "too deep": "vllm/" + "d/" * archive.MAX_DEPTH + "evil",
+    "too deep": "vllm/" + "d/" * places.MAX_DEPTH + "evil",
     "a part too long": "vllm/" + "n" * 256,
     "too long": "vllm/" + "/".join(["n" * 200] * 6),
 }
@@ -361,7 +362,7 @@ def test_each_limit(tmp_path, monkeypatch, limit, most, word):
 
 def test_just_within_each_limit(tmp_path, monkeypatch):
     """So that what is refused above is refused for its size."""
-    deep = "vllm/" + "d/" * (archive.MAX_DEPTH - 2) + "x"
+    deep = "vllm/" + "d/" * (places.MAX_DEPTH - 2) + "x"
     long = "/".join(["vllm", *["n" * 200] * 5])
     contents = {**FILES, deep: b"", long + "n" * (1024 - len(long)): b"", "vllm/" + "m" * 200: b""}
     data = sound(contents)
@@ -564,3 +565,72 @@ def test_no_source_of_it_knows_how_to_load_one():
         names = {node.id for node in nodes if isinstance(node, ast.Name)}
         assert not modules & {"pickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "torch", "runpy"}, path
         assert not names & {"eval", "exec", "__import__"}, path
+
+
+def test_a_small_file_takes_a_small_memory(tmp_path):
+    (tmp_path / "x").write_bytes(sound())
+    tracemalloc.start()
+    read(tmp_path / "x")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20
+
+
+def test_what_cannot_be_read_leaves_no_descriptor(tmp_path):
+    before = len(os.listdir("/proc/self/fd"))
+    for path in (tmp_path, tmp_path / "none", "a\0b"):
+        with pytest.raises(StorageError):
+            read(path)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_file_that_grows_meanwhile(tmp_path, monkeypatch):
+    (tmp_path / "x").write_bytes(sound() + b"more")
+    real = os.fstat
+    smaller = SimpleNamespace(st_mode=real(0).st_mode, st_size=len(sound()))
+
+    def fstat(descriptor):
+        found = real(descriptor)
+        if found.st_size == len(sound()) + 4:
+            smaller.st_mode = found.st_mode
+            return smaller
+        return found
+
+    monkeypatch.setattr(archive.os, "fstat", fstat)
+    with pytest.raises(ReplacedError, match="was written to while it was read"):
+        read(tmp_path / "x")
+
+
+def test_a_member_of_no_name(tmp_path):
+    (tmp_path / "x").write_bytes(zipped([*entries(), Entry(b"", b"")]))
+    with pytest.raises(FormatError):
+        read(tmp_path / "x")
+
+
+@pytest.mark.parametrize("name", [b"thaw-caches.json", b"vllm/a/x"])
+def test_an_offset_beyond_every_file(tmp_path, name):
+    """In a field of ZIP64 that a member may have where the file is none."""
+    data = sound()
+    end = len(data) - 22
+    at = begin = struct.unpack("<I", data[end + 16 : end + 20])[0]
+    out = b""
+    while at < end:
+        size = struct.unpack("<H", data[at + 28 : at + 30])[0]
+        head, extra = bytearray(data[at : at + 46]), b""
+        if data[at + 46 : at + 46 + size] == name:
+            extra = struct.pack("<HHQ", 1, 8, 2**64 - 1)
+            head[42:46], head[30:32] = b"\xff" * 4, struct.pack("<H", len(extra))
+        out += head + data[at + 46 : at + 46 + size] + extra
+        at += 46 + size
+    length = struct.pack("<I", len(out))
+    (tmp_path / "x").write_bytes(data[:begin] + out + data[end : end + 12] + length + data[end + 16 :])
+    with pytest.raises(FormatError):
+        caches = read(tmp_path / "x")
+        [caches.read(member) for member in caches.manifest.members]
+
+
+@pytest.mark.parametrize("version", [True, 1.0, "1", None])
+def test_a_version_that_is_no_number(tmp_path, version):
+    (tmp_path / "x").write_bytes(sound(manifest=told(version=version)))
+    with pytest.raises(VersionError):
+        read(tmp_path / "x")

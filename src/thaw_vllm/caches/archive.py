@@ -16,10 +16,10 @@ import zlib
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import CorruptionError, FormatError, StorageError, VersionError
+from ..errors import CorruptionError, FormatError, ReplacedError, StorageError, VersionError
 from ..format import document
 from ..format.document import array, integer, mapping, text
-from .places import carried
+from .places import carried, is_path
 
 SUFFIX = ".thawcaches"
 MANIFEST = "thaw-caches.json"
@@ -31,16 +31,18 @@ MAX_BYTES = 8 << 30
 """Of all members."""
 MAX_MEMBERS = 50_000
 MAX_MANIFEST = 16 << 20
-MAX_DEPTH = 24
-_MAX_PATH = 1024
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-_COMPONENT = re.compile(r"[^/\\\x00-\x1f\x7f]{1,255}")
 _END = struct.Struct("<4s4H2LH")
 """Of a ZIP: signature, disks, members (twice), bytes of their list, where it is, bytes of a comment."""
 _ENTRY = 46
 """Bytes of a member in that list, less its name, and what may follow it."""
 _LENGTHS = (28, 30, 32)
 """Where these bytes have the lengths of both."""
+_MALFORMED = (
+    *(zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, NotImplementedError),
+    *(ArithmeticError, LookupError, ValueError),
+)
+"""What ``zipfile`` raises where a file is not what it should be; the last three are of numbers in it."""
 _NAMES = 16 << 20
 """Bytes of all names in that list."""
 
@@ -151,7 +153,7 @@ def parse(whole: Whole) -> Caches:
     try:
         archive = zipfile.ZipFile(io.BytesIO(data))
         infos = archive.infolist()
-    except (zipfile.BadZipFile, ValueError, OverflowError, NotImplementedError, EOFError, LookupError) as error:
+    except _MALFORMED as error:
         raise FormatError(f"{shown} is no file of caches: {error}") from None
     if not infos or infos[0].filename != MANIFEST:
         raise FormatError(f"{shown} is no file of caches: it does not begin with {MANIFEST}")
@@ -168,17 +170,22 @@ def parse(whole: Whole) -> Caches:
 def _whole(path: str | os.PathLike[str], shown: str) -> bytes:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        with open(descriptor, "rb") as file:
-            found = os.fstat(descriptor)
-            if not stat.S_ISREG(found.st_mode):
-                raise StorageError(f"{shown} is no plain file")
-            if found.st_size > MAX_FILE:
-                raise FormatError(f"{shown} has {found.st_size} bytes; {MAX_FILE} are the most")
-            data = file.read(MAX_FILE + 1)
+    except (OSError, ValueError) as error:  # the latter of a name with a zero in it
+        raise StorageError(f"{shown} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise StorageError(f"{shown} cannot be read: it is no plain file")
+        if found.st_size > MAX_FILE:
+            raise FormatError(f"{shown} has {found.st_size} bytes; {MAX_FILE} are the most")
+        with open(descriptor, "rb", closefd=False) as file:
+            data = file.read(found.st_size + 1)
     except OSError as error:
         raise StorageError(f"{shown} cannot be read: {error.strerror or error}") from None
-    if len(data) > MAX_FILE:
-        raise FormatError(f"{shown} has more than {MAX_FILE} bytes")
+    finally:
+        os.close(descriptor)
+    if len(data) > found.st_size:
+        raise ReplacedError(f"{shown} was written to while it was read")
     return data
 
 
@@ -203,7 +210,7 @@ def _check_end(data: bytes, shown: str) -> None:
 def _check_member(info: zipfile.ZipInfo, shown: str) -> None:
     what = f"{shown}: the member {info.filename[:200]!r}"
     kind = stat.S_IFMT(info.external_attr >> 16)
-    if info.is_dir() or kind not in (0, stat.S_IFREG):
+    if not info.filename or info.filename.endswith("/") or kind not in (0, stat.S_IFREG):
         raise FormatError(f"{what} is no plain file")
     if info.flag_bits & 0x1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise FormatError(f"{what} is encrypted, or compressed in a way that is not known here")
@@ -217,7 +224,7 @@ def _decompressed(archive: zipfile.ZipFile, member: Member, shown: str) -> bytes
     try:
         with archive.open(member.path) as file:
             return file.read(member.size + 1)
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, OSError) as error:
+    except _MALFORMED as error:
         raise CorruptionError(f"{shown} is damaged: {member.path!r}: {error}; copy the file again") from None
 
 
@@ -226,7 +233,7 @@ def _manifest(data: bytes, shown: str) -> Manifest:
     found = document.parse(data, what)
     if found.get("format") != "thaw caches":
         raise FormatError(f"{shown} is no file of caches")
-    if found.get("version") != VERSION:
+    if type(found.get("version")) is not int or found["version"] != VERSION:
         raise VersionError(f"{shown} has version {found.get('version')!r}; this build reads {VERSION}: upgrade thaw")
     key = {text(k, what, 100): text(v, f"{what}: {k}", 1000) for k, v in mapping(found.get("key"), what).items()}
     members = []
@@ -244,9 +251,7 @@ def _manifest(data: bytes, shown: str) -> Manifest:
 
 def check_path(path: str, what: str) -> None:
     """Refuse what does not lie below a place, or is never carried."""
-    parts = path.split("/")
-    sound = 2 <= len(parts) <= MAX_DEPTH and len(path.encode()) <= _MAX_PATH
-    if not sound or not all(_COMPONENT.fullmatch(part) and part not in (".", "..") for part in parts):
+    if not is_path(path):
         raise FormatError(f"{what}: {path[:200]!r} is no path in a cache")
     if not carried(path):
         raise FormatError(f"{what}: {path[:200]!r} is nothing that travels")

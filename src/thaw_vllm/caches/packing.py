@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import StorageError, UsageError
+from ..errors import FormatError, StorageError, UsageError
 from ..format.document import canonical
 from ..transport.writer import StagedFile
 from .archive import (
@@ -25,9 +25,11 @@ from .archive import (
     VERSION,
     Manifest,
     Member,
-    check_path,
+    Whole,
+    parse,
 )
 from .groups import relative
+from .places import carried, is_path
 
 _MADE = (1980, 1, 1, 0, 0, 0)
 """When each member says it was made, so that the same caches are the same file."""
@@ -65,6 +67,9 @@ def pack(
         UsageError: there is nothing to pack, or too much.
         ExistsError, SpaceError, StorageError: as for any file; nothing was published.
     """
+    files = list(files)
+    if wrong := [name for name, _ in files if not is_path(name) or not carried(name)]:
+        raise UsageError(f"{wrong[0]!r} cannot be packed: it is no path in a cache, or nothing that travels")
     contents = {name: relative(name, _read(source), source.parent) for name, source in files}
     if not contents:
         raise UsageError("there is nothing to pack: nothing was compiled")
@@ -75,9 +80,10 @@ def pack(
         Member(name, len(data), hashlib.sha256(data).hexdigest()) for name, data in sorted(contents.items())
     )
     manifest = Manifest(dict(key), dict(made), members)
-    for member in members:
-        check_path(member.path, repr(os.fspath(path)))
-    told = canonical(_told(manifest))
+    try:
+        told = canonical(_told(manifest))
+    except ValueError as error:
+        raise UsageError(f"this cannot be packed: {error}") from None
     if len(told) > MAX_MANIFEST:
         raise UsageError(f"the names of {len(sizes)} files are too long for one file of caches")
     whole = io.BytesIO()
@@ -85,11 +91,16 @@ def pack(
         archive.writestr(_info(MANIFEST), told)
         for member in members:
             archive.writestr(_info(member.path), contents[member.path])
-    data = whole.getbuffer()
+    data = whole.getvalue()
+    written = Whole(repr(os.fspath(path)), data, hashlib.sha256(data).hexdigest())
+    try:
+        parse(written)  # what is published can be read
+    except FormatError as error:
+        raise UsageError(f"this cannot be packed: {error}") from None
     with StagedFile(path, len(data), force=force) as staged:
         staged.write(0, data)
         staged.publish()
-    return Written(manifest, hashlib.sha256(data).hexdigest(), len(data))
+    return Written(manifest, written.sha256, len(data))
 
 
 def _read(path: Path) -> bytes:

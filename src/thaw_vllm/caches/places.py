@@ -14,6 +14,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+MAX_DEPTH = 24
+"""Parts of a path."""
+_MAX_PATH, _MAX_NAME = 1024, 235
+"""Bytes of a path and of a part; while a file is written its name has 20 more."""
 TRITON, VLLM = "triton", "vllm"
 
 
@@ -82,6 +86,19 @@ _LEFT_OUT = re.compile(
 or was being made."""
 
 
+def is_path(path: str) -> bool:
+    """Whether it can be one: a place's name and parts below it, which every file system takes, staged names as well."""
+    parts = path.split("/")
+    if not 2 <= len(parts) <= MAX_DEPTH or not path.isprintable() or "\\" in path:
+        return False
+    sizes = [len(part.encode()) for part in parts]
+    return (
+        sum(sizes) + len(parts) - 1 <= _MAX_PATH
+        and all(1 <= size <= _MAX_NAME for size in sizes)
+        and not ({".", ".."} & {*parts})
+    )
+
+
 def carried(path: str) -> bool:
     """Whether a path, relative and beginning with a place's name, is what another machine can use."""
     return _LEFT_OUT.search(path) is None
@@ -94,7 +111,7 @@ def files(place: Place) -> Iterator[tuple[str, Path]]:
         for name in sorted(names):
             path = Path(folder, name)
             relative = f"{place.name}/{path.relative_to(place.directory).as_posix()}"
-            if carried(relative) and path.is_file() and not path.is_symlink():
+            if is_path(relative) and carried(relative) and path.is_file() and not path.is_symlink():
                 yield relative, path
 
 

@@ -106,7 +106,7 @@ def _read(path: Path) -> list[str]:
 
 def _opened(path: Path, flags: int) -> IO[str]:
     try:
-        descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
     except OSError as error:
         raise StorageError(f"the list of your own caches, {str(path)!r}: {error.strerror or error}") from None
     found = os.fstat(descriptor)
@@ -120,4 +120,4 @@ def _opened(path: Path, flags: int) -> IO[str]:
 
 
 def _digests(text: str) -> list[str]:
-    return [line for line in text.split() if _DIGEST.fullmatch(line)]
+    return [line.lower() for line in text.split() if _DIGEST.fullmatch(line)]

@@ -158,13 +158,18 @@ def unpack(
     from ..caches import archive, places, unpacking
     from ..engines.vllm.caches import needed, require_machine, require_trust
     from ..engines.vllm.fast_start import BUNDLE, cache_variables
+    from ..errors import StorageError
 
     whole = archive.fetch(path)
     require_trust(whole, trust_caches, os.environ)
     caches = archive.parse(whole)
     require_machine(caches)
     environment = dict(os.environ) | cache_variables(cache_dir)
-    done = unpacking.unpack(caches, places.places(environment))
+    try:
+        there = places.places(environment)
+    except RuntimeError as error:
+        raise StorageError(f"nothing is unpacked: {error}; --cache-dir names a directory") from None
+    done = unpacking.unpack(caches, there)
     chosen = os.environ.get(BUNDLE)
     variables = {} if chosen == "1" else needed(caches.manifest, {n: v for n, v in environment.items() if n != BUNDLE})
     if as_json:
@@ -187,12 +192,18 @@ def info(path: File, as_json: Json = False) -> None:
     Nothing is unpacked, and nothing in it is executed.
     """
     from ..caches import archive, machine, trust
+    from ..errors import StorageError
 
     whole = archive.fetch(path)
     caches = archive.parse(whole)
     manifest, here = caches.manifest, machine.key()
     differs = machine.differences(manifest.key, here)
-    own = trust.why_not(whole, trust.OWN, os.environ) is None
+    try:
+        own = trust.why_not(whole, trust.OWN, os.environ) is None
+    except StorageError as error:
+        own, packed_here = None, f"unknown: {error}"
+    else:
+        packed_here = "yes: --trust-caches own" if own else "no"
     by_place: dict[str, list[int]] = {}
     for member in manifest.members:
         by_place.setdefault(member.path.partition("/")[0], []).append(member.size)
@@ -211,7 +222,7 @@ def info(path: File, as_json: Json = False) -> None:
         )
         return
     rows = [("file", f"{plain(str(path))} ({size(caches.size)}, {size(manifest.size)} unpacked)")]
-    rows += [("sha256", caches.sha256), ("packed here", "yes: --trust-caches own" if own else "no")]
+    rows += [("sha256", caches.sha256), ("packed here", plain(packed_here))]
     rows += [(name, plain(value)) for name, value in manifest.key.items()]
     rows += [(f"made: {plain(name)}", plain(str(value))) for name, value in manifest.made.items()]
     rows.append(("this machine", "is the same" if not differs else plain("differs: " + "; ".join(differs))))

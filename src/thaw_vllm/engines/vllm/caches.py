@@ -321,10 +321,9 @@ def bring(
     trust.check_word(trusted)
     try:
         found = _bring(path, trusted, environment)
-    except ThawError as error:
-        found = Brought(False, f"caches are not used: {error}", {}, {})
-    except RuntimeError as error:  # no home
-        found = Brought(False, f"caches are not used: {error}", {}, {})
+    except Exception as error:  # no start fails for a file that was to make it shorter
+        kind = "" if isinstance(error, (ThawError, RuntimeError)) else f"{type(error).__name__}: "
+        found = Brought(False, f"caches are not used: {kind}{error}", {}, {})
     if report:
         _note(Path(report), path, found)
     return found
