@@ -18,8 +18,8 @@ def main(request_path: str, answer_path: str) -> None:
 
     The request holds ``started`` (``time.time()`` of the parent just before it started this process), ``action``
     (one of those below), ``model`` (or null), ``snapshot`` (or null for vLLM's default loader),
-    ``engine_args``, ``questions`` (chat messages' texts, or lists of token ids), ``max_tokens`` and ``caches`` (a file
-    of caches that was packed here, to be unpacked first, or null); for ``kv`` also ``kv``: the file's ``path``, whether
+    ``engine_args``, ``questions`` (chat messages' texts, or lists of token ids), ``max_tokens`` and maybe ``caches`` (a
+    file of caches that was packed here, to be unpacked first); for ``kv`` also ``kv``: the file's ``path``, whether
     to ``freeze`` it (else it is restored), and the ``model_id``; for ``fork`` and ``rollouts`` ``fork``, which
     ``sessions/showing.py`` and ``sessions/rolling.py`` know.
     """
@@ -51,8 +51,8 @@ def _engine(request: dict[str, Any], seconds: dict[str, float]) -> Any:
     from vllm import LLM
 
     seconds["imports"] = time.perf_counter() - start
-    if request["caches"] is not None:
-        _bring(request["caches"], seconds)
+    if (caches := request.get("caches")) is not None:
+        _bring(caches, seconds)
     start = time.perf_counter()
     if request["snapshot"] is None:
         llm = LLM(model=request["model"], **request["engine_args"])
