@@ -31,7 +31,7 @@ _HOMES = {
     "freeze_model_pipelined": "weights.module",
     "freeze_model_tp": "engines.vllm.api",
     "load": "engines.vllm.api",
-    "pack_caches": "engines.vllm.caches",
+    "pack_caches": "engines.vllm.packing",
     "park": "engines.vllm.swap.parked",
     "park_async": "engines.vllm.swap.parked",
     "pin": "weights.pinned",
@@ -96,7 +96,6 @@ __all__ = [
 if TYPE_CHECKING:
     from .engines.transformers.cache import freeze_cache, restore_cache
     from .engines.vllm.api import freeze_model_tp, load
-    from .engines.vllm.caches import pack_caches
     from .engines.vllm.kv.api import (
         expect_kv_restore,
         expect_kv_restore_async,
@@ -108,6 +107,7 @@ if TYPE_CHECKING:
         restore_kv_cache_tp,
     )
     from .engines.vllm.loader import ThawModelLoader
+    from .engines.vllm.packing import pack_caches
     from .engines.vllm.sessions.api import checkout, checkout_async, checkpoint, checkpoint_async, resume
     from .engines.vllm.sessions.forking import fork, fork_async
     from .engines.vllm.sessions.pool import ForkPool

@@ -7,7 +7,7 @@ import pytest
 
 from thaw_vllm.caches import archive
 from thaw_vllm.cli.freeze import parse_engine_arg
-from thaw_vllm.engines.vllm import api, caches
+from thaw_vllm.engines.vllm import api, packing
 from thaw_vllm.errors import ExistsError, UsageError
 from thaw_vllm.weights.freeze import FreezeReport
 
@@ -218,10 +218,10 @@ class TestWithCaches:
             if "error" in found:
                 raise found["error"]
             manifest = archive.Manifest({}, {}, ())
-            return caches.Packed(str(path), "5ha", 7, manifest, 1.0)
+            return packing.Packed(str(path), "5ha", 7, manifest, 1.0)
 
         monkeypatch.setattr("thaw_vllm.cli.freeze.subprocess.run", run)
-        monkeypatch.setattr(caches, "pack", pack)
+        monkeypatch.setattr(packing, "pack", pack)
         return found
 
     def test_both_are_given_what_was_given(self, thaw, asked, tmp_path):

@@ -12,8 +12,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
-from thaw_vllm.caches import places
-from thaw_vllm.engines.vllm import caches, fresh
+from tests.engines.vllm.test_caches import packed_and_moved
 
 ARGS = {"max_model_len": 512, "kv_cache_memory_bytes": 256 << 20, "enforce_eager": False}
 ARGS |= {"compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8]}}
@@ -35,31 +34,13 @@ def elsewhere(directory: Path) -> str:
 
 def test_nothing_is_compiled_again(checkpoints: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Another model directory, another home, and vLLM itself under another path."""
-    monkeypatch.setenv("THAW_STATE_DIR", str(tmp_path / "state"))
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    first, second = tmp_path / "model", tmp_path / "elsewhere" / "the-model"
-    shutil.copytree(checkpoints("tied"), first)
-    done = caches.pack(tmp_path / "w.thawcaches", str(first), offline=ARGS)
+
+    def more() -> dict[str, str]:
+        return {"PYTHONPATH": elsewhere(tmp_path / "site")}
+
+    done, answer, home = packed_and_moved(checkpoints("tied"), tmp_path, monkeypatch, ARGS, more)
     assert done.compiled == 1 and done.answer is not None
     assert done.answer["compiled"][0]["counts"]["aot_compiles"] == 1
-    second.parent.mkdir()
-    first.rename(second)
-    home = tmp_path / "another home"
-    answer = fresh.run(
-        "ask",
-        model=str(second),
-        snapshot=None,
-        engine_args=ARGS | {"load_format": "thaw"},
-        questions=[caches._prompt(n) for n in caches._PROMPTS if n + 16 < ARGS["max_model_len"]],  # type: ignore[operator]
-        max_tokens=16,
-        environment={
-            "HOME": str(home),
-            "PYTHONPATH": elsewhere(tmp_path / "site"),
-            "THAW_START_REPORT": str(tmp_path / "report"),
-        },
-        removed=[*places.empty(tmp_path), *places.UNSET, "XDG_CACHE_HOME"],
-        caches=done.path,
-    )
     (found,) = answer["compiled"]
     assert [one["state"] for one in found["parts"]] == ["found"], found
     assert found["counts"]["aot_artifacts_loaded"] == 1 and found["counts"]["aot_compiles"] == 0

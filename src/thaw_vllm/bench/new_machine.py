@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..caches import places
-from ..engines.vllm.caches import SUFFIX, Packed, pack
+from ..engines.vllm.caches import SUFFIX
+from ..engines.vllm.packing import Packed, pack
 
 
 @dataclass

@@ -11,9 +11,10 @@ import platform
 import re
 import subprocess
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 DISTRIBUTIONS = ("torch", "triton", "flashinfer-python", "nvidia-cutlass-dsl", "deep-gemm")
 """Libraries that compile, or whose code is compiled."""
@@ -45,12 +46,17 @@ def key() -> dict[str, str]:
 
 def differences(there: dict[str, str], here: dict[str, str]) -> list[str]:
     """What is not the same, as ``name (theirs, here ours)``."""
-    names = sorted(there.keys() | here.keys())
     return [
-        f"{name} ({there.get(name, 'none')}, here {here.get(name, 'none')})"
-        for name in names
-        if there.get(name) != here.get(name)
+        f"{name} ({'none' if theirs is None else theirs}, here {'none' if ours is None else ours})"
+        for name, theirs, ours in differing(there, here)
     ]
+
+
+def differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Names that two have different values of, in order, with both; None for one that has none."""
+    for name in sorted(there.keys() | here.keys()):
+        if there.get(name) != here.get(name):
+            yield name, there.get(name), here.get(name)
 
 
 def _version(name: str) -> str | None:

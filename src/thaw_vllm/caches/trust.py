@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import IO
 
 from ..errors import StorageError, UsageError
-from ..transport.private import private
+from ..transport.private import STATE as VARIABLE
+from ..transport.private import private, state_path
 from ..transport.writer import StagedFile
 from .archive import Whole
 
 OWN = "own"
-VARIABLE = "THAW_STATE_DIR"
 _DIGEST = re.compile(r"[0-9a-fA-F]{64}")
 _MOST = 1 << 20
 """Bytes of the list: some 16,000 files, the newest."""
@@ -28,9 +28,7 @@ _MOST = 1 << 20
 
 def own_list(environment: Mapping[str, str]) -> Path:
     """The file that names what this user has packed here, a SHA-256 a line."""
-    chosen, home = environment.get(VARIABLE), environment.get("XDG_STATE_HOME")
-    base = Path(chosen) if chosen else Path(home or Path.home() / ".local" / "state") / "thaw"
-    return Path(os.path.abspath(base)) / "own-caches"
+    return state_path(environment) / "own-caches"
 
 
 def check_word(trust: str | None) -> None:

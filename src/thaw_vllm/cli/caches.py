@@ -71,7 +71,7 @@ def pack(
     The server listens on a free port of 127.0.0.1, is asked a few completions, and is ended. It takes as long as a
     first start does, and needs the GPU.
     """
-    from ..engines.vllm import caches as packing
+    from ..engines.vllm import packing
     from ..engines.vllm.api import check_model, check_sizes, require_vllm_installed
     from ..engines.vllm.command_line import given
     from ..errors import UsageError

@@ -120,8 +120,9 @@ def _with_caches(
         given: options by the names of engine arguments.
         engine_arg: as on the command line.
     """
-    from ..engines.vllm.caches import beside, check_arguments, pack
+    from ..engines.vllm.caches import beside
     from ..engines.vllm.command_line import options
+    from ..engines.vllm.packing import check_arguments, pack
     from ..errors import ThawError
     from ..transport.writer import check_target
 

@@ -10,8 +10,9 @@ import time
 from pathlib import Path
 
 from ..errors import StorageError
+from ..transport.private import STATE as VARIABLE
+from ..transport.private import state_path
 
-VARIABLE = "THAW_STATE_DIR"
 KEPT = 20
 """Reports of starts, and logs of pools, that are kept."""
 
@@ -22,9 +23,7 @@ def state_directory() -> Path:
     Raises:
         StorageError: it cannot be made, belongs to somebody else, or others may write to it.
     """
-    chosen, home = os.environ.get(VARIABLE), os.environ.get("XDG_STATE_HOME")
-    path = Path(chosen) if chosen else (Path(home) if home else Path.home() / ".local" / "state") / "thaw"
-    path = Path(os.path.abspath(path))
+    path = state_path(os.environ)
     try:
         path.mkdir(parents=True, mode=0o700, exist_ok=True)
         found = path.stat()

@@ -4,9 +4,23 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Mapping
 from pathlib import Path
 
 from ..errors import StorageError
+
+STATE = "THAW_STATE_DIR"
+
+
+def state_path(environment: Mapping[str, str]) -> Path:
+    """Where what outlives a process is kept: THAW_STATE_DIR, else ``thaw`` below XDG_STATE_HOME or ~/.local/state.
+
+    Raises:
+        RuntimeError: there is no home directory.
+    """
+    chosen, home = environment.get(STATE), environment.get("XDG_STATE_HOME")
+    path = Path(chosen) if chosen else (Path(home) if home else Path.home() / ".local" / "state") / "thaw"
+    return Path(os.path.abspath(path))
 
 
 def private(directory: Path, cure: str, *, write: bool = True) -> None:

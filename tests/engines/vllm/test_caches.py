@@ -9,6 +9,7 @@ import pytest
 
 from thaw_vllm.caches import archive, machine, packing, places, trust, unpacking
 from thaw_vllm.engines.vllm import caches, fresh
+from thaw_vllm.engines.vllm import packing as starts
 from thaw_vllm.engines.vllm.fast_start import BUNDLE
 from thaw_vllm.errors import ExistsError, StorageError, UsageError
 
@@ -126,25 +127,25 @@ def test_which_file_a_start_means(tmp_path, packed):
 )
 def test_what_packing_sets_itself(tmp_path, words):
     with pytest.raises(UsageError, match="packing sets --"):
-        caches.pack(tmp_path / "x", "M", words=words)
+        starts.pack(tmp_path / "x", "M", words=words)
     assert not list(tmp_path.iterdir())
 
 
 def test_packing_replaces_nothing(packed):
     before = packed.read_bytes()
     with pytest.raises(ExistsError):
-        caches.pack(packed, "M")
+        starts.pack(packed, "M")
     assert packed.read_bytes() == before
 
 
 def test_secrets_are_not_told():
     given = {"api_k": "k", "hf_tok": "t", "kv_transfer_config": "p", "dtype": "a b", "max_model_len": "128"}
-    assert caches._shown(given) == dict.fromkeys(given, "(given)") | {"max_model_len": "128"}
+    assert starts._shown(given) == dict.fromkeys(given, "(given)") | {"max_model_len": "128"}
 
 
 def test_kernels_are_where_both_look(tmp_path):
     usual, beside = tmp_path / "a", tmp_path / "b"
-    found = dict(caches._kernels_elsewhere({"triton/A/a": usual, KERNEL: beside, "vllm/modelinfos/m.json": usual}))
+    found = dict(starts._kernels_elsewhere({"triton/A/a": usual, KERNEL: beside, "vllm/modelinfos/m.json": usual}))
     assert found == {KERNEL.replace("K/k.cubin", "A/a"): usual, "triton/K/k.cubin": beside}
 
 
@@ -171,33 +172,46 @@ def test_triton_finds_what_was_unpacked(tmp_path, environment, monkeypatch):
     }
 
 
+def packed_and_moved(model, folder, patch, args, more=dict):
+    """Pack a model's caches, move it, and start it for another home with nothing but these.
+
+    Args:
+        more: gives further variables of that start.
+
+    Returns:
+        What was packed, the answer of the start, and its home.
+    """
+    patch.setenv("THAW_STATE_DIR", str(folder / "state"))
+    first, second = folder / "model", folder / "elsewhere" / "the-model"
+    shutil.copytree(model, first)
+    patch.setenv("HOME", str(folder / "home"))
+    done = starts.pack(folder / "w.thawcaches", str(first), offline=args)
+    second.parent.mkdir()
+    first.rename(second)
+    home = folder / "another home"
+    answer = fresh.run(
+        "ask",
+        model=str(second),
+        snapshot=None,
+        engine_args=args | {"load_format": "thaw"},
+        questions=[starts._prompt(n) for n in starts._PROMPTS if n + 16 < args["max_model_len"]],
+        max_tokens=16,
+        environment={"HOME": str(home), "THAW_START_REPORT": str(folder / "report")} | more(),
+        removed=[*places.empty(folder), *places.UNSET, "XDG_CACHE_HOME"],
+        caches=done.path,
+    )
+    return done, answer, home
+
+
 @pytest.mark.vllm
 @pytest.mark.slow
 def test_nothing_is_compiled_again(checkpoints, tmp_path, monkeypatch):
     """A whole vLLM, compiled for whatever runs it here: packed at one path, for one home, and used with others."""
     pytest.importorskip("vllm", reason="vLLM is not installed")
-    monkeypatch.setenv("THAW_STATE_DIR", str(tmp_path / "state"))
-    first, second = tmp_path / "model", tmp_path / "elsewhere" / "the-model"
-    shutil.copytree(checkpoints("tied"), first)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    done = caches.pack(tmp_path / "w.thawcaches", str(first), offline=ARGS)
+    done, answer, home = packed_and_moved(checkpoints("tied"), tmp_path, monkeypatch, ARGS)
     assert done.compiled == 1
     (first_found,) = done.answer["compiled"]
     assert [one["state"] for one in first_found["parts"]] == ["new"]
-    second.parent.mkdir()
-    first.rename(second)
-    home = tmp_path / "another home"
-    answer = fresh.run(
-        "ask",
-        model=str(second),
-        snapshot=None,
-        engine_args=ARGS | {"load_format": "thaw"},
-        questions=[caches._prompt(n) for n in caches._PROMPTS if n + 16 < 128],
-        max_tokens=16,
-        environment={"HOME": str(home), "THAW_START_REPORT": str(tmp_path / "report")},
-        removed=[*places.empty(tmp_path), *places.UNSET, "XDG_CACHE_HOME"],
-        caches=done.path,
-    )
     (found,) = answer["compiled"]
     assert [one | {"state": "found", "why": ""} for one in first_found["parts"]] == found["parts"]
     assert found["kernels"] == []

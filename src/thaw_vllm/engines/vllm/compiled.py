@@ -14,19 +14,20 @@ import itertools
 import json
 import os
 import secrets
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from vllm.logger import init_logger
 
+from ...caches.machine import differing
 from ...errors import UnsupportedError
 from ...weights.checkpoint import CONFIG_FILES
 from . import kernels, versions
-from .caches import NOTE, PLANNED
 from .identity import config_directory
 from .startup import VARIABLE as REPORT
-from .versions import CompiledName
+from .versions import NOTE, PLANNED, CompiledName
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -181,16 +182,14 @@ def _why(name: CompiledName) -> str:
 
 def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
     here = json.loads(json.dumps(here, default=str))
-    found = []
-    for variable in sorted(there["variables"].keys() | here["variables"].keys()):
-        theirs, ours = there["variables"].get(variable), here["variables"].get(variable)
-        if theirs != ours:
-            found.append(f"{variable} ({theirs!r}, here {ours!r})")
+    variables = differing(there["variables"], here["variables"])
+    found = [f"{name} ({theirs!r}, here {ours!r})" for name, theirs, ours in variables]
     if there["configuration"] != here["configuration"]:
         found.append("the model's configuration or vLLM's arguments")
     if there["part"] != here["part"]:
         found.append("vLLM's version, or the model's class")
-    for theirs, ours in itertools.zip_longest(there["others"], here["others"], fillvalue={}):
-        names = [name for name in sorted(theirs.keys() | ours.keys()) if theirs.get(name) != ours.get(name)]
-        found += [f"{name} of PyTorch ({theirs.get(name)}, here {ours.get(name)})" for name in names]
+    pairs: Iterator[tuple[dict[str, Any], dict[str, Any]]]
+    pairs = itertools.zip_longest(there["others"], here["others"], fillvalue={})
+    for pair in pairs:
+        found += [f"{name} of PyTorch ({theirs}, here {ours})" for name, theirs, ours in differing(*pair)]
     return found or ["nothing that can be told"]

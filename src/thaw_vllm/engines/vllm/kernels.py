@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ...caches import places
+from ...caches.machine import differing
 from . import versions
 
 _SIGNATURE = re.compile(r"^\s*tt\.func public @\S*?\((.*)\)", re.MULTILINE)
@@ -30,8 +31,7 @@ def listed() -> dict[str, str]:
     now = dict(os.environ)
     usual = {name: value for name, value in now.items() if name != _BESIDE}
     roots = {places.places(variables)[places.TRITON].directory for variables in (now, usual)}
-    compiled = versions.cache_root() / "torch_compile_cache" / "torch_aot_compile"
-    roots |= {*compiled.glob("thaw-*/inductor_cache/triton/*")}
+    roots |= {*versions.compiled_root().glob("thaw-*/inductor_cache/triton/*")}
     found = {}
     for root in roots:
         with contextlib.suppress(OSError), os.scandir(root) as entries:
@@ -62,11 +62,7 @@ def _why(directory: Path, name: str, before: Mapping[str, str]) -> str:
 
 def _differences(other: Path, directory: Path, name: str) -> str:
     theirs, ours = _options(other / f"{name}.json"), _options(directory / f"{name}.json")
-    differs = [
-        f"{key} ({theirs.get(key)}, here {ours.get(key)})"
-        for key in sorted((theirs.keys() | ours.keys()) - _OWN)
-        if theirs.get(key) != ours.get(key)
-    ]
+    differs = [f"{key} ({there}, here {here})" for key, there, here in differing(theirs, ours) if key not in _OWN]
     differs += _arguments(_signature(other / f"{name}.ttir"), _signature(directory / f"{name}.ttir"))
     return "; ".join(differs) or "its source is another, or Triton or its ptxas is"
 

@@ -46,7 +46,18 @@ class Server:
         Raises:
             ThawError: there was none; with the last line that the server printed.
         """
-        return _complete(self, prompt, max_tokens, sampling)
+        body = {
+            "model": self.model,
+            "prompt": prompt,
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "logprobs": 1,
+            "return_token_ids": True,
+            "ignore_eos": True,
+        }
+        with self._told("gave no completion"):
+            choice = self._asked("POST", "/v1/completions", body | sampling)["choices"][0]
+            return {"tokens": choice["token_ids"], "logprobs": choice["logprobs"]["token_logprobs"]}
 
     def described(self) -> tuple[str, int]:
         """The name that the model is served under, and the tokens that it takes, prompt and answer.
@@ -54,13 +65,23 @@ class Server:
         Raises:
             ThawError: it does not say.
         """
+        with self._told("does not answer"):
+            found = self._asked("GET", "/v1/models")["data"][0]
+            return str(found["id"]), int(found["max_model_len"])
+
+    @contextlib.contextmanager
+    def _told(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError):
+            raise ThawError(f"the server {what}: {_last_line(self.log)}") from None
+
+    def _asked(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=_PATIENCE)
         try:
-            connection.request("GET", "/v1/models")
-            found = json.loads(connection.getresponse().read())["data"][0]
-            return str(found["id"]), int(found["max_model_len"])
-        except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError):
-            raise ThawError(f"the server does not answer: {_last_line(self.log)}") from None
+            text = None if body is None else json.dumps(body)
+            connection.request(method, path, text, {"Content-Type": "application/json"})
+            return json.loads(connection.getresponse().read())
         finally:
             connection.close()
 
@@ -171,30 +192,6 @@ def _healthy(port: int) -> bool:
         return connection.getresponse().status == 200
     except (OSError, http.client.HTTPException):
         return False
-    finally:
-        connection.close()
-
-
-def _complete(server: Server, prompt: list[int], max_tokens: int, sampling: dict[str, Any]) -> dict[str, Any]:
-    body = {
-        "model": server.model,
-        "prompt": prompt,
-        "max_tokens": max_tokens,
-        "temperature": 0,
-        "logprobs": 1,
-        "return_token_ids": True,
-        "ignore_eos": True,
-    }
-    headers = {"Content-Type": "application/json"}
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=_PATIENCE)
-    try:
-        connection.request("POST", "/v1/completions", json.dumps(body | sampling), headers)
-        response = connection.getresponse()
-        said = response.read()
-        choice = json.loads(said)["choices"][0]
-        return {"tokens": choice["token_ids"], "logprobs": choice["logprobs"]["token_logprobs"]}
-    except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError):
-        raise ThawError(f"the server gave no completion: {_last_line(server.log)}") from None
     finally:
         connection.close()
 

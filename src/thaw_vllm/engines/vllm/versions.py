@@ -936,6 +936,10 @@ _NOT_COMPILED = (
 )
 """Variables that vLLM hashes into the names of compiled code although they only say where it keeps something else, or
 who may ask it. The last is a secret."""
+PLANNED = "startup_plan_{}.json"
+"""vLLM's file of measured memory, by its name."""
+NOTE = ".name"
+"""Ends the name of ``compiled``'s note of vLLM's name of measured memory."""
 _REAL = "_thaw_real"
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL")
 
@@ -1019,8 +1023,7 @@ def compiled_name(config: Any, key: str, instead: str) -> CompiledName:
         "part": key,
         "others": [_plain(factor) for factor in anywhere[2:-1]],
     }
-    directory = cache_root() / "torch_compile_cache" / "torch_aot_compile"
-    return CompiledName(directory, _sha256(str(own)), _sha256(str(anywhere)), told)
+    return CompiledName(compiled_root(), _sha256(str(own)), _sha256(str(anywhere)), told)
 
 
 def plan_name(config: Any, instead: str) -> CompiledName | None:
@@ -1038,6 +1041,11 @@ def plan_name(config: Any, instead: str) -> CompiledName | None:
 def cache_root() -> Path:
     """Where vLLM keeps what can be made again."""
     return Path(_get("vllm.envs", "VLLM_CACHE_ROOT"))
+
+
+def compiled_root() -> Path:
+    """Where it keeps what torch.compile made, a directory for each name."""
+    return cache_root() / "torch_compile_cache" / "torch_aot_compile"
 
 
 def without_path(config: Any, instead: str) -> Any:
