@@ -194,12 +194,17 @@ def test_starts_are_told_in_seconds(tmp_path):
         ("3.40 s (2026-11-20)", "reached"),
         ("8.50 s (2026-11-20)", "**missed**"),
         ("5.50 s (2026-11-20)", "reached"),
+        *[("–", "not measured")] * 3,
         ("2.50 s (2026-11-19)", "reached"),
     ]
     last = {"run": "g", "date": "2026-11-22T10:00:00+00:00"}
     lines = [
         line("start-eager", "thaw", 4.6, route=preset, seconds=[2.4], engine_args={"max_model_len": 2048}, **last),
         line("start-graphs", "thaw", 9.9, route=preset, seconds=[7.5], engine_args=every, **last),
+        line("start-new-machine", "thaw", 0.5, route="checkpoint-nothing-compiled", seconds=[108.0], **last),
+        line("start-new-machine", "thaw", 0.5, route="checkpoint", seconds=[34.0, 36.0, 38.0], **last),
+        line("start-new-machine", "thaw", 2.0, route="checkpoint-zygote", seconds=[8.0], **last),
+        line("start-new-machine", "thaw", 4.0, route="checkpoint-zygote-fast-start", seconds=[5.0], **last),
     ]
     (tmp_path / "2026-11-22.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
     runs = load(tmp_path)
@@ -208,6 +213,9 @@ def test_starts_are_told_in_seconds(tmp_path):
         ("2.40 s (2026-11-22)", "reached"),
         ("7.50 s (2026-11-22)", "reached"),
         ("5.50 s (2026-11-20)", "reached"),
+        ("36.00 s (2026-11-22)", "**missed**"),
+        ("8.00 s (2026-11-22)", "reached"),
+        ("5.00 s (2026-11-22)", "reached"),
     ], "the preset overruled by vLLM's largest size has all of its sizes, and none of the four"
 
 

@@ -17,7 +17,8 @@ from . import bulk
 from .bulk import Bulk
 from .medium import in_memory
 
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+"""Errors that say that there is no room."""
 
 _PART = ".thaw-part"
 ANY_TOKEN = "[0-9a-f]" * 8
@@ -90,7 +91,7 @@ class StagedFile:
             elif size:
                 os.posix_fallocate(self._fd, 0, size)
         except OSError as error:
-            if error.errno in _FULL:
+            if error.errno in FULL:
                 raise
             os.ftruncate(self._fd, size)
 
@@ -145,7 +146,7 @@ class StagedFile:
             if self.force:
                 os.rename(self.path, self._place)
             else:
-                self._link()
+                link_or_rename(self.path, self._place)
             sync_directory(self._place.parent)
         except FileExistsError:
             raise ExistsError(f"{str(self.target)!r} appeared while it was being written; use force") from None
@@ -153,16 +154,6 @@ class StagedFile:
             raise _storage_error(error, self.target) from None
         finally:
             self.discard()
-
-    def _link(self) -> None:
-        try:
-            os.link(self.path, self._place)
-        except FileExistsError:
-            raise
-        except OSError:  # a file system without hard links
-            if self._place.exists():
-                raise FileExistsError from None
-            os.rename(self.path, self._place)
 
     def discard(self) -> None:
         """Close, and remove the hidden file if it is still there; a second call does nothing."""
@@ -231,6 +222,23 @@ def hidden_name(name: str, token: str) -> str:
     return f".{name}.{token}{_PART}"
 
 
+def link_or_rename(source: Path, target: Path) -> None:
+    """Give a file its name, but not another one's; on most file systems it keeps the one it had as well.
+
+    Raises:
+        FileExistsError: there is one of that name.
+        OSError.
+    """
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        if target.exists():
+            raise FileExistsError from None
+        os.rename(source, target)
+
+
 def sync_directory(path: Path) -> None:
     """Make renames in ``path`` durable; ignored where directories cannot be opened or synced."""
     with contextlib.suppress(OSError):
@@ -247,6 +255,6 @@ def _free_bytes(directory: Path) -> int:
 
 
 def _storage_error(error: OSError, target: Path) -> StorageError:
-    if error.errno in _FULL:
+    if error.errno in FULL:
         return SpaceError(f"no room for {str(target)!r}: {error.strerror}; what was there before is untouched")
     return StorageError(f"cannot write {str(target)!r}: {error.strerror}; what was there before is untouched")

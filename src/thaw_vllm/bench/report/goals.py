@@ -21,6 +21,7 @@ NEXT_SIZE = 9000
 LARGEST, ALL_SIZES = "max_cudagraph_capture_size", 512
 """vLLM's own choice on GPUs of 70 GB and more."""
 ZYGOTE, ZYGOTE_PRESET = "snapshot-zygote", "snapshot-zygote-fast-start"
+NEW_MACHINE, NEW_ZYGOTE, NEW_PRESET = "checkpoint", "checkpoint-zygote", "checkpoint-zygote-fast-start"
 ONE_SHOT = ("restore-tmpfs", "restore-pagecache", "restore-disk")
 
 Value = Callable[[Record, Outcome], "float | None"]
@@ -233,6 +234,12 @@ GOALS = (
         *(ZYGOTE, ZYGOTE_PRESET),
     ),
     _start("the same with the preset's four sizes", "start-graphs", 6, seconds_by_preset, ZYGOTE_PRESET),
+    _start(
+        *("with empty caches but those of a file, graphs of vLLM's sizes, 16 GB", "start-new-machine", 35, seconds),
+        NEW_MACHINE,
+    ),
+    _start("the same in a fork of a zygote", "start-new-machine", 8, seconds, NEW_ZYGOTE),
+    _start("the same with the preset's four sizes", "start-new-machine", 8, seconds, NEW_PRESET),
     _start(
         *("vLLM's server healthy in a fork of a zygote, on a CPU", "server-healthy-cpu", 5, seconds, ZYGOTE),
         any_size=True,
