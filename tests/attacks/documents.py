@@ -2,7 +2,7 @@
 
 import re
 
-from tests.attacks.parts import MIB, Parts, header, index, manifest, member, tensor
+from tests.attacks.parts import MIB, Parts, chunks, header, index, manifest, member, tensor
 from tests.attacks.registry import several
 
 from thaw_vllm.errors import FormatError
@@ -388,3 +388,55 @@ several(
     ).bytes(),
 )
 several(FormatError, "may be carried", file_too_large=_file("config.json", 1, [24, 64 * MIB + 1]))
+
+# --- what is kept elsewhere -------------------------------------------------------------------------------------------
+
+
+def _kept(entries, rank=1, codec=2, stored=0):
+    """Rank 1 of 2 whose storage 1 has its bytes elsewhere, or whatever these say."""
+
+    def make():
+        table = chunks([24, 5000, 2])
+        table[1][5], table[1][3] = codec, stored
+        table[2][0] = 4096 if not stored else table[2][0]
+        own = header(parallel={"tp_rank": rank, "tp_size": 2}, set={"id": "0" * 32}) if rank else header()
+        return Parts(header=own, index=index(kept=entries), chunks=table).bytes()
+
+    return make
+
+
+def _entry(storage=1, rank=0, there=7):
+    return {"storage": storage, "rank": rank, "there": there}
+
+
+several(
+    FormatError,
+    "the files of lower ranks only",
+    kept_by_itself=_kept([_entry(rank=1)]),
+    kept_by_a_higher_rank=_kept([_entry(rank=9)]),
+    kept_by_rank_0_of_rank_0=_kept([_entry()], rank=0),
+)
+several(FormatError, "carried file's", kept_file=_kept([_entry(), _entry(2, there=8)]))
+several(
+    FormatError,
+    "does not come after",
+    kept_twice=_kept([_entry(), _entry(there=8)]),
+    kept_out_of_order=_kept([_entry(), _entry(0, there=8)]),
+)
+several(FormatError, "kept in one", kept_in_one_place=_kept([_entry(0), _entry(1)]))
+several(
+    FormatError,
+    "kept",
+    kept_that_is_no_list=_kept({"1": 0}),
+    kept_of_numbers=_kept([1]),
+    kept_of_nothing=_kept([{}]),
+    kept_of_no_storage=_kept([_entry(3)]),
+    kept_below_0=_kept([_entry(-1)]),
+    kept_by_rank_below_0=_kept([_entry(rank=-1)]),
+    kept_by_rank_2_to_the_63=_kept([_entry(rank=2**63)]),
+    kept_in_2_to_the_63=_kept([_entry(there=2**63)]),
+    kept_in_a_fraction=_kept([_entry(there=0.5)]),
+    kept_and_stored=_kept([_entry()], codec=0, stored=5000),
+    kept_and_compressed=_kept([_entry()], codec=1, stored=20),
+)
+several(FormatError, "20 stored bytes for 5000 kept ones", kept_with_bytes=_kept([_entry()], stored=20))

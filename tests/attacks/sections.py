@@ -148,7 +148,8 @@ def _set(number, place, value):
 
 
 STORED_AT, AT, LENGTH, STORED, STORAGE, CODEC, RESERVED = range(7)
-several(VersionError, "codec 2", other_codec=_set(0, CODEC, 2))
+several(VersionError, "codec 3", other_codec=_set(0, CODEC, 3))
+several(FormatError, "not what kept says of storage 0", codec_of_what_is_kept=_set(0, CODEC, 2))
 several(FormatError, "compressed ones", codec_that_gains_nothing=_set(0, CODEC, 1))
 several(VersionError, "codec 65535", last_codec=_set(2, CODEC, 65535))
 several(VersionError, "reserves", reserved_field=_set(1, RESERVED, 1))

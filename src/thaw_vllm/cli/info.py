@@ -46,7 +46,7 @@ def info(
 
     if show_text != (tokenizer is not None):
         raise UsageError("--show-text and --tokenizer DIR belong together: text needs the model's tokenizer")
-    with open_snapshot(file) as opened:
+    with open_snapshot(file, whole=False) as opened:
         found = describe(opened)
         if opened.snapshot.header.kv is not None:
             decode = prefixes.decoder(tokenizer) if tokenizer is not None else None
@@ -67,7 +67,9 @@ def describe(opened: Opened) -> dict[str, Any]:
     header, index = snapshot.header, snapshot.index
     owners = {other: name for name, others in index.ties.items() for other in others}
     by_dtype: dict[str, dict[str, int]] = {}
-    stored = [0] * len(index.storages)
+    stored, kept, elsewhere = [0] * len(index.storages), dict[str, int](), snapshot.elsewhere
+    for entry in index.kept:
+        kept[str(entry.rank)] = kept.get(str(entry.rank), 0) + index.storages[entry.storage]
     for chunk in snapshot.chunks:
         stored[chunk.storage] += chunk.stored
     for tensor in index.tensors:
@@ -75,12 +77,15 @@ def describe(opened: Opened) -> dict[str, Any]:
         counts["tensors"] += 1
         counts["bytes"] += 0 if tensor.name in owners else tensor.bytes
         if tensor.storage is not None and tensor.name not in owners:
-            counts["stored"] += stored[tensor.storage]
+            counts["stored"] += (
+                index.storages[tensor.storage] if tensor.storage in elsewhere else stored[tensor.storage]
+            )
     return {
         "path": opened.source.name,
         "file_size": opened.source.size,
         "bytes": snapshot.bytes,
         "stored": sum(stored),
+        "kept": kept,
         "model": header.identity.model,
         "content": header.content,
         "identity": header.identity.to_json(),
@@ -126,6 +131,7 @@ def _show(found: dict[str, Any]) -> None:
     ]
     rows += prefixes.rows(found) if "kv" in found else _counts(found["by_dtype"])
     rows += [("tied", f"{', '.join(map(plain, others))} to {plain(name)}") for name, others in found["ties"].items()]
+    rows += [("kept by", f"rank {rank}: {size(count)}") for rank, count in found["kept"].items()]
     rows += [("carries", f"{f['name']} ({size(f['bytes'])})") for f in found["files"]]
     rows += [("source", line) for line in _source(found["source"])]
     for member in (found["set"] or {}).get("members", []):

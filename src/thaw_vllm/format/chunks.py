@@ -15,6 +15,8 @@ RAW = 0
 """Codec 0: the stored bytes are the original bytes."""
 PLANES = 1
 """Codec 1: planes of bytes, entropy-coded (docs/format.md, section 17; ``codecs.planes``)."""
+KEPT = 2
+"""Codec 2: no stored bytes here; another rank's file of the set has them (docs/format.md, section 11.1)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +27,7 @@ class Chunk:
         stored_at: offset in the payload, a multiple of 4 KiB.
         at: offset of the first original byte within its storage.
         length: original bytes.
-        stored: bytes in the payload; equal to ``length`` for codec 0, fewer for others.
+        stored: bytes in the payload; equal to ``length`` for codec 0, fewer for codec 1, none for codec 2.
         storage: number of the storage in the index.
         codec: how the stored bytes become the original ones.
         xxh3: XXH3-64 of the original bytes, for processors.

@@ -9,12 +9,12 @@ from ..errors import FormatError
 from .document import JSONObject, array, integer, mapping, printable, short, text
 from .identity import Identity, Parallel, hex_digest
 from .kv import Layout
+from .limits import MAX_RANKS
 
 UNSEALED = "0" * 64
 """Stands where an id is not known yet while the file is being written; never valid in a published file."""
 
 SCALARS = (bool, int, float, str, type(None))
-MAX_WORLD = 4096
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def _ranks(value: Any, parallel: Parallel) -> RankSet | None:
     if len(identifier) != 32 or not set(identifier) <= set("0123456789abcdef"):
         raise FormatError("set.id must be 32 hexadecimal digits")
     members = []
-    for i, entry in enumerate(array(document.get("members", []), "set.members", MAX_WORLD)):
+    for i, entry in enumerate(array(document.get("members", []), "set.members", MAX_RANKS)):
         entry = mapping(entry, f"set.members[{i}]")
         name = text(entry.get("name"), f"set.members[{i}].name")
         if not plain_member_name(name):

@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import FormatError
 from .document import JSONObject, array, integer, mapping, text
 from .dtypes import ITEM_SIZE
-from .limits import MAX_BYTES, MAX_CHUNKS, MAX_FILE, MAX_FILES, MAX_NAME, MAX_RANK, MAX_TENSORS
+from .limits import MAX_BYTES, MAX_CHUNKS, MAX_FILE, MAX_FILES, MAX_NAME, MAX_RANK, MAX_RANKS, MAX_TENSORS
 
 PARAMETER = "parameter"
 BUFFER = "buffer"
@@ -77,12 +77,28 @@ class File:
 
 
 @dataclass(frozen=True, slots=True)
+class Kept:
+    """A storage whose bytes are in another rank's file of the set, and not in this one.
+
+    Attributes:
+        storage: number of the storage here.
+        rank: whose file has the bytes; a lower one than this file's.
+        there: number of the storage there.
+    """
+
+    storage: int
+    rank: int
+    there: int
+
+
+@dataclass(frozen=True, slots=True)
 class Index:
-    """Tensors in order of capture, carried files, and the length of every storage in bytes."""
+    """Tensors in order of capture, carried files, the length of every storage in bytes, and what is kept elsewhere."""
 
     tensors: tuple[Tensor, ...]
     storages: tuple[int, ...]
     files: tuple[File, ...] = ()
+    kept: tuple[Kept, ...] = ()
 
     @property
     def ties(self) -> dict[str, tuple[str, ...]]:
@@ -95,7 +111,7 @@ class Index:
 
     def to_json(self) -> JSONObject:
         """The document of docs/format.md, section 4."""
-        return {
+        document: JSONObject = {
             "tensors": [
                 {
                     "name": t.name,
@@ -111,6 +127,9 @@ class Index:
             "storages": list(self.storages),
             "files": [{"name": f.name, "storage": f.storage} for f in self.files],
         }
+        if self.kept:
+            document["kept"] = [{"storage": k.storage, "rank": k.rank, "there": k.there} for k in self.kept]
+        return document
 
 
 def plain_file_name(name: str) -> bool:
@@ -139,7 +158,7 @@ def from_json(document: JSONObject) -> Index:
     _unique([t.name for t in tensors], "tensors")
     _unique([f.name for f in files], "files")
     _covered(tensors, files, storages)
-    return Index(tensors, storages, files)
+    return Index(tensors, storages, files, _kept(document.get("kept", []), files, storages))
 
 
 def _tensor(entry: JSONObject, where: str, storages: tuple[int, ...]) -> Tensor:
@@ -189,6 +208,23 @@ def _file(entry: JSONObject, where: str, storages: tuple[int, ...]) -> File:
         if storages[storage] > MAX_FILE:
             raise FormatError(f"{where}: {name!r} has {storages[storage]} bytes, at most {MAX_FILE} may be carried")
     return File(name, storage)
+
+
+def _kept(value: Any, files: tuple[File, ...], storages: tuple[int, ...]) -> tuple[Kept, ...]:
+    filed = {file.storage for file in files}
+    found: list[Kept] = []
+    for i, entry in enumerate(array(value, "kept", MAX_CHUNKS)):
+        entry, where = mapping(entry, f"kept[{i}]"), f"kept[{i}]"
+        number = integer(entry.get("storage"), f"{where}.storage", 0, len(storages) - 1)
+        rank = integer(entry.get("rank"), f"{where}.rank", 0, MAX_RANKS)
+        found.append(Kept(number, rank, integer(entry.get("there"), f"{where}.there", 0, MAX_CHUNKS)))
+        if number in filed:
+            raise FormatError(f"{where}: storage {number} is a carried file's, which is never kept elsewhere")
+        if i and number <= found[i - 1].storage:
+            raise FormatError(f"{where}: storage {number} does not come after storage {found[i - 1].storage}")
+    if len({(kept.rank, kept.there) for kept in found}) != len(found):
+        raise FormatError("kept: two storages are kept in one")
+    return tuple(found)
 
 
 def _sizes(value: Any, where: str) -> tuple[int, ...]:

@@ -25,5 +25,7 @@ MAX_RANK = 64
 """Dimensions of one tensor."""
 MAX_NAME = 1024
 """UTF-8 bytes of a tensor's name."""
+MAX_RANKS = 4096
+"""Files that one set's manifest may name."""
 MAX_BYTES = 1 << 56
 """Any length or offset."""

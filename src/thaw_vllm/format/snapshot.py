@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,10 +12,10 @@ from . import chunks as chunk_table
 from . import header as header_section
 from . import index as index_section
 from . import preamble as preamble_section
-from .chunks import PLANES, RAW, Chunk
+from .chunks import KEPT, PLANES, RAW, Chunk
 from .document import dump, parse
 from .header import Header
-from .index import Index
+from .index import Index, Kept
 from .limits import ALIGNMENT, HASH_BLOCK, MAX_CHUNK, MAX_CHUNKS, MAX_HEADER, MAX_INDEX
 from .preamble import SIZE, Preamble, align
 
@@ -31,6 +31,11 @@ class Snapshot:
     header: Header
     index: Index
     chunks: tuple[Chunk, ...] = ()
+
+    @property
+    def elsewhere(self) -> dict[int, Kept]:
+        """Storages whose bytes are in other ranks' files, by number."""
+        return {kept.storage: kept for kept in self.index.kept}
 
     @cached_property
     def bytes(self) -> int:
@@ -69,6 +74,9 @@ def read(source: Read, file_size: int, *, with_chunks: bool = True) -> Snapshot:
     _agree(index_bytes, preamble.index_digest, "index")
     header = header_section.from_json(parse(header_bytes, "header"))
     index = index_section.from_json(parse(index_bytes, "index"))
+    own = header.identity.parallel.rank
+    if any(kept.rank >= own for kept in index.kept) or (index.kept and header.ranks is None):
+        raise FormatError(f"kept: rank {own} of a set may keep bytes in the files of lower ranks only")
     if not with_chunks:
         return Snapshot(preamble, header, index)
     table = source(preamble.chunks_at, preamble.chunks_end - preamble.chunks_at)
@@ -76,12 +84,17 @@ def read(source: Read, file_size: int, *, with_chunks: bool = True) -> Snapshot:
     chunks, clean = chunk_table.decode(table)
     if not clean:
         raise VersionError("the chunk table uses a field that format version 1 reserves; upgrade thaw to read it")
-    check_chunks(chunks, index.storages, preamble.payload)
+    check_chunks(chunks, index.storages, preamble.payload, {kept.storage for kept in index.kept})
     return Snapshot(preamble, header, index, chunks)
 
 
-def check_chunks(chunks: tuple[Chunk, ...], storages: tuple[int, ...], payload: int) -> None:
+def check_chunks(
+    chunks: tuple[Chunk, ...], storages: tuple[int, ...], payload: int, kept: Collection[int] = ()
+) -> None:
     """Every storage is covered exactly once and in order, and no two chunks share a byte of the payload.
+
+    Args:
+        kept: numbers of the storages whose bytes are elsewhere.
 
     Raises:
         FormatError: naming the chunk and the rule.
@@ -100,11 +113,14 @@ def check_chunks(chunks: tuple[Chunk, ...], storages: tuple[int, ...], payload: 
             raise FormatError(f"chunk {number}: {chunk.length} bytes do not fit its storage or the limit {MAX_CHUNK}")
         if chunk.length % HASH_BLOCK and at + chunk.length != storages[storage]:
             raise FormatError(f"chunk {number}: only a storage's last chunk may be no multiple of {HASH_BLOCK} bytes")
-        if chunk.codec not in (RAW, PLANES):
+        if chunk.codec not in _KINDS:
             raise VersionError(f"chunk {number}: codec {chunk.codec} is not known to this reader; upgrade thaw")
-        if chunk.stored != chunk.length if chunk.codec == RAW else not 0 < chunk.stored < chunk.length:
-            kind = "raw ones" if chunk.codec == RAW else "compressed ones"
-            raise FormatError(f"chunk {number}: {chunk.stored} stored bytes for {chunk.length} {kind}")
+        if (chunk.codec == KEPT) != (storage in kept):
+            raise FormatError(f"chunk {number}: codec {chunk.codec}, which is not what kept says of storage {storage}")
+        if not _fits(chunk):
+            raise FormatError(
+                f"chunk {number}: {chunk.stored} stored bytes for {chunk.length} {_KINDS[chunk.codec]} ones"
+            )
         if chunk.stored_at != align(end) or chunk.stored_at + chunk.stored > payload:
             raise FormatError(f"chunk {number}: starts at {chunk.stored_at}, not at the next multiple of {ALIGNMENT}")
         end = chunk.stored_at + chunk.stored
@@ -115,6 +131,16 @@ def check_chunks(chunks: tuple[Chunk, ...], storages: tuple[int, ...], payload: 
         raise FormatError(f"storage {storage} is not covered by chunks")
     if align(end) != payload:
         raise FormatError(f"the payload has {payload} bytes, its chunks need {align(end)}")
+
+
+_KINDS = {RAW: "raw", PLANES: "compressed", KEPT: "kept"}
+
+
+def _fits(chunk: Chunk) -> bool:
+    """Whether its codec may store so many bytes for it."""
+    if chunk.codec == PLANES:
+        return 0 < chunk.stored < chunk.length
+    return chunk.stored == (chunk.length if chunk.codec == RAW else 0)
 
 
 def front(header: Header, index: Index, chunks: tuple[Chunk, ...], header_size: int = 0) -> tuple[bytes, Preamble]:
@@ -148,15 +174,17 @@ def front(header: Header, index: Index, chunks: tuple[Chunk, ...], header_size: 
     return sections.ljust(preamble.payload_at, b"\0"), preamble
 
 
-def lay_out(storages: tuple[int, ...], chunk_size: int) -> tuple[Chunk, ...]:
-    """Chunks of ``chunk_size`` bytes (a multiple of HASH_BLOCK) for raw storages, checksums still zero."""
+def lay_out(storages: tuple[int, ...], chunk_size: int, kept: Collection[int] = ()) -> tuple[Chunk, ...]:
+    """Chunks of ``chunk_size`` bytes (a multiple of HASH_BLOCK) for storages that are raw, or kept elsewhere; checksums
+    still zero."""
     found: list[Chunk] = []
     end = 0
     for number, length in enumerate(storages):
         for at in range(0, length, chunk_size):
             size = min(chunk_size, length - at)
-            found.append(Chunk(align(end), at, size, size, number, RAW, 0, 0))
-            end = found[-1].stored_at + size
+            stored, codec = (0, KEPT) if number in kept else (size, RAW)
+            found.append(Chunk(align(end), at, size, stored, number, codec, 0, 0))
+            end = found[-1].stored_at + stored
     return tuple(found)
 
 

@@ -39,7 +39,7 @@ def verify(path: str | os.PathLike[str], **options: Any) -> VerifyReport:
             return report
     verified, shared = [*report.verified, PAGES], set[tuple[object, ...]]()
     for number, name in enumerate(report.files):
-        with open_snapshot(name) as opened:
+        with open_snapshot(name, with_chunks=number == 0) as opened:
             header = opened.snapshot.header
             if number == 0 and header.content != report.content:
                 raise ReplacedError(f"{name!r} was replaced while it was being verified; run it again")

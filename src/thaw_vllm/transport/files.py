@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from ..errors import CorruptionError, StorageError
+from ..errors import CorruptionError, ReplacedError, StorageError
 from .plan import BLOCK
-from .source import FileSource, ended, failed
+from .source import FileSource, Source, ended, failed
 
 _APART = 2 * BLOCK
 """Bytes of nothing between two files at least: more than what a plan reads along (``plan.steps``)."""
@@ -84,3 +84,34 @@ class Files:
     def _at(self, offset: int) -> tuple[str, int]:
         number, at = divmod(offset, self.stride)
         return self.paths[number], at
+
+
+class Joined(Files):
+    """Open files as one source: byte ``at`` of file ``n`` is its byte ``n * stride + at``.
+
+    Borrows the files. They are read as they are held open; helpers alone open them by their paths.
+
+    Attributes:
+        name: the first one's.
+    """
+
+    def __init__(self, files: Sequence[FileSource]) -> None:
+        super().__init__([os.path.abspath(f.path) for f in files], max(f.size for f in files), files[0].name)
+        self._files = files
+
+    def read_into(self, offset: int, view: memoryview) -> None:
+        """See Source."""
+        number, at = divmod(offset, self.stride)
+        self._files[number].read_into(at, view)
+
+    def check_unchanged(self) -> None:
+        """See Source; a file that was renamed over counts as well, since a helper may have opened the new one."""
+        for file in self._files:
+            file.check_unchanged()
+            if file.replaced:
+                raise ReplacedError(f"{file.name!r} was replaced while it was being read; run it again")
+
+
+def place(source: Source, offset: int) -> tuple[str, int]:
+    """What messages call the file that a byte of a source lies in, and its place there."""
+    return source._at(offset) if isinstance(source, Joined) else (source.name, offset)

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import xxhash
 
 from ..codecs import decode
-from ..errors import FormatError
+from ..errors import CorruptionError, FormatError
 from ..format.chunks import RAW, Chunk
 from .checksum import damaged
+from .files import place
 from .parallel import run
 from .source import Source
 
@@ -126,9 +127,9 @@ def _read_decoded(source: Source, piece: Piece, stored: memoryview, view: memory
     try:
         decode(piece.codec, stored, view)
     except FormatError as error:
-        raise damaged(source.name, piece.label, piece.offset, piece.stored) from error
+        raise _damaged(source, piece) from error
     if verify and xxhash.xxh3_64_intdigest(view) != piece.xxh3:
-        raise damaged(source.name, piece.label, piece.offset, piece.stored)
+        raise _damaged(source, piece)
 
 
 def _read_verified(source: Source, piece: Piece, view: memoryview, step: int) -> None:
@@ -146,4 +147,9 @@ def _read_verified(source: Source, piece: Piece, view: memoryview, step: int) ->
             state.update(part)
         found = state.intdigest()
     if found != piece.xxh3:
-        raise damaged(source.name, piece.label, piece.offset, piece.length)
+        raise _damaged(source, piece)
+
+
+def _damaged(source: Source, piece: Piece) -> CorruptionError:
+    name, offset = place(source, piece.offset)
+    return damaged(name, piece.label, offset, piece.stored)

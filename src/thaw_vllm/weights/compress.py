@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import dataclasses
 import os
 import threading
 from collections.abc import Callable
@@ -40,7 +41,7 @@ def rewrite(
 
     Args:
         source: one file, or the manifest of a set, of which every rank's file is written.
-        target: where to; no file of ``source``.
+        target: where to; no file of ``source``. What ``source`` keeps once is kept once there too.
         compress: by codec 1 what it makes shorter; False for nothing compressed.
         force: replace what is there.
         workers: threads; None for what the machine bears.
@@ -71,6 +72,7 @@ def rewrite(
                     raise UsageError(
                         f"{str(place)!r} is read while it would be written; choose another name, then rename it"
                     )
+        once = any(found.snapshot.index.kept for found in every)
         total = sum(found.snapshot.bytes for found in every)
         share = max(1, (workers or parallel.default_workers()) // world)
         reports: dict[int, FreezeReport] = {}
@@ -98,10 +100,13 @@ def rewrite(
                         "was altered after it was frozen: get it again from where you trust it, or freeze again"
                     )
 
-            options = FreezeOptions(force, 0o600, _chunk_size(opened), compress, share, advance, encoder)
-            captured = Captured(index, _storages(opened), ())
+            options = FreezeOptions(force, 0o600, _chunk_size(opened), compress, share, advance, encoder, once)
+            captured = Captured(dataclasses.replace(index, kept=()), _storages(opened), ())
             exchange, model = board.exchange(rank, stop), header.identity.model
-            reports[rank] = freeze_rank(place, header, captured, options, exchange, lambda: model, check)
+            sums = _sums(opened)
+            reports[rank] = freeze_rank(
+                place, header, captured, options, exchange, lambda: model, check, lambda _, storage: sums[storage]
+            )
 
         if world == 1:
             body(threading.Event())
@@ -130,6 +135,14 @@ def _storages(opened: Opened) -> tuple[_Stored, ...]:
     for chunk in opened.snapshot.chunks:
         chunks[chunk.storage].append(chunk)
     return tuple(_Stored(opened, number, found) for number, found in enumerate(chunks))
+
+
+def _sums(opened: Opened) -> list[bytes]:
+    """Of each storage, the checksums of its chunks: what is equal where the bytes are, without reading them."""
+    found = [b""] * len(opened.snapshot.index.storages)
+    for chunk in opened.snapshot.chunks:
+        found[chunk.storage] += chunk.xxh3.to_bytes(8, "little") + chunk.wordsum.to_bytes(8, "little")
+    return found
 
 
 class _Stored:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 
 from blake3 import blake3
@@ -28,7 +29,7 @@ def content_id(index: Index, digests: Sequence[str]) -> str:
         index: the file's index.
         digests: ``bytes_digest`` of each storage's original bytes.
     """
-    document = index.to_json()
+    document = dataclasses.replace(index, kept=()).to_json()
     document["storages"] = [[length, digest] for length, digest in zip(index.storages, digests, strict=True)]
     return blake3(canonical(document)).hexdigest()
 

@@ -7,18 +7,18 @@ import dataclasses
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..codecs import encode
 from ..errors import FormatError, UnsupportedError, UsageError
-from ..format.chunks import PLANES, RAW, Chunk
+from ..format.chunks import KEPT, PLANES, RAW, Chunk
 from ..format.document import dump
 from ..format.dtypes import ITEM_SIZE
 from ..format.header import Header
 from ..format.identity import Identity
-from ..format.index import Index, from_json
+from ..format.index import Index, Kept, from_json
 from ..format.limits import DEFAULT_CHUNK, HASH_BLOCK, MAX_CHUNK
 from ..format.preamble import align
 from ..format.snapshot import front, lay_out, read
@@ -52,6 +52,7 @@ class FreezeOptions:
             bytes while it writes.
         workers: threads; None for what the machine bears.
         progress: called as (original bytes done, bytes in all) from any thread.
+        once: of several ranks, leave to the lowest of them what they hold alike, to the last bit (``weights.once``).
         encoder: a GPU that compresses what is in host memory, as torch counts; None for processors. What is in a GPU's
             memory is compressed by that GPU.
     """
@@ -63,6 +64,7 @@ class FreezeOptions:
     workers: int | None = None
     progress: Callable[[int, int], None] | None = None
     encoder: int | None = None
+    once: bool = False
 
     def __post_init__(self) -> None:
         if self.chunk_size % HASH_BLOCK or not 0 < self.chunk_size <= MAX_CHUNK:
@@ -89,6 +91,7 @@ class FreezeReport:
         seconds: by phase (``payload``, ``publish``, ``total``).
         route: how the bytes were written.
         why: why that way.
+        kept: of ``bytes``, those that another rank's file has.
     """
 
     path: str
@@ -100,6 +103,7 @@ class FreezeReport:
     seconds: dict[str, float]
     route: str = ""
     why: str = ""
+    kept: int = 0
 
     @property
     def gb_per_s(self) -> float:
@@ -125,8 +129,14 @@ class SnapshotWriter:
         captured: Captured,
         options: FreezeOptions,
         members: int = 0,
+        kept: Mapping[int, Kept] | None = None,
     ) -> None:
-        """Reserve the file; ``header`` has its ids unsealed, ``members`` is how many the set will name in it.
+        """Reserve the file.
+
+        Args:
+            header: with its ids unsealed.
+            members: how many the set will name in it.
+            kept: storages that are hashed and not written, by number: another rank's file will have their bytes.
 
         Raises:
             UnsupportedError: a name, a view or a value that the format has no place for.
@@ -135,10 +145,11 @@ class SnapshotWriter:
         self._start = time.perf_counter()
         try:  # what a reader would refuse
             Identity.from_json(header.identity.to_json())
-            from_json(captured.index.to_json())
+            self._index = dataclasses.replace(captured.index, kept=tuple(kept[n] for n in sorted(kept)) if kept else ())
+            from_json(self._index.to_json())
             self._header_size = len(dump(header.to_json())) + _SEAL_ROOM + members * _MEMBER_ROOM
-            self._chunks = lay_out(captured.index.storages, options.chunk_size)
-            _, preamble = front(header, captured.index, self._chunks, self._header_size)
+            self._chunks = lay_out(captured.index.storages, options.chunk_size, kept or ())
+            _, preamble = front(header, self._index, self._chunks, self._header_size)
         except FormatError as error:
             raise UnsupportedError(f"a snapshot cannot hold this: {error}") from None
         self._header, self._captured, self._options = header, captured, options
@@ -185,13 +196,16 @@ class SnapshotWriter:
             found = on_device[number] if number in on_device else wordsum(data)
             summed = dataclasses.replace(chunk, xxh3=xxh3(data), wordsum=found)
             if options.compress:
-                width = widths[chunk.storage]
-                codec, stored, padded = _shortened(runs.get(number), width, padded, chunk.length, lane)
+                codec, stored = KEPT, 0
+                if chunk.codec != KEPT:
+                    width = widths[chunk.storage]
+                    codec, stored, padded = _shortened(runs.get(number), width, padded, chunk.length, lane)
                 place = order.place(number, stored)
                 if place is None:  # another thread has failed, and says why
                     return
                 summed = dataclasses.replace(summed, codec=codec, stored=stored, stored_at=place)
-            file.write_bulk(self._payload_at + summed.stored_at, padded)
+            if summed.codec != KEPT:
+                file.write_bulk(self._payload_at + summed.stored_at, padded)
             with lock:
                 sums[number], blocks[chunk.storage, chunk.at] = summed, digests
                 done += chunk.length
@@ -231,7 +245,7 @@ class SnapshotWriter:
         """Write the sections before the payload and give the file its name."""
         start = time.perf_counter()
         header = dataclasses.replace(header, content=self.content)
-        head, preamble = front(header, self._captured.index, self._chunks, self._header_size)
+        head, preamble = front(header, self._index, self._chunks, self._header_size)
         if preamble.payload_at != self._payload_at:
             raise AssertionError("the sealed header outgrew the room reserved for it")
         read(lambda offset, length: head[offset : offset + length], preamble.file_size)  # as a reader will
@@ -239,7 +253,7 @@ class SnapshotWriter:
         self._file.publish()
         self.seconds["publish"] = time.perf_counter() - start
         self.seconds["total"] = time.perf_counter() - self._start
-        index = self._captured.index
+        index = self._index
         return FreezeReport(
             str(self._file.target),
             sum(index.storages),
@@ -250,6 +264,7 @@ class SnapshotWriter:
             self.seconds,
             self._file.bulk.route,
             self._file.bulk.why,
+            sum(index.storages[kept.storage] for kept in index.kept),
         )
 
     @property

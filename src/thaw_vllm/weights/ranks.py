@@ -16,7 +16,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from ..format.header import Header, Member, RankSet, plain_member_name
 from ..format.preamble import MAGIC
 from ..transport.source import FileSource, read_bytes
 from ..transport.writer import check_target, remove_stale, staged, sync_directory
+from . import once
 from .capture import Captured
 from .freeze import FreezeOptions, FreezeReport, SnapshotWriter
 from .open import open_snapshot
@@ -58,6 +59,7 @@ def freeze_rank(
     exchange: Exchange,
     model_id: Callable[[], str | None],
     check: Callable[[str], None] | None = None,
+    mark: Callable[[Captured, int], bytes] = once.sampled,
 ) -> FreezeReport:
     """Write this rank's file of a set (or the only file) and publish the set once every rank has written.
 
@@ -73,6 +75,7 @@ def freeze_rank(
         exchange: an all-gather among the ranks.
         model_id: called on rank 0 once its payload is written; its answer goes into every rank's header.
         check: called on every rank with its content id, before anything is published; may raise.
+        mark: of a storage, something that is equal where the bytes are, for less than reading all of them.
 
     Raises:
         ThawError: this rank's own failure, or StorageError naming the rank that failed.
@@ -96,25 +99,48 @@ def freeze_rank(
     path = target if rank == 0 else target.with_name(member_name(target, set_id, rank))
     if world > 1:
         header = dataclasses.replace(header, ranks=RankSet(set_id))
-    with contextlib.ExitStack() as stack:
+    hopes: Sequence[once.Hopes] = [{} for _ in range(world)]
+    if options.once and world > 1:
+        marks: list[bytes] = []
 
-        def write() -> dict[str, Any]:
+        def look() -> dict[str, Any]:
+            marks.append(once.marks(captured, options.chunk_size, mark))
+            return {}
+
+        ranks.step(look)
+        hopes = once.hopes(ranks.tell(marks[0]))
+    with contextlib.ExitStack() as stack:
+        written: list[SnapshotWriter] = []
+
+        def payload(kept: once.Hopes) -> dict[str, Any]:
             own = dataclasses.replace(options, force=options.force and rank == 0)
             others = world - 1 if rank == 0 else 0
-            writer = stack.enter_context(SnapshotWriter(path, header, captured, own, others))
-            content = writer.write_payload()
+            writer = stack.enter_context(SnapshotWriter(path, header, captured, own, others, kept))
+            writer.write_payload()
+            written[:] = [writer]
+            return {}
+
+        def settle() -> dict[str, Any]:
+            if agreed != hopes[rank]:
+                written[0].discard()
+                payload(agreed)
             if check is not None:
-                check(content)
-            written.append(writer)
+                check(written[0].content)
             return {
                 "name": path.name,
-                "size": writer.size,
-                "content": content,
+                "size": written[0].size,
+                "content": written[0].content,
                 "model": model_id() if rank == 0 else None,
             }
 
-        written: list[SnapshotWriter] = []
-        answers = ranks.step(write)
+        agreed = hopes[rank]
+        if any(hopes):
+            ranks.step(lambda: payload(agreed))
+            told = ranks.tell(once.digests(hopes, rank, written[0].digests))
+            agreed = once.confirmed(hopes, rank, told)
+            answers = ranks.step(settle)
+        else:
+            answers = ranks.step(lambda: payload(agreed) | settle())
         identity = dataclasses.replace(header.identity, model=answers[0]["model"])
         sealed = dataclasses.replace(header, identity=identity)
         reports: list[FreezeReport] = []
@@ -165,6 +191,15 @@ class _Ranks:
     def __init__(self, exchange: Exchange, rank: int) -> None:
         self._exchange, self._rank = exchange, rank
         self.agreed = False
+
+    def tell(self, data: bytes) -> list[bytes]:
+        """What every rank tells, of any length: in as many messages as the longest of all needs."""
+        sizes = [int.from_bytes(size, "little") for size in self._exchange(len(data).to_bytes(8, "little"))]
+        parts: list[list[bytes]] = [[] for _ in sizes]
+        for at in range(0, max(sizes), MAX_MESSAGE):
+            for found, part in zip(parts, self._exchange(data[at : at + MAX_MESSAGE]), strict=True):
+                found.append(part)
+        return [b"".join(found) for found in parts]
 
     def step(self, work: Callable[[], dict[str, Any]], outcome: str = "nothing was published") -> list[dict[str, Any]]:
         """Every rank's answer; raises where one failed, saying the outcome."""

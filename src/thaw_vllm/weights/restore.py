@@ -21,6 +21,7 @@ from ..transport import parallel
 from ..transport.checksum import damaged
 from ..transport.coded_link import CodedLink
 from ..transport.coded_torch import CodedTorchLink
+from ..transport.files import place
 from ..transport.links import CudaLink, Link, Place, by_driver, link_to, runs_of
 from ..transport.pipeline import Range, deliver
 from ..transport.read import Piece, piece_of, read
@@ -180,6 +181,7 @@ def _to_device(
                 source.send(link.context, ranges, link.runs, verify=verify, progress=progress)
             return f"page-locked memory to cuda:{link.context.device}"
         options: dict[str, Any] = {"workers": workers, "verify": verify, "progress": progress}
+        options["damage"] = lambda _, found: _damaged(source, found)
         if not deliver(way.reader, name, ranges, link, helpers=helpers, **options) or helpers is None:
             return link.name
         return f"{len(helpers.helpers)} processes → {link.name}"
@@ -194,13 +196,18 @@ def _link(source: Source, way: Reading, ranges: list[Range], places: list[Place]
         return link_to(places, sums)
 
     def damage(number: int) -> CorruptionError:
-        return damaged(source.name, ranges[number].label, ranges[number].offset, ranges[number].length)
+        return _damaged(source, ranges[number])
 
     stored = [found.length if found.coded else 0 for found in ranges]
     if not by_driver(device):
         return CodedTorchLink(places, device.type, stored, damage)
     decoders = way.kernels.decoders(device.index or 0) if way.kernels is not None else None
     return CodedLink(device.index or 0, runs_of(places), stored, damage, sums, decoders)
+
+
+def _damaged(source: Source, found: Range) -> CorruptionError:
+    name, offset = place(source, found.offset)
+    return damaged(name, found.label, offset, found.length)
 
 
 def match(

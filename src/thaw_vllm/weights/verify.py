@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from ..errors import CorruptionError, ReplacedError
@@ -13,7 +13,7 @@ from ..format.chunks import Chunk
 from ..format.header import Header
 from ..format.snapshot import Snapshot
 from ..transport import parallel
-from ..transport.read import piece_of, read
+from ..transport.read import Piece, piece_of, read
 from ..transport.source import Source
 from .digest import block_digests, bytes_digest, content_id
 from .open import Opened, open_rank, open_snapshot
@@ -116,19 +116,24 @@ def verify(
             if ours != header if rank == 0 else _set_of(ours) != _set_of(header):
                 raise ReplacedError(f"{os.fspath(path)!r} was replaced while it was being verified; run it again")
             advance(opened.snapshot.preamble.payload_at)
-            _check_chunks(opened, workers, content, advance)
+            chunks += _check_chunks(opened, workers, content, advance)
             _check_padding(opened, workers)
             opened.source.check_unchanged()
             names.append(opened.source.name)
-            chunks += len(opened.snapshot.chunks)
     verified = (SECTIONS, CHUNKS, PADDING) + ((CONTENT,) if content else ()) + ((SET,) if members else ())
     seconds = time.perf_counter() - start
     model = header.identity.model
     return VerifyReport(os.fspath(path), tuple(names), total, chunks, header.content, model, verified, seconds)
 
 
-def _check_chunks(opened: Opened, workers: int, content: bool, advance: Callable[[int], None]) -> None:
+def _check_chunks(opened: Opened, workers: int, content: bool, advance: Callable[[int], None]) -> int:
+    """Hold chunks against their checksums; returns how many are in the rank's own file.
+
+    What is kept in another rank's file is read again for the content id only: that file is verified too.
+    """
     snapshot = opened.snapshot
+    elsewhere = snapshot.elsewhere
+    own = [chunk for chunk in snapshot.chunks if chunk.storage not in elsewhere]
     owners = _owners(snapshot)
     base = snapshot.preamble.payload_at
     blocks: dict[tuple[int, int], list[bytes]] = {}
@@ -139,10 +144,13 @@ def _check_chunks(opened: Opened, workers: int, content: bool, advance: Callable
 
         return deliver
 
-    pieces = (piece_of(c, base, owners[c.storage], deliver=hashing(c) if content else None) for c in snapshot.chunks)
-    read(opened.source, pieces, workers=workers, progress=advance)
+    def pieces(chunks: list[Chunk]) -> Iterator[Piece]:
+        return (piece_of(c, base, owners[c.storage], deliver=hashing(c) if content else None) for c in chunks)
+
+    read(opened.source, pieces(own), workers=workers, progress=advance)
     if not content:
-        return
+        return len(own)
+    read(opened.source, pieces([c for c in snapshot.chunks if c.storage in elsewhere]), workers=workers)
     storages: list[list[bytes]] = [[] for _ in snapshot.index.storages]
     for (storage, _), digests in sorted(blocks.items()):
         storages[storage] += digests
@@ -152,10 +160,11 @@ def _check_chunks(opened: Opened, workers: int, content: bool, advance: Callable
             f"{opened.source.name!r} says its content id is {snapshot.header.content}, its bytes give {found}; it was "
             "altered after it was frozen: get it again from where you trust it, or freeze again"
         )
+    return len(own)
 
 
 def _check_padding(opened: Opened, workers: int) -> None:
-    gaps = opened.snapshot.paddings()
+    gaps = (opened.alone or opened.snapshot).paddings()
     source: Source = opened.source
 
     def work(group: list[tuple[int, int]]) -> None:

@@ -23,12 +23,15 @@ BASE = dict(
 )
 
 
-def llama(directory: Path, *, tied: bool = False, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Path:
+def llama(
+    directory: Path, *, tied: bool = False, dtype: torch.dtype = torch.bfloat16, seed: int = 0, kv_heads: int = 2
+) -> Path:
     """Grouped-query attention, untied or tied embeddings."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(**BASE, tie_word_embeddings=tied, dtype=dtype)).to(dtype)
+    shape = BASE | {"num_key_value_heads": kv_heads}
+    model = LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=tied, dtype=dtype)).to(dtype)
     model.save_pretrained(directory)
     return with_tokenizer(directory)
 

@@ -15,11 +15,13 @@ import pytest
 from tests.engines.vllm import forks
 from tests.engines.vllm.forks import PARALLEL
 from tests.engines.vllm.kv_files import altered, flipped, with_identity, with_layout
+from tests.engines.vllm.models import BASE, llama
 from tests.engines.vllm.test_engine import freeze
 
 from thaw_vllm.bench.kv_pages import pages_by_address
 from thaw_vllm.errors import MismatchError
 from thaw_vllm.format.kv import Group
+from thaw_vllm.kv.verify import verify
 from thaw_vllm.weights.compress import rewrite
 from thaw_vllm.weights.open import open_snapshot
 
@@ -31,6 +33,8 @@ LONG = [5 + number % 400 for number in range(400)]
 FORKED = LONG[:256] + [9 + (number * 7) % 300 for number in range(100)]
 OTHER = [3 + (number * 11) % 500 for number in range(200)]
 PROMPTS = [LONG, FORKED]
+THREE = [*PROMPTS, OTHER]
+"""So many blocks that each layer of the smallest model has more than 64 KiB of them."""
 ID = "tensors-blake3:" + "ab" * 32
 ARGS: dict[str, Any] = {"enforce_eager": True, "max_model_len": 512, "block_size": SIZE}
 
@@ -371,6 +375,58 @@ class TestRanks:
             load(None, frozen.weights, kv_snapshot=other)
         with pytest.raises(MismatchError, match="holds weights, not KV blocks"):
             load(None, frozen.weights, kv_snapshot=frozen.weights)
+
+
+@pytest.fixture(scope="module")
+def frozen_once(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """One KV head and two ranks, each of which has all of it."""
+    folder = tmp_path_factory.mktemp("kv-once")
+    args = {"model": str(llama(folder / "model", kv_heads=1)), "tensor_parallel_size": 2}
+    path, other = folder / "x.thawkv", folder / "other.thawkv"
+    steps = [
+        {"do": "ask", "prompts": THREE},
+        {"do": "ask", "prompts": THREE},
+        {"do": "freeze", "path": path, "model_id": ID},
+        {"do": "freeze", "path": other, "model_id": ID, "token_ids": LONG},
+    ]
+    answers = engine(folder, steps, PARALLEL, **args)
+    return SimpleNamespace(folder=folder, path=path, other=other, args=args, answers=answers)
+
+
+class TestStoredOnce:
+    def test_rank_1_has_no_page(self, frozen_once: SimpleNamespace):
+        report = frozen_once.answers[2]
+        own, left = (Path(file).stat().st_size for file in report["files"])
+        pages = report["blocks"] * SIZE * 32 * 2 * 2 * BASE["num_hidden_layers"]  # keys and values in bf16
+        assert report["kept"] == pages
+        assert own > pages and left < 32_768
+        assert verify(frozen_once.path, content=True).bytes == own + left
+        assert pages_by_address(frozen_once.path) == pages_by_address(frozen_once.path, rank=1)
+
+    def test_restored_by_another_engine(self, frozen_once: SimpleNamespace):
+        made, broken = frozen_once, frozen_once.folder / "broken"
+        broken.mkdir()
+        (member,) = [Path(file) for file in made.answers[2]["files"] if "rank1" in file]
+        (broken / member.name).write_bytes(member.read_bytes())
+        known = {"model_id": ID}
+        names = {"swapped": made.other.read_bytes(), "truncated": made.path.read_bytes()[:-4096]}
+        for name, data in names.items():
+            (broken / f"{name}.thawkv").write_bytes(data)
+        flipped(made.path, broken / "flipped.thawkv", "pages.")
+        steps: list[dict[str, Any]] = [{"do": "restore", "path": broken / f"{n}.thawkv", **known} for n in names]
+        steps += [{"do": "restore", "path": broken / name, **known} for name in ("flipped.thawkv", "missing.thawkv")]
+        steps += [{"do": "info", **known}, {"do": "restore", "path": made.path, **known}]
+        steps += [{"do": "freeze", "path": made.folder / "again.thawkv", **known}, {"do": "ask", "prompts": THREE}]
+        *refused, info, report, again, answers = engine(made.folder, steps, PARALLEL, **made.args)
+        for answer, words in zip(refused, ("missing", "truncated", "is damaged", "does not exist"), strict=True):
+            assert words in error(answer)
+        assert info["cached"] == 0 and info["free"] == info["blocks"] - 1
+        assert report["tokens"] == 384 and report["blocks"] == made.answers[2]["blocks"]
+        assert cached(answers) == [384, 352, 192]
+        assert same(answers, made.answers[1])
+        assert again["kept"] == made.answers[2]["kept"]
+        for rank in (0, 1):
+            assert pages_by_address(made.folder / "again.thawkv", rank) == pages_by_address(made.path, rank)
 
 
 def test_demo(checkpoints: Callable, tmp_path: Path):

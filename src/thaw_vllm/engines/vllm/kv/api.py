@@ -31,6 +31,7 @@ class KVFreezeReport:
         path: the file; the manifest's of several ranks.
         files: of every rank.
         bytes: of pages and table, all ranks.
+        kept: of ``bytes``, those that several ranks hold alike and that are in another one's file.
         blocks: of tokens.
         prefixes: that no other continues.
         tokens: of the longest.
@@ -46,6 +47,7 @@ class KVFreezeReport:
     prefixes: int
     tokens: int
     seconds: float
+    kept: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
     phases: dict[str, float] = field(default_factory=dict)
 

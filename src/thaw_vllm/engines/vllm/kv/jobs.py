@@ -35,6 +35,7 @@ class Job:
         return {
             "path": self.path,
             "bytes": sum(report["bytes"] for report in reports),
+            "kept": sum(report["kept"] for report in reports),
             "blocks": len(self.table.blocks),
             "prefixes": len(leaves),
             "tokens": self.table.depths()[leaves[0]] * self.table.block_size,

@@ -158,7 +158,7 @@ def _write(
         captured = Captured(
             Index(tuple(entries), tuple(s.length for s in storages), ()), tuple(storages), tuple(tensors)
         )
-        freezing = FreezeOptions(force=options["force"], workers=_threads(options, device))
+        freezing = FreezeOptions(force=options["force"], workers=_threads(options, device), once=True)
         report = freeze_rank(options["path"], header, captured, freezing, exchange, lambda: options["model"])
     phases.add({name: value for name, value in report.seconds.items() if name != "total"}, "capture")
     return dataclasses.asdict(report) | {"phases": phases.seconds}
