@@ -246,6 +246,17 @@ def test_rewritten(three, tmp_path, compress):
     assert verify(tmp_path / "other.thaw", content=True).content == verify(three, content=True).content
 
 
+def test_rewritten_for_each_and_once_again(three, tmp_path):
+    each, again = tmp_path / "each.thaw", tmp_path / "again.thaw"
+    assert [report.kept for report in rewrite(three, each, compress=False, once=False)] == [0, 0, 0]
+    assert equal(each, 3)
+    with pin(each.with_name(os.readlink(tmp_path / "each.rank1.thaw")), "cpu") as pinned:
+        assert pinned.bytes > LARGE
+    assert [report.kept for report in rewrite(each, again, once=True)] == [0, LARGE, LARGE]
+    assert equal(again, 3)
+    assert verify(again, content=True).content == verify(three).content
+
+
 def test_verified_once_each(three):
     report = verify(three, content=True)
     assert report.bytes == sum(member(three, rank).stat().st_size for rank in (1, 2)) + three.stat().st_size

@@ -14,6 +14,7 @@ from .progress import progress
 EXAMPLES = """
 thaw compress llama.thaw llama-small.thaw
 thaw compress llama-small.thaw llama.thaw --undo
+thaw compress deepseek.thaw deepseek-once.thaw --undo --once
 """
 
 
@@ -23,6 +24,13 @@ def compress(
     ],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write; the manifest's name of a set.")],
     undo: Annotated[bool, typer.Option("--undo", help="Write it without compression.")] = False,
+    once: Annotated[
+        bool | None,
+        typer.Option(
+            "--once/--no-once",
+            help="Of a set: what ranks hold alike in one file alone, or in each; by default as it is in IN.",
+        ),
+    ] = None,
     gpu: Annotated[
         bool, typer.Option("--gpu/--no-gpu", help="Compress by the first GPU where there is one, or by processors.")
     ] = True,
@@ -39,7 +47,8 @@ def compress(
     from ..weights.compress import rewrite
 
     with progress("compress") as advance:
-        reports = rewrite(source, target, compress=not undo, force=force, encoder=0 if gpu else None, progress=advance)
+        encoder = 0 if gpu else None
+        reports = rewrite(source, target, compress=not undo, once=once, force=force, encoder=encoder, progress=advance)
     total, stored = sum(report.bytes for report in reports), sum(report.file_size for report in reports)
     seconds = max(report.seconds["total"] for report in reports)
     if as_json:

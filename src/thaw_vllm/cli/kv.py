@@ -78,6 +78,7 @@ def freeze(
     if as_json:
         document(answer)
         return
+    kept = answer.get("kept")  # not told by servers of earlier versions
     skipped = [("left out", f"{count} blocks {why}") for why, count in answer["skipped"].items()]
     pairs(
         [
@@ -85,6 +86,7 @@ def freeze(
             ("prefixes", f"{answer['prefixes']}, the longest of {answer['tokens']} tokens"),
             ("blocks", str(answer["blocks"])),
             ("size", size(answer["bytes"])),
+            *([("held alike", f"{size(answer['kept'])} of it, by several ranks, and stored once")] if kept else []),
             ("seconds", f"{answer['seconds']:.2f}"),
             *((what, plain(text)) for what, text in skipped),
         ]

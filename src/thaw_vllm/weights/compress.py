@@ -32,6 +32,7 @@ def rewrite(
     target: str | os.PathLike[str],
     *,
     compress: bool = True,
+    once: bool | None = None,
     force: bool = False,
     workers: int | None = None,
     encoder: int | None = None,
@@ -41,8 +42,9 @@ def rewrite(
 
     Args:
         source: one file, or the manifest of a set, of which every rank's file is written.
-        target: where to; no file of ``source``. What ``source`` keeps once is kept once there too.
+        target: where to; no file of ``source``.
         compress: by codec 1 what it makes shorter; False for nothing compressed.
+        once: see FreezeOptions; None as it is in ``source``.
         force: replace what is there.
         workers: threads; None for what the machine bears.
         encoder: see FreezeOptions; where there is no such GPU, or too little of its memory is free, processors.
@@ -72,7 +74,8 @@ def rewrite(
                     raise UsageError(
                         f"{str(place)!r} is read while it would be written; choose another name, then rename it"
                     )
-        once = any(found.snapshot.index.kept for found in every)
+        if once is None:
+            once = any(found.snapshot.index.kept for found in every)
         total = sum(found.snapshot.bytes for found in every)
         share = max(1, (workers or parallel.default_workers()) // world)
         reports: dict[int, FreezeReport] = {}

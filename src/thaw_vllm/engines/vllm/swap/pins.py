@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from ....errors import ReplacedError
+from ....errors import ReplacedError, UnsupportedError
 from ....weights.open import Opened, open_rank
 from ....weights.pinned import Pinned, pin
 
@@ -19,12 +19,17 @@ def hold(worker: Any, path: str) -> dict[str, Any]:
         ``bytes`` held and ``seconds`` that took; ``why``, how they are held.
 
     Raises:
-        As ``thaw_vllm.pin``.
+        As ``thaw_vllm.pin``; UnsupportedError: other ranks' files have part of the bytes.
     """
     place = _key(path)
     if place not in _held:
         with open_rank(path, worker.rank, with_chunks=False) as opened:
-            own = opened.source.name
+            own, kept = opened.source.name, opened.snapshot.index.kept
+        if kept:
+            raise UnsupportedError(
+                f"{own!r} has part of its bytes in the files of other ranks, so it cannot be held page-locked; "
+                "thaw compress IN OUT --undo --no-once writes a set of which each file has all of its own"
+            )
         _held[place] = pin(own, next(worker.get_model().parameters()).device)
     found = _held[place]
     return {"bytes": found.bytes, "seconds": found.seconds, "why": found.why}
