@@ -41,8 +41,20 @@ def round_up(offset):
     return (offset + 4095) // 4096 * 4096
 
 
-def read(data):
-    """The header, the index, every tensor's (dtype, shape, row-major bytes) by name, and every carried file's bytes."""
+def read(data, others=None):
+    """The header, the index, every tensor's (dtype, shape, row-major bytes) by name, and every carried file's bytes.
+
+    ``others``: the bytes of files of lower ranks, by rank, where they keep bytes of this one.
+    """
+    header, index, storages = sections_of(data, others or {})
+    tensors = {entry["name"]: elements(entry, storages) for entry in index["tensors"]}
+    assert len(tensors) == len(index["tensors"])
+    files = {f["name"]: b"" if f["storage"] is None else storages[f["storage"]] for f in index["files"]}
+    return header, index, tensors, files
+
+
+def sections_of(data, others):
+    """The header, the index, and every storage's bytes."""
     magic, version, size, file_size, header, index, count, payload_at, payload = struct.unpack_from("<8sIIQQQQQQ", data)
     assert (magic, version, size, file_size) == (bytes.fromhex("89544841570d0a1a"), 1, 256, len(data))
     assert data[160:224] == bytes(64)
@@ -59,24 +71,30 @@ def read(data):
     assert header["format"] == "thaw"
     assert (header["holds"], header["identity"]["stage"] == "kv") in (("weights", False), ("kv", True))
     storages, end = [b""] * len(index["storages"]), payload_at
+    kept = {entry["storage"]: (entry["rank"], entry["there"]) for entry in index.get("kept", [])}
+    own = header["identity"]["parallel"]
+    assert all(rank < own["pp_rank"] * own["tp_size"] + own["tp_rank"] for rank, _ in kept.values())
+    keepers = {rank: sections_of(others[rank], {})[2] for rank, _ in kept.values()}
     for stored_at, at, length, stored, storage, codec, reserved, _, summed in struct.iter_unpack(
         "<QQIIIHHQQ", sections[2]
     ):
         start = payload_at + stored_at
-        assert (codec, reserved, stored) == (0, 0, length)
+        assert (codec, reserved, stored) == ((2, 0, 0) if storage in kept else (0, 0, length))
         assert start == round_up(end)
         assert not any(data[end:start])
         end = start + stored
         assert at == len(storages[storage])
-        storages[storage] += data[start:end]
-        assert wordsum(data[start:end]) == summed
+        found = data[start:end]
+        if storage in kept:
+            rank, there = kept[storage]
+            assert len(keepers[rank][there]) == index["storages"][storage]
+            found = keepers[rank][there][at : at + length]
+        storages[storage] += found
+        assert wordsum(found) == summed
     assert not any(data[end:])
     assert round_up(end) == file_size
     assert [len(storage) for storage in storages] == index["storages"]
-    tensors = {entry["name"]: elements(entry, storages) for entry in index["tensors"]}
-    assert len(tensors) == len(index["tensors"])
-    files = {f["name"]: b"" if f["storage"] is None else storages[f["storage"]] for f in index["files"]}
-    return header, index, tensors, files
+    return header, index, storages
 
 
 def prefixes(header, tensors):

@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+from tests.format import independent
 from tests.weights.worlds import MODEL, Gather, Lost, failed, freeze_processes
 from tests.weights.worlds import freeze_one as freeze_small
 
@@ -116,6 +117,18 @@ def test_stored_once_and_ids_as_ever(target, tmp_path, compress):
     plain = freeze(tmp_path / "plain.thaw", 3, once=False)
     assert [report.kept for report in plain] == [0, 0, 0]
     assert [report.content for report in plain] == [report.content for report in reports]
+
+
+def test_read_by_the_second_reader(target):
+    def little(rank):
+        return {"same": noise(1, 70_000), "own": noise(2 + rank, 500)}
+
+    assert not failed(freeze(target, 2, little))
+    _, index, tensors, _ = independent.read(member(target, 1).read_bytes(), {0: target.read_bytes()})
+    assert index["kept"] == [{"storage": 0, "rank": 0, "there": 0}]
+    assert {name: data for name, (_, _, data) in tensors.items()} == {
+        name: tensor.numpy().tobytes() for name, tensor in little(1).items()
+    }
 
 
 def test_nothing_alike_is_a_set_as_ever(target):

@@ -18,6 +18,7 @@ import pytest
 from tests.engines.vllm import forks
 
 from thaw_vllm.errors import CorruptionError, MismatchError, StorageError, UsageError
+from thaw_vllm.weights.compress import rewrite
 from thaw_vllm.weights.open import open_rank, open_snapshot
 
 pytestmark = pytest.mark.vllm
@@ -87,6 +88,23 @@ class TestTensorParallel:
             open_rank(tmp_path / "weights.thaw", 1),
         ):
             pass
+
+
+def test_replicated_weights_stored_once(checkpoints: Callable, room: Path):
+    """Of latent attention both ranks hold the projection that is cached."""
+    model, path, again = checkpoints("latent-attention"), room / "mla" / "w.thaw", room / "mla" / "once.thaw"
+    path.parent.mkdir()
+    changes: dict[str, Any] = {"tensor_parallel_size": 2, "skip_tokenizer_init": True}
+    freeze(model, path, **changes)
+    reports = rewrite(path, again, compress=False, once=True)
+    with open_rank(again, 1) as opened:
+        owners = {tensor.storage: tensor.name for tensor in opened.snapshot.index.tensors}
+        names = {owners[kept.storage].rsplit(".", 2)[1] for kept in opened.snapshot.index.kept}
+    assert names == {"kv_a_proj_with_mqa"}
+    assert [report.kept for report in reports] == [0, 2 * (512 + 64) * 128 * 2]
+    thawed, default = ask(model, again, **changes), ask(model, path, **changes)
+    assert len(thawed["reports"]) == 2 and all(r["verified"] == "xxh3" for r in thawed["reports"])
+    assert thawed["outputs"] == default["outputs"]
 
 
 class TestWithoutTheCheckpoint:
