@@ -9,16 +9,16 @@ import torch
 from tests.transport.test_links import runs_of
 from tests.transport.test_reading_helpers import kill, no_children, unmoved  # noqa: F401 - fixtures
 
-from thaw_vllm.errors import CorruptionError, StorageError
+from thaw_vllm.errors import CorruptionError, ReplacedError, StorageError
 from thaw_vllm.transport import files as files_
 from thaw_vllm.transport.checksum import wordsum
-from thaw_vllm.transport.files import Files
+from thaw_vllm.transport.files import Files, Joined, place
 from thaw_vllm.transport.links import CudaLink, Place
 from thaw_vllm.transport.pipeline import Range, deliver
 from thaw_vllm.transport.plan import BLOCK, steps
 from thaw_vllm.transport.readers import Cached, choose
 from thaw_vllm.transport.reading_helpers import Helpers
-from thaw_vllm.transport.source import read_bytes
+from thaw_vllm.transport.source import FileSource, read_bytes
 
 pytestmark = pytest.mark.usefixtures("no_leaks", "no_children")
 
@@ -218,3 +218,45 @@ def test_what_has_to_wait_is_asked_for_again(tmp_path, send):
 
 def test_they_lie_further_apart_than_a_plan_reads_along():
     assert files_._APART > BLOCK
+
+
+class TestJoined:
+    """Files that are held open."""
+
+    @pytest.fixture
+    def work(self, tmp_path):
+        """Whose files are one source, the second one longer than the others."""
+        work = Work(tmp_path / "files", 3, ROOM)
+        with open(work.paths[1], "ab") as file:
+            file.write(b"more")
+        with contextlib.ExitStack() as stack:
+            work.files = Joined([stack.enter_context(FileSource(path)) for path in work.paths])
+            work.ranges = [Range(n * work.files.stride + HEAD, ROOM, 0, work.paths[n]) for n in range(3)]
+            yield work
+            work.files.close()
+
+    def test_what_is_open_is_read(self, work):
+        """Whatever has the names by then; and that is told in the end, since helpers go by the names."""
+        os.replace(work.paths[2], work.paths[0])
+        for number, data in enumerate(work.data):
+            assert read_bytes(work.files, number * work.files.stride, HEAD + ROOM) == data
+        assert work.files.name == work.paths[0] and choose(work.files).route == "files"
+        with pytest.raises(ReplacedError, match=r"0é\.bin' was replaced while it was being read"):
+            work.files.check_unchanged()
+
+    def test_written_to(self, work):
+        work.files.check_unchanged()
+        with open(work.paths[1], "ab") as file:
+            file.write(b"x")
+        with pytest.raises(ReplacedError, match=r"1é\.bin' was written to"):
+            work.files.check_unchanged()
+
+    def test_messages_name_the_file(self, work):
+        assert place(work.files, 2 * work.files.stride + 7) == (work.paths[2], 7)
+        with pytest.raises(CorruptionError, match=r"2é\.bin' ends at"):
+            read_bytes(work.files, 2 * work.files.stride, HEAD + ROOM + 1)
+
+    def test_helpers_read_them(self, work, send, monkeypatch):
+        monkeypatch.setattr(Joined, "read_into", lambda *_: pytest.fail("read here"))
+        assert send(work)
+        assert work.arrived()

@@ -89,7 +89,9 @@ def open_rank(path: str | os.PathLike[str], rank: int, *, with_chunks: bool = Tr
         keepers = {0: Opened(opened.source, sections(opened.source))}
         for other in sorted({kept.rank for kept in own.snapshot.index.kept} - {0}):
             keepers[other] = stack.enter_context(_member(path, header, other, with_chunks))
-        yield _joined(own, keepers)
+        joined = _joined(own, keepers)
+        with contextlib.closing(joined.source):
+            yield joined
 
 
 @contextlib.contextmanager
@@ -121,7 +123,7 @@ def _member(path: str | os.PathLike[str], manifest: Header, rank: int, with_chun
 
 
 def _joined(own: Opened, keepers: dict[int, Opened]) -> Opened:
-    """A rank's file and those that keep bytes of it, by rank, as one source.
+    """A rank's file and those that keep bytes of it, by rank, as one source, which is the caller's to close.
 
     Raises:
         CorruptionError: what is there is not what the rank's file says.
