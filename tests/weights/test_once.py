@@ -7,6 +7,8 @@ import threading
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tests.format import independent
 from tests.weights.worlds import MODEL, Gather, Lost, failed, freeze_processes
 from tests.weights.worlds import freeze_one as freeze_small
@@ -201,6 +203,25 @@ def test_samples_alike_and_every_byte_checked(target, monkeypatch):
         thread.join()
     assert [report.kept for report in reports] == [0, 50_000]
     assert equal(target, 2, each)
+
+
+@given(st.lists(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 1)), max_size=6), min_size=1, max_size=5))
+def test_hopes_are_never_chained(ranks):
+    """Whatever is alike: bytes are left to a lower rank that writes them, and no place is named twice by a file."""
+    told = [
+        b"".join(
+            once._RECORD.pack(number, 1 << 20 | length, bytes([mark] * 16)) for number, (length, mark) in enumerate(own)
+        )
+        for own in ranks
+    ]
+    everyone = once.hopes(told)
+    for rank, own in enumerate(everyone):
+        assert len({(kept.rank, kept.there) for kept in own.values()}) == len(own)
+        for number, kept in own.items():
+            assert kept.storage == number and kept.rank < rank
+            assert ranks[kept.rank][kept.there] == ranks[rank][number]
+            assert kept.there not in everyone[kept.rank]
+            assert kept.there in once.compared(everyone, kept.rank) and number in once.compared(everyone, rank)
 
 
 def test_other_chunk_sizes_are_not_left_to_one_another():
