@@ -321,7 +321,9 @@ def sort(snapshot: Snapshot, targets: Mapping[str, torch.Tensor]) -> Work:
     base = snapshot.preamble.payload_at
     found = Work()
     storage, direct, label = -1, None, ""
-    for chunk in snapshot.chunks:
+    for chunk in sorted(
+        snapshot.chunks, key=lambda chunk: chunk.stored_at
+    ):  # as good as done, where all are in one file
         owner = owners.get(chunk.storage)
         if owner is None:  # a carried file, or left out
             continue
