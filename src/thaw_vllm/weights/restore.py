@@ -106,7 +106,7 @@ def restore(
         with reading(source, targets.values(), options) as way:
             return restore(source, snapshot, targets, required, options, way, partial=partial)
     start = time.perf_counter()
-    if snapshot.preamble.chunks != len(snapshot.chunks):
+    if snapshot.preamble.chunks and not snapshot.chunks:
         raise UsageError(f"{source.name!r} was opened without its chunk table; open it with_chunks=True to thaw it")
     entries = [entry for entry in snapshot.index.tensors if not partial or entry.name in targets]
     storages = {entry.storage for entry in entries if entry.storage is not None}

@@ -1,0 +1,61 @@
+"""Snapshots of one number of ranks in engines of another: every tensor and every answer as without a snapshot."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.engines.vllm import forks
+from tests.engines.vllm.test_engine import ARGS, freeze
+
+pytestmark = pytest.mark.vllm
+
+KINDS = ("tied", "untied", "biased", "moe", "latent-attention")
+
+
+@pytest.fixture(scope="module")
+def snapshots(checkpoints: Callable, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Path]:
+    """``snapshots(kind, ranks)``: of a tiny checkpoint, made once."""
+    room, made = tmp_path_factory.mktemp("reshard"), {}
+
+    def get(kind: str, ranks: int) -> Path:
+        if (kind, ranks) not in made:
+            path = made[kind, ranks] = room / f"{kind}-{ranks}.thaw"
+            freeze(checkpoints(kind), path, **sizes(ranks))
+        return made[kind, ranks]
+
+    return get
+
+
+def sizes(ranks: int) -> dict[str, Any]:
+    return {"tensor_parallel_size": ranks} if ranks > 1 else {}
+
+
+def compared(folder: Path, model: Path, ranks: int, *paths: Path) -> list[list[dict[str, Any]]]:
+    """For each snapshot what each rank says of it, in an engine of so many."""
+    question, answer, log = (folder / name for name in ("asked.json", "answer.json", "log.txt"))
+    asked = {"model": str(model), "engine_args": ARGS | sizes(ranks), "snapshots": [str(path) for path in paths]}
+    question.write_text(json.dumps(asked))
+    program = Path(__file__).with_name("reshard_engine.py")
+    command = [*forks.command(), str(program), str(question), str(answer)]
+    with log.open("wb") as stream:
+        variables = forks.environment(forks.PARALLEL if ranks > 1 else {})
+        subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, env=variables, check=False)
+    assert answer.exists(), log.read_text(errors="replace")[-3000:]
+    return list(json.loads(answer.read_text()).values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("written", "ranks"), [(1, 2), (2, 1)])
+def test_every_tensor(kind: str, written: int, ranks: int, snapshots: Callable, checkpoints: Callable, tmp_path: Path):
+    """Also of the same number, which is what the comparison is held against."""
+    paths = [snapshots(kind, written), snapshots(kind, ranks)]
+    for said in compared(tmp_path, checkpoints(kind), ranks, *paths):
+        assert len(said) == ranks
+        for one in said:
+            assert one.get("differing") == [] and one["compared"] > 10, one
+            assert one["report"]["verified"] == "xxh3"
