@@ -39,6 +39,7 @@ TOGETHER = {
     "swap": ["tests/gpu/test_swap.py", "-k", "swaps_and_parks"],
     "requests": ["tests/gpu/test_swap.py", "-k", "two_weights or without"],
     "ranks": ["tests/gpu/test_swap.py", "-k", "two_ranks"],
+    "reshard": ["tests/gpu/test_ranks.py"],
     "killed": ["tests/gpu/test_swap.py", "-k", "killed"],
     "zygote": ["tests/gpu/test_zygote.py"],
     "automatic": ["tests/gpu/test_automatic.py"],

@@ -1,5 +1,6 @@
 """What ranks hold alike is stored once; every rank's tensors come back all the same, or are refused before copying."""
 
+import contextlib
 import dataclasses
 import os
 import signal
@@ -10,15 +11,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.format import independent
+from tests.weights import test_reshard
 from tests.weights.worlds import MODEL, Gather, Lost, failed, freeze_processes
 from tests.weights.worlds import freeze_one as freeze_small
 
 from thaw_vllm.errors import CorruptionError, MismatchError
+from thaw_vllm.format.chunks import KEPT
 from thaw_vllm.format.header import Header
 from thaw_vllm.format.identity import Identity, Parallel
 from thaw_vllm.format.index import Kept
 from thaw_vllm.format.snapshot import front
-from thaw_vllm.weights import once
+from thaw_vllm.weights import once, reshard
 from thaw_vllm.weights.capture import capture
 from thaw_vllm.weights.compress import rewrite
 from thaw_vllm.weights.freeze import FreezeOptions
@@ -26,7 +29,7 @@ from thaw_vllm.weights.open import open_memory, open_rank, open_snapshot
 from thaw_vllm.weights.pinned import pin
 from thaw_vllm.weights.ranks import MAX_MESSAGE, _Ranks, freeze_rank
 from thaw_vllm.weights.reading import RestoreOptions
-from thaw_vllm.weights.restore import restore
+from thaw_vllm.weights.restore import restore, sort
 from thaw_vllm.weights.verify import verify
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
@@ -278,6 +281,34 @@ def test_rewritten(three, tmp_path, compress):
     assert [report.kept for report in reports] == [0, LARGE, LARGE]
     assert equal(tmp_path / "other.thaw", 3)
     assert verify(tmp_path / "other.thaw", content=True).content == verify(three, content=True).content
+
+
+def test_read_in_order_of_place(three):
+    """What is elsewhere lies behind what is not; a GPU is sent ranges in order."""
+    like = alike(1)
+    with open_rank(three, 1) as opened:
+        assert opened.snapshot.elsewhere.keys() == {1} and opened.alone.chunks[1].codec == KEPT
+        mixed = dataclasses.replace(opened.snapshot, chunks=opened.snapshot.chunks[::-1])
+        offsets = [piece.offset for piece in sort(mixed, like).host]
+    assert offsets == sorted(offsets) and len(offsets) == 5
+
+
+def test_reshaped(tmp_path, monkeypatch):
+    """From a set of two ranks, whose second one has what both hold in the first one's file."""
+    monkeypatch.setattr(once, "SMALLEST", 1)
+    target = tmp_path / "w.thaw"
+    assert not failed(freeze(target, 2, lambda rank: test_reshard.state(2, rank)))
+    assert {one.rank for one in kept(target, 1)} == {0} and len(kept(target, 1)) >= 2
+    for new in (1, 2, 4):
+        for rank in range(new):
+            divisions = test_reshard.DIVISIONS | {"head": test_reshard.DIVISIONS["words"]}
+            found, wanted = reshard.plan(divisions, reshard.Ranks(2, new, rank)), test_reshard.state(new, rank)
+            targets = test_reshard.empty(new, rank)
+            with contextlib.ExitStack() as stack:
+                files = {old: stack.enter_context(open_rank(target, old)) for old in found.files}
+                reshard.check(found, files, targets, set(targets))
+                reshard.fill(found, files, targets, RestoreOptions())
+            assert all(torch.equal(targets[name], wanted[name]) for name in wanted), (new, rank)
 
 
 def test_rewritten_for_each_and_once_again(three, tmp_path):

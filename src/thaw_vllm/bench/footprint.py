@@ -22,7 +22,7 @@ def held(process: int, files: Sequence[Path]) -> int | None:
     cudaHostAlloc does, is in no process's account; ``machine`` sees it.
     """
     places = tuple(str(path) for path in files)
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, KeyError):  # the last where it has ended and nobody has asked for it
         status = Path(f"/proc/{process}/status").read_text(encoding="ascii", errors="replace")
         sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in status.splitlines() if "kB" in line}
         shared = sizes.get("RssShmem", 0)

@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .bench_options import (
+    Device,
+    Directories,
+    Eager,
+    EngineArguments,
+    EngineRuns,
+    LimitSize,
+    OneDirectory,
+    Recording,
+    Systems,
+    Threads,
+    Weighted,
+    chosen,
+    end,
+    finish,
+    limit_settings,
+    of_two_engines,
+    places,
+    require_all_of_thaw,
+    shown,
+    tell,
+)
 from .commands import examples, plain_app
 from .output import Json, document, plain, table
 
 if TYPE_CHECKING:
-    from ..bench.ceilings import Settings
-    from ..bench.outcome import Outcome
     from ..bench.restore import Comparison
 
 EXAMPLES = """
@@ -30,31 +49,11 @@ thaw bench kv --model Llama-3-8B/ --tokens 1024 --tokens 4096 --record
 thaw bench fork --model Llama-3-8B/ --dir /dev/shm --runs 5 --record
 thaw bench fork --model Llama-3-8B/ --snapshot /dev/shm/W.thaw --workers 4
 thaw bench swap --model Llama-3-8B/ --snapshot /dev/shm/A.thaw --other /dev/shm/B.thaw --record
+thaw bench multi-gpu --gpus 2 --dir /dev/shm --record
+thaw bench multi-gpu --device cpu --device cpu --size-gb 0.1 --dir /dev/shm
 thaw bench report
 """
 
-
-Directories = Annotated[
-    list[Path] | None, typer.Option("--dir", help="Where files go; repeat for more. [default: /dev/shm and .]")
-]
-Device = Annotated[
-    str | None, typer.Option(help="cuda, cuda:N or cpu. [default: cuda where torch finds a GPU]", metavar="NAME")
-]
-Threads = Annotated[int | None, typer.Option(min=1, help="Threads of limits. [default: what thaw chooses]")]
-Recording = Annotated[bool, typer.Option("--record", help="Append to benchmarks/results/<date>.jsonl.")]
-LimitSize = Annotated[float, typer.Option("--limit-gb", min=0.01, help="GB moved in a run of a limit.")]
-Systems = Annotated[
-    list[str] | None, typer.Option("--system", help="Only this system; repeat for more. [default: all]", metavar="NAME")
-]
-Weighted = Annotated[Path, typer.Option(help="A model directory with safetensors files.")]
-OneDirectory = Annotated[Path | None, typer.Option("--dir", help="Where the files go. [default: /dev/shm, else .]")]
-EngineRuns = Annotated[int, typer.Option(min=1, help="How often each is measured in its engine.")]
-Eager = Annotated[
-    bool | None, typer.Option("--eager/--graphs", help="Without or with CUDA graphs. [default: with, on a GPU]")
-]
-EngineArguments = Annotated[
-    list[str] | None, typer.Option(help="An engine argument, its value in JSON; repeat.", metavar="KEY=VALUE")
-]
 
 app = plain_app(add_completion=False)
 
@@ -89,9 +88,8 @@ def restore(
     from ..bench.record import append
     from ..bench.restore import compare
 
-    places = directory or [p for p in (Path("/dev/shm"), Path(".")) if p.is_dir()]
     found = []
-    for place in places:
+    for place in directory or [p for p in (Path("/dev/shm"), Path(".")) if p.is_dir()]:
         found.append(compare(place, size_mb * 10**6, rounds, workers))
         if not as_json:
             _show(found[-1], rounds)
@@ -99,7 +97,7 @@ def restore(
         document([_plain(comparison) for comparison in found])
     if record:
         path = append(record for comparison in found for record in comparison.records.values())
-        _tell(f"recorded in {path}")
+        tell(f"recorded in {path}")
 
 
 @app.command(epilog=examples(EXAMPLES, "limits"))
@@ -124,9 +122,9 @@ def limits(
     """
     from ..bench import ceilings
 
-    settings = _limits(device, size_gb, runs, threads)
-    works = _chosen(work, ceilings.WORKS, "work")
-    _finish(ceilings.measure(works, _places(directory), settings, _tell), record, as_json)
+    settings = limit_settings(device, size_gb, runs, threads)
+    works = chosen(work, ceilings.WORKS, "work")
+    finish(ceilings.measure(works, places(directory), settings, tell), record, as_json)
 
 
 @app.command(epilog=examples(EXAMPLES, "weights"))
@@ -156,16 +154,16 @@ def weights(
     from ..bench import weights as measuring
 
     settings = measuring.Settings(
-        tuple(_places(directory)),
-        _chosen(work, measuring.WORKS, "work"),
-        _chosen(only, measuring.ALL_SYSTEMS, "system"),
+        tuple(places(directory)),
+        chosen(work, measuring.WORKS, "work"),
+        chosen(only, measuring.ALL_SYSTEMS, "system"),
         size_gb,
         runs,
         cold_runs or runs,
         keep,
-        _limits(device, limit_gb, runs, threads),
+        limit_settings(device, limit_gb, runs, threads),
     )
-    _finish(measuring.measure(settings, _tell), record, as_json)
+    finish(measuring.measure(settings, tell), record, as_json)
 
 
 @app.command(epilog=examples(EXAMPLES, "freeze"))
@@ -187,13 +185,13 @@ def freeze(
     from ..bench import freezing, weights
 
     settings = freezing.Settings(
-        tuple(_places(directory)),
-        _chosen(only, weights.ALL_SYSTEMS, "system"),
+        tuple(places(directory)),
+        chosen(only, weights.ALL_SYSTEMS, "system"),
         size_gb,
         runs,
-        _limits(device, limit_gb, runs, threads),
+        limit_settings(device, limit_gb, runs, threads),
     )
-    _finish(freezing.measure(settings, _tell), record, as_json)
+    finish(freezing.measure(settings, tell), record, as_json)
 
 
 @app.command("cold-start", epilog=examples(EXAMPLES, "cold-start"))
@@ -250,17 +248,17 @@ def cold_start(
     settings = measuring.Settings(
         model,
         snapshot,
-        _chosen(mode, tuple(measuring.MODES), "mode") if mode else ("eager", "graphs"),
+        chosen(mode, tuple(measuring.MODES), "mode") if mode else ("eager", "graphs"),
         tuple(loader or ()),
         runs,
         {"max_model_len": 2048} | dict(parse_engine_arg(text) for text in engine_arg or []),
-        caches=_chosen([caches], (measuring.WARM, measuring.COLD, measuring.FILE), "kind of caches")[0],
+        caches=chosen([caches], (measuring.WARM, measuring.COLD, measuring.FILE), "kind of caches")[0],
         reports=reports,
         zygote=zygote,
         fast_start=fast_start,
     )
     require_vllm_installed()
-    outcome = measuring.measure(settings, _tell)
+    outcome = measuring.measure(settings, tell)
     if as_json:
         document(plainly(outcome))
     elif outcome.records:
@@ -270,7 +268,7 @@ def cold_start(
             table(rows, right=frozenset(range(1, len(rows[0]))))
     if not as_json:
         print("\n".join(failures(outcome.missed)))
-    _end(outcome, record)
+    end(outcome, record)
 
 
 @app.command(epilog=examples(EXAMPLES, "kv"))
@@ -301,12 +299,12 @@ def kv(
     from ..bench.summary import kv_table
     from ..engines.vllm.api import require_vllm_installed
 
-    asked = _of_two_engines(model, tokens, directory, runs, eager, engine_arg, limit_gb)
+    asked = of_two_engines(model, tokens, directory, runs, eager, engine_arg, limit_gb)
     settings = measuring.Settings(**asked)
     require_vllm_installed()
-    outcome = measuring.measure(settings, _tell)
-    _shown(outcome, kv_table, range(11), record, as_json)
-    _require_all_of_thaw(outcome)
+    outcome = measuring.measure(settings, tell)
+    shown(outcome, kv_table, range(11), record, as_json)
+    require_all_of_thaw(outcome)
 
 
 @app.command(epilog=examples(EXAMPLES, "fork"))
@@ -345,14 +343,14 @@ def fork(
     from ..engines.vllm.api import require_vllm_installed
     from ..errors import UsageError
 
-    asked = _of_two_engines(model, tokens, directory, runs, eager, engine_arg, limit_gb)
+    asked = of_two_engines(model, tokens, directory, runs, eager, engine_arg, limit_gb)
     if workers is not None and snapshot is None:
         raise UsageError("--workers is of a fork pool, which is measured with --snapshot")
     settings = measuring.Settings(**asked, branches=branches, snapshot=snapshot, workers=workers or 2)
     require_vllm_installed()
-    outcome = measuring.measure(settings, _tell)
-    _shown(outcome, fork_table, range(14), record, as_json)
-    _require_all_of_thaw(outcome)
+    outcome = measuring.measure(settings, tell)
+    shown(outcome, fork_table, range(14), record, as_json)
+    require_all_of_thaw(outcome)
 
 
 @app.command(epilog=examples(EXAMPLES, "swap"))
@@ -380,13 +378,51 @@ def swap(
     from ..errors import UnsupportedError
     from .freeze import parse_engine_arg
 
-    args, limits = dict(parse_engine_arg(text) for text in engine_arg or []), _limits(None, limit_gb, runs, None)
+    args, limits = dict(parse_engine_arg(text) for text in engine_arg or []), limit_settings(None, limit_gb, runs, None)
     if limits.device == "cpu":
         raise UnsupportedError("weights are swapped on NVIDIA GPUs only, and torch finds none here")
     settings = measuring.Settings(model, (snapshot, other), runs, eager, park, args, limits)
     require_vllm_installed()
-    outcome = measuring.measure(settings, _tell)
-    _shown(outcome, lambda found: seconds_table(found.records), (2, 3, 4), record, as_json)
+    outcome = measuring.measure(settings, tell)
+    shown(outcome, lambda found: seconds_table(found.records), (2, 3, 4), record, as_json)
+
+
+@app.command("multi-gpu", epilog=examples(EXAMPLES, "multi-gpu"))
+def multi_gpu(
+    directory: Directories = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="The first so many. [default: all]")] = None,
+    device: Annotated[
+        list[str] | None, typer.Option(help="A rank's; repeat. cpu is a try without GPUs.", metavar="NAME")
+    ] = None,
+    size_gb: Annotated[float, typer.Option(min=0.001, help="About how large each rank's file is.")] = 8.03,
+    runs: Annotated[int, typer.Option(min=1, help="Fresh processes for each rank.")] = 3,
+    cold_runs: Annotated[int | None, typer.Option(min=1, help="The same for cold disks. [default: --runs]")] = None,
+    work: Annotated[list[str] | None, typer.Option(help="h2d or restore; repeat. [default: all]")] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Leave the files for the next run of the same size.")] = False,
+    limit_gb: LimitSize = 4.0,
+    threads: Threads = None,
+    record: Recording = False,
+    as_json: Json = False,
+) -> None:
+    """Restore the ranks of a set at once, each to its own GPU.
+
+    Each rank is a fresh process with a file of its own, as in a tensor-parallel engine. One of them alone is measured
+    in turn with all of them. Every tensor is compared with the source.
+    """
+    import torch
+
+    from ..bench import multi_gpu as measuring
+    from ..errors import UsageError
+
+    found = places(directory)
+    try:
+        devices = measuring.devices(device, gpus, torch.cuda.device_count())
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    limits = limit_settings(devices[0], limit_gb, runs, threads)
+    works = chosen(work, measuring.WORKS, "work")
+    settings = measuring.Settings(devices, tuple(found), works, size_gb, runs, cold_runs or runs, keep, limits)
+    shown(measuring.measure(settings, tell), measuring.rows, range(1, 8), record, as_json)
 
 
 @app.command(epilog=examples(EXAMPLES, "report"))
@@ -409,118 +445,6 @@ def report(
         document({"page": str(made.page), "plots": [str(path) for path in made.plots], "runs": made.runs})
     else:
         print(f"{plain(str(made.page))}: {made.runs} runs, {len(made.plots)} plot files")
-
-
-def _tell(line: str) -> None:
-    typer.echo(line, err=True)
-
-
-def _places(directories: list[Path] | None) -> list[Path]:
-    from ..errors import StorageError
-
-    for place in directories or ():
-        if not place.is_dir():
-            raise StorageError(f"there is no directory {str(place)!r}; make it, or give another --dir")
-    return directories or [place for place in (Path("/dev/shm"), Path(".")) if place.is_dir()]
-
-
-def _chosen(given: list[str] | None, known: tuple[str, ...], what: str) -> tuple[str, ...]:
-    from ..errors import UsageError
-
-    for name in given or ():
-        if name not in known:
-            raise UsageError(f"there is no {what} {name!r}; there are {', '.join(known)}")
-    return tuple(dict.fromkeys(given)) if given else known
-
-
-def _limits(device: str | None, size_gb: float, runs: int, threads: int | None) -> Settings:
-    import torch
-
-    from ..bench.ceilings import Settings
-    from ..errors import UsageError
-    from ..transport.parallel import default_workers
-
-    there = torch.cuda.is_available()
-    chosen = device or ("cuda" if there else "cpu")
-    if chosen != "cpu" and (chosen.partition(":")[0] != "cuda" or not there):
-        raise UsageError(f"there is no device {chosen!r} here; --device takes cuda, cuda:N or cpu")
-    return Settings(chosen, int(size_gb * 1e9), runs, threads or default_workers())
-
-
-def _finish(outcome: Outcome, record: bool, as_json: bool) -> None:
-    from ..bench.summary import failures, tables
-    from ..bench.summary import plain as plainly
-
-    if as_json:
-        document(plainly(outcome))
-    else:
-        for title, rows in tables(outcome).items():
-            print(f"{plain(title)}\n")
-            table(rows, right=frozenset(range(1, 6)))
-            print()
-        print("\n".join(failures(outcome.missed)))
-    _end(outcome, record)
-
-
-def _of_two_engines(
-    model: Path,
-    tokens: list[int] | None,
-    directory: Path | None,
-    runs: int,
-    eager: bool | None,
-    engine_arg: list[str] | None,
-    limit_gb: float,
-) -> dict[str, Any]:
-    """What ``kv.Settings`` are made of."""
-    from .freeze import parse_engine_arg
-
-    return {
-        "model": model,
-        "tokens": tuple(tokens or ()),
-        "directory": _places([directory] if directory else None)[0],
-        "runs": runs,
-        "eager": eager,
-        "engine_args": dict(parse_engine_arg(text) for text in engine_arg or []),
-        "limits": _limits(None, limit_gb, runs, None),
-    }
-
-
-def _shown(outcome: Outcome, rows: Callable[[Outcome], Any], right: Iterable[int], record: bool, as_json: bool) -> None:
-    """All of it as a document, or rows and what is missing."""
-    from ..bench.summary import failures
-    from ..bench.summary import plain as plainly
-
-    if as_json:
-        document(plainly(outcome))
-    else:
-        table(rows(outcome), right=frozenset(right))
-        print("\n".join(failures(outcome.missed)))
-    _end(outcome, record)
-
-
-def _require_all_of_thaw(outcome: Outcome) -> None:
-    """Exit code 1 when something of thaw's own could not be measured."""
-    if any(missed.system == "thaw" for missed in outcome.missed):
-        raise typer.Exit(1)
-
-
-def _end(outcome: Outcome, record: bool) -> None:
-    """Keep the records; exit code 1 when a system gave other bytes or tokens, or nothing could be measured.
-
-    Raises:
-        KeyboardInterrupt: the measurement was interrupted, and what there was is kept.
-    """
-    from ..bench.record import append
-
-    if record and outcome.records:
-        _tell(f"recorded in {append(outcome.records)}")
-    for wrong in outcome.wrong:
-        what = wrong.extra.get("different") or "tokens"
-        _tell(f"NOT EQUAL: {wrong.work}, {wrong.system} ({wrong.route}): {what}")
-    if outcome.interrupted:
-        raise KeyboardInterrupt
-    if outcome.wrong or not outcome.records:
-        raise typer.Exit(1)
 
 
 def _plain(comparison: Comparison) -> dict[str, Any]:

@@ -107,7 +107,7 @@ def restore(
         with reading(source, targets.values(), options) as way:
             return restore(source, snapshot, targets, required, options, way, partial=partial)
     start = time.perf_counter()
-    if snapshot.preamble.chunks != len(snapshot.chunks):
+    if snapshot.preamble.chunks and not snapshot.chunks:
         raise UsageError(f"{source.name!r} was opened without its chunk table; open it with_chunks=True to thaw it")
     entries = [entry for entry in snapshot.index.tensors if not partial or entry.name in targets]
     storages = {entry.storage for entry in entries if entry.storage is not None}
@@ -321,9 +321,8 @@ def sort(snapshot: Snapshot, targets: Mapping[str, torch.Tensor]) -> Work:
     base = snapshot.preamble.payload_at
     found = Work()
     storage, direct, label = -1, None, ""
-    for chunk in sorted(
-        snapshot.chunks, key=lambda chunk: chunk.stored_at
-    ):  # as good as done, where all are in one file
+    # In order already where they are all in one file.
+    for chunk in sorted(snapshot.chunks, key=lambda chunk: chunk.stored_at):
         owner = owners.get(chunk.storage)
         if owner is None:  # a carried file, or left out
             continue

@@ -36,6 +36,20 @@ def llama(
     return with_tokenizer(directory)
 
 
+def biased(directory: Path) -> Path:
+    """Biases on queries, keys and values, one head of keys and values, and rows of padding in the vocabulary."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(5)
+    shape = BASE | {"num_key_value_heads": 1, "vocab_size": 500}
+    model = Qwen2ForCausalLM(Qwen2Config(**shape, tie_word_embeddings=False, dtype=torch.bfloat16))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    model.to(torch.bfloat16).save_pretrained(directory)
+    return with_tokenizer(directory)
+
+
 def tied_with_lm_head(directory: Path) -> Path:
     """The config says tied, the checkpoint ships an lm_head of its own that differs."""
     llama(directory, tied=False)
@@ -179,6 +193,7 @@ KINDS: dict[str, Callable[[Path], Path]] = {
     "untied": llama,
     "tied": lambda d: llama(d, tied=True),
     "tied-with-lm-head": tied_with_lm_head,
+    "biased": biased,
     "fp16": lambda d: llama(d, dtype=torch.float16),
     "fp32": lambda d: llama(d, dtype=torch.float32),
     "mixed-dtypes": mixed_dtypes,

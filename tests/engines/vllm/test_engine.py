@@ -75,11 +75,29 @@ class TestTensorParallel:
         assert len(thawed["reports"]) == 2 and all(r["verified"] == "xxh3" for r in thawed["reports"])
         assert thawed["outputs"] == default["outputs"]
 
-    def test_another_parallel_size(self, manifest: Path, checkpoints: Callable):
+    def test_another_number_of_stages(self, manifest: Path, checkpoints: Callable):
         import thaw_vllm
 
-        with pytest.raises(MismatchError, match="tensor_parallel_size=2"):
-            thaw_vllm.load(str(checkpoints("tied")), manifest)
+        with pytest.raises(MismatchError, match="pipeline_parallel_size=1"):
+            thaw_vllm.load(str(checkpoints("tied")), manifest, pipeline_parallel_size=2)
+
+    def test_a_rank_that_fails_ends_the_others(self, manifest: Path, checkpoints: Callable, tmp_path: Path):
+        """With its own error, once, and no process stays."""
+        for path in manifest.parent.iterdir():
+            shutil.copy(path, tmp_path / path.name, follow_symlinks=False)
+        with open_rank(tmp_path / manifest.name, 1) as opened:
+            place = opened.snapshot.preamble.payload_at + opened.snapshot.chunks[-1].stored_at
+            damaged = opened.source.name
+        with open(damaged, "r+b") as file:
+            file.seek(place)
+            byte = file.read(1)
+            file.seek(place)
+            file.write(bytes([byte[0] ^ 1]))
+        with pytest.raises(CorruptionError, match=r"^the process .*rank1\.thaw") as raised:
+            ask(checkpoints("tied"), tmp_path / manifest.name, tensor_parallel_size=2)
+        assert str(raised.value).count("Error") <= 1
+        mine = [path for path in Path("/proc").glob("[0-9]*/cmdline") if str(tmp_path).encode() in _read(path)]
+        assert mine == []
 
     def test_a_missing_rank(self, manifest: Path, tmp_path: Path):
         shutil.copy(manifest, tmp_path / "weights.thaw")
@@ -105,6 +123,13 @@ def test_replicated_weights_stored_once(checkpoints: Callable, room: Path):
     thawed, default = ask(model, again, **changes), ask(model, path, **changes)
     assert len(thawed["reports"]) == 2 and all(r["verified"] == "xxh3" for r in thawed["reports"])
     assert thawed["outputs"] == default["outputs"]
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
 
 
 class TestWithoutTheCheckpoint:

@@ -189,7 +189,10 @@ def check_model(model: str) -> None:
 
 
 def check_sizes(path: str, llm_kwargs: dict[str, Any]) -> None:
-    """Refuse a snapshot whose parallel sizes are not the engine's before vLLM starts its processes."""
+    """Refuse a snapshot whose parallel sizes the engine cannot thaw, before vLLM starts its processes.
+
+    Of another number of tensor-parallel ranks it can be, unless its weights are quantised; the loader looks closer.
+    """
     with open_snapshot(path, with_chunks=False) as opened:
         identity = opened.snapshot.header.identity
     if identity.engine != "vllm":
@@ -197,12 +200,13 @@ def check_sizes(path: str, llm_kwargs: dict[str, Any]) -> None:
             f"{path!r} holds the {identity.stage!r} stage of {identity.engine or 'a plain module'}; vLLM needs the raw "
             "stage: thaw freeze --model M --output weights.thaw"
         )
-    for name, held in (
-        ("tensor_parallel_size", identity.parallel.tp_size),
-        ("pipeline_parallel_size", identity.parallel.pp_size),
+    divisible = identity.quantization is None and identity.parallel.rank == 0
+    for name, held, other in (
+        ("tensor_parallel_size", identity.parallel.tp_size, divisible),
+        ("pipeline_parallel_size", identity.parallel.pp_size, False),
     ):
         asked = llm_kwargs.get(name, 1)
-        if asked != held:
+        if asked != held and not other:
             raise MismatchError(
                 f"{path!r} was frozen with {name}={held}, the engine is asked to run {asked}; pass {name}={held} or "
                 "freeze again"

@@ -35,7 +35,7 @@ from ...weights.provenance import check_source
 from ...weights.reading import RestoreOptions, reading
 from ...weights.restore import RestoreReport, match, restore
 from ...weights.stream import StreamReport
-from . import audit, automatic, compiled, streaming
+from . import audit, automatic, compiled, resharding, streaming
 from .automatic import Outcome
 from .failures import noted
 from .freezing import UNTIED, Freezing, source_checkpoint
@@ -248,6 +248,8 @@ class ThawModelLoader(BaseModelLoader):
         """
         config = self.config
         start = time.perf_counter()
+        if (written := resharding.other_size(snapshot, identity.parallel)) is not None:
+            return self._reshard(model, model_config, identity, snapshot, written)
         targets, required = fillable(model)
 
         def options(progress: Callable[[int, int], None] | None) -> RestoreOptions:
@@ -283,6 +285,36 @@ class ThawModelLoader(BaseModelLoader):
         )
         logger.info("%s (%s)\n%s", report.route, report.why, report.waterfall())
         return report, header.identity.model
+
+    def _reshard(
+        self, model: torch.nn.Module, model_config: ModelConfig, identity: Identity, snapshot: str, written: int
+    ) -> tuple[RestoreReport, str | None]:
+        """``thaw``, of a set that another number of tensor-parallel ranks has written."""
+        config = self.config
+        start = time.perf_counter()
+        with collection_paused(), progress_bar("thaw", first=identity.parallel.rank == 0) as progress:
+            options = RestoreOptions(
+                verify=config.verify, workers=config.workers, processes=config.processes, progress=progress
+            )
+            report, found = resharding.thaw(
+                model,
+                identity,
+                snapshot,
+                written,
+                options,
+                self._kept(model.parameters()),
+                lambda opened, wanted: self._checked(opened, model_config, wanted, snapshot),
+            )
+        logger.info(
+            "thawed %d tensors, %.2f GB of the files of %d ranks, in %.2f s (%s) from %s",
+            report.tensors,
+            report.bytes / 1e9,
+            written,
+            time.perf_counter() - start,
+            "every chunk verified" if config.verify else "not verified",
+            snapshot,
+        )
+        return report, found
 
     def _expect(self) -> torch.device | None:
         """Have helpers and kernels come up while vLLM builds the model; on which GPU, if they do."""

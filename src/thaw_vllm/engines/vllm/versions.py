@@ -112,6 +112,14 @@ def cpu_group() -> tuple[Any, int]:
     return world.cpu_group, int(world.world_size)
 
 
+def routed_experts() -> Any:
+    """vLLM's layer that holds a model's routed experts; None where this vLLM has them elsewhere."""
+    try:
+        return _get("vllm.model_executor.layers.fused_moe.routed_experts", "RoutedExperts")
+    except UnsupportedError:
+        return None
+
+
 def untied_by_checkpoint(model_config: Any) -> bool:
     """Whether vLLM found an lm_head in the checkpoint although the config says the embeddings are tied (0.32 on)."""
     return bool(getattr(model_config, "word_embeddings_untied_by_checkpoint", False))

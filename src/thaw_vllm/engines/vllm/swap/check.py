@@ -110,7 +110,10 @@ def why_not(model: torch.nn.Module, config: Any) -> str | None:
         return why
     found = noted(model)
     if found is None:
-        return "nobody noted what loading filled; start the engine from a snapshot, with --load-format thaw"
+        return (
+            "nobody noted what loading filled; start the engine with --load-format thaw, from a snapshot that as many "
+            "ranks have written"
+        )
     if found.broken is not None:
         return f"an earlier swap left it broken ({found.broken})"
     return None

@@ -1,0 +1,116 @@
+"""Snapshots of one number of ranks in engines of another: every tensor and every answer as without a snapshot."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+
+from tests.engines.vllm import forks
+from tests.engines.vllm.test_engine import ARGS, ask, freeze
+
+from thaw_vllm.engines.vllm.divisions import divisions
+from thaw_vllm.errors import MismatchError, UnsupportedError
+from thaw_vllm.weights.division import WHOLE
+
+pytestmark = pytest.mark.vllm
+
+KINDS = ("tied", "untied", "biased", "moe", "latent-attention")
+
+
+@pytest.fixture(scope="module")
+def snapshots(checkpoints: Callable, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Path]:
+    """``snapshots(kind, ranks)``: of a tiny checkpoint, made once."""
+    room, made = tmp_path_factory.mktemp("reshard"), {}
+
+    def get(kind: str, ranks: int) -> Path:
+        if (kind, ranks) not in made:
+            path = made[kind, ranks] = room / f"{kind}-{ranks}.thaw"
+            freeze(checkpoints(kind), path, **sizes(ranks))
+        return made[kind, ranks]
+
+    return get
+
+
+def sizes(ranks: int) -> dict[str, Any]:
+    return {"tensor_parallel_size": ranks} if ranks > 1 else {}
+
+
+def compared(folder: Path, model: Path, ranks: int, *paths: Path) -> list[list[dict[str, Any]]]:
+    """For each snapshot what each rank says of it, in an engine of so many."""
+    question, answer, log = (folder / name for name in ("asked.json", "answer.json", "log.txt"))
+    asked = {"model": str(model), "engine_args": ARGS | sizes(ranks), "snapshots": [str(path) for path in paths]}
+    question.write_text(json.dumps(asked))
+    program = Path(__file__).with_name("reshard_engine.py")
+    command = [*forks.command(), str(program), str(question), str(answer)]
+    with log.open("wb") as stream:
+        variables = forks.environment(forks.PARALLEL if ranks > 1 else {})
+        subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, env=variables, check=False)
+    assert answer.exists(), log.read_text(errors="replace")[-3000:]
+    return list(json.loads(answer.read_text()).values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("written", "ranks"), [(1, 2), (2, 1)])
+def test_every_tensor(kind: str, written: int, ranks: int, snapshots: Callable, checkpoints: Callable, tmp_path: Path):
+    """Also of the same number, which is what the comparison is held against."""
+    paths = [snapshots(kind, written), snapshots(kind, ranks)]
+    for said in compared(tmp_path, checkpoints(kind), ranks, *paths):
+        assert len(said) == ranks
+        for one in said:
+            assert one.get("differing") == [] and one["compared"] > 10, one
+            assert one["report"]["verified"] == "xxh3"
+
+
+@pytest.mark.parametrize(("written", "ranks"), [(1, 2), (2, 1)])
+def test_answers(written: int, ranks: int, snapshots: Callable, checkpoints: Callable):
+    """Tokens and log-probabilities of an engine of so many ranks."""
+    default = ask(checkpoints("biased"), None, **sizes(ranks))
+    thawed = ask(checkpoints("biased"), snapshots("biased", written), **sizes(ranks))
+    assert len(thawed["reports"]) == ranks
+    assert thawed["outputs"] == default["outputs"]
+
+
+def test_a_quantised_model(snapshots: Callable, checkpoints: Callable):
+    """Before an engine is started."""
+    import thaw_vllm
+
+    with pytest.raises(MismatchError, match="was frozen with tensor_parallel_size=1, the engine is asked to run 2"):
+        thaw_vllm.load(str(checkpoints("int8")), snapshots("int8", 1), tensor_parallel_size=2)
+
+
+class OfTheModel(torch.nn.Module):
+    """A layer that loads its parameter in its own way."""
+
+    def __init__(self, loader: Any = None):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(4, 2))
+        self.register_buffer("table", torch.zeros(3))
+        self.weight.weight_loader = self.own if loader is None else loader
+
+    def own(self, parameter: Any, loaded: Any) -> None: ...
+
+
+@pytest.mark.parametrize("loader", [None, lambda parameter, loaded: None])
+def test_a_parameter_that_is_loaded_in_another_way(loader: Any):
+    model = torch.nn.Sequential(OfTheModel(loader))
+    with pytest.raises(UnsupportedError, match=r"'0\.weight' is not known: .*in its own way"):
+        divisions(model, ["0.table", "0.weight"])
+    assert divisions(model, ["0.table"]) == {"0.table": WHOLE}
+
+
+def test_a_layer_that_is_not_as_it_is_known():
+    from vllm.model_executor.layers.linear import ColumnParallelLinear
+
+    layer = OfTheModel(None)
+    layer.weight.weight_loader = ColumnParallelLinear.weight_loader.__get__(layer)
+    layer.weight.output_dim = 0
+    with pytest.raises(UnsupportedError, match="OfTheModel is not as it is known here"):
+        divisions(torch.nn.Sequential(layer), ["0.weight"])
