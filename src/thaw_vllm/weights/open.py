@@ -65,7 +65,8 @@ def open_rank(path: str | os.PathLike[str], rank: int, *, with_chunks: bool = Tr
         if parallel.rank != 0 or ranks is None or not 0 < rank < parallel.world:
             raise MismatchError(
                 f"{os.fspath(path)!r} holds {parallel}, this engine process is rank {rank}; give the manifest's path "
-                "(rank 0's file) of a snapshot frozen with the engine's parallel sizes"
+                f"(rank 0's file) of a snapshot frozen with the engine's parallel sizes; this one is for "
+                f"{' and '.join(parallel.options()) or 'a single rank'}"
             )
         member = ranks.members[rank - 1]
         place = Path(path).with_name(member.name)
@@ -81,8 +82,9 @@ def open_rank(path: str | os.PathLike[str], rank: int, *, with_chunks: bool = Tr
             header.content,
             header.ranks.id if header.ranks else "",
             header.identity.parallel.rank,
+            header.identity.parallel.sizes,
         )
-        if said != (member.size, member.content, ranks.id, rank):
+        if said != (member.size, member.content, ranks.id, rank, parallel.sizes):
             raise CorruptionError(
                 f"{str(place)!r} is not the file that {os.fspath(path)!r} names as its rank {rank}; the set is mixed "
                 "up, copy all of it again or freeze again"
