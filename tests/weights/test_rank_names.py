@@ -59,7 +59,8 @@ def test_a_file_a_rank(target, kind, expert):
     assert verify(target).verified[-1] == SET and len(verify(target).files) == world
     for rank, place in enumerate(coordinates(**KINDS[kind], expert=expert)):
         with open_rank(target, rank) as opened:
-            assert opened.snapshot.header.identity.parallel == Parallel(**place)
+            found = opened.snapshot.header.identity.parallel
+        assert found == Parallel(**place) == found.at(rank)
 
 
 @pytest.mark.parametrize("kind", LABELS)

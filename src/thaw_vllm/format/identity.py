@@ -71,10 +71,12 @@ class Parallel:
         return self.tp_size, self.pp_size, self.ep_size, self.dp_size
 
     def at(self, rank: int) -> Parallel:
-        """Place of another rank in this one's set; its experts' coordinates are left out."""
+        """Coordinates of another rank of this one's set, the experts' where they follow from the others."""
         rest, tp = divmod(rank, self.tp_size)
         dp, pp = divmod(rest, self.pp_size)
-        return Parallel(tp, self.tp_size, pp, self.pp_size, dp_rank=dp, dp_size=self.dp_size)
+        divided = self.ep_size == self.tp_size * self.dp_size
+        expert = (dp * self.tp_size + tp, self.ep_size) if divided else (0, 1)
+        return Parallel(tp, self.tp_size, pp, self.pp_size, *expert, dp, self.dp_size)
 
     def options(self, other: Parallel | None = None) -> list[str]:
         """The engine's options with these sizes: those that matter, or those in which ``other`` differs."""
