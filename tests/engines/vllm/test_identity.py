@@ -143,6 +143,9 @@ def test_options_that_cannot_lead_to_a_snapshot_are_told_before_anything_starts(
         identity.check_asked("w.thaw", held, asked)
 
 
-def test_options_that_a_dense_model_passes_over_are_left_to_the_workers():
+def test_options_of_which_the_workers_judge(monkeypatch: pytest.MonkeyPatch):
     identity.check_asked("w.thaw", Parallel(0, 2), {"data_parallel_size": 2, "enable_expert_parallel": True})
     identity.check_asked("w.thaw", Parallel(dp_size=2), {"data_parallel_size": 2})
+    monkeypatch.setenv("VLLM_DP_SIZE", "2")
+    identity.check_asked("w.thaw", Parallel(dp_size=2), {})
+    identity.check_asked("w.thaw", Parallel(), {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,10 +103,10 @@ def require_ranks(vllm_config: VllmConfig) -> Parallel:
         )
     groups = parallel_groups()
     expert = groups["ep"] if moe and config.enable_expert_parallel else (0, 1)
-    found = Parallel(*groups["tp"], *groups["pp"], *expert, *groups["dp"])
-    if cpu_group()[1] != found.world:
+    found, (_, world) = Parallel(*groups["tp"], *groups["pp"], *expert, *groups["dp"]), cpu_group()
+    if world != found.world:
         raise UnsupportedError(
-            f"{cpu_group()[1]} processes hold this model together, where {' and '.join(found.options()) or 'one rank'} "
+            f"{world} processes hold this model together, where {' and '.join(found.options()) or 'one rank'} "
             f"makes {found.world}; prefill-context-parallel engines, and launchers that run several engines as one "
             "world, are not supported in this version: set prefill_context_parallel_size=1"
         )
@@ -167,11 +168,13 @@ def check_asked(path: str, held: Parallel, asked: dict[str, Any]) -> None:
     Args:
         asked: vLLM's options.
     """
-    for option, mine, default in (
-        ("data_parallel_size", held.dp_size, 1),
-        ("enable_expert_parallel", held.ep_size > 1, False),
+    replicas = asked.get("data_parallel_size", int(os.environ.get("VLLM_DP_SIZE") or 1))
+    expert = bool(asked.get("enable_expert_parallel"))
+    for option, mine, given, binding in (
+        ("data_parallel_size", held.dp_size, replicas, held.dp_size > 1),
+        ("enable_expert_parallel", held.ep_size > 1, expert, held.ep_size > 1),
     ):
-        if mine != default and (given := asked.get(option, default)) != mine:
+        if binding and mine != given:
             raise MismatchError(
                 f"{path!r} was frozen with {option}={mine}, the engine is asked to run {given}; pass {option}={mine} "
                 "or freeze again"

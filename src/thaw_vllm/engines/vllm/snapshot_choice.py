@@ -19,18 +19,8 @@ AUTO, NONE = "auto", "none"
 _OWN = ("load_format", "model_loader_extra_config")
 _ELSEWHERE = {
     *("data_parallel_address", "data_parallel_rank", "data_parallel_start_rank", "data_parallel_size_local"),
-    *(
-        "data_parallel_hybrid_lb",
-        "data_parallel_external_lb",
-        "headless",
-        "dpa",
-        "dpn",
-        "dpr",
-        "dpl",
-        "dph",
-        "dpe",
-        "hl",
-    ),
+    *("data_parallel_hybrid_lb", "data_parallel_external_lb", "headless"),
+    *("dpa", "dpn", "dpr", "dpl", "dph", "dpe", "hl"),
 }
 """Options of replicas that may be on several machines."""
 _IN_A_FILE = re.compile(r"^\s*[\"']?(load[-_]format|model[-_]loader[-_]extra[-_]config)\b", re.MULTILINE)
