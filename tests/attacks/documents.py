@@ -52,6 +52,7 @@ several(
     content_of_uppercase=_header(content="A" * 64),
     content_too_short=_header(content="0" * 63),
     config_not_hex=_header(identity={"config": "z" * 64}),
+    experts_not_hex=_header(identity={"experts": {"placement": "linear", "map": "z" * 64}}),
     model_not_hex=_header(identity={"model": "tensors-blake3:" + "-" * 64}),
     set_id_not_hex=_header(set={"id": "../" + "0" * 29, "members": []}),
 )
@@ -60,6 +61,8 @@ several(
     "must be",
     content_missing=_header(content=None),
     content_a_number=_header(content=0),
+    experts_a_list=_header(identity={"experts": ["linear"]}),
+    experts_without_placement=_header(identity={"experts": {"map": "0" * 64}}),
     identity_a_list=lambda: Parts(header=header() | {"identity": []}).bytes(),
     parallel_a_list=lambda: Parts(header=header() | {"identity": {"stage": "module", "parallel": [1]}}).bytes(),
     source_a_list=_header(source=[]),
@@ -82,7 +85,13 @@ several(
     rank_beyond_size=_header(parallel={"tp_rank": 1}),
     size_zero=_header(parallel={"tp_size": 0}),
 )
-several(FormatError, "set: missing", rank_without_set=_header(parallel={"tp_size": 2}))
+several(
+    FormatError,
+    "set: missing",
+    rank_without_set=_header(parallel={"tp_size": 2}),
+    replica_without_set=_header(parallel={"dp_size": 2}),
+    replica_of_many_without_set=_header(parallel={"dp_size": 2**20, "pp_size": 2**20, "tp_size": 2**20}),
+)
 
 
 REGION = {"name": "a#0", "dtype": "bfloat16", "shape": [2, 4], "stride": [4, 1], "page": 16}

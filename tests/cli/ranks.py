@@ -11,8 +11,14 @@ from thaw_vllm.weights.freeze import FreezeOptions
 from thaw_vllm.weights.ranks import freeze_rank
 
 
-def freeze_set(target, size, seed=0):
-    """Write ``target`` and the files of the other ranks beside it."""
+def freeze_set(target, size, seed=0, *, like=None, experts=None):
+    """Write ``target`` and the files of the other ranks beside it.
+
+    Args:
+        like: any rank of a set whose sizes are others than those of a tensor-parallel one.
+        experts: each rank's record of them.
+    """
+    like = Parallel(tp_size=size) if like is None else like
     barrier, messages, failures = threading.Barrier(size), [b""] * size, []
     torch.manual_seed(seed)
 
@@ -24,7 +30,7 @@ def freeze_set(target, size, seed=0):
             barrier.wait(30)
             return everyone
 
-        header = Header(identity=Identity(stage="raw", engine="vllm", parallel=Parallel(tp_rank=rank, tp_size=size)))
+        header = Header(identity=Identity(stage="raw", engine="vllm", parallel=like.at(rank), experts=experts))
         captured = capture([("w", "parameter", torch.randn(1000 + rank))])
         try:
             freeze_rank(target, header, captured, FreezeOptions(force=True), exchange, lambda: None)

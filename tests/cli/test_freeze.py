@@ -75,6 +75,7 @@ def test_every_option_reaches_the_engine(thaw, freezing):
         2,
         "--pipeline-parallel-size",
         3,
+        "--enable-expert-parallel",
         "--dtype",
         "float16",
         "--quantization",
@@ -95,6 +96,7 @@ def test_every_option_reaches_the_engine(thaw, freezing):
     assert arguments == {
         "tensor_parallel_size": 2,
         "pipeline_parallel_size": 3,
+        "enable_expert_parallel": True,
         "dtype": "float16",
         "quantization": "fp8",
         "max_model_len": 128,

@@ -10,7 +10,7 @@ from tests.cli.ranks import freeze_set
 from thaw_vllm import freeze_model
 from thaw_vllm.cli.info import describe
 from thaw_vllm.format.header import Header
-from thaw_vllm.format.identity import Identity, Parallel
+from thaw_vllm.format.identity import Experts, Identity, Parallel
 from thaw_vllm.weights.capture import capture
 from thaw_vllm.weights.freeze import FreezeOptions, write_snapshot
 from thaw_vllm.weights.open import open_snapshot
@@ -103,6 +103,21 @@ def test_set_names_its_files(thaw, tmp_path):
     assert "tensor-parallel rank 0 of 3" in ran.out
     document = thaw("info", tmp_path / "set.thaw", "--json").document
     assert len(document["set"]["members"]) == 2
+
+
+def test_set_of_every_coordinate(thaw, tmp_path):
+    like = Parallel(tp_size=2, pp_size=2, ep_size=4, dp_size=2)
+    freeze_set(tmp_path / "set.thaw", 8, like=like, experts=Experts("linear", "e" * 64))
+    ran = thaw("info", tmp_path / "set.thaw", "--no-tensors")
+    own = "tensor-parallel rank 0 of 2, pipeline rank 0 of 2, expert rank 0 of 4, data rank 0 of 2"
+    assert re.search(f"^parallel +{own}$", ran.out, re.MULTILINE)
+    assert re.search(f"^experts +placed linear, map {'e' * 64}$", ran.out, re.MULTILINE)
+    other = "tensor-parallel rank 1 of 2, pipeline rank 0 of 2, expert rank 3 of 4, data rank 1 of 2"
+    assert re.search(rf"^rank file +set\.[0-9a-f]{{12}}\.dp1-pp0-tp1\.thaw \(.*\), {other}, content", ran.out, re.M)
+    document = thaw("info", tmp_path / "set.thaw", "--json").document
+    assert len(document["set"]["members"]) == 7 and document["identity"]["experts"]["placement"] == "linear"
+    ran = thaw("verify", tmp_path / "set.thaw")
+    assert ran.code == 0 and ran.out.count("sound") == 8
 
 
 def test_empty_snapshot(thaw, tmp_path):

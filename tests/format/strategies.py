@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from thaw_vllm.format.chunks import Chunk
 from thaw_vllm.format.dtypes import ITEM_SIZE
 from thaw_vllm.format.header import UNSEALED, Header, Member, RankSet
-from thaw_vllm.format.identity import MODEL_ID_SCHEMES, STAGES, Identity, Parallel
+from thaw_vllm.format.identity import MODEL_ID_SCHEMES, STAGES, Experts, Identity, Parallel
 from thaw_vllm.format.index import KINDS, File, Index, Tensor
 from thaw_vllm.format.kv import Group, Layout, Region
 
@@ -23,8 +23,8 @@ json_values = st.recursive(
 def parallels(draw):
     """Coordinates of a rank."""
     found = {}
-    for kind in ("tp", "pp", "ep", "dp"):
-        size = draw(st.integers(1, 8))
+    for kind, largest in (("tp", 8), ("pp", 3), ("ep", 8), ("dp", 3)):
+        size = draw(st.integers(1, largest))
         found |= {f"{kind}_size": size, f"{kind}_rank": draw(st.integers(0, size - 1))}
     return Parallel(**found)
 
@@ -38,6 +38,7 @@ def identities(draw, parallel=None):
         config=draw(st.none() | hexadecimal),
         model=draw(st.none() | st.builds("{}:{}".format, st.sampled_from(MODEL_ID_SCHEMES), hexadecimal)),
         parallel=draw(parallel or parallels()),
+        experts=draw(st.none() | st.builds(Experts, printable, hexadecimal)),
         **unknown,
     )
 

@@ -12,7 +12,7 @@ from thaw_vllm.errors import CorruptionError, FormatError, MismatchError, Versio
 from thaw_vllm.format import chunks as chunk_table
 from thaw_vllm.format import header, identity, index, preamble
 from thaw_vllm.format.document import dump, parse
-from thaw_vllm.format.identity import Identity, Parallel, require
+from thaw_vllm.format.identity import Experts, Identity, Parallel, require
 from thaw_vllm.format.index import Tensor, covers
 from thaw_vllm.format.limits import MAX_BYTES, MAX_CHUNKS, MAX_HEADER, MAX_INDEX
 from thaw_vllm.format.preamble import Preamble
@@ -123,11 +123,14 @@ def test_preamble_bytes_are_where_the_format_says():
 def test_ranks_are_counted_tensor_parallel_first(value):
     assert 0 <= value.rank < value.world
     every = [
-        dataclasses.replace(value, tp_rank=tp, pp_rank=pp).rank
+        dataclasses.replace(value, tp_rank=tp, pp_rank=pp, dp_rank=dp).rank
+        for dp in range(value.dp_size)
         for pp in range(value.pp_size)
         for tp in range(value.tp_size)
     ]
     assert every == list(range(value.world))
+    assert [value.at(rank).rank for rank in every] == every
+    assert {value.at(rank).world for rank in every} == {value.world}
 
 
 DIGEST = "tensors-blake3:" + "0" * 64
@@ -161,9 +164,30 @@ KNOWN = Identity(
             "tensor_parallel_size=4",
         ),
         ({"parallel": Parallel(0, 2)}, "this engine process is tensor-parallel rank 0 of 2"),
-        ({"parallel": Parallel(1, 2, 1, 2)}, "and pipeline_parallel_size=2"),
-        ({"parallel": Parallel(1, 2, 0, 1, 1, 2)}, "expert rank 1 of 2"),
-        ({"parallel": Parallel(1, 2, 0, 1, 0, 1, 1, 2)}, "data rank 1 of 2"),
+        (
+            {"parallel": Parallel(1, 2, 1, 2)},
+            "pipeline rank 1 of 2; freeze again with pipeline_parallel_size=2, or start the engine with "
+            "pipeline_parallel_size=1",
+        ),
+        (
+            {"parallel": Parallel(1, 2, 0, 1, 1, 2)},
+            "expert rank 1 of 2; freeze again with enable_expert_parallel=True, or start the engine with "
+            "enable_expert_parallel=False",
+        ),
+        (
+            {"parallel": Parallel(1, 2, 0, 1, 0, 1, 1, 2)},
+            "data rank 1 of 2; freeze again with data_parallel_size=2, or start the engine with data_parallel_size=1",
+        ),
+        (
+            {"parallel": Parallel(1, 4, 0, 2, 1, 8, 0, 2)},
+            "freeze again with tensor_parallel_size=4 and pipeline_parallel_size=2 and data_parallel_size=2 and "
+            "enable_expert_parallel=True, or",
+        ),
+        ({"parallel": Parallel(0, 2)}, "give the manifest's path (rank 0's file) of a set frozen by an engine of"),
+        (
+            {"experts": Experts("linear", "a" * 64)},
+            "holds no experts of its own, this engine has experts placed linear",
+        ),
     ],
 )
 def test_another_identity_is_refused_with_its_cure(wanted, words):
@@ -171,6 +195,38 @@ def test_another_identity_is_refused_with_its_cure(wanted, words):
         require(KNOWN, dataclasses.replace(KNOWN, **wanted), "llama.thaw")
     assert str(raised.value).startswith("'llama.thaw' holds ")
     assert words in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "other", [Experts("round_robin", "a" * 64), Experts("linear", "b" * 64), None], ids=["rule", "map", "none"]
+)
+def test_experts_that_lie_elsewhere_are_refused_with_their_cure(other):
+    """Their tensors have the same names and shapes."""
+    parallel = Parallel(1, 2, ep_rank=1, ep_size=2)
+    ours = dataclasses.replace(KNOWN, parallel=parallel, experts=Experts("linear", "a" * 64))
+    theirs = dataclasses.replace(ours, experts=other)
+    require(ours, ours, "moe.thaw")
+    words = r"^'moe.thaw' holds experts placed linear \(aaaaaaaaaaaa…\).*expert_placement_strategy, the all2all_backend"
+    with pytest.raises(MismatchError, match=words):
+        require(ours, theirs, "moe.thaw")
+    kv = [dataclasses.replace(one, stage="kv") for one in (ours, theirs)]
+    require(*kv, "moe.thawkv")
+
+
+def test_experts_are_written_only_where_they_are_divided():
+    assert "experts" not in KNOWN.to_json()
+    held = dataclasses.replace(KNOWN, experts=Experts("linear", "a" * 64))
+    assert held.to_json()["experts"] == {"placement": "linear", "map": "a" * 64}
+    assert Identity.from_json(held.to_json()) == held
+    for wrong in (
+        "linear",
+        {},
+        {"placement": "linear"},
+        {"placement": 1, "map": "a" * 64},
+        {"placement": "x", "map": "a"},
+    ):
+        with pytest.raises(FormatError, match=r"identity\.experts"):
+            Identity.from_json(KNOWN.to_json() | {"experts": wrong})
 
 
 @pytest.mark.parametrize("name", ["engine_version", "architecture", "config", "dtype", "model"])

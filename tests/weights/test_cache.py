@@ -100,17 +100,18 @@ def test_a_limit_that_is_none(monkeypatch, variable):
         cache.limit(None)
 
 
-def test_entries(place, keep):
-    keep(A, 10, 300, ".thaw", ".0123456789ab.rank1.thaw")
+@pytest.mark.parametrize("rank", ["rank1", "pp1-tp0", "dp1-pp0-tp1"])
+def test_entries(place, keep, rank):
+    keep(A, 10, 300, ".thaw", f".0123456789ab.{rank}.thaw")
     keep(B, 5, 100)
-    (place / f"{A}.rank1.thaw").symlink_to(f"{A}.0123456789ab.rank1.thaw")
-    for other in ("notes.txt", f"{A}.thaw.bak", f".{A}.thaw.01234567.thaw-part", "x.thaw", f"{A}.rank1.thaw.x"):
+    (place / f"{A}.{rank}.thaw").symlink_to(f"{A}.0123456789ab.{rank}.thaw")
+    for other in ("notes.txt", f"{A}.thaw.bak", f".{A}.thaw.01234567.thaw-part", "x.thaw", f"{A}.{rank}.thaw.x"):
         (place / other).write_bytes(b"other")
     (place / f"{C}.thaw").mkdir()
     found = cache.entries(place)
     assert [(e.key, e.bytes, e.made, e.used) for e in found] == [(B, 5, 100, 100), (A, 20, 300, 300)]
     cache.discard(found[1])
-    assert keys(place) == [B] and not os.path.lexists(place / f"{A}.rank1.thaw")
+    assert keys(place) == [B] and not os.path.lexists(place / f"{A}.{rank}.thaw")
     assert cache.entries(place / "none") == []
 
 

@@ -119,7 +119,9 @@ def test_rank_that_is_missing(manifest):
         pass
 
 
-@pytest.mark.parametrize("how", ["swapped", "of another set", "of another size", "of other content", "a single file"])
+@pytest.mark.parametrize(
+    "how", ["swapped", "of another set", "of another size", "of other content", "of other sizes", "a single file"]
+)
 def test_rank_that_is_mixed_up(manifest, how):
     first, second = (manifest.with_name(f"w.{'0' * 12}.rank{rank}.thaw") for rank in (1, 2))
     header = parts.header(parallel={"tp_size": 3, "tp_rank": 1}, content="1" * 64)
@@ -131,6 +133,9 @@ def test_rank_that_is_mixed_up(manifest, how):
         data = parts.Parts(header=header | {"set": ranks | {"id": "1" * 32}}).bytes()
     elif how == "of another size":
         data = parts.Parts(header=header | {"set": ranks, "writer": "x" * 200, "metadata": {"a": "x" * 5000}}).bytes()
+    elif how == "of other sizes":
+        header["identity"]["parallel"] |= {"ep_rank": 1, "ep_size": 3}
+        data = parts.Parts(header=header | {"set": ranks}).bytes()
     elif how == "of other content":
         data = parts.Parts(header=header | {"set": ranks, "content": "f" * 64}).bytes()
     else:

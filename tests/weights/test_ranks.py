@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 from tests.attacks import parts as made
 from tests.transport.calls import WRITERS, Calls
-from tests.weights.worlds import MODEL, Gather, Lost, failed, freeze_one, freeze_processes, freeze_threads, loaded
+from tests.weights.worlds import MODEL, Lost, failed, freeze_one, freeze_processes, freeze_threads, loaded
 
 from thaw_vllm.errors import CorruptionError, ExistsError, MismatchError, StorageError, UsageError
 from thaw_vllm.weights.freeze import FreezeReport
 from thaw_vllm.weights.open import open_rank, open_snapshot
-from thaw_vllm.weights.ranks import MAX_MESSAGE, alone, link_name, member_name
+from thaw_vllm.weights.rank_names import link_name, member_name
+from thaw_vllm.weights.ranks import MAX_MESSAGE, alone
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -43,9 +44,11 @@ def is_tidy(target, world=WORLD):
     """The directory holds one set, its links, and nothing else."""
     with open_snapshot(target) as opened:
         set_id = opened.snapshot.header.ranks.id
-    ranks = range(1, world)
-    members = {member_name(target, set_id, rank) for rank in ranks}
-    links = {link_name(target, rank): member_name(target, set_id, rank) for rank in ranks}
+        parallel = opened.snapshot.header.identity.parallel
+    assert parallel.world == world
+    places = [parallel.at(rank) for rank in range(1, world)]
+    members = {member_name(target, set_id, place) for place in places}
+    links = {link_name(target, place): member_name(target, set_id, place) for place in places}
     assert names(target) == {target.name} | members | set(links)
     assert {name: os.readlink(target.with_name(name)) for name in links} == links
     return True
@@ -74,22 +77,6 @@ def test_set_is_a_file_a_rank(target, world):
             found = opened.snapshot.header
         assert (found.identity.parallel.rank, found.identity.model, found.ranks.id) == (rank, MODEL, header.ranks.id)
         assert path.stat().st_mode & 0o777 == 0o600
-
-
-def test_ranks_are_numbered_tensor_parallel_first(target):
-    places = [{"tp_rank": tp, "tp_size": 2, "pp_rank": pp, "pp_size": 2} for pp in range(2) for tp in range(2)]
-    gather, done = Gather(4), []
-
-    def run(rank):
-        done.append(freeze_one(target, OLD, rank, 4, gather.of(rank), **places[rank]))
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(done) == 4
-    assert loaded(target, 4) == OLD
 
 
 def test_second_freeze_replaces_the_first_and_removes_it(old):
@@ -449,7 +436,12 @@ def test_answers_are_plain_json(target):
         return [message]
 
     freeze_one(target, NEW, 0, 1, exchange)
-    assert [set(message) for message in seen] == [{"set"}, {"name", "size", "content", "model"}, set(), set()]
+    assert [set(message) for message in seen] == [
+        {"rank", "sizes", "set"},
+        {"name", "size", "content", "model"},
+        set(),
+        set(),
+    ]
 
 
 def test_members_of_two_sets_mixed_up(tmp_path):

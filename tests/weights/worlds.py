@@ -81,13 +81,28 @@ class Gather:
         return exchange
 
 
-def freeze_threads(target, value, world, *, fails=lambda rank, number: False, **options):
-    """Every rank in a thread named ``rank-N``; returns what each returned or raised."""
+def coordinates(tp=1, pp=1, dp=1, *, expert=False):
+    """Of every rank of an engine, as ``freeze_one`` takes them; ``expert`` divides experts among tp and dp."""
+    sizes = {"tp_size": tp, "pp_size": pp, "dp_size": dp, "ep_size": tp * dp if expert else 1}
+    return [
+        sizes | {"tp_rank": t, "pp_rank": p, "dp_rank": d, "ep_rank": d * tp + t if expert else 0}
+        for d in range(dp)
+        for p in range(pp)
+        for t in range(tp)
+    ]
+
+
+def freeze_threads(target, value, world, *, fails=lambda rank, number: False, places=None, **options):
+    """Every rank in a thread named ``rank-N``; returns what each returned or raised.
+
+    ``places`` are their coordinates, where they are not those of a tensor-parallel engine.
+    """
     gather, outcomes = Gather(world, fails), [None] * world
 
     def run(rank):
         try:
-            outcomes[rank] = freeze_one(target, value, rank, world, gather.of(rank), **options)
+            place = {} if places is None else places[rank]
+            outcomes[rank] = freeze_one(target, value, rank, world, gather.of(rank), **options, **place)
         except BaseException as error:
             outcomes[rank] = error
 

@@ -21,8 +21,6 @@ thaw caches info llama.thawcaches
 """
 CONTEXT = {"ignore_unknown_options": True, "allow_extra_args": True}
 
-_SIZES = ("tensor_parallel_size", "pipeline_parallel_size")
-
 app = plain_app(add_completion=False)
 Trust = Annotated[
     str | None,
@@ -73,7 +71,7 @@ def pack(
     """
     from ..engines.vllm import packing
     from ..engines.vllm.api import check_model, check_sizes, require_vllm_installed
-    from ..engines.vllm.command_line import given
+    from ..engines.vllm.command_line import given, parallel
     from ..errors import UsageError
     from .freeze import parse_engine_arg
 
@@ -87,9 +85,7 @@ def pack(
     require_vllm_installed()
     check_model(model)
     if snapshot is not None:
-        chosen = given(words)
-        sizes = {name: int(chosen[name]) for name in _SIZES if chosen.get(name, "").isdigit()}
-        check_sizes(str(snapshot), engine_args if offline else sizes)
+        check_sizes(str(snapshot), engine_args if offline else parallel(given(words)))
 
     def say(line: str) -> None:
         print(f"thaw: {line}", file=sys.stderr, flush=True)

@@ -25,7 +25,8 @@ thaw freeze --model M --output m.thaw --engine-arg 'hf_overrides={"rope_theta": 
 """
 
 _SERVED = (
-    *("tensor_parallel_size", "pipeline_parallel_size", "dtype", "quantization", "max_model_len", "trust_remote_code"),
+    *("tensor_parallel_size", "pipeline_parallel_size", "enable_expert_parallel"),
+    *("dtype", "quantization", "max_model_len", "trust_remote_code"),
 )
 """Of this command's options those that a server is given as well."""
 _WORD = re.compile(r"[A-Za-z0-9_./:@-]+")
@@ -36,6 +37,9 @@ def freeze(
     output: Annotated[Path, typer.Option(help="The snapshot; the manifest's name when there are several ranks.")],
     tensor_parallel_size: Annotated[int, typer.Option(min=1, help="As for vllm serve; it is fixed by freezing.")] = 1,
     pipeline_parallel_size: Annotated[int, typer.Option(min=1, help="As for vllm serve; it is fixed, too.")] = 1,
+    enable_expert_parallel: Annotated[
+        bool, typer.Option("--enable-expert-parallel", help="As for vllm serve; it is fixed, too.")
+    ] = False,
     dtype: Annotated[str | None, typer.Option(help="As for vllm serve.")] = None,
     quantization: Annotated[str | None, typer.Option(help="As for vllm serve.")] = None,
     max_model_len: Annotated[int | None, typer.Option(min=1, help="As for vllm serve.")] = None,
@@ -69,6 +73,7 @@ def freeze(
     given: dict[str, Any] = {
         "tensor_parallel_size": tensor_parallel_size,
         "pipeline_parallel_size": pipeline_parallel_size,
+        "enable_expert_parallel": enable_expert_parallel or None,
         "dtype": dtype,
         "quantization": quantization,
         "max_model_len": max_model_len,

@@ -126,6 +126,7 @@ def _show(found: dict[str, Any]) -> None:
         ("dtype", identity["dtype"] or "unknown"),
         ("quantization", identity["quantization"] or "none"),
         ("parallel", _parallel(identity["parallel"]) if identity["engine"] else "does not apply"),
+        *[("experts", f"placed {e['placement']}, map {e['map']}") for e in [identity.get("experts")] if e],
         ("config", identity["config"] or "unknown"),
         ("written by", found["writer"] or "unknown"),
     ]
@@ -134,8 +135,9 @@ def _show(found: dict[str, Any]) -> None:
     rows += [("kept by", f"rank {rank}: {size(count)}") for rank, count in found["kept"].items()]
     rows += [("carries", f"{f['name']} ({size(f['bytes'])})") for f in found["files"]]
     rows += [("source", line) for line in _source(found["source"])]
-    for member in (found["set"] or {}).get("members", []):
-        rows.append(("rank file", f"{member['name']} ({size(member['size'])}), content {member['content']}"))
+    for rank, member in enumerate((found["set"] or {}).get("members", []), 1):
+        told = f"{member['name']} ({size(member['size'])}), {_parallel(identity['parallel'], rank)}"
+        rows.append(("rank file", f"{told}, content {member['content']}"))
     rows += [("sets", f"{key.replace('|', '.')} = {value!r}") for key, value in found["attributes"].items()]
     rows += [(f"note {key}", value) for key, value in found["metadata"].items()]
     pairs([(plain(name), plain(value)) for name, value in rows])
@@ -164,10 +166,12 @@ def _sizes(counts: dict[str, int]) -> str:
     return f"{size(counts['bytes'])}, compressed to {size(counts['stored'])} ({counts['stored'] / counts['bytes']:.3f})"
 
 
-def _parallel(sizes: dict[str, int]) -> str:
+def _parallel(sizes: dict[str, int], rank: int | None = None) -> str:
+    """Coordinates of this rank, or of another one of its set."""
     from ..format.identity import Parallel
 
-    return str(Parallel(**sizes))
+    own = Parallel(**sizes)
+    return str(own if rank is None else own.at(rank))
 
 
 def _source(source: dict[str, Any]) -> list[str]:

@@ -230,7 +230,7 @@ def _single(
     """
     from ..engines.vllm.api import check_model, check_sizes, require_vllm_installed
     from ..engines.vllm.caches import bring
-    from ..engines.vllm.command_line import given
+    from ..engines.vllm.command_line import given, parallel
     from ..engines.vllm.command_line import options as command_line
     from ..engines.vllm.fast_start import cache_variables
     from ..engines.vllm.fast_start import fast_start as choose
@@ -243,7 +243,7 @@ def _single(
     if not {"host", "uds"} & chosen.keys():
         options = ["--host", LOCALHOST, *options]
     if choice.file is not None:
-        check_sizes(choice.file, _sizes(chosen))
+        check_sizes(choice.file, parallel(chosen))
     if choice.extra is not None:
         options = ["--load-format", "thaw", "--model-loader-extra-config", json.dumps(choice.extra), *options]
     if choice.said is not None:
@@ -305,13 +305,6 @@ def _require_directory(path: Path | None) -> None:
         raise StorageError(f"there is no directory {str(path)!r}; make it first")
 
 
-def _sizes(chosen: Mapping[str, str]) -> dict[str, int]:
-    """The parallel sizes among vLLM's options, as ``check_sizes`` has them."""
-    names = {"tp": "tensor_parallel_size", "pp": "pipeline_parallel_size"}
-    sizes = {names.get(name, name): value for name, value in chosen.items()}
-    return {name: int(sizes[name]) for name in names.values() if sizes.get(name, "").isdigit()}
-
-
 def _shared(
     zygote: str,
     require_zygote: bool,
@@ -350,7 +343,7 @@ def _several(
         options: for each server, but for those that say where to listen, and for whom.
     """
     from ..engines.vllm.api import check_model, check_sizes, require_vllm_installed
-    from ..engines.vllm.command_line import given
+    from ..engines.vllm.command_line import given, parallel
     from ..engines.vllm.fast_start import has_gpu
     from ..errors import MissingDependencyError, UsageError
     from ..serve.admin_token import admin_token
@@ -363,7 +356,7 @@ def _several(
     for model in settings.models.values():
         check_model(model.path)
         if model.snapshot is not None:
-            check_sizes(model.snapshot, _sizes(given([*options, *model.args])))
+            check_sizes(model.snapshot, parallel(given([*options, *model.args])))
         if {"host", "port"} & given(model.args).keys():
             raise UsageError(f"model {model.name!r}: where to listen is the router's to say; leave it out of args")
     own, options = _taken(options, ("host", "port", "api-key"), several=("api-key",))

@@ -18,6 +18,7 @@ fused and sharded parameters just after loading, before its post-processing. ``p
 
 MODEL_ID_SCHEMES = ("tensors-blake3", "files-blake3")
 _HEX = frozenset("0123456789abcdef")
+_OBJECTS = ("parallel", "experts")
 
 
 def hex_digest(value: Any, where: str) -> str:
@@ -37,9 +38,13 @@ def model_id(value: Any, where: str) -> str:
     return f"{scheme}:{digest}"
 
 
+SIZES = (("tp", "tensor_parallel_size"), ("pp", "pipeline_parallel_size"), ("dp", "data_parallel_size"))
+"""Coordinates that a rank's file has a place in its set by, fastest first, each with the option that sets its size."""
+
+
 @dataclass(frozen=True)
 class Parallel:
-    """Coordinates of one rank; ``rank`` counts tensor parallel fastest, then pipeline."""
+    """Coordinates of one rank; ``rank`` counts tensor parallel fastest, then pipeline, then data."""
 
     tp_rank: int = 0
     tp_size: int = 1
@@ -53,12 +58,36 @@ class Parallel:
     @property
     def rank(self) -> int:
         """Position of this rank's file in its set."""
-        return self.pp_rank * self.tp_size + self.tp_rank
+        return (self.dp_rank * self.pp_size + self.pp_rank) * self.tp_size + self.tp_rank
 
     @property
     def world(self) -> int:
         """Files in the set."""
-        return self.pp_size * self.tp_size
+        return self.dp_size * self.pp_size * self.tp_size
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """The same in all files of a set."""
+        return self.tp_size, self.pp_size, self.ep_size, self.dp_size
+
+    def at(self, rank: int) -> Parallel:
+        """Coordinates of another rank of this one's set, the experts' where they follow from the others."""
+        rest, tp = divmod(rank, self.tp_size)
+        dp, pp = divmod(rest, self.pp_size)
+        divided = self.ep_size == self.tp_size * self.dp_size
+        expert = (dp * self.tp_size + tp, self.ep_size) if divided else (0, 1)
+        return Parallel(tp, self.tp_size, pp, self.pp_size, *expert, dp, self.dp_size)
+
+    def options(self, other: Parallel | None = None) -> list[str]:
+        """The engine's options with these sizes: those that matter, or those in which ``other`` differs."""
+        found = [
+            f"{option}={size}"
+            for short, option in SIZES
+            if (size := getattr(self, f"{short}_size")) != (getattr(other, f"{short}_size") if other else 1)
+        ]
+        if (self.ep_size > 1) != (other is not None and other.ep_size > 1):
+            found.append(f"enable_expert_parallel={self.ep_size > 1}")
+        return found
 
     def __str__(self) -> str:
         parts = [
@@ -84,6 +113,30 @@ class Parallel:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """Which experts an expert-parallel rank holds.
+
+    Attributes:
+        placement: by which rule the engine divided them among its ranks.
+        map: digest of the experts of each layer (docs/format.md, section 5.4).
+    """
+
+    placement: str
+    map: str
+
+    def to_json(self) -> JSONObject:
+        """Of the header's ``identity``."""
+        return {"placement": self.placement, "map": self.map}
+
+    @classmethod
+    def from_json(cls, value: Any) -> Experts:
+        """Checked."""
+        document = mapping(value, "identity.experts")
+        placement = text(document.get("placement"), "identity.experts.placement", 256)
+        return cls(placement, hex_digest(document.get("map"), "identity.experts.map"))
+
+
+@dataclass(frozen=True)
 class Identity:
     """What must agree before a byte is copied. A field that is None was not known and is not compared.
 
@@ -97,6 +150,7 @@ class Identity:
         quantization: the engine's quantisation method.
         model: the model id, over the source tensors.
         parallel: this rank's coordinates.
+        experts: of an expert-parallel rank's weights.
     """
 
     stage: str
@@ -108,21 +162,26 @@ class Identity:
     quantization: str | None = None
     model: str | None = None
     parallel: Parallel = Parallel()
+    experts: Experts | None = None
 
     def to_json(self) -> JSONObject:
         """The header's ``identity`` object."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "parallel"} | {
-            "parallel": self.parallel.to_json()
-        }
+        found: JSONObject = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _OBJECTS}
+        found["parallel"] = self.parallel.to_json()
+        if self.experts is not None:
+            found["experts"] = self.experts.to_json()
+        return found
 
     @classmethod
     def from_json(cls, value: Any) -> Identity:
         """Checked against the rules of docs/format.md, section 5."""
         document = mapping(value, "identity")
         found: dict[str, Any] = {"parallel": Parallel.from_json(document.get("parallel"))}
+        if document.get("experts") is not None:
+            found["experts"] = Experts.from_json(document["experts"])
         for f in fields(cls):
             given = document.get(f.name)
-            if f.name == "parallel":
+            if f.name in _OBJECTS:
                 continue
             if given is None and f.name != "stage":
                 found[f.name] = None
@@ -168,12 +227,29 @@ def require(found: Identity, wanted: Identity, what: str) -> None:
         # Quantisation None is a statement (none), the others are "not known".
         if ours != theirs and (name == "quantization" or (ours is not None and theirs is not None)):
             raise MismatchError(f"{what!r} holds {name} {_shown(ours)}, the engine has {_shown(theirs)}; {cure}")
-    if found.parallel != wanted.parallel:
+    _require_parallel(found.parallel, wanted.parallel, what)
+    if found.experts != wanted.experts and found.stage != "kv":
         raise MismatchError(
-            f"{what!r} holds {found.parallel}, this engine process is {wanted.parallel}; "
-            f"freeze again with tensor_parallel_size={wanted.parallel.tp_size}"
-            + (f" and pipeline_parallel_size={wanted.parallel.pp_size}" if wanted.parallel.pp_size > 1 else "")
+            f"{what!r} holds {_placed(found.experts)}, this engine has {_placed(wanted.experts)}; start it with the "
+            "expert_placement_strategy, the all2all_backend and the vLLM that froze the snapshot, or freeze again with "
+            "these"
         )
+
+
+def _placed(experts: Experts | None) -> str:
+    return "no experts of its own" if experts is None else f"experts placed {experts.placement} ({experts.map[:12]}…)"
+
+
+def _require_parallel(found: Parallel, wanted: Parallel, what: str) -> None:
+    if found == wanted:
+        return
+    again, instead = wanted.options(found), found.options(wanted)
+    cure = (
+        f"freeze again with {' and '.join(again)}, or start the engine with {' and '.join(instead)}"
+        if again
+        else "give the manifest's path (rank 0's file) of a set frozen by an engine of these sizes"
+    )
+    raise MismatchError(f"{what!r} holds {found}, this engine process is {wanted}; {cure}")
 
 
 def _shown(value: str | None) -> str:

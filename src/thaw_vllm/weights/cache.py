@@ -26,6 +26,7 @@ from ..transport.writer import remove_stale
 from .checkpoint import Checkpoint, open_checkpoint
 from .open import open_snapshot
 from .provenance import cache_directory
+from .rank_names import LABEL
 
 GB_VARIABLE = "THAW_CACHE_GB"
 SHARE, RESERVE = 5, 10
@@ -35,7 +36,7 @@ ORIGIN = "cached"
 """Key in the header's source: what the snapshot was made from, for ``stale``."""
 
 _MOMENT = 0.3
-_NAME = re.compile(rf"([0-9a-f]{{{KEY_DIGITS}}})(\.thaw|\.lock|\.[0-9a-f]{{12}}\.rank\d+\.thaw|\.rank\d+\.thaw)")
+_NAME = re.compile(rf"([0-9a-f]{{{KEY_DIGITS}}})(\.thaw|\.lock|(?:\.[0-9a-f]{{12}})?\.{LABEL}\.thaw)")
 _BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 

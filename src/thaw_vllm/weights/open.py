@@ -80,7 +80,8 @@ def open_rank(path: str | os.PathLike[str], rank: int, *, with_chunks: bool = Tr
         if parallel.rank != 0 or header.ranks is None or not 0 < rank < parallel.world:
             raise MismatchError(
                 f"{os.fspath(path)!r} holds {parallel}, this engine process is rank {rank}; give the manifest's path "
-                "(rank 0's file) of a snapshot frozen with the engine's parallel sizes"
+                f"(rank 0's file) of a snapshot frozen with the engine's parallel sizes; this one is for "
+                f"{' and '.join(parallel.options()) or 'a single rank'}"
             )
         own = stack.enter_context(_member(path, header, rank, with_chunks))
         if not (with_chunks and own.snapshot.index.kept):
@@ -113,8 +114,9 @@ def _member(path: str | os.PathLike[str], manifest: Header, rank: int, with_chun
             header.content,
             header.ranks.id if header.ranks else "",
             header.identity.parallel.rank,
+            header.identity.parallel.sizes,
         )
-        if said != (member.size, member.content, manifest.ranks.id, rank):
+        if said != (member.size, member.content, manifest.ranks.id, rank, manifest.identity.parallel.sizes):
             raise CorruptionError(
                 f"{str(place)!r} is not the file that {os.fspath(path)!r} names as its rank {rank}; the set is mixed "
                 "up, copy all of it again or freeze again"

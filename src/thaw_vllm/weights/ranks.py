@@ -5,6 +5,8 @@ For ``weights.thaw`` frozen at tensor-parallel size 2 the directory holds::
     weights.thaw                            rank 0, the manifest: names, sizes and content ids of the others
     weights.5f0c31d2a7be.rank1.thaw         rank 1, under the set's own name
     weights.rank1.thaw                      a link to the file above, for people and older tools; never read by thaw
+
+Other names are in ``rank_names``; for reading, those in the manifest count.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from . import once
 from .capture import Captured
 from .freeze import FreezeOptions, FreezeReport, SnapshotWriter
 from .open import open_snapshot
+from .rank_names import LABEL, link_name, member_name
 
 Exchange = Callable[[bytes], list[bytes]]
 """All ranks call it with a message of at most MAX_MESSAGE bytes; each gets everybody's, by rank."""
@@ -39,16 +42,6 @@ MAX_MESSAGE = 4096
 def alone(message: bytes) -> list[bytes]:
     """The exchange of a single rank."""
     return [message]
-
-
-def member_name(target: Path, set_id: str, rank: int) -> str:
-    """Under which name the set's rank is stored beside its manifest."""
-    return f"{target.stem}.{set_id[:12]}.rank{rank}{target.suffix}"
-
-
-def link_name(target: Path, rank: int) -> str:
-    """The name people expect a rank's file under."""
-    return f"{target.stem}.rank{rank}{target.suffix}"
 
 
 def freeze_rank(
@@ -81,22 +74,31 @@ def freeze_rank(
         ThawError: this rank's own failure, or StorageError naming the rank that failed.
     """
     target = Path(target).absolute()  # the process may change its directory meanwhile
-    rank, world = header.identity.parallel.rank, header.identity.parallel.world
+    parallel = header.identity.parallel
+    rank, world = parallel.rank, parallel.world
     ranks = _Ranks(exchange, rank)
 
     def prepare() -> dict[str, Any]:
+        place = {"rank": rank, "sizes": parallel.sizes}
         if rank:
-            return {}
+            return place
         check_target(target, options.force)
         set_id = secrets.token_hex(16)
         if world > 1:
-            if not plain_member_name(member_name(target, set_id, world)):
+            if not plain_member_name(member_name(target, set_id, parallel.at(world - 1))):
                 raise UsageError(f"{target.name!r} cannot name a set of ranks; choose a plain name that is not hidden")
-            remove_stale(target.parent, _any_member(target))
-        return {"set": set_id}
+            for pattern in _any_member(target):
+                remove_stale(target.parent, pattern)
+        return place | {"set": set_id}
 
-    set_id = ranks.step(prepare)[0]["set"]
-    path = target if rank == 0 else target.with_name(member_name(target, set_id, rank))
+    places = ranks.step(prepare)
+    if [(said["rank"], tuple(said["sizes"])) for said in places] != [(n, parallel.sizes) for n in range(world)]:
+        raise StorageError(
+            f"the processes that freeze {target.name!r} together are ranks {', '.join(str(p['rank']) for p in places)} "
+            f"of sets of their own sizes, not the {world} of {parallel}, each once and in order; nothing was published"
+        )
+    set_id = places[0]["set"]
+    path = target if rank == 0 else target.with_name(member_name(target, set_id, parallel))
     if world > 1:
         header = dataclasses.replace(header, ranks=RankSet(set_id))
     hopes: Sequence[once.Hopes] = [{} for _ in range(world)]
@@ -162,7 +164,7 @@ def freeze_rank(
                 manifest = sealed
             reports.append(written[0].seal(manifest))
             with contextlib.suppress(OSError):  # the set is published; these are for tidiness
-                _relink(target, members)
+                _relink(target, {link_name(target, parallel.at(n)): name for n, name in enumerate(members, 1)})
             _remove(target.parent, [name for name in old if name not in members])
             return {}
 
@@ -235,7 +237,7 @@ def _superseded(target: Path, own: Path) -> list[str]:
     Args:
         own: this writer's hidden file.
     """
-    pattern = re.compile(re.escape(target.stem) + r"\.[0-9a-f]{12}\.rank[0-9]+" + re.escape(target.suffix))
+    pattern = re.compile(rf"{re.escape(target.stem)}\.[0-9a-f]{{12}}\.{LABEL}{re.escape(target.suffix)}")
     found: set[str] = set()
     named: set[str] = set()
     current: set[str] = set()
@@ -269,9 +271,10 @@ def _members(path: Path) -> set[str]:
     return set() if ranks is None else {m.name for m in ranks.members}
 
 
-def _any_member(target: Path) -> str:
-    """Pattern of the names that a set's ranks are stored under."""
-    return f"{glob.escape(target.stem)}.{'[0-9a-f]' * 12}.rank[0-9]*{glob.escape(target.suffix)}"
+def _any_member(target: Path) -> list[str]:
+    """Patterns of the names that a set's ranks are stored under."""
+    start = f"{glob.escape(target.stem)}.{'[0-9a-f]' * 12}"
+    return [f"{start}.{kind}[0-9]*{glob.escape(target.suffix)}" for kind in ("rank", "pp", "dp")]
 
 
 def _current_set(target: Path) -> str:
@@ -281,30 +284,31 @@ def _current_set(target: Path) -> str:
     return ""
 
 
-def _relink(target: Path, names: list[str]) -> None:
+def _relink(target: Path, links: dict[str, str]) -> None:
     """Point ``weights.rank1.thaw`` … to the current set; skipped where the file system has no links.
 
     A file of that name that is no link, or a link to anything but a set's file, is not ours and stays.
     """
     stem, suffix = re.escape(target.stem), re.escape(target.suffix)
-    member = re.compile(rf"{stem}\.[0-9a-f]{{12}}\.rank[0-9]+{suffix}")
+    member = re.compile(rf"{stem}\.[0-9a-f]{{12}}\.{LABEL}{suffix}")
 
     def ours(link: str | os.PathLike[str]) -> bool:
         return os.path.islink(link) and member.fullmatch(os.readlink(link)) is not None
 
-    for rank, name in enumerate(names, 1):
-        link = target.with_name(link_name(target, rank))
+    for name, file in links.items():
+        link = target.with_name(name)
         if os.path.lexists(link) and not ours(link):
             continue
-        new = link.with_name(f".{link.name}.{secrets.token_hex(4)}.thaw-part")
+        new = link.with_name(f".{name}.{secrets.token_hex(4)}.thaw-part")
         with contextlib.suppress(OSError):
-            os.symlink(name, new)
+            os.symlink(file, new)
             os.rename(new, link)
-    pattern = re.compile(rf"{stem}\.rank([0-9]+){suffix}|\.{stem}\.rank[0-9]+{suffix}\.[0-9a-f]{{8}}\.thaw-part")
+    named = re.compile(rf"{stem}\.{LABEL}{suffix}")
+    hidden = re.compile(rf"\.{stem}\.{LABEL}{suffix}\.[0-9a-f]{{8}}\.thaw-part")
     for entry in list(os.scandir(target.parent)):
-        found = pattern.fullmatch(entry.name)
         # The hidden ones are links of a writer that was killed before it could rename them.
-        if found and entry.is_symlink() and (found[1] is None or (ours(entry.path) and int(found[1]) > len(names))):
+        left = named.fullmatch(entry.name) and entry.name not in links and ours(entry.path)
+        if entry.is_symlink() and (left or hidden.fullmatch(entry.name)):
             with contextlib.suppress(OSError):
                 os.unlink(entry.path)
     sync_directory(target.parent)

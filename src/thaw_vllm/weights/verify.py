@@ -27,7 +27,7 @@ PADDING = "padding"
 CONTENT = "content"
 """The content id, computed again with BLAKE3 from every byte."""
 SET = "set"
-"""Every rank's file is there and is the one its manifest names: size, content id, set id, rank."""
+"""Every rank's file is there and is the one its manifest names: size, content id, set id, rank, parallel sizes."""
 
 _GAPS = 256
 """Ranges of padding that one thread checks in turn; each is shorter than 4 KiB."""

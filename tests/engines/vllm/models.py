@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -189,6 +190,25 @@ def latent_attention(directory: Path) -> Path:
     return directory
 
 
+def groups_of_experts(directory: Path) -> Path:
+    """Four experts in two groups, which vLLM can place in turns; the first layer is dense."""
+    latent_attention(directory)
+    config = json.loads((directory / "config.json").read_text())
+    grouped = {"first_k_dense_replace": 1, "topk_method": "group_limited_greedy", "n_group": 2, "topk_group": 1}
+    return _with_weights(directory, config | grouped)
+
+
+def _with_weights(directory: Path, config: dict[str, Any]) -> Path:
+    """Random weights for another configuration of the same architecture."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    (directory / "config.json").write_text(json.dumps(config))
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
+    model.to(torch.bfloat16).save_pretrained(directory)
+    return directory
+
+
 KINDS: dict[str, Callable[[Path], Path]] = {
     "untied": llama,
     "tied": lambda d: llama(d, tied=True),
@@ -201,4 +221,5 @@ KINDS: dict[str, Callable[[Path], Path]] = {
     "int8": int8_quantised,
     "sliding-window": sliding_window,
     "latent-attention": latent_attention,
+    "groups-of-experts": groups_of_experts,
 }

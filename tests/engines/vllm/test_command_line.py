@@ -6,7 +6,7 @@ import importlib
 import pytest
 
 from thaw_vllm.cli.serve import ROUTERS, meant_for_router
-from thaw_vllm.engines.vllm.command_line import given, options
+from thaw_vllm.engines.vllm.command_line import given, options, parallel
 
 
 def test_options():
@@ -38,6 +38,17 @@ def test_values():
     assert given(["-O3", "word", "-O.x=1", "-O=2"]) == {"O": "2"}
     assert given(["-O3", "word"]) == {"O": "3"}
     assert list(given(["--tp-size=4", "-tp", "2", "--tp-size", "8"]).items()) == [("tp", "2"), ("tp_size", "8")]
+
+
+def test_ranks():
+    words = ["-tp", "2", "--pipeline-parallel-size=3", "--data-parallel-size", "4", "-ep", "--dtype", "auto"]
+    asked = {"tensor_parallel_size": 2, "pipeline_parallel_size": 3, "data_parallel_size": 4}
+    assert parallel(given(words)) == asked | {"enable_expert_parallel": True}
+    assert parallel(given(["--enable-expert", "--tensor-parallel", "2"])) == {
+        "enable_expert_parallel": True,
+        "tensor_parallel_size": 2,
+    }
+    assert parallel(given(["-tp", "two", "--data-parallel-size-local", "1", "--no-enable-expert-parallel"])) == {}
 
 
 @pytest.mark.vllm

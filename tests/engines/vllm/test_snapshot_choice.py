@@ -27,6 +27,7 @@ def chosen(*words, snapshot=None, model="m"):
 def test_it_is_automatic(tmp_path):
     extra = {"mode": "auto", "cache": str(tmp_path / "snapshots")}
     assert chosen() == chosen(snapshot=AUTO) == chosen("--port", "1", "--nnodes", "1") == Choice(extra)
+    assert chosen("--data-parallel-size", "2", "-ep") == chosen("-dp", "2") == Choice(extra)
 
 
 def test_words_and_files(tmp_path, monkeypatch):
@@ -50,6 +51,9 @@ def test_words_and_files(tmp_path, monkeypatch):
         (["--nnodes", "2"], "several machines"),
         (["-n", "2"], "several machines"),
         (["--distributed-executor-backend", "ray"], "several machines"),
+        (["--data-parallel-size", "4", "--data-parallel-size-local", "2"], "several machines"),
+        (["-dp", "4", "-dpa", "10.0.0.1"], "several machines"),
+        (["--data-parallel-start-rank=2", "--headless"], "several machines"),
     ],
 )
 def test_it_steps_back(words, said):

@@ -18,6 +18,7 @@ from .caches import bring, chosen_file
 from .failures import reported
 from .fast_start import FastStart, set_meanwhile
 from .fast_start import fast_start as choose_fast_start
+from .identity import check_asked, one_engine
 from .snapshot_choice import AUTO, cached
 
 if TYPE_CHECKING:
@@ -165,6 +166,7 @@ def _freeze(model: str, extra: dict[str, Any], engine_args: dict[str, Any]) -> l
         ) from error
     except (TypeError, ValueError) as error:
         raise UsageError(f"vLLM does not accept these engine arguments: {' '.join(str(error).split())}") from error
+    one_engine(config)
     executor = None
     try:
         executor = versions.executor_class(config)(config)
@@ -211,6 +213,7 @@ def check_sizes(path: str, llm_kwargs: dict[str, Any]) -> None:
                 f"{path!r} was frozen with {name}={held}, the engine is asked to run {asked}; pass {name}={held} or "
                 "freeze again"
             )
+    check_asked(path, identity.parallel, llm_kwargs)
 
 
 def check_kv(kv_snapshot: str, snapshot: str) -> None:

@@ -89,7 +89,7 @@ def find(loader: ThawModelLoader, model: torch.nn.Module, vllm_config: VllmConfi
     audit.refuse_unsound(model)
     if getattr(model, "secondary_weights", ()) or getattr(model, "allow_patterns_overrides", None):
         raise UnsupportedError("it names further weight files itself")
-    identity = engine_identity(vllm_config, config)
+    identity = engine_identity(vllm_config, config, model)
     try:
         directory = loader.directory(config)
         checkpoint = source_checkpoint(directory, loader.config.source_format)

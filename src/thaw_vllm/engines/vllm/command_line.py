@@ -6,6 +6,13 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .fast_start import among
+
+_PARALLEL = {
+    **{"tp": "tensor_parallel_size", "pp": "pipeline_parallel_size"},
+    **{"dp": "data_parallel_size", "ep": "enable_expert_parallel"},
+}
+
 
 def options(engine_args: Mapping[str, Any]) -> list[str]:
     """Flags for true and false, lists as several words, and what is no text in JSON."""
@@ -34,6 +41,18 @@ def given(words: Sequence[str]) -> dict[str, str]:
                 name, value, is_whole = "O", value or name[1:], "="
             found.pop(name, None)
             found[name] = value if is_whole else "" if following.startswith("-") else following
+    return found
+
+
+def parallel(chosen: Mapping[str, str]) -> dict[str, Any]:
+    """Which ranks ``given`` options ask for, as engine arguments."""
+    found: dict[str, Any] = {}
+    for name, value in chosen.items():
+        whole = _PARALLEL.get(name) or next((full for full in _PARALLEL.values() if among([name], {full})), None)
+        if whole == _PARALLEL["ep"]:
+            found[whole] = True
+        elif whole is not None and value.isdigit():
+            found[whole] = int(value)
     return found
 
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ...errors import UnsupportedError
-from ...format.identity import Identity, Parallel
+from blake3 import blake3
+
+from ...errors import MismatchError, UnsupportedError
+from ...format.document import canonical
+from ...format.identity import Experts, Identity, Parallel
 from ...weights.checkpoint import CONFIG_FILES, config_hash, has_weights, read_config
-from .versions import cpu_group, parallel_groups, vllm_version
+from .versions import cpu_group, expert_maps, met_by_variables, parallel_groups, run_apart, vllm_version
 
 if TYPE_CHECKING:
+    import torch
     from vllm.config import ModelConfig, VllmConfig
 
 
@@ -81,37 +86,109 @@ def canonical_config(model_config: ModelConfig) -> str | None:
     return config_hash(config, model_config.hf_overrides)
 
 
-def this_rank() -> Parallel:
-    """This worker's coordinates.
+def require_ranks(vllm_config: VllmConfig) -> Parallel:
+    """This worker's coordinates in an engine whose ranks a set of files can stand for; all ranks are told the same.
+
+    Replicas of a dense model are engines of their own, each with the same coordinates. In a mixture of experts all of
+    them divide the experts, and an expert-parallel rank is a tensor-parallel one of a replica.
 
     Raises:
-        UnsupportedError: data or context parallel, where several processes share one tensor and pipeline rank.
+        UnsupportedError: experts move among ranks, or several processes would share the coordinates.
     """
-    groups = parallel_groups()
-    if groups["dp"][1] > 1:
+    config, moe = vllm_config.parallel_config, is_moe(vllm_config)
+    if moe and (config.enable_eplb or getattr(config, "enable_elastic_ep", False)):
         raise UnsupportedError(
-            "data-parallel engines are not supported in this version; run one engine for each replica "
-            "(data_parallel_size=1), all from the same snapshot"
+            "experts that move among ranks while the engine runs (EPLB, elastic expert parallelism) are not supported: "
+            "a file could not say which of them a rank will hold; set enable_eplb=False, enable_elastic_ep=False"
         )
-    found = Parallel(*groups["tp"], *groups["pp"])
-    if cpu_group()[1] != found.world:
-        raise UnsupportedError("context-parallel engines are not supported in this version")
+    groups = parallel_groups()
+    expert = groups["ep"] if moe and config.enable_expert_parallel else (0, 1)
+    found, (_, world) = Parallel(*groups["tp"], *groups["pp"], *expert, *groups["dp"]), cpu_group()
+    if world != found.world:
+        raise UnsupportedError(
+            f"{world} processes hold this model together, where {' and '.join(found.options()) or 'one rank'} "
+            f"makes {found.world}; prefill-context-parallel engines, and launchers that run several engines as one "
+            "world, are not supported in this version: set prefill_context_parallel_size=1"
+        )
+    if found.dp_size > 1 and not moe:
+        raise UnsupportedError(
+            "replicas of a dense model are engines of their own, all from the same snapshot; run each with "
+            "data_parallel_size=1"
+        )
     return found
 
 
-def require_ranks(vllm_config: VllmConfig) -> Parallel:
-    """``this_rank``, of an engine whose ranks a set of files can stand for; all of its ranks are told the same.
+def is_moe(vllm_config: VllmConfig) -> bool:
+    """Whether the model is a mixture of experts, which all replicas hold together."""
+    return vllm_config.model_config is not None and bool(vllm_config.model_config.is_moe)
+
+
+def replica(vllm_config: VllmConfig) -> int:
+    """Which of several replicas of a dense model this is, all of whose weights are the same; 0 where there is one."""
+    index = getattr(vllm_config.parallel_config, "data_parallel_index", 0)
+    return 0 if is_moe(vllm_config) else int(index)
+
+
+def one_engine(vllm_config: VllmConfig) -> None:
+    """Make a configuration of several replicas one that a single executor can load and freeze.
 
     Raises:
-        UnsupportedError: it is not such an engine.
+        UnsupportedError: the replicas hold the model together, and nothing says how they find each other.
     """
-    if vllm_config.parallel_config.enable_expert_parallel:
-        raise UnsupportedError("expert parallelism is not supported in this version; set enable_expert_parallel=False")
-    return this_rank()
+    config = vllm_config.parallel_config
+    if config.data_parallel_size == 1:
+        return
+    if not is_moe(vllm_config):
+        run_apart(config)
+    elif not met_by_variables():
+        raise UnsupportedError(
+            f"the experts of this model are held by {config.data_parallel_size} data-parallel engines together, and "
+            "this is one; freeze while they start: vllm serve MODEL --data-parallel-size "
+            f"{config.data_parallel_size} --load-format thaw --model-loader-extra-config "
+            """'{"snapshot": "weights.thaw", "mode": "freeze"}', or freeze in a process for each, with VLLM_DP_SIZE, """
+            "VLLM_DP_RANK, VLLM_DP_MASTER_IP and VLLM_DP_MASTER_PORT set as for vLLM's own offline data parallelism"
+        )
 
 
-def engine_identity(vllm_config: VllmConfig, model_config: ModelConfig) -> Identity:
-    """The identity of this worker's share of the model, the model id left open."""
+def held_experts(model: torch.nn.Module, parallel: Parallel) -> Experts | None:
+    """Which experts a rank holds; None where they are not divided among ranks."""
+    if parallel.ep_size == 1:
+        return None
+    maps = expert_maps(model)
+    rules = sorted({rule for rule, _ in maps.values()})
+    layers = sorted([name, places] for name, (_, places) in maps.items())
+    return Experts(" and ".join(rules) or "in no layer", blake3(canonical(layers)).hexdigest())
+
+
+def check_asked(path: str, held: Parallel, asked: dict[str, Any]) -> None:
+    """Refuse an engine whose options cannot lead to a snapshot's data- and expert-parallel sizes.
+
+    A dense model's options may name sizes that its ranks do not have; of these the workers judge.
+
+    Args:
+        asked: vLLM's options.
+    """
+    replicas = asked.get("data_parallel_size", int(os.environ.get("VLLM_DP_SIZE") or 1))
+    expert = bool(asked.get("enable_expert_parallel"))
+    for option, mine, given, binding in (
+        ("data_parallel_size", held.dp_size, replicas, held.dp_size > 1),
+        ("enable_expert_parallel", held.ep_size > 1, expert, held.ep_size > 1),
+    ):
+        if binding and mine != given:
+            raise MismatchError(
+                f"{path!r} was frozen with {option}={mine}, the engine is asked to run {given}; pass {option}={mine} "
+                "or freeze again"
+            )
+
+
+def engine_identity(
+    vllm_config: VllmConfig, model_config: ModelConfig, model: torch.nn.Module | None = None
+) -> Identity:
+    """The identity of this worker's share of the model, the model id left open.
+
+    Args:
+        model: whose weights it is about; None for KV blocks, which are the same wherever the experts are.
+    """
     parallel = require_ranks(vllm_config)
     architectures = getattr(model_config.hf_config, "architectures", None) or [None]
     return Identity(
@@ -123,4 +200,5 @@ def engine_identity(vllm_config: VllmConfig, model_config: ModelConfig) -> Ident
         dtype=str(model_config.dtype).removeprefix("torch."),
         quantization=str(model_config.quantization) if model_config.quantization else None,
         parallel=parallel,
+        experts=None if model is None else held_experts(model, parallel),
     )

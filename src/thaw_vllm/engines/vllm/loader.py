@@ -39,7 +39,7 @@ from . import audit, automatic, compiled, resharding, streaming
 from .automatic import Outcome
 from .failures import noted
 from .freezing import UNTIED, Freezing, source_checkpoint
-from .identity import engine_identity, model_directory
+from .identity import engine_identity, model_directory, replica
 from .progress import progress_bar
 from .shared_weights import Placeholders, place, require_shareable
 from .swap.filled import forget, note, remember
@@ -214,8 +214,12 @@ class ThawModelLoader(BaseModelLoader):
             last_report, found, last_outcome = automatic.load(self, model, get_current_vllm_config(), model_config)
         else:
             audit.refuse_unsound(model)
-            identity = engine_identity(get_current_vllm_config(), model_config)
-            if config.mode == "freeze":
+            identity = engine_identity(get_current_vllm_config(), model_config, model)
+            if config.mode == "freeze" and (number := replica(get_current_vllm_config())):
+                logger.info("replica 0 freezes the weights; this is replica %d, which has the same", number)
+                self.source().load_weights(model, model_config)
+                last_report, last_outcome = None, Outcome(automatic.LOADED)
+            elif config.mode == "freeze":
                 last_report, found = self._freeze(model, model_config, identity)
                 last_outcome = Outcome(automatic.FROZEN, config.snapshot)
             else:

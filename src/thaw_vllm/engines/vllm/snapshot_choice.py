@@ -17,6 +17,12 @@ from .fast_start import among
 AUTO, NONE = "auto", "none"
 """Words of ``--snapshot``; a file of such a name is ``./auto``."""
 _OWN = ("load_format", "model_loader_extra_config")
+_ELSEWHERE = {
+    *("data_parallel_address", "data_parallel_rank", "data_parallel_start_rank", "data_parallel_size_local"),
+    *("data_parallel_hybrid_lb", "data_parallel_external_lb", "headless"),
+    *("dpa", "dpn", "dpr", "dpl", "dph", "dpe", "hl"),
+}
+"""Options of replicas that may be on several machines."""
 _IN_A_FILE = re.compile(r"^\s*[\"']?(load[-_]format|model[-_]loader[-_]extra[-_]config)\b", re.MULTILINE)
 
 
@@ -95,8 +101,9 @@ def _not_for_snapshots(model: str, chosen: Mapping[str, str], environment: Mappi
         return "thaw is not installed as a plugin of vLLM; install it, rather than run it from its sources"
     if "://" in model:
         return "vLLM has loaders of its own for object stores"
-    several = chosen.get("nnodes", chosen.get("n", "1"))
-    if chosen.get("distributed_executor_backend") == "ray" or several not in ("", "1"):
+    several = chosen.get("nnodes", chosen.get("n", "1")) not in ("", "1")
+    several = several or among(chosen.keys() - {"data_parallel_size"}, _ELSEWHERE)
+    if chosen.get("distributed_executor_backend") == "ray" or several:
         return "the ranks may be on several machines, each with a cache of its own"
     if among(chosen, {"enable_elastic_ep"}) or chosen.get("data_parallel_backend") == "ray":
         return "engines may be added later, by loaders that take no configuration"

@@ -107,7 +107,10 @@ def parallel_groups() -> dict[str, tuple[int, int]]:
 
 
 def cpu_group() -> tuple[Any, int]:
-    """The gloo group of all ranks of this engine (tensor × pipeline parallel) and their number."""
+    """The gloo group of all ranks that hold one model together, and their number.
+
+    Tensor × pipeline parallel, of a mixture of experts also × data parallel; replicas of dense models have one each.
+    """
     world = _get("vllm.distributed.parallel_state", "get_world_group")()
     return world.cpu_group, int(world.world_size)
 
@@ -118,6 +121,35 @@ def routed_experts() -> Any:
         return _get("vllm.model_executor.layers.fused_moe.routed_experts", "RoutedExperts")
     except UnsupportedError:
         return None
+
+
+def expert_maps(model: torch.nn.Module) -> dict[str, tuple[str, list[int]]]:
+    """Of each layer whose experts are divided among ranks: the rule, and which of them this rank holds in which order.
+
+    The rule is what came of ``expert_placement_strategy``, which vLLM passes over for some models and backends. Of each
+    expert of the model the list has the place here, or -1.
+    """
+    found = {}
+    for name, module in model.named_modules():
+        held = getattr(module, "_expert_map", None)
+        if held is not None and hasattr(module, "expert_placement_strategy"):
+            found[name] = (str(module.expert_placement_strategy), [int(place) for place in held.tolist()])
+    return found
+
+
+def run_apart(parallel_config: Any) -> None:
+    """Make a replica of a dense model the first and only one, as vLLM's own engine core makes each one alone."""
+    if hasattr(parallel_config, "reconfigure_for_independent_dp_rank"):  # 0.32 on
+        parallel_config.reconfigure_for_independent_dp_rank()
+    else:
+        parallel_config.data_parallel_size = parallel_config.data_parallel_size_local = 1
+        parallel_config.data_parallel_rank = 0
+    parallel_config.data_parallel_index = 0
+
+
+def met_by_variables() -> bool:
+    """Whether variables say how the processes of a data-parallel group, each started by itself, find each other."""
+    return int(_get("vllm.envs", "VLLM_DP_SIZE")) > 1
 
 
 def untied_by_checkpoint(model_config: Any) -> bool:

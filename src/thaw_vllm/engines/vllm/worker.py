@@ -180,7 +180,7 @@ def _freeze_running(worker: Any, path: str, force: bool) -> dict[str, Any]:
             f"a running engine can be frozen only where post-processing changed nothing: {why}; "
             "freeze while loading instead: thaw freeze --model M --output weights.thaw"
         )
-    identity = engine_identity(config, config.model_config)
+    identity = engine_identity(config, config.model_config, model)
     directory = model_directory(config.model_config)
     files = (
         carried_files(directory, config_directory(config.model_config))
