@@ -18,7 +18,7 @@ from tests.engines.vllm import forks
 
 from thaw_vllm.errors import UnsupportedError
 from thaw_vllm.format.identity import Parallel
-from thaw_vllm.weights.open import open_snapshot
+from thaw_vllm.weights.open import open_rank, open_snapshot
 from thaw_vllm.weights.verify import verify
 
 pytestmark = pytest.mark.vllm
@@ -101,6 +101,10 @@ def test_experts_and_replicas_of_a_mixture_of_experts(checkpoints: Callable, tmp
     assert len({rank[0]["tensors"][experts] for rank in ranks}) == 4
     for rank in ranks:
         assert "or start the engine with enable_expert_parallel=True" in rank[3]["error"]
+    for number in (1, 2, 3):
+        with open_rank(path, number, with_chunks=False) as opened:
+            kept = {kept.rank for kept in opened.snapshot.index.kept}
+        assert kept == ({number % 2} if number > 1 else set()), "what replicas hold alike is in the first one's files"
 
 
 def test_experts_that_are_placed_in_turns(checkpoints: Callable, tmp_path: Path):

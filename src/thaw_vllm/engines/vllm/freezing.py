@@ -120,12 +120,13 @@ class Freezing:
         """
         header, captured, ident = self._header, self._captured, self._id
         assert header is not None and captured is not None
+        replicas = self._identity.parallel.dp_size > 1  # of a mixture of experts: all else is the same in each
         with progress_bar("freeze", first=self._identity.parallel.rank == 0) as progress:
             report = freeze_rank(
                 path,
                 header,
                 captured,
-                FreezeOptions(force=force, compress=compress, workers=workers, progress=progress),
+                FreezeOptions(force=force, compress=compress, workers=workers, progress=progress, once=replicas),
                 world_exchange(),
                 ident.result if ident is not None else lambda: None,
             )
