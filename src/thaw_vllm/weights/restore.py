@@ -21,6 +21,7 @@ from ..transport import parallel
 from ..transport.checksum import damaged
 from ..transport.coded_link import CodedLink
 from ..transport.coded_torch import CodedTorchLink
+from ..transport.lending import BorrowedGpu
 from ..transport.links import CudaLink, Link, Place, by_driver, link_to, runs_of
 from ..transport.pipeline import Range, deliver
 from ..transport.read import Piece, piece_of, read
@@ -179,6 +180,10 @@ def _to_device(
             else:
                 source.send(link.context, ranges, link.runs, verify=verify, progress=progress)
             return f"page-locked memory to cuda:{link.context.device}"
+        if isinstance(link, CudaLink) and isinstance(source, BorrowedGpu):
+            sums = way.sums(places[0].view.device) if verify else None
+            source.send(link.context, ranges, link.runs, verify=verify, kernel=sums, progress=progress)
+            return f"another process's memory to cuda:{link.context.device}"
         options: dict[str, Any] = {"workers": workers, "verify": verify, "progress": progress}
         if not deliver(way.reader, name, ranges, link, helpers=helpers, **options) or helpers is None:
             return link.name
@@ -276,8 +281,8 @@ def _match_tie(owner: Tensor, entry: Tensor, targets: Mapping[str, torch.Tensor]
         tied = (
             first.device == second.device
             and second.data_ptr() - first.data_ptr() == entry.offset
-            and _same_strides(first.stride(), owner)
-            and _same_strides(second.stride(), entry)
+            and same_strides(first.stride(), owner)
+            and same_strides(second.stride(), entry)
         )
     if not tied:
         raise MismatchError(
@@ -286,7 +291,8 @@ def _match_tie(owner: Tensor, entry: Tensor, targets: Mapping[str, torch.Tensor]
         )
 
 
-def _same_strides(stride: tuple[int, ...], entry: Tensor) -> bool:
+def same_strides(stride: tuple[int, ...], entry: Tensor) -> bool:
+    """Whether strides put elements in the order in which a snapshot has them."""
     return stride == entry.stride or all(
         a == b for a, b, size in zip(stride, entry.stride, entry.shape, strict=True) if size > 1
     )
@@ -342,7 +348,7 @@ def _direct(entry: Tensor, target: torch.Tensor) -> tuple[torch.Tensor, memoryvi
 
     On a CUDA device the target itself stands for them: its address is all that is needed.
     """
-    if not (dense(target) and _same_strides(target.stride(), entry)):
+    if not (dense(target) and same_strides(target.stride(), entry)):
         return None
     if by_driver(target.device):
         return target, None
