@@ -104,7 +104,7 @@ def take(
         return _taken(opened, targets, required, options, Path(peer))
     last: ThawError | None = None
     for path in offered(place or directory(os.environ), content):
-        if path.name.split(".")[1] == str(os.getpid()):
+        if _own(path):
             continue  # the driver maps nobody's own memory
         try:
             return _taken(opened, targets, required, options, path)
@@ -143,6 +143,11 @@ def _taken(
         route=f"peer: {source.where} of process {answer.process}{over} → {into}",
         why="it has these weights already, and offers them",
     )
+
+
+def _own(path: Path) -> bool:
+    """Whether an offer is this process's."""
+    return path.name.split(".")[1] == str(os.getpid())
 
 
 def plain(snapshot: Snapshot) -> tuple[Snapshot, list[tuple[int, int]]]:
