@@ -144,30 +144,31 @@ class Offer:
 
     def _answered(self, connection: socket.socket) -> bool:
         """Whether the other side is a borrower from now on."""
+        counted = borrows = False
+        files: list[int] = []
         try:
             asked = messages.receive(connection)
             if asked is None:
                 return False
             messages.close(asked[1])
             self._check(connection, asked[0])
-            told, files = self._lend()
+            counted = self._count(1)  # before the bytes are looked at: they may not go meanwhile either
+            if counted:
+                told, files = self._lend()
+                messages.send(connection, {"process": os.getpid(), "lent": told}, files)
+                borrows = True
         except ThawError as error:
             with contextlib.suppress(OSError):
                 messages.send(connection, {"error": type(error).__name__, "message": str(error)})
-            return False
+        except OSError:
+            pass  # it has gone
         except Exception as error:
             logging.getLogger(__name__).warning("an offer of weights could not be answered: %s", error)
-            return False
-        try:
-            if not self._count(1):
-                return False
-            messages.send(connection, {"process": os.getpid(), "lent": told}, files)
-        except OSError:
-            self._count(-1)
-            return False
         finally:
             messages.close(files)
-        return True
+            if counted and not borrows:
+                self._count(-1)
+        return borrows
 
     def _check(self, connection: socket.socket, asked: dict[str, Any]) -> None:
         if messages.peer(connection)[1] != os.geteuid():

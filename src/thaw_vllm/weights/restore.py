@@ -86,6 +86,7 @@ def restore(
     way: Reading | None = None,
     *,
     partial: bool = False,
+    landed: Callable[[int], None] | None = None,
 ) -> RestoreReport:
     """Fill ``targets`` in place.
 
@@ -97,6 +98,8 @@ def restore(
         options: how to read.
         way: of this source, for tensors on these devices; None to choose now.
         partial: leave out what the snapshot holds beyond ``targets``, which else is refused; not with ties.
+        landed: called with the offset in the source of each chunk that is in its tensor, from any thread; on a GPU
+            its check may still be under way.
 
     Raises:
         MismatchError: missing or extra names, another shape, dtype, stride of a repeated dimension or tie; nothing
@@ -105,7 +108,7 @@ def restore(
     """
     if way is None:
         with reading(source, targets.values(), options) as way:
-            return restore(source, snapshot, targets, required, options, way, partial=partial)
+            return restore(source, snapshot, targets, required, options, way, partial=partial, landed=landed)
     start = time.perf_counter()
     if snapshot.preamble.chunks != len(snapshot.chunks):
         raise UsageError(f"{source.name!r} was opened without its chunk table; open it with_chunks=True to thaw it")
@@ -132,10 +135,15 @@ def restore(
     if work.host:
         through = Through(source, way.reader) if way.reader.margin else source
         with torch.no_grad():
-            read(through, work.host, workers=workers, verify=options.verify, progress=advance)
+            read(through, work.host, workers=workers, verify=options.verify, progress=advance, landed=landed)
         names.append("into host memory")
     for ranges, places in work.devices.values():
-        names.append(_to_device(source, way, ranges, places, workers, options.verify, advance))
+        straight = landed is not None and not isinstance(source, Resident | BorrowedGpu)
+        early = landed if straight and not any(found.coded for found in ranges) else None
+        names.append(_to_device(source, way, ranges, places, workers, options.verify, advance, early))
+        if landed is not None and early is None:  # decoded by now, too
+            for found in ranges:
+                landed(found.offset)
     arrived = time.perf_counter()
     settle(targets.values())
     source.check_unchanged()
@@ -170,6 +178,7 @@ def _to_device(
     workers: int,
     verify: bool,
     progress: Callable[[int], None],
+    landed: Callable[[int], None] | None,
 ) -> str:
     """Bring chunks to one device; returns what reports call the way."""
     name, helpers = source.name, way.helpers
@@ -185,6 +194,8 @@ def _to_device(
             source.send(link.context, ranges, link.runs, verify=verify, kernel=sums, progress=progress)
             return f"another process's memory to cuda:{link.context.device}"
         options: dict[str, Any] = {"workers": workers, "verify": verify, "progress": progress}
+        if landed is not None:
+            options["landed"] = lambda number: landed(ranges[number].offset)
         if not deliver(way.reader, name, ranges, link, helpers=helpers, **options) or helpers is None:
             return link.name
         return f"{len(helpers.helpers)} processes → {link.name}"
