@@ -63,6 +63,7 @@ def test_engines(mode: dict[str, Any], checkpoints: Callable, load: Callable, th
     """As on the CPU (tests/engines/vllm/test_offering.py), where nothing is left out."""
     pytest.importorskip("vllm", reason="vLLM is not installed")
     from tests.engines.vllm.test_kv import run_script
+    from tests.engines.vllm.test_offering import judge
     from tests.engines.vllm.test_swap import environment, fine_tuned
 
     made = fine_tuned(checkpoints("untied"), tmp_path)
@@ -72,8 +73,5 @@ def test_engines(mode: dict[str, Any], checkpoints: Callable, load: Callable, th
     asked = {"model": str(made["first"]), "snapshot": first, "second": second, "engine_args": ARGS | mode}
     more = environment() | {"THAW_STATE_DIR": str(tmp_path / "state")}
     found = run_script("peer_engines.py", tmp_path, asked, more)
-    reports = found["reports"]
-    assert reports[1]["route"] == f"peer: cuda:0 of process {found['pids'][0]} → cuda:0"
-    assert reports[1]["verified"] == "wordsum" and "nobody on this host" in reports[2]["why"]
-    assert found["answers"][0] == found["answers"][1] == found["answers"][2] != found["swapped"]
-    assert found["digests"][0] == found["digests"][1] == found["digests"][2]
+    judge(found, "cuda:{}", "cuda:{}")
+    assert found["reports"][1][0]["verified"] == "wordsum"

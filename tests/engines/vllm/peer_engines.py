@@ -1,7 +1,8 @@
 """Engines that take their weights from one another: peer_engines.py ASKED.json ANSWER.json.
 
 Asked for are ``model``, ``snapshot``, that of ``second`` weights, and ``engine_args``. The first engine offers its
-weights, the second takes them; then the first has others, and a third finds nobody.
+weights, the second takes them; then the first has others, and a third finds nobody. The answer has reports, process ids
+and digests of each rank.
 """
 
 import json
@@ -12,8 +13,8 @@ from tests.engines.vllm.swap_engine import ask
 
 
 def weights_of(llm):
-    (found,) = llm.collective_rpc("thaw_test_digests")
-    return {path: digest for path, (_, digest) in found.items()}
+    """Of each rank."""
+    return [{path: digest for path, (_, digest) in of.items()} for of in llm.collective_rpc("thaw_test_digests")]
 
 
 def main(asked):
@@ -36,8 +37,8 @@ def main(asked):
     start(peer="auto")
     found["answers"].append(ask(engines[2])["answers"])
     found["digests"].append(weights_of(engines[2]))
-    found["reports"] = [llm.collective_rpc("thaw_report")[0] for llm in engines]
-    found["pids"] = [llm.collective_rpc("thaw_test_pid")[0] for llm in engines]
+    found["reports"] = [llm.collective_rpc("thaw_report") for llm in engines]
+    found["pids"] = [llm.collective_rpc("thaw_test_pid") for llm in engines]
     return found
 
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.engines.vllm.forks import PARALLEL
 from tests.engines.vllm.swap_models import Running, directory, engine, fine_tune, freeze
-from tests.engines.vllm.test_swap import ARGS, environment, fine_tuned
+from tests.engines.vllm.test_kv import run_script
+from tests.engines.vllm.test_swap import ARGS, environment, fine_tuned, ranks
 from tests.engines.vllm.test_swap_fill import base, same, swap
 from tests.zygote.running import until
 
@@ -70,6 +70,13 @@ def test_another_engine_has_equal_weights(
     assert again == lending.ask("thaw_offer"), "it goes on offering"
     named = taking(directory, base, load, thaw_args, peer=again["socket"])
     assert same(named, lending.bytes_of())
+
+
+def test_whether_to_make_ready_for_reading(lending: Running, base: Path, fine_tune: Callable):
+    assert offering.expected("auto", str(base)) and offering.expected("/any.sock", str(base))
+    assert not offering.expected("", str(base)) and not offering.expected("auto", str(fine_tune()))
+    lending.ask("thaw_withdraw")
+    assert not offering.expected("auto", str(base)) and not offering.expected("auto", "nowhere.thaw")
 
 
 def test_one_that_took_them_offers_them_too(
@@ -195,21 +202,35 @@ def test_options_that_cannot_be_right(given: dict[str, Any]):
     assert LoaderConfig.parse({"snapshot": "w"}) == LoaderConfig("w", "thaw", peer="", offer=False)
 
 
-def test_real_engines(checkpoints: Callable, load: Callable, thaw_args: Callable, place: Path, tmp_path: Path):
-    """Each of several processes; the tokens are equal, and a killed lender leaves nobody waiting."""
-    from tests.engines.vllm.test_kv import run_script
+def judge(found: dict[str, Any], where: str, into: str) -> None:
+    """What the script of several engines came to; ``where`` and ``into`` the memory of each rank."""
+    first, second, third = found["reports"]
+    ranks = range(len(first))
+    assert not any(report["route"].startswith("peer") for report in first)
+    for rank in ranks:
+        route = f"peer: {where.format(rank)} of process {found['pids'][0][rank]} → {into.format(rank)}"
+        assert second[rank]["route"] == route
+        assert "nobody on this host" in third[rank]["why"], "it was swapped, and its weights are others"
+    assert found["answers"][0] == found["answers"][1] == found["answers"][2] != found["swapped"]
+    assert found["digests"][0] == found["digests"][1] == found["digests"][2]
 
+
+def test_real_engines(checkpoints: Callable, load: Callable, thaw_args: Callable, place: Path, tmp_path: Path):
+    """Each of several processes."""
     made = fine_tuned(checkpoints("untied"), tmp_path)
     for which in made.values():
         load(which, **thaw_args(which.with_suffix(".thaw"), mode="freeze"))
-    wanted = {"model": str(made["first"]), "snapshot": str(made["first"].with_suffix(".thaw")), "engine_args": ARGS}
+    first, second = (str(made[name].with_suffix(".thaw")) for name in ("first", "second"))
+    asked = {"model": str(made["first"]), "snapshot": first, "second": second, "engine_args": ARGS}
     more = environment() | {"THAW_STATE_DIR": str(place.parent)}
-    start = time.monotonic()
-    found = run_script("peer_engines.py", tmp_path, wanted | {"second": str(made["second"].with_suffix(".thaw"))}, more)
-    print(json.dumps(found["reports"], indent=1), time.monotonic() - start)
-    first, second, third = found["reports"]
-    assert not first["route"].startswith("peer")
-    assert second["route"] == f"peer: host memory of process {found['pids'][0]} → host memory"
-    assert "nobody on this host" in third["why"], "it was swapped, and its weights are others"
-    assert found["answers"][0] == found["answers"][1] == found["answers"][2] != found["swapped"]
-    assert found["digests"][0] == found["digests"][1] == found["digests"][2]
+    judge(run_script("peer_engines.py", tmp_path, asked, more), "host memory", "host memory")
+
+
+@pytest.mark.slow
+def test_real_engines_of_two_ranks(checkpoints: Callable, place: Path, tmp_path: Path):
+    """Each rank takes its own share from the rank that has it."""
+    made = ranks(checkpoints, tmp_path)
+    asked = {"model": made["model"], "snapshot": made["first"], "second": made["second"]}
+    asked["engine_args"] = ARGS | {"tensor_parallel_size": 2}
+    more = environment() | PARALLEL | {"THAW_STATE_DIR": str(place.parent)}
+    judge(run_script("peer_engines.py", tmp_path, asked, more), "host memory", "host memory")

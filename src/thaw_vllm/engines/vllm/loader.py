@@ -265,20 +265,18 @@ class ThawModelLoader(BaseModelLoader):
         Args:
             begin: called when the file has been found to be the right one, before anything is written.
         """
-        config = self.config
-        start = time.perf_counter()
+        config, start = self.config, time.perf_counter()
         targets, required = fillable(model)
+        helped = self._helped(snapshot)
 
         def options(progress: Callable[[int, int], None] | None) -> RestoreOptions:
-            return RestoreOptions(
-                verify=config.verify, workers=config.workers, processes=self._helped(), progress=progress
-            )
+            return RestoreOptions(verify=config.verify, workers=config.workers, processes=helped, progress=progress)
 
         with (
             collection_paused(),
             progress_bar("thaw", first=identity.parallel.rank == 0) as progress,
             open_rank(snapshot, identity.parallel.rank) as opened,
-            reading(opened.source, targets.values(), options(progress), self._kept(targets.values())) as way,
+            reading(opened.source, targets.values(), options(progress), self._kept(targets.values(), helped)) as way,
         ):
             header = self._checked(opened, model_config, identity, snapshot)
             checked = time.perf_counter()
@@ -306,7 +304,7 @@ class ThawModelLoader(BaseModelLoader):
     def _expect(self) -> torch.device | None:
         """Have helpers and kernels come up while vLLM builds the model; on which GPU, if they do."""
         config = self.config
-        if config.mode != "thaw" or config.shared or not self._helped() or config.workers is not None:
+        if config.mode != "thaw" or config.shared or config.workers is not None or not self._helped(config.snapshot):
             return None
         with contextlib.suppress(OSError):  # no file; who opens it says so
             if os.stat(config.snapshot).st_size >= WORTH and current_platform.is_cuda():
@@ -315,12 +313,12 @@ class ThawModelLoader(BaseModelLoader):
                 return device
         return None
 
-    def _kept(self, targets: Iterable[torch.Tensor]) -> KeptHelpers | None:
-        return ahead.ready(targets) if self._helped() and self.config.workers is None else None
+    def _kept(self, targets: Iterable[torch.Tensor], helped: bool) -> KeptHelpers | None:
+        return ahead.ready(targets) if helped and self.config.workers is None else None
 
-    def _helped(self) -> bool:
-        """Whether helper processes may read."""
-        return self.config.processes and not offering.expected(self.config.peer)
+    def _helped(self, snapshot: str) -> bool:
+        """Whether helper processes may read it."""
+        return self.config.processes and not offering.expected(self.config.peer, snapshot)
 
     def _place(
         self, model: torch.nn.Module, model_config: ModelConfig, identity: Identity, snapshot: str

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...errors import MismatchError, ThawError, UnsupportedError, UsageError
-from ...transport.offers import Offer, directory
+from ...transport.offers import Offer, directory, offered
 from ...weights.capture import fillable
 from ...weights.open import Opened, open_rank
 from ...weights.peers import AUTO, offer, take
@@ -79,12 +79,13 @@ def withdraw(model: torch.nn.Module) -> dict[str, Any]:
     return {"withdrawn": True}
 
 
-def expected(peer: str) -> bool:
-    """Whether weights may well come from a peer, so that nothing need be made ready for reading them."""
-    if peer == AUTO:
-        with contextlib.suppress(RuntimeError):  # no home
-            return any(directory(os.environ).glob("*.sock"))
-    return bool(peer) and peer != AUTO
+def expected(peer: str, snapshot: str) -> bool:
+    """Whether weights may well come from a peer, so that nothing need be made ready for reading the snapshot."""
+    if peer == AUTO:  # whoever offers the first rank's offers the others, too
+        with contextlib.suppress(ThawError, RuntimeError), open_rank(snapshot, 0, with_chunks=False) as opened:
+            return bool(offered(directory(os.environ), opened.snapshot.header.content))
+        return False
+    return bool(peer)
 
 
 def restored(
