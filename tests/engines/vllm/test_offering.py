@@ -16,7 +16,7 @@ from tests.engines.vllm.test_swap import ARGS, environment, fine_tuned, ranks
 from tests.engines.vllm.test_swap_fill import base, same, swap
 from tests.zygote.running import until
 
-from thaw_vllm.engines.vllm import loader, offering
+from thaw_vllm.engines.vllm import automatic, loader, offering
 from thaw_vllm.engines.vllm.loader import LoaderConfig
 from thaw_vllm.engines.vllm.swap import filled
 from thaw_vllm.errors import CorruptionError, MismatchError, StorageError, UnsupportedError, UsageError
@@ -96,6 +96,20 @@ def test_one_that_was_frozen_offers_them(directory: Path, engine: Callable, load
     loaded = load(directory, **thaw_args(path, mode="freeze", offer=True))
     assert len(list(place.glob("*.sock"))) == 1
     offering.withdraw(loaded.model)
+
+
+def test_with_the_cache_of_snapshots(
+    directory: Path, engine: Callable, load: Callable, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The first start freezes and offers, the second takes."""
+    monkeypatch.setattr(peers, "_own", lambda path: False)
+    extra = {"mode": "auto", "cache": str(tmp_path / "kept"), "peer": "auto", "offer": True}
+    first, second = (load(directory, load_format="thaw", model_loader_extra_config=extra) for _ in range(2))
+    assert loader.last_outcome is not None and loader.last_outcome.how == automatic.THAWED
+    assert told()["route"].startswith("peer: ") and len(list(place.glob("*.sock"))) == 2
+    assert first.processed() == second.processed()
+    for loaded in (first, second):
+        offering.withdraw(loaded.model)
 
 
 def test_storage_where_nobody_has_them(
