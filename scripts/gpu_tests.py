@@ -27,6 +27,7 @@ ALONE = {
     "pool": ["tests/gpu/test_pool.py"],
     "fork": ["tests/gpu/test_fork_pool.py"],
     "caches": ["tests/gpu/test_caches.py"],
+    "peers": ["tests/gpu/test_peers.py"],
 }
 TOGETHER = {
     "tensors": ["tests/gpu/test_vllm.py", "-k", "every_tensor"],

@@ -41,6 +41,7 @@ _HOMES = {
     "restore_kv_cache_async": "engines.vllm.kv.api",
     "restore_kv_cache_tp": "engines.vllm.kv.api",
     "restore_model": "weights.module",
+    "restore_model_broadcast": "weights.fan_out",
     "restore_model_from_ram": "weights.module",
     "restore_model_pipelined": "weights.module",
     "resume": "engines.vllm.sessions.api",
@@ -83,6 +84,7 @@ __all__ = [
     "restore_kv_cache_async",
     "restore_kv_cache_tp",
     "restore_model",
+    "restore_model_broadcast",
     "restore_model_from_ram",
     "restore_model_pipelined",
     "resume",
@@ -120,6 +122,7 @@ if TYPE_CHECKING:
     )
     from .engines.vllm.swap.parked import park, park_async, wake, wake_async
     from .weights.ahead import expect_restore
+    from .weights.fan_out import restore_model_broadcast
     from .weights.module import (
         freeze_model,
         freeze_model_pipelined,

@@ -54,6 +54,21 @@ def test_directories_that_variables_name(thaw, started, monkeypatch):
         assert options == ["--zygote", "default"]
 
 
+def test_weights_among_engines(thaw, started, monkeypatch, tmp_path):
+    """Of several models each server is told; of one, its loader."""
+    from thaw_vllm.cli import serve
+
+    assert thaw("serve", "--register", "a=m", "--peer", "auto", "--offer-weights").code == 0
+    assert started[0][2] == ["--zygote", "default", "--offer-weights", "--peer", "auto"]
+    found = []
+    monkeypatch.setattr(serve, "_single", lambda *given: found.append(given[2].extra))
+    monkeypatch.chdir(tmp_path)
+    assert thaw("serve", "--model", "m", "--snapshot", "w.thaw", "--peer", "auto", "--offer-weights").code == 0
+    assert found == [{"snapshot": str(tmp_path / "w.thaw"), "peer": "auto", "offer": True}]
+    ran = thaw("serve", "--model", "m", "--snapshot", "none", "--offer-weights")
+    assert ran.code == 2 and "weights of a snapshot" in ran.err
+
+
 def test_a_file(thaw, started, tmp_path, monkeypatch):
     (tmp_path / "models.toml").write_text("drain = 3\n[models.a]\npath = 'm'")
     monkeypatch.setenv("THAW_ADMIN_TOKEN", "a token of 24 characters")

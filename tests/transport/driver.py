@@ -127,7 +127,8 @@ class Driver(cuda.Driver):
         self.handles = iter(range(0x1000, 1 << 40))
         self.streams, self.events, self.locked, self.memory, self.mapped = {}, {}, {}, {}, set()
         self.asked = collections.Counter()
-        self.free = 80 << 30
+        self.free, self.opened = 80 << 30, collections.Counter()
+        self.others, self.reaches = (), "NVLink"
         self.entries, self.names, self.launched = {}, {}, set()
         self.modules, self.contexts, self.wrong, self.calls, self.refuse = set(), 0, [], [], {}
         self.functions = {name: self.function(name) for name in cuda._SIGNATURES}
@@ -179,6 +180,18 @@ class Driver(cuda.Driver):
 
     def cuDeviceGetPCIBusId(self, text, size, device):
         ctypes.memmove(text, BUS + b"\0", len(BUS) + 1)
+
+    def cuDeviceGetByPCIBusId(self, number, bus):
+        if bus not in self.others:
+            return REFUSED
+        number._obj.value = 7
+
+    def cuDeviceCanAccessPeer(self, found, device, other):
+        found._obj.value = self.reaches is not None
+
+    def cuDeviceGetP2PAttribute(self, found, attribute, device, other):
+        assert attribute == 3
+        found._obj.value = self.reaches == "NVLink"
 
     def cuDevicePrimaryCtxRetain(self, handle, device):
         self.contexts += 1
@@ -281,6 +294,21 @@ class Driver(cuda.Driver):
         if flags != 1:
             self.wrong.append("opened without CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS")
         address._obj.value = int.from_bytes(bytes(handle.reserved), "little")
+        self.opened[address._obj.value] += 1
+
+    def cuIpcCloseMemHandle(self, address):
+        self.inside()
+        self.opened[address] -= 1
+        if any(queue for queue in self.streams.values()):
+            self.wrong.append("memory was unmapped under a copy")
+
+    def cuMemGetAddressRange(self, base, size, address):
+        self.inside()
+        for begin, memory in self.memory.items():
+            if begin <= address < begin + len(memory):
+                base._obj.value, size._obj.value = begin, len(memory)
+                return 0
+        return REFUSED
 
     def cuMemGetInfo(self, free, total):
         self.inside()

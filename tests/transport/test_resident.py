@@ -10,8 +10,9 @@ from thaw_vllm.transport import resident
 from thaw_vllm.transport.medium import in_memory
 from thaw_vllm.transport.pipeline import Range
 from thaw_vllm.transport.readers import ROUTES, choose
-from thaw_vllm.transport.resident import Locked, Resident, joined
+from thaw_vllm.transport.resident import Locked, Resident
 from thaw_vllm.transport.source import FileSource, read_bytes
+from thaw_vllm.transport.straight import joined
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 

@@ -30,6 +30,7 @@ thaw serve --model Llama-3-8B/
 thaw serve --model Llama-3-8B/ --snapshot W.thaw
 thaw serve --model Llama-3-8B/ --snapshot W.thaw --port 8001 --max-model-len 8192
 thaw serve --model Llama-3-8B/ --snapshot W.thaw --kv-snapshot prompts.thawkv
+thaw serve --model Llama-3-8B/ --snapshot W.thaw --peer auto --offer-weights
 thaw serve --model Llama-3-8B/ --snapshot-dir /srv/snapshots --kv-dir /srv/kv
 thaw serve --model Llama-3-8B/ --require-zygote
 thaw serve --models models.toml --port 8001
@@ -126,6 +127,17 @@ def serve(
         ),
     ] = None,
     trust_caches: Trust = None,
+    peer: Annotated[
+        str | None,
+        typer.Option(
+            "--peer",
+            metavar="auto|SOCKET",
+            help="Take the weights from an engine of this host that offers them. auto: where there is one.",
+        ),
+    ] = None,
+    offer_weights: Annotated[
+        bool, typer.Option("--offer-weights", help="Lend the weights to engines of this host and user (--peer).")
+    ] = False,
     cache_dir: CacheDir = None,
     cache_gb: Annotated[
         float | None,
@@ -156,7 +168,7 @@ def serve(
     from ..engines.vllm.caches import chosen_file
     from ..engines.vllm.kv.access import DIRECTORY_VARIABLE, SNAPSHOTS_VARIABLE
     from ..engines.vllm.serve_variables import PARENT_VARIABLE
-    from ..engines.vllm.snapshot_choice import AUTO, NONE, choose
+    from ..engines.vllm.snapshot_choice import AUTO, NONE, among_engines, choose
     from ..errors import UsageError
     from ..sessions.store import VARIABLE as SESSIONS_VARIABLE
 
@@ -184,12 +196,14 @@ def serve(
         passed = _shared(zygote, require_zygote, fast_start, cache_dir, kv_dir, sessions_dir)
         passed += [] if snapshot is None else ["--snapshot", snapshot]
         passed += [] if cache_gb is None else ["--cache-gb", f"{cache_gb:g}"]
+        passed += ["--offer-weights"] if offer_weights else []
+        passed += [] if peer is None else ["--peer", peer]
         named = ((DIRECTORY_VARIABLE, kv_dir), (SESSIONS_VARIABLE, sessions_dir))
         kept = [os.environ.get(name) or None if path is None else os.path.abspath(path) for name, path in named]
         _several(models, register or [], allowed_host or [], model_dir or [], kept, [*passed, *context.args])
         return
     options = list(context.args)
-    choice = choose(snapshot, model, options, cache_dir, cache_gb)
+    choice = among_engines(choose(snapshot, model, options, cache_dir, cache_gb), peer, offer_weights)
     compiled = chosen_file(caches, choice.file, trust_caches)
     directories = {SNAPSHOTS_VARIABLE: snapshot_dir, DIRECTORY_VARIABLE: kv_dir, SESSIONS_VARIABLE: sessions_dir}
     _single(

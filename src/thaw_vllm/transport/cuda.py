@@ -32,6 +32,8 @@ _NO_TIMING = 2
 """CU_EVENT_DISABLE_TIMING."""
 _NOT_READY = 600
 """CUDA_ERROR_NOT_READY."""
+_NATIVE_ATOMICS = 3
+"""CU_DEVICE_P2P_ATTRIBUTE_NATIVE_ATOMIC_SUPPORTED: NVLink has them, PCI Express has not."""
 
 
 class IpcHandle(ctypes.Structure):
@@ -43,7 +45,10 @@ class IpcHandle(ctypes.Structure):
 _SIGNATURES: dict[str, list[Any]] = {
     "cuCtxGetCurrent": [POINTER],
     "cuCtxSetCurrent": [POINTER],
+    "cuDeviceCanAccessPeer": [POINTER, INT, INT],
     "cuDeviceGet": [POINTER, INT],
+    "cuDeviceGetByPCIBusId": [POINTER, ctypes.c_char_p],
+    "cuDeviceGetP2PAttribute": [POINTER, INT, INT, INT],
     "cuDeviceGetPCIBusId": [POINTER, INT, INT],
     "cuDevicePrimaryCtxRetain": [POINTER, INT],
     "cuDevicePrimaryCtxRelease_v2": [INT],
@@ -53,10 +58,12 @@ _SIGNATURES: dict[str, list[Any]] = {
     "cuEventRecord": [POINTER, POINTER],
     "cuGetErrorName": [INT, POINTER],
     "cuInit": [UINT],
+    "cuIpcCloseMemHandle": [ADDRESS],
     "cuIpcGetMemHandle": [POINTER, ADDRESS],
     "cuIpcOpenMemHandle_v2": [POINTER, IpcHandle, UINT],
     "cuLaunchKernel": [POINTER, UINT, UINT, UINT, UINT, UINT, UINT, UINT, POINTER, POINTER, POINTER],
     "cuMemAlloc_v2": [POINTER, SIZE],
+    "cuMemGetAddressRange_v2": [POINTER, POINTER, ADDRESS],
     "cuMemGetInfo_v2": [POINTER, POINTER],
     "cuMemFree_v2": [ADDRESS],
     "cuMemHostGetDevicePointer_v2": [POINTER, POINTER, UINT],
@@ -77,6 +84,7 @@ _SIGNATURES: dict[str, list[Any]] = {
 
 _WAITING = {
     "cuDevicePrimaryCtxRetain",
+    "cuIpcCloseMemHandle",
     "cuIpcOpenMemHandle_v2",
     "cuMemFree_v2",
     "cuMemHostRegister_v2",
@@ -196,6 +204,26 @@ class Context:
         text = ctypes.create_string_buffer(32)
         self.driver.call("cuDeviceGetPCIBusId", ctypes.addressof(text), len(text), self._number)
         return text.value.decode().lower()
+
+    def reaches(self, bus: str) -> str | None:
+        """Over what this GPU reaches the memory of another one: ``NVLink`` or ``PCI Express``; None where this process
+        does not see that one, and cannot tell.
+
+        Args:
+            bus: the other's ``bus``.
+
+        Raises:
+            DeviceError: it does not reach it.
+        """
+        number, found = INT(), INT()
+        if self.driver["cuDeviceGetByPCIBusId"](ctypes.byref(number), bus.encode()):
+            return None
+        self.driver.call("cuDeviceCanAccessPeer", ctypes.byref(found), self._number, number.value)
+        if not found.value:
+            raise DeviceError(f"cuda:{self.device} has no peer access to the GPU {bus}")
+        pair = self._number, number.value
+        self.driver.call("cuDeviceGetP2PAttribute", ctypes.byref(found), _NATIVE_ATOMICS, *pair)
+        return "NVLink" if found.value else "PCI Express"
 
     def close(self) -> None:
         """Let go of it; a second call does nothing."""

@@ -75,6 +75,7 @@ def read(
     workers: int,
     verify: bool = True,
     progress: Callable[[int], None] | None = None,
+    landed: Callable[[int], None] | None = None,
 ) -> None:
     """Read every piece. Staging memory is one chunk a worker, and none where ``into`` is given; for compressed pieces
     their stored bytes in addition, and what decoding takes: the piece's length with numba, four times that without.
@@ -86,6 +87,7 @@ def read(
         verify: hold every piece against its checksum. A piece that goes ``into`` memory is there before it is
             checked; ``deliver`` is called only with checked bytes.
         progress: called with the stored bytes of each finished piece, from any thread.
+        landed: called with its offset in the source, from any thread.
 
     Raises:
         CorruptionError: a piece's bytes do not agree with its checksum, or the source ends early.
@@ -118,6 +120,8 @@ def read(
             piece.deliver(view)
         if progress is not None:
             progress(piece.stored)
+        if landed is not None:
+            landed(piece.offset)
 
     run(pieces, work, workers)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 from ..codecs.planes import HEAD
 from ..errors import DeviceError, StorageError
@@ -19,7 +19,7 @@ from .pipeline import Range
 from .readers import Reader
 from .source import FileSource, MemorySource
 from .staging import HUGE, address_of, advise_huge
-from .wordsum_cuda import CudaSums
+from .straight import GROUP, send
 
 LOCK = 128 << 20
 """Bytes locked by one call: many threads lock in parallel (24 GB/s with 8 threads, 6.4 with one), and no copy may cross
@@ -28,8 +28,6 @@ TASK = 16 << 20
 """Bytes that one thread reads at a time."""
 _MARKS = 64
 """Events of a stream that copies; by the time that one is used again, whoever had to wait for it has been told so."""
-GROUP = 16
-"""Ranges whose sums are asked for at once, while those after them arrive."""
 
 _PORTABLE, _READ_ONLY = 1, 8
 """CU_MEMHOSTREGISTER_PORTABLE (for every GPU) and _READ_ONLY (for mappings that cannot be written)."""
@@ -83,25 +81,6 @@ class Locked:
                 interrupted = error
         if interrupted is not None:
             raise interrupted
-
-
-def joined(ranges: Sequence[Range], runs: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
-    """Destination address, offset in the source and length of copies; neighbours in both, of one label, made one.
-
-    Two tensors that lie side by side may be two allocations of the driver's, and no copy may cross from one to the
-    other (CUDA_ERROR_INVALID_VALUE).
-    """
-    address = offset = length = 0
-    label = ""
-    for found, (begin, _) in zip(ranges, runs, strict=True):
-        if length and (found.offset, begin, found.label) == (offset + length, address + length, label):
-            length += found.length
-            continue
-        if length:
-            yield address, offset, length
-        address, offset, length, label = begin, found.offset, found.length, found.label
-    if length:
-        yield address, offset, length
 
 
 class Resident(MemorySource):
@@ -210,30 +189,9 @@ class Resident(MemorySource):
             DeviceError: the GPU or its driver refused.
         """
         assert self.locked is not None
-        call, results = context.driver.call, []
-        groups = range(0, len(ranges), GROUP)
         kernel = self.kernels.sums(context.device) if verify else None
-        with context.entered(), contextlib.ExitStack() as stack:
-            sums = stack.enter_context(CudaSums(context, len(ranges), kernel)) if verify else None
-            stream = Stream(context, events=len(groups))
-            stack.callback(stream.close)
-            for event, first in zip(stream.events, groups, strict=True):
-                for address, offset, length in joined(ranges[first : first + GROUP], runs[first : first + GROUP]):
-                    for held, size in self.locked.pieces(offset, length):
-                        call("cuMemcpyHtoDAsync_v2", address, held, size, stream.handle)
-                        address += size
-                call("cuEventRecord", event, stream.handle)
-                if progress is not None:
-                    progress(sum(found.length for found in ranges[first : first + GROUP]))
-            if sums is not None:  # asked for while the copies are under way
-                for event, first in zip(stream.events, groups, strict=True):
-                    sums.after(event)
-                    sums.add(runs[first : first + GROUP])
-                results = sums.results()
-            stream.synchronize()
-        for found, result in zip(ranges if verify else (), results, strict=True):
-            if result != found.wordsum:
-                raise damaged(self.name, found.label, found.offset, found.length)
+        pieces, copy = self.locked.pieces, "cuMemcpyHtoDAsync_v2"
+        send(context, self.name, ranges, runs, pieces, copy, verify=verify, kernel=kernel, progress=progress)
 
     def send_coded(
         self,

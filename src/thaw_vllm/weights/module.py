@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -102,28 +103,37 @@ def restore_opened(
     options: RestoreOptions,
     start: float,
     snapshot: Snapshot | None = None,
+    landed: Callable[[int], None] | None = None,
 ) -> RestoreReport:
     """``restore_model`` from an open source, whose sections may have been read already.
 
     Args:
         start: when the clock began (``time.perf_counter``).
+        landed: as of ``restore``.
     """
     targets, parameters = fillable(model)
     kept = ahead.ready(targets.values()) if options.processes and options.workers is None else None
     with reading(source, targets.values(), options, kept) as way:
         snapshot = snapshot or sections(source)
-        if snapshot.header.kv is not None:
-            raise MismatchError(
-                f"{source.name!r} holds KV blocks, not weights; an engine that runs with their weights thaws them"
-            )
-        stage = snapshot.header.identity.stage
-        if stage not in ("module", "checkpoint"):
-            raise MismatchError(
-                f"{source.name!r} holds the {stage!r} stage of {snapshot.header.identity.engine}; only that engine "
-                "can thaw it (load_format='thaw')"
-            )
+        require_module(snapshot, source.name)
         required = parameters | persistent_buffers(model)
         opened = time.perf_counter() - start - way.seconds
-        report = restore(source, snapshot, targets, required, options, way)
+        report = restore(source, snapshot, targets, required, options, way, landed=landed)
     seconds = {"choose": report.seconds["choose"], "open": opened} | report.seconds
     return replace(report, seconds=seconds | {"total": time.perf_counter() - start})
+
+
+def require_module(snapshot: Snapshot, name: str) -> None:
+    """Refuse what is no module's weights.
+
+    Raises:
+        MismatchError: it is KV blocks, or a stage that only an engine can thaw.
+    """
+    if snapshot.header.kv is not None:
+        raise MismatchError(f"{name!r} holds KV blocks, not weights; an engine that runs with their weights thaws them")
+    stage = snapshot.header.identity.stage
+    if stage not in ("module", "checkpoint"):
+        raise MismatchError(
+            f"{name!r} holds the {stage!r} stage of {snapshot.header.identity.engine}; only that engine "
+            "can thaw it (load_format='thaw')"
+        )

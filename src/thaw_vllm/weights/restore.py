@@ -22,6 +22,7 @@ from ..transport.checksum import damaged
 from ..transport.coded_link import CodedLink
 from ..transport.coded_torch import CodedTorchLink
 from ..transport.files import place
+from ..transport.lending import BorrowedGpu
 from ..transport.links import CudaLink, Link, Place, by_driver, link_to, runs_of
 from ..transport.pipeline import Range, deliver
 from ..transport.read import Piece, piece_of, read
@@ -86,6 +87,7 @@ def restore(
     way: Reading | None = None,
     *,
     partial: bool = False,
+    landed: Callable[[int], None] | None = None,
 ) -> RestoreReport:
     """Fill ``targets`` in place.
 
@@ -97,6 +99,8 @@ def restore(
         options: how to read.
         way: of this source, for tensors on these devices; None to choose now.
         partial: leave out what the snapshot holds beyond ``targets``, which else is refused; not with ties.
+        landed: called with the offset in the source of each chunk that is in its tensor, from any thread; on a GPU
+            its check may still be under way.
 
     Raises:
         MismatchError: missing or extra names, another shape, dtype, stride of a repeated dimension or tie; nothing
@@ -105,7 +109,7 @@ def restore(
     """
     if way is None:
         with reading(source, targets.values(), options) as way:
-            return restore(source, snapshot, targets, required, options, way, partial=partial)
+            return restore(source, snapshot, targets, required, options, way, partial=partial, landed=landed)
     start = time.perf_counter()
     if snapshot.preamble.chunks and not snapshot.chunks:
         raise UsageError(f"{source.name!r} was opened without its chunk table; open it with_chunks=True to thaw it")
@@ -132,10 +136,15 @@ def restore(
     if work.host:
         through = Through(source, way.reader) if way.reader.margin else source
         with torch.no_grad():
-            read(through, work.host, workers=workers, verify=options.verify, progress=advance)
+            read(through, work.host, workers=workers, verify=options.verify, progress=advance, landed=landed)
         names.append("into host memory")
     for ranges, places in work.devices.values():
-        names.append(_to_device(source, way, ranges, places, workers, options.verify, advance))
+        straight = landed is not None and not isinstance(source, Resident | BorrowedGpu)
+        early = landed if straight and not any(found.coded for found in ranges) else None
+        names.append(_to_device(source, way, ranges, places, workers, options.verify, advance, early))
+        if landed is not None and early is None:  # decoded by now, too
+            for found in ranges:
+                landed(found.offset)
     arrived = time.perf_counter()
     settle(targets.values())
     source.check_unchanged()
@@ -170,6 +179,7 @@ def _to_device(
     workers: int,
     verify: bool,
     progress: Callable[[int], None],
+    landed: Callable[[int], None] | None,
 ) -> str:
     """Bring chunks to one device; returns what reports call the way."""
     name, helpers = source.name, way.helpers
@@ -180,8 +190,14 @@ def _to_device(
             else:
                 source.send(link.context, ranges, link.runs, verify=verify, progress=progress)
             return f"page-locked memory to cuda:{link.context.device}"
+        if isinstance(link, CudaLink) and isinstance(source, BorrowedGpu):
+            sums = way.sums(places[0].view.device) if verify else None
+            source.send(link.context, ranges, link.runs, verify=verify, kernel=sums, progress=progress)
+            return f"another process's memory to cuda:{link.context.device}"
         options: dict[str, Any] = {"workers": workers, "verify": verify, "progress": progress}
         options["damage"] = lambda _, found: _damaged(source, found)
+        if landed is not None:
+            options["landed"] = lambda number: landed(ranges[number].offset)
         if not deliver(way.reader, name, ranges, link, helpers=helpers, **options) or helpers is None:
             return link.name
         return f"{len(helpers.helpers)} processes → {link.name}"
@@ -283,8 +299,8 @@ def _match_tie(owner: Tensor, entry: Tensor, targets: Mapping[str, torch.Tensor]
         tied = (
             first.device == second.device
             and second.data_ptr() - first.data_ptr() == entry.offset
-            and _same_strides(first.stride(), owner)
-            and _same_strides(second.stride(), entry)
+            and same_strides(first.stride(), owner)
+            and same_strides(second.stride(), entry)
         )
     if not tied:
         raise MismatchError(
@@ -293,7 +309,8 @@ def _match_tie(owner: Tensor, entry: Tensor, targets: Mapping[str, torch.Tensor]
         )
 
 
-def _same_strides(stride: tuple[int, ...], entry: Tensor) -> bool:
+def same_strides(stride: tuple[int, ...], entry: Tensor) -> bool:
+    """Whether strides put elements in the order in which a snapshot has them."""
     return stride == entry.stride or all(
         a == b for a, b, size in zip(stride, entry.stride, entry.shape, strict=True) if size > 1
     )
@@ -350,7 +367,7 @@ def _direct(entry: Tensor, target: torch.Tensor) -> tuple[torch.Tensor, memoryvi
 
     On a CUDA device the target itself stands for them: its address is all that is needed.
     """
-    if not (dense(target) and _same_strides(target.stride(), entry)):
+    if not (dense(target) and same_strides(target.stride(), entry)):
         return None
     if by_driver(target.device):
         return target, None

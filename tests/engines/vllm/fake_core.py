@@ -60,6 +60,7 @@ class FakeCore:
         "thaw_fill": {"bytes": 10, "seconds": 0.5, "route": "mapped"},
         "thaw_source": {"path": "old.thaw", "content": "c0", "set": None},
         "thaw_wakeable": {},
+        "thaw_withdraw": {"withdrawn": False},
         "thaw_pid": {"pid": 42},
         "thaw_trim": {"left": 7},
         "thaw_pin": {"bytes": 12, "seconds": 0.1, "why": "mapped"},

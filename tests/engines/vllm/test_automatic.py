@@ -15,7 +15,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from tests.engines.vllm.conftest import Loaded, tensors_of
 
-from thaw_vllm.engines.vllm import automatic, loader
+from thaw_vllm.engines.vllm import automatic, loader, offering
 from thaw_vllm.errors import UnsupportedError, UsageError
 from thaw_vllm.transport import writer
 from thaw_vllm.weights import cache
@@ -183,7 +183,7 @@ def test_a_chunk_that_is_corrupt(model: Path, load: Callable, start: Callable, p
 def test_small_tensors_are_put_back(model: Path, load: Callable, start: Callable, monkeypatch: pytest.MonkeyPatch):
     """Where vLLM's loader would leave them as a thaw that failed had left them."""
     start(model)
-    real, default = loader.restore, load(model)
+    real, default = offering.restore, load(model)
 
     def spoil(source: Any, snapshot: Any, targets: Any, *given: Any) -> Any:
         real(source, snapshot, targets, *given)
@@ -193,7 +193,7 @@ def test_small_tensors_are_put_back(model: Path, load: Callable, start: Callable
 
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-    monkeypatch.setattr(loader, "restore", spoil)
+    monkeypatch.setattr(offering, "restore", spoil)
     before: dict[str, Any] = {}
     monkeypatch.setattr(DefaultModelLoader, "load_weights", lambda _, model, *__: before.update(tensors_of(model)))
     start(model)

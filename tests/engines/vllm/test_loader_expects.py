@@ -85,7 +85,17 @@ def test_files_that_are_small_or_missing(told, snapshot, tmp_path, monkeypatch):
     assert not told
 
 
-@pytest.mark.parametrize(("options", "lent"), [({}, True), ({"processes": False}, False), ({"workers": 2}, False)])
+@pytest.mark.parametrize(
+    ("options", "lent"),
+    [
+        ({}, True),
+        ({"processes": False}, False),
+        ({"workers": 2}, False),
+        ({"peer": "auto"}, True),
+        ({"peer": "s"}, False),
+    ],
+)
 def test_who_borrows(options, lent, snapshot, monkeypatch):
     monkeypatch.setattr(ahead, "ready", lambda targets: "kept")
-    assert loader(snapshot, **options)._kept([]) == ("kept" if lent else None)
+    made = loader(snapshot, **options)
+    assert made._kept([], made._helped(snapshot)) == ("kept" if lent else None)

@@ -222,12 +222,12 @@ class TestLoadAudit:
     def test_an_attribute_the_model_lacks_is_refused_before_copying(
         self, checkpoints: Callable, load: Callable, thaw_args: Callable, tmp_path: Path, monkeypatch: Any
     ):
-        from thaw_vllm.engines.vllm import audit, loader
+        from thaw_vllm.engines.vllm import audit, offering
 
         path = tmp_path / "w.thaw"
         monkeypatch.setattr(audit, "changed_attributes", lambda before, after: {"model.nowhere|scale": 2.0})
         load(checkpoints("untied"), **thaw_args(path, mode="freeze"))
-        monkeypatch.setattr(loader, "restore", lambda *_: pytest.fail("copied before it refused"))
+        monkeypatch.setattr(offering, "restore", lambda *_: pytest.fail("copied before it refused"))
         with pytest.raises(UnsupportedError, match=r"model\.nowhere\.scale"):
             load(checkpoints("untied"), **thaw_args(path))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from thaw_vllm.engines.vllm import snapshot_choice
-from thaw_vllm.engines.vllm.snapshot_choice import AUTO, NONE, Choice, choose
+from thaw_vllm.engines.vllm.snapshot_choice import AUTO, NONE, Choice, among_engines, choose
 from thaw_vllm.errors import UsageError
 
 
@@ -88,3 +88,17 @@ def test_no_home(monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr("pathlib.Path.home", none)
     assert "--cache-dir names one" in chosen().said
+
+
+def test_weights_of_other_engines(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    choice = chosen(snapshot="w.thaw")
+    assert among_engines(choice, None, False) is choice
+    assert among_engines(choice, "auto", True).extra == choice.extra | {"peer": "auto", "offer": True}
+    assert among_engines(choice, "a.sock", False).extra == choice.extra | {"peer": str(tmp_path / "a.sock")}
+    assert among_engines(chosen(), None, True).extra == chosen().extra | {"offer": True}
+    with pytest.raises(UsageError, match="empty"):
+        among_engines(choice, "", False)
+    for other in (chosen(snapshot=NONE), chosen("--load-format", "x")):
+        with pytest.raises(UsageError, match="for weights of a snapshot"):
+            among_engines(other, None, True)

@@ -60,6 +60,7 @@ def refused(core: FakeCore) -> bool:
 
 EMPTIED = ["reset prefix", "reset mm", "reset encoder"]
 CHECK, FILL = [RPC + "thaw_swap_check"], [RPC + "thaw_fill"]
+BEGUN = [*CHECK, RPC + "thaw_withdraw"]
 CANARY = ["resume", "canary", *EMPTIED]
 
 
@@ -69,7 +70,7 @@ CANARY = ["resume", "canary", *EMPTIED]
 def test_order_of_a_swap():
     core = FakeCore()
     answer = run(core, "swap", verify=False)
-    assert core.log == [*CHECK, *EMPTIED, *FILL, *CANARY]
+    assert core.log == [*BEGUN, *EMPTIED, *FILL, *CANARY]
     assert core.filled_with == {"path": "new.thaw", "contents": ["c1"], "verify": False}, "what was checked, no other"
     assert {name: answer[name] for name in ("bytes", "model", "aborted", "route")} == {
         "bytes": 10,
@@ -85,7 +86,7 @@ def test_order_of_a_swap_while_paused():
     """What is left is ended, and nobody is let in until the client says so."""
     core = FakeCore(paused=True, requests=3)
     answer = run(core, "swap")
-    assert core.log == [*CHECK, "pause abort", "step", *EMPTIED, *FILL, *CANARY, "pause keep"]
+    assert core.log == [*BEGUN, "pause abort", "step", *EMPTIED, *FILL, *CANARY, "pause keep"]
     assert answer["aborted"] == 3 and core.paused
     core.scheduler.requests["late"] = object()
     assert run(core, "finish") == {"aborted": 1}
@@ -150,9 +151,17 @@ def test_a_prefix_cache_that_is_in_use(paused: bool):
     core.free = iter([False])
     with pytest.raises(UsageError, match="blocks of the KV cache are in use"):
         run(core, "swap")
-    assert core.log == [*CHECK, "reset prefix"] and core.weights == "old" and core.paused == paused
+    assert core.log == [*BEGUN, "reset prefix"] and core.weights == "old" and core.paused == paused
     assert not refused(core)
     run(core, "swap")
+
+
+def test_weights_that_another_engine_is_still_copying():
+    core = FakeCore(paused=True, requests=2)
+    core.tells["thaw_withdraw"] = {"error": "UnsupportedError", "message": "still copying"}
+    with pytest.raises(UnsupportedError, match="still copying"):
+        run(core, "swap")
+    assert core.log == BEGUN and core.weights == "old" and len(core.scheduler.requests) == 2
 
 
 def test_requests_that_cannot_be_ended():

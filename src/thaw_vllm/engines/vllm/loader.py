@@ -22,7 +22,7 @@ from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.platforms import current_platform
 
-from ...errors import UnsupportedError, UsageError
+from ...errors import ThawError, UnsupportedError, UsageError
 from ...format.header import Header
 from ...format.identity import Identity, require
 from ...transport.collector import collection_paused
@@ -33,9 +33,9 @@ from ...weights.freeze import FreezeReport
 from ...weights.open import Opened, open_rank
 from ...weights.provenance import check_source
 from ...weights.reading import RestoreOptions, reading
-from ...weights.restore import RestoreReport, match, restore
+from ...weights.restore import RestoreReport, match
 from ...weights.stream import StreamReport
-from . import audit, automatic, compiled, resharding, streaming
+from . import audit, automatic, compiled, offering, resharding, streaming
 from .automatic import Outcome
 from .failures import noted
 from .freezing import UNTIED, Freezing, source_checkpoint
@@ -74,6 +74,9 @@ class LoaderConfig:
         cache_bytes: auto: how large it may become; None for a share of its file system.
         shared: thaw: the socket of a process that holds the snapshot's weights for several engines on one GPU
             (``sessions/pool_holder``); they are mapped, not read.
+        peer: thaw, auto: ``auto`` to take the weights from an engine of this host that offers them, where there is
+            one, or the socket of such an offer.
+        offer: thaw, freeze, auto: lend them to engines of this host that ask for them.
         verify: thaw: hold every chunk against its checksum.
         check_source: thaw: refuse a model directory whose weight files are not the snapshot's.
         force: freeze: replace an existing snapshot.
@@ -92,6 +95,8 @@ class LoaderConfig:
     cache: str = ""
     cache_bytes: int | None = None
     shared: str = ""
+    peer: str = ""
+    offer: bool = False
     verify: bool = True
     check_source: bool = True
     force: bool = False
@@ -109,7 +114,7 @@ class LoaderConfig:
         """Checked; an unknown key, a wrong type or a missing snapshot raises UsageError."""
         example = """--model-loader-extra-config '{"snapshot": "weights.thaw"}'"""
         given = {} if given is None else given
-        if not isinstance(given, dict) or not _texts(given, "snapshot", "cache", "shared"):
+        if not isinstance(given, dict) or not _texts(given, "snapshot", "cache", "shared", "peer"):
             raise UsageError(f"load_format='thaw' takes the snapshot's path: {example}")
         unknown = sorted(set(given) - {f.name for f in dataclasses.fields(cls)})
         if unknown:
@@ -121,7 +126,7 @@ class LoaderConfig:
             raise UsageError(f"load_format='thaw' needs the snapshot's path: {example}")
         options: dict[str, Any] = {"mode": "thaw" if given.get("snapshot") else "stream"}
         found = cls(**options | given)
-        for name in ("verify", "check_source", "force", "compress", "processes", "expects_kv"):
+        for name in ("offer", "verify", "check_source", "force", "compress", "processes", "expects_kv"):
             if not isinstance(getattr(found, name), bool):
                 raise UsageError(f"load_format='thaw': {name} must be true or false")
         if found.workers is not None and (type(found.workers) is not int or found.workers < 1):
@@ -132,6 +137,10 @@ class LoaderConfig:
             raise UsageError("load_format='thaw': mode 'stream' reads the model directory; leave snapshot out")
         if found.shared and found.mode != "thaw":
             raise UsageError("load_format='thaw': weights that are shared are those of a snapshot; give it, too")
+        if found.peer and (found.mode not in ("thaw", "auto") or found.shared):
+            raise UsageError("load_format='thaw': a peer gives weights of a snapshot that is thawed, and not shared")
+        if found.offer and (found.mode == "stream" or found.shared):
+            raise UsageError("load_format='thaw': weights that are offered are a snapshot's, and this engine's own")
         if bool(found.cache) != (found.mode == "auto"):
             raise UsageError("load_format='thaw': mode 'auto' takes a directory as cache, and nothing else does")
         if found.mode == "auto" and found.snapshot:
@@ -181,7 +190,16 @@ class ThawModelLoader(BaseModelLoader):
             if expected is not None and not self.config.expects_kv:
                 ahead.rest(expected)  # memory may not be unlocked while vLLM captures graphs, which is next
         note(model, vllm_config, self.config.asked)
+        if self.config.offer and not automatic.is_draft(vllm_config, model_config):
+            self._offer(model, vllm_config)
         return model
+
+    def _offer(self, model: torch.nn.Module, vllm_config: VllmConfig) -> None:
+        """An engine that cannot is as good otherwise."""
+        try:
+            offering.lend(model, vllm_config, engine_identity(vllm_config, vllm_config.model_config).parallel.rank)
+        except (ThawError, OSError) as error:
+            logger.warning("%s", error)
 
     def _as_vllm(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str, why: str) -> torch.nn.Module:
         global last_outcome
@@ -234,6 +252,7 @@ class ThawModelLoader(BaseModelLoader):
         """The checkpoint's tensors for vLLM's ``reload_weights``, as vLLM's own loader has them."""
         if self.config.shared:
             raise UnsupportedError("other engines use these weights, too; they cannot be loaded again in one of them")
+        offering.withdraw(model)
         forget(model)  # a snapshot that the weights were thawed from is not what they are now
         yield from self.source().get_all_weights(model_config, model)
 
@@ -250,29 +269,27 @@ class ThawModelLoader(BaseModelLoader):
         Args:
             begin: called when the file has been found to be the right one, before anything is written.
         """
-        config = self.config
-        start = time.perf_counter()
+        config, start = self.config, time.perf_counter()
         if (written := resharding.other_size(snapshot, identity.parallel)) is not None:
             return self._reshard(model, model_config, identity, snapshot, written)
         targets, required = fillable(model)
+        helped = self._helped(snapshot)
 
         def options(progress: Callable[[int, int], None] | None) -> RestoreOptions:
-            return RestoreOptions(
-                verify=config.verify, workers=config.workers, processes=config.processes, progress=progress
-            )
+            return RestoreOptions(verify=config.verify, workers=config.workers, processes=helped, progress=progress)
 
         with (
             collection_paused(),
             progress_bar("thaw", first=identity.parallel.rank == 0) as progress,
             open_rank(snapshot, identity.parallel.rank) as opened,
-            reading(opened.source, targets.values(), options(progress), self._kept(targets.values())) as way,
+            reading(opened.source, targets.values(), options(progress), self._kept(targets.values(), helped)) as way,
         ):
             header = self._checked(opened, model_config, identity, snapshot)
             checked = time.perf_counter()
             owners = audit.attribute_owners(model, header.attributes)
             match(opened.snapshot, targets, required, opened.source.name)
             begin()
-            report = restore(opened.source, opened.snapshot, targets, required, options(progress), way)
+            report = offering.restored(opened, targets, required, options(progress), way, config.peer)
             audit.apply_attributes(owners, header.attributes)
             names = frozenset(tensor.name for tensor in opened.snapshot.index.tensors)
             remember(model, snapshot, header, names, identity)
@@ -284,7 +301,7 @@ class ThawModelLoader(BaseModelLoader):
             report.bytes / 1e9,
             seconds["total"],
             report.gb_per_s,
-            "every chunk verified" if config.verify else "not verified",
+            "not verified" if report.verified == "none" else "every chunk verified",
             snapshot,
         )
         logger.info("%s (%s)\n%s", report.route, report.why, report.waterfall())
@@ -306,7 +323,7 @@ class ThawModelLoader(BaseModelLoader):
                 snapshot,
                 written,
                 options,
-                self._kept(model.parameters()),
+                self._kept(model.parameters(), config.processes),
                 lambda opened, wanted: self._checked(opened, model_config, wanted, snapshot),
             )
         logger.info(
@@ -323,7 +340,7 @@ class ThawModelLoader(BaseModelLoader):
     def _expect(self) -> torch.device | None:
         """Have helpers and kernels come up while vLLM builds the model; on which GPU, if they do."""
         config = self.config
-        if config.mode != "thaw" or config.shared or not config.processes or config.workers is not None:
+        if config.mode != "thaw" or config.shared or config.workers is not None or not self._helped(config.snapshot):
             return None
         with contextlib.suppress(OSError):  # no file; who opens it says so
             if os.stat(config.snapshot).st_size >= WORTH and current_platform.is_cuda():
@@ -332,9 +349,12 @@ class ThawModelLoader(BaseModelLoader):
                 return device
         return None
 
-    def _kept(self, targets: Iterable[torch.Tensor]) -> KeptHelpers | None:
-        config = self.config
-        return ahead.ready(targets) if config.processes and config.workers is None else None
+    def _kept(self, targets: Iterable[torch.Tensor], helped: bool) -> KeptHelpers | None:
+        return ahead.ready(targets) if helped and self.config.workers is None else None
+
+    def _helped(self, snapshot: str) -> bool:
+        """Whether helper processes may read it."""
+        return self.config.processes and not offering.expected(self.config.peer, snapshot)
 
     def _place(
         self, model: torch.nn.Module, model_config: ModelConfig, identity: Identity, snapshot: str

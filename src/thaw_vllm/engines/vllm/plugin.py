@@ -17,6 +17,8 @@ _WORKER_METHODS = (
     "thaw_wakeable",
     "thaw_pin",
     "thaw_unpin",
+    "thaw_offer",
+    "thaw_withdraw",
     "thaw_pid",
     "thaw_trim",
     "thaw_kv_describe",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,27 @@ def choose(
         except RuntimeError as error:  # no home
             why = f"there is no cache directory ({error}); --cache-dir names one"
     return Choice(said=f"no snapshot is thawed or kept: {why}")
+
+
+def among_engines(choice: Choice, peer: str | None, offer: bool) -> Choice:
+    """The same with weights taken from another engine of the host, or lent to others.
+
+    Args:
+        peer: ``--peer``: AUTO, or an offer's socket.
+        offer: ``--offer-weights``.
+
+    Raises:
+        UsageError: there is no snapshot, by which engines find each other.
+    """
+    if peer is None and not offer:
+        return choice
+    if choice.extra is None:
+        why = f" ({choice.said})" if choice.said else ""
+        raise UsageError(f"--peer and --offer-weights are for weights of a snapshot; give --snapshot a file{why}")
+    if peer == "":
+        raise UsageError(f"--peer is empty; give {AUTO} or the socket of an offer")
+    named = {} if peer is None else {"peer": peer if peer == AUTO else os.path.abspath(peer)}
+    return replace(choice, extra=choice.extra | named | ({"offer": True} if offer else {}))
 
 
 def cached(directory: str | os.PathLike[str] | None = None, gigabytes: object = None) -> dict[str, Any]:

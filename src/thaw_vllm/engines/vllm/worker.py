@@ -137,6 +137,22 @@ def thaw_unpin(worker: Any, path: str) -> Answer:
 
 
 @answering
+def thaw_offer(worker: Any) -> Answer:
+    """See offering.py."""
+    from .offering import lend
+
+    return lend(worker.get_model(), worker.vllm_config, worker.rank)
+
+
+@answering
+def thaw_withdraw(worker: Any) -> Answer:
+    """See offering.py."""
+    from .offering import withdraw
+
+    return withdraw(worker.get_model())
+
+
+@answering
 def thaw_pid(worker: Any) -> Answer:
     """See swap/parking.py."""
     from .swap.parking import process

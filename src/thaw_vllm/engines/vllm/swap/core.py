@@ -1,8 +1,8 @@
 """The engine core's part of a swap and of parking; called through vLLM's utility calls, between two steps.
 
-Order of a swap: everything is checked, requests that are left are aborted, caches are emptied, the workers fill their
-weights, a canary is asked, caches are emptied again. A client that was told so lets new requests in afterwards
-(``finish``): it knows by then under which name.
+Order of a swap: everything is checked, weights are offered to other engines no more, requests that are left are
+aborted, caches are emptied, the workers fill their weights, a canary is asked, caches are emptied again. A client that
+was told so lets new requests in afterwards (``finish``): it knows by then under which name.
 """
 
 from __future__ import annotations
@@ -100,6 +100,7 @@ def swap(core: Any, options: dict[str, Any]) -> dict[str, Any]:
     if not paused and versions.queued(core):
         raise UsageError("requests are running; wait for them, or pause the engine first")
     found = check(core, {"path": options["path"]})
+    all_raised(core.model_executor.collective_rpc("thaw_withdraw"))
     clock.end("check")
     aborted = _abort(core)
     _forget(core)

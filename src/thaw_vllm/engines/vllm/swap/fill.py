@@ -12,6 +12,7 @@ from ....weights.cache import Lock, lock_of
 from ....weights.capture import fillable
 from ....weights.reading import RestoreOptions, reading
 from ....weights.restore import restore
+from ..offering import withdraw
 from .check import opened_for, set_of, swappable
 from .filled import hold, renote
 
@@ -45,6 +46,7 @@ def fill(worker: Any, options: dict[str, Any]) -> dict[str, Any]:
             header = opened.snapshot.header
             if header.content != options["contents"][worker.rank]:
                 raise MismatchError(f"{path!r} has become another snapshot meanwhile; try again")
+            withdraw(model)  # by now nobody copies them: the core has asked all ranks
             lock = _lock(path) if worker.rank == 0 else None
             renote(model, broken=_UNDER_WAY)
             begun = True

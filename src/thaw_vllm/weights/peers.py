@@ -1,0 +1,180 @@
+"""A snapshot's bytes from another process of the same host that has them in its tensors already.
+
+The taker opens its own file of the snapshot for header, index and chunk table, and reads the payload from the other
+process's memory. Every chunk is held against the table where it has arrived, as after a read from storage: a lender
+whose weights are other ones, or change meanwhile, is found out.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ..errors import StorageError, ThawError, UnsupportedError, UsageError
+from ..format.chunks import RAW
+from ..format.index import Index, Tensor
+from ..format.snapshot import Snapshot
+from ..transport.lending import Lent, borrow
+from ..transport.offers import Offer, asked, directory, offered
+from .layout import dense
+from .open import Opened
+from .reading import RestoreOptions
+from .restore import RestoreReport, match, restore, same_strides
+
+AUTO = "auto"
+"""As a peer: whoever offers these weights."""
+
+
+def offer(
+    opened: Opened,
+    targets: Mapping[str, torch.Tensor],
+    required: Collection[str],
+    refuse: Callable[[], str | None],
+    place: Path | None = None,
+) -> Offer:
+    """Lend tensors that hold what a snapshot does to processes of this user that ask for its content id.
+
+    Args:
+        opened: the snapshot; its chunk table is not needed, and the file may be closed afterwards.
+        targets: by name, as for ``restore``; nothing of them is kept alive.
+        required: as for ``restore``.
+        refuse: asked for each borrower, in another thread: why the tensors are not to be lent, or None.
+        place: the directory of offers; None for this user's.
+
+    Returns:
+        Lends until withdrawn. Whoever has the tensors withdraws it before they change, move or go.
+
+    Raises:
+        MismatchError: these are not the tensors of that snapshot.
+        UnsupportedError: they do not lie as in it, or on several devices.
+        DeviceError, StorageError: the driver lends no such memory; there is no place for a socket.
+    """
+    snapshot, name = opened.snapshot, opened.source.name
+    match(snapshot, targets, required, name)
+    owners = _owners(snapshot.index)
+    for entry in owners.values():
+        target = targets[entry.name]
+        if not (dense(target) and same_strides(target.stride(), entry)) or entry.offset:
+            raise UnsupportedError(f"{entry.name!r} lies in another order than in {name!r}; its weights are not lent")
+    devices = {targets[entry.name].device for entry in owners.values()}
+    if len(devices) > 1:
+        raise UnsupportedError(f"the weights are on {len(devices)} devices; they are lent from one")
+    runs = [(targets[entry.name].data_ptr(), snapshot.index.storages[number]) for number, entry in owners.items()]
+    lent = Lent(runs, next(iter(devices), torch.device("cpu")))
+
+    def lend() -> tuple[dict[str, object], list[int]]:
+        why = refuse()
+        if why is not None:
+            raise UnsupportedError(f"the weights of process {os.getpid()} are not lent: {why}")
+        return lent.told()
+
+    return Offer(place or directory(os.environ), snapshot.header.content, lend)
+
+
+def take(
+    opened: Opened,
+    targets: Mapping[str, torch.Tensor],
+    required: Collection[str],
+    options: RestoreOptions,
+    peer: str = AUTO,
+    place: Path | None = None,
+) -> RestoreReport:
+    """``restore`` from a process that offers this snapshot's bytes. Every chunk is verified, whatever ``options`` say.
+
+    Args:
+        opened: the snapshot with its chunk table.
+        targets, required: as for ``restore``; on one device.
+        peer: AUTO, or the socket of an offer.
+        place: the directory of offers; None for this user's.
+
+    Returns:
+        Its ``route`` names both sides, ``why`` the offer.
+
+    Raises:
+        StorageError: nobody offers them, or whoever did has ended.
+        CorruptionError: the bytes that came are not the snapshot's; the tensors must not be used.
+        MismatchError, UnsupportedError, DeviceError: the lender refuses, or its memory cannot be reached.
+    """
+    content = opened.snapshot.header.content
+    if peer != AUTO:
+        return _taken(opened, targets, required, options, Path(peer))
+    last: ThawError | None = None
+    for path in offered(place or directory(os.environ), content):
+        if _own(path):
+            continue  # the driver maps nobody's own memory
+        try:
+            return _taken(opened, targets, required, options, path)
+        except ThawError as error:
+            last = error
+    raise last or StorageError(f"nobody on this host offers the weights of {opened.source.name!r}")
+
+
+def _taken(
+    opened: Opened,
+    targets: Mapping[str, torch.Tensor],
+    required: Collection[str],
+    options: RestoreOptions,
+    path: Path,
+) -> RestoreReport:
+    snapshot, places = plain(opened.snapshot)
+    owners = _owners(snapshot.index)
+    devices = {targets[entry.name].device for entry in owners.values() if entry.name in targets}
+    if len(devices) > 1:
+        raise UsageError(f"weights are taken from another process to one device, not to {len(devices)}")
+    device = next(iter(devices), torch.device("cpu"))
+    with asked(path, snapshot.header.content) as answer:
+        name = f"the weights of process {answer.process}"
+        source = borrow(answer.told, answer.files, places, name, device)
+        try:
+            report = restore(
+                source, snapshot, targets, required, replace(options, verify=True, route="auto", processes=False)
+            )
+        finally:
+            source.close()
+    over = "" if source.over is None else f" over {source.over}"
+    into = "host memory" if device.type == "cpu" else str(device)
+    return replace(
+        report,
+        path=opened.source.name,
+        route=f"peer: {source.where} of process {answer.process}{over} → {into}",
+        why="it has these weights already, and offers them",
+    )
+
+
+def _own(path: Path) -> bool:
+    """Whether an offer is this process's."""
+    return path.name.split(".")[1] == str(os.getpid())
+
+
+def plain(snapshot: Snapshot) -> tuple[Snapshot, list[tuple[int, int]]]:
+    """A snapshot as it is lent: tensors' storages one after the other, uncompressed, without carried files.
+
+    Returns:
+        It, and where in its file each storage would be, with its bytes.
+    """
+    begins, end = dict[int, int](), 0
+    for storage in _owners(snapshot.index):
+        begins[storage] = end
+        end += snapshot.index.storages[storage]
+    chunks = [
+        replace(chunk, stored_at=begins[chunk.storage] + chunk.at, stored=chunk.length, codec=RAW)
+        for chunk in snapshot.chunks
+        if chunk.storage in begins
+    ]
+    chunks.sort(key=lambda chunk: chunk.stored_at)
+    preamble = replace(snapshot.preamble, chunks=len(chunks))
+    places = [(preamble.payload_at + begin, snapshot.index.storages[storage]) for storage, begin in begins.items()]
+    return replace(snapshot, preamble=preamble, chunks=tuple(chunks)), places
+
+
+def _owners(index: Index) -> dict[int, Tensor]:
+    """The tensor that covers each storage of tensors, in the order in which they are lent."""
+    found: dict[int, Tensor] = {}
+    for entry in index.tensors:
+        if entry.storage is not None:
+            found.setdefault(entry.storage, entry)
+    return dict(sorted(found.items()))

@@ -1,0 +1,46 @@
+"""Engines that take their weights from one another: peer_engines.py ASKED.json ANSWER.json.
+
+Asked for are ``model``, ``snapshot``, that of ``second`` weights, and ``engine_args``. The first engine offers its
+weights, the second takes them; then the first has others, and a third finds nobody. The answer has reports, process ids
+and digests of each rank.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from tests.engines.vllm.swap_engine import ask
+
+
+def weights_of(llm):
+    """Of each rank."""
+    return [{path: digest for path, (_, digest) in of.items()} for of in llm.collective_rpc("thaw_test_digests")]
+
+
+def main(asked):
+    from vllm import LLM
+
+    import thaw_vllm
+
+    engines = []
+
+    def start(**options):
+        extra = {"snapshot": asked["snapshot"]} | options
+        args = {"load_format": "thaw", "model_loader_extra_config": extra} | asked["engine_args"]
+        engines.append(LLM(asked["model"], **args))
+
+    start(offer=True)
+    start(peer="auto")
+    found = {"answers": [ask(llm)["answers"] for llm in engines], "digests": [weights_of(llm) for llm in engines]}
+    thaw_vllm.swap_weights(engines[0], asked["second"])
+    found["swapped"] = ask(engines[0])["answers"]
+    start(peer="auto")
+    found["answers"].append(ask(engines[2])["answers"])
+    found["digests"].append(weights_of(engines[2]))
+    found["reports"] = [llm.collective_rpc("thaw_report") for llm in engines]
+    found["pids"] = [llm.collective_rpc("thaw_test_pid") for llm in engines]
+    return found
+
+
+if __name__ == "__main__":
+    Path(sys.argv[2]).write_text(json.dumps(main(json.loads(Path(sys.argv[1]).read_text()))))
