@@ -167,7 +167,8 @@ def fill(
                 dim = found.divisions[name].dim
                 assert dim is not None
                 targets[name].narrow(dim, targets[name].shape[dim] - count, count).zero_()
-    return _summary(reports, opened, len(targets), time.perf_counter() - start)
+    named = len(opened[found.whole_from].snapshot.index.tensors)
+    return _summary(reports, opened, named, time.perf_counter() - start)
 
 
 @dataclass(frozen=True)
@@ -365,7 +366,7 @@ def _summary(
         phases | {"total": seconds},
         any(report.replaced for report in reports),
         first.route,
-        f"{first.why}; of {len(names)} of another number of ranks",
+        f"{first.why}; {len(names)} of the files of another number of ranks",
         sources,
         sum(report.stored for report in reports),
     )

@@ -31,6 +31,7 @@ from ...weights import ahead
 from ...weights.capture import fillable
 from ...weights.freeze import FreezeReport
 from ...weights.open import Opened, open_rank
+from ...weights.peers import AUTO
 from ...weights.provenance import check_source
 from ...weights.reading import RestoreOptions, reading
 from ...weights.restore import RestoreReport, match
@@ -312,6 +313,11 @@ class ThawModelLoader(BaseModelLoader):
     ) -> tuple[RestoreReport, str | None]:
         """``thaw``, of a set that another number of tensor-parallel ranks has written."""
         config = self.config
+        if config.peer and config.peer != AUTO:
+            raise UsageError(
+                f"a peer has the weights of a rank of {written}, this engine has {identity.parallel.tp_size} ranks; "
+                "leave 'peer' out"
+            )
         start = time.perf_counter()
         with collection_paused(), progress_bar("thaw", first=identity.parallel.rank == 0) as progress:
             options = RestoreOptions(
