@@ -16,7 +16,7 @@ from thaw_vllm.bench.rounds import Entry
 @pytest.fixture
 def settings(memory_path):
     limits = ceilings.Settings("cpu", 1 << 20, 1, 1)
-    return multi_gpu.Settings(("cpu", "cpu"), (memory_path,), multi_gpu.WORKS, 0.01, 2, 1, False, limits)
+    return multi_gpu.Settings(("cpu", "cpu"), (memory_path,), ("h2d", "restore"), 0.01, 2, 1, False, limits)
 
 
 def test_all_ranks_and_one(settings, memory_path):
@@ -74,9 +74,44 @@ def test_how_much_faster_all_are_together():
             record("tp4-restore", 1, 1.0, medium="disk"),
         ]
     )
-    assert multi_gpu.growth(outcome) == {"h2d": pytest.approx(3.2), "tmpfs": pytest.approx(2.0)}
+    grown = {("h2d", ""): pytest.approx(3.2), ("tp4-restore", "tmpfs"): pytest.approx(2.0)}
+    assert multi_gpu.growth(outcome) == grown
     shown = {row[0]: row[6] for row in multi_gpu.rows(outcome)[1:]}
     assert shown == {"h2d: 1": "", "h2d: 4": "3.20", "tp4-restore: 1": "", "tp4-restore: 4": "2.00"}
+
+
+def test_what_all_have_of_one_read():
+    """Four have it in 1.25 times the time of one: 3.2 times as much."""
+    records = [
+        Record("broadcast", "thaw", "1 rank", 10**9, [1.0], "warm", True, True, None, {"ranks": 1}),
+        Record("broadcast", "thaw", "4 ranks", 10**9, [1.25], "warm", True, True, None, {"ranks": 4}),
+    ]
+    assert multi_gpu.growth(multi_gpu.Outcome(records)) == {("broadcast", ""): pytest.approx(3.2)}
+
+
+def test_a_peer_and_one_read_for_all(settings, memory_path):
+    outcome = multi_gpu.measure(dataclasses.replace(settings, works=("peer", "broadcast"), runs=1), lambda _: None)
+    assert outcome.missed == []
+    found = [(record.work, record.route, record.equal, record.verified) for record in outcome.records]
+    assert found == [
+        ("peer-cpu", "cpu → cpu", True, True),
+        ("broadcast", "one read, 1 rank", True, True),
+        ("broadcast", "one read, 2 ranks", True, True),
+    ]
+    assert outcome.records[0].extra["way"].startswith("peer: ") and "gloo" in outcome.records[2].extra["way"]
+    assert [*memory_path.iterdir()] == [] and _children() == []
+
+
+def test_a_peer_that_cannot_be_started(settings, memory_path, monkeypatch):
+    """The others go on."""
+    real = multi_gpu.Child
+
+    def child(task, request):
+        return real(task, request | {"shape": {"nonsense": 1}})
+
+    monkeypatch.setattr(multi_gpu, "Child", child)
+    outcome = multi_gpu.measure(dataclasses.replace(settings, works=("peer", "broadcast"), runs=1), lambda _: None)
+    assert [missed.work for missed in outcome.missed] == ["peer"] and len(outcome.records) == 2
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,11 @@
-"""``thaw bench multi-gpu``: the ranks of a set restored at once, each to its own GPU, and one of them alone."""
+"""``thaw bench multi-gpu``: a set's ranks restored at once, each to its own GPU; and one GPU's weights to others."""
 
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,16 @@ from . import ceilings, residency, together
 from .files import Files
 from .llama import Shape, shape_for
 from .outcome import Missed, Outcome, Say
-from .process import ChildError
+from .process import PREPARED, READY, STARTING, Child, ChildError, ask
 from .record import Record, file_system_of
 from .rounds import Entry
 from .systems import THAW
 from .together import Round
 from .weights import DISK, MEDIUM, PAGECACHE, TMPFS, applies, made
 
-LINK, RESTORE = "h2d", "restore"
-WORKS = (LINK, RESTORE)
+LINK, RESTORE, PEER, BROADCAST = "h2d", "restore", "peer", "broadcast"
+WORKS = (LINK, RESTORE, PEER, BROADCAST)
+COPY = "d2d"
 
 
 @dataclass(frozen=True)
@@ -59,12 +61,17 @@ def measure(settings: Settings, say: Say) -> Outcome:
     try:
         if LINK in settings.works:
             outcome += _link(settings, say)
-        if RESTORE in settings.works:
-            for directory in settings.directories:
-                with _sets(directory, settings, say) as files:
-                    for medium in (TMPFS, PAGECACHE, DISK):
-                        if applies(medium, directory):
-                            outcome += _restore(medium, files, settings, say)
+        others = [work for work in (PEER, BROADCAST) if work in settings.works]
+        for directory in settings.directories if RESTORE in settings.works else settings.directories[:1]:
+            if RESTORE not in settings.works and not others:
+                break
+            with _sets(directory, settings, say) as files:
+                for medium in (TMPFS, PAGECACHE, DISK):
+                    if RESTORE in settings.works and applies(medium, directory):
+                        outcome += _restore(medium, files, settings, say)
+                for work in others:
+                    outcome += (_peers if work == PEER else _broadcast)(files[0], settings, say)
+                others = []  # nothing of it is read from the directory, but by the first rank
     except KeyboardInterrupt:
         outcome.interrupted = True
     return outcome
@@ -150,6 +157,104 @@ def _restore(medium: str, files: Sequence[Files], settings: Settings, say: Say) 
     return outcome
 
 
+def _peers(files: Files, settings: Settings, say: Say) -> Outcome:
+    """A rank's weights, from the process that has them on the first GPU, to the next one and to another of its own."""
+    outcome, shape, devices = Outcome(), asdict(shape_for(settings.size_gb)), settings.devices
+    path = str(files.paths[THAW][0])
+    with tempfile.TemporaryDirectory(prefix="thaw-") as folder:
+        request = {"device": devices[0], "path": path, "shape": shape, "digests": files.digests}
+        request |= {"place": f"{folder}/state/offers"}
+        try:
+            with Child("lend", request) as lender:
+                lender.reach(READY, STARTING)
+                lender.go()
+                lender.reach(PREPARED)
+                for to in dict.fromkeys([devices[-1], devices[0]]):
+                    outcome += _plain_copy(devices[0], to, settings, say)
+                    entry = Entry("thaw", to, "borrow", request | {"device": to})
+                    work, route = _peer(devices[0], to), f"{devices[0]} → {to}"
+                    outcome += _repeated(work, [entry], route, files, settings, say)
+        except ChildError as error:
+            outcome.missed.append(Missed(PEER, "thaw", "", str(error)))
+            say(f"{PEER}: {error}")
+    return outcome
+
+
+def _peer(lender: str, to: str) -> str:
+    """What it is called."""
+    return "peer-cpu" if to == "cpu" else "peer-ipc" if to == lender else "peer-nvlink"
+
+
+def _plain_copy(source: str, to: str, settings: Settings, say: Say) -> Outcome:
+    if to == "cpu":
+        return Outcome()
+    route = f"{source} → {to}"
+    try:
+        found = ask(COPY, {"device": source, "to": to, "bytes": settings.limits.size, "runs": settings.limits.runs})
+    except ChildError as error:
+        say(f"{COPY}, {route}: {error}")
+        return Outcome(missed=[Missed(COPY, "limit", route, str(error))])
+    record = Record(COPY, "limit", route, found["bytes"], found["seconds"], "warm", False, None, None, {"ranks": 1})
+    say(f"{COPY}, {route}: {record.gb_per_s:.2f} GB/s")
+    return Outcome([record])
+
+
+def _broadcast(files: Files, settings: Settings, say: Say) -> Outcome:
+    """One file read by the first rank, for it alone and for all."""
+    outcome, devices = Outcome(), settings.devices
+    alone = _entry(devices[0], shape_for(settings.size_gb), files)
+    expected = "thaw" if devices[0] == "cpu" else "thaw-expected"  # as the first of several is
+    alone = replace(alone, request=alone.request | {"system": expected})
+    outcome += _repeated(BROADCAST, [alone], _route("one read", 1), files, settings, say)
+    if len(devices) < 2:
+        return outcome
+    with tempfile.TemporaryDirectory(prefix="thaw-") as place:
+        numbers = iter(range(settings.runs))
+
+        def entries() -> list[Entry]:
+            own = alone.request | {"path": str(files.paths[THAW][0]), "ranks": len(devices)}
+            own |= {"rendezvous": f"{place}/{next(numbers)}"}
+            return [
+                Entry("thaw", device, BROADCAST, own | {"device": device, "rank": rank}, alone.files)
+                for rank, device in enumerate(devices)
+            ]
+
+        outcome += _repeated(BROADCAST, entries, _route("one read", len(devices)), files, settings, say)
+    return outcome
+
+
+def _repeated(
+    work: str,
+    entries: Sequence[Entry] | Callable[[], Sequence[Entry]],
+    route: str,
+    files: Files,
+    settings: Settings,
+    say: Say,
+) -> Outcome:
+    """Fresh processes, as often as is asked for, in one record: of the slowest of them each time."""
+    rounds: list[Round] = []
+    count = 1
+    for turn in range(settings.runs):
+        here = entries() if callable(entries) else entries
+        count = len(here)
+        try:
+            rounds.append(together.run(here, lambda entry: _warm(entry) if entry.files else None, [files.folder]))
+        except ChildError as error:
+            say(f"{work}, {route}: {error}")
+            return Outcome(missed=[Missed(work, "thaw", route, str(error))])
+        slowest = max(answer["seconds"] for answer in rounds[-1].answers)
+        say(f"{work}, round {turn + 1} of {settings.runs}, {route}: {slowest:.3f} s")
+    answers = [answer for one in rounds for answer in one.answers]
+    different = next((answer["different"] for answer in answers if answer["different"]), None)
+    extra: dict[str, Any] = {"ranks": count, "way": answers[0]["route"], "phases": answers[0]["phases"]}
+    if different is not None:
+        extra["different"] = different
+    peaks = [one.process_mib for one in rounds if one.process_mib is not None]
+    seconds = [max(answer["seconds"] for answer in one.answers) for one in rounds]
+    peak = round(max(peaks), 1) if peaks else None
+    return Outcome([Record(work, "thaw", route, files.bytes, seconds, "warm", True, different is None, peak, extra)])
+
+
 def _entry(device: str, shape: Shape, files: Files) -> Entry:
     paths = files.paths[THAW]
     request = {
@@ -216,13 +321,24 @@ def _ranks(devices: Sequence[str]) -> dict[str, Any]:
     return {"ranks": len(devices), "devices": list(devices)}
 
 
-def growth(outcome: Outcome) -> dict[str, float]:
-    """By medium (or ``h2d``), how many times the speed of one rank all of them had together."""
-    found: dict[str, dict[int, Record]] = {}
+def growth(outcome: Outcome) -> dict[tuple[str, str], float]:
+    """By work and medium, how many times the speed of one rank all of them had together.
+
+    Of a broadcast it is what all have, over what one reads in the same time.
+    """
+    found: dict[tuple[str, str], dict[int, Record]] = {}
     for record in outcome.records:
-        key = record.work if record.work == LINK else str(record.extra.get("medium"))
-        found.setdefault(key, {})[record.extra["ranks"]] = record
-    return {key: by[max(by)].gb_per_s / by[1].gb_per_s for key, by in found.items() if 1 in by and max(by) > 1}
+        found.setdefault(_kind(record), {})[record.extra["ranks"]] = record
+    grown = {}
+    for kind, by in found.items():
+        if 1 in by and max(by) > 1:
+            copies = max(by) if kind[0] == BROADCAST else 1
+            grown[kind] = copies * by[max(by)].gb_per_s / by[1].gb_per_s
+    return grown
+
+
+def _kind(record: Record) -> tuple[str, str]:
+    return record.work, str(record.extra.get("medium", ""))
 
 
 def rows(outcome: Outcome) -> list[tuple[str, ...]]:
@@ -230,9 +346,9 @@ def rows(outcome: Outcome) -> list[tuple[str, ...]]:
     lines: list[tuple[str, ...]] = [("", "GB", "SECONDS", "LOW", "HIGH", "GB/S", "× ONE", "MIB A RANK", "EQUAL")]
     grown = growth(outcome)
     for record in outcome.records:
-        key = record.work if record.work == LINK else str(record.extra.get("medium"))
         times = (f"{t:.3f}" for t in (record.median, min(record.seconds), max(record.seconds)))
-        ratio = f"{grown[key]:.2f}" if key in grown and record.extra["ranks"] > 1 else ""
+        together = _kind(record) in grown and record.extra["ranks"] > 1
+        ratio = f"{grown[_kind(record)]:.2f}" if together else ""
         peak = "" if record.peak_host_mib is None else f"{record.peak_host_mib:.0f}"
         equal = {True: "yes", False: "NO", None: ""}[record.equal]
         name = f"{record.work}: {record.route}"

@@ -28,7 +28,7 @@ def restore(request: dict[str, Any]) -> Steps:
     yield
     seconds, found = timed(lambda: ours.restore(paths, device, target, request["verify"]), device)
     yield
-    return {"seconds": seconds, **_answer(found, found.tensors, request, device)}
+    return {"seconds": seconds, **answer(found, found.tensors, request, device)}
 
 
 def warm(request: dict[str, Any]) -> Steps:
@@ -48,7 +48,7 @@ def warm(request: dict[str, Any]) -> Steps:
             llama.poison(target.tensors)
             took, found = timed(lambda: again(target, request["verify"]), device)
             seconds.append(took)
-            answers.append(_answer(found, target.tensors, request, device))
+            answers.append(answer(found, target.tensors, request, device))
         yield
     wrong = [answer for answer in answers if not answer["equal"]]
     return {"seconds": seconds, "pin_seconds": pinning, **(wrong or answers)[0]}
@@ -57,9 +57,10 @@ def warm(request: dict[str, Any]) -> Steps:
 TASKS = {"restore": restore, "warm": warm}
 
 
-def _answer(
+def answer(
     found: Restored, tensors: Mapping[str, torch.Tensor], request: dict[str, Any], device: torch.device
 ) -> dict[str, Any]:
+    """What a child says of a restore, beside its seconds; ``request`` has the ``digests`` that tensors should have."""
     elsewhere = [name for name, tensor in tensors.items() if tensor.device.type != device.type]
     different = elsewhere[0] if elsewhere else first_difference(digests(tensors), request["digests"])
     return {

@@ -397,7 +397,9 @@ def multi_gpu(
     size_gb: Annotated[float, typer.Option(min=0.001, help="About how large each rank's file is.")] = 8.03,
     runs: Annotated[int, typer.Option(min=1, help="Fresh processes for each rank.")] = 3,
     cold_runs: Annotated[int | None, typer.Option(min=1, help="The same for cold disks. [default: --runs]")] = None,
-    work: Annotated[list[str] | None, typer.Option(help="h2d or restore; repeat. [default: all]")] = None,
+    work: Annotated[
+        list[str] | None, typer.Option(help="h2d, restore, peer or broadcast; repeat. [default: all]")
+    ] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Leave the files for the next run of the same size.")] = False,
     limit_gb: LimitSize = 4.0,
     threads: Threads = None,
@@ -407,7 +409,8 @@ def multi_gpu(
     """Restore the ranks of a set at once, each to its own GPU.
 
     Each rank is a fresh process with a file of its own, as in a tensor-parallel engine. One of them alone is measured
-    in turn with all of them. Every tensor is compared with the source.
+    in turn with all of them. Then weights from a process that has them, over NVLink and on one GPU, and one read that
+    goes to all GPUs. Every tensor is compared with the source.
     """
     import torch
 
