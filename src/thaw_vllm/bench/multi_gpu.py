@@ -328,7 +328,7 @@ def growth(outcome: Outcome) -> dict[tuple[str, str], float]:
     """
     found: dict[tuple[str, str], dict[int, Record]] = {}
     for record in outcome.records:
-        found.setdefault(_kind(record), {})[record.extra["ranks"]] = record
+        found.setdefault(_kind(record), {}).setdefault(record.extra["ranks"], record)
     grown = {}
     for kind, by in found.items():
         if 1 in by and max(by) > 1:

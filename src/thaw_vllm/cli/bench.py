@@ -50,6 +50,7 @@ thaw bench fork --model Llama-3-8B/ --dir /dev/shm --runs 5 --record
 thaw bench fork --model Llama-3-8B/ --snapshot /dev/shm/W.thaw --workers 4
 thaw bench swap --model Llama-3-8B/ --snapshot /dev/shm/A.thaw --other /dev/shm/B.thaw --record
 thaw bench multi-gpu --gpus 2 --dir /dev/shm --record
+thaw bench multi-gpu --gpus 4 --dir /dev/shm --model Llama-3-8B/ --record
 thaw bench multi-gpu --device cpu --device cpu --size-gb 0.1 --dir /dev/shm
 thaw bench report
 """
@@ -400,6 +401,10 @@ def multi_gpu(
     work: Annotated[
         list[str] | None, typer.Option(help="h2d, restore, peer or broadcast; repeat. [default: all]")
     ] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="A model directory: vLLM's engines of so many ranks are measured, too.")
+    ] = None,
+    engine_arg: EngineArguments = None,
     keep: Annotated[bool, typer.Option("--keep", help="Leave the files for the next run of the same size.")] = False,
     limit_gb: LimitSize = 4.0,
     threads: Threads = None,
@@ -411,11 +416,17 @@ def multi_gpu(
     Each rank is a fresh process with a file of its own, as in a tensor-parallel engine. One of them alone is measured
     in turn with all of them. Then weights from a process that has them, over NVLink and on one GPU, and one read that
     goes to all GPUs. Every tensor is compared with the source.
+
+    With a model, a set of it is frozen, and vLLM's engines of so many ranks are started from it and by vLLM's loader;
+    their KV is frozen and restored.
     """
     import torch
 
     from ..bench import multi_gpu as measuring
+    from ..bench import multi_gpu_engines as engines
+    from ..engines.vllm.api import require_vllm_installed
     from ..errors import UsageError
+    from .freeze import parse_engine_arg
 
     found = places(directory)
     try:
@@ -425,7 +436,15 @@ def multi_gpu(
     limits = limit_settings(devices[0], limit_gb, runs, threads)
     works = chosen(work, measuring.WORKS, "work")
     settings = measuring.Settings(devices, tuple(found), works, size_gb, runs, cold_runs or runs, keep, limits)
-    shown(measuring.measure(settings, tell), measuring.rows, range(1, 8), record, as_json)
+    args = dict(parse_engine_arg(text) for text in engine_arg or [])
+    if model is None and args:
+        raise UsageError("--engine-arg is of vLLM's engines, which are measured with --model")
+    if model is not None:
+        require_vllm_installed()
+    outcome = measuring.measure(settings, tell)
+    if model is not None and not outcome.interrupted:
+        outcome += engines.measure(engines.Settings(model, len(devices), found[0], runs, args, limits), tell)
+    shown(outcome, measuring.rows, range(1, 8), record, as_json)
 
 
 @app.command(epilog=examples(EXAMPLES, "report"))
