@@ -14,7 +14,7 @@ from tests.weights.modules import state
 from tests.weights.worlds import freeze_threads, loaded
 
 import thaw_vllm
-from thaw_vllm.errors import CorruptionError, ExistsError, FormatError, SpaceError, ThawError, UsageError
+from thaw_vllm.errors import CorruptionError, ExistsError, FormatError, ReplacedError, SpaceError, ThawError, UsageError
 from thaw_vllm.format.chunks import PLANES, RAW
 from thaw_vllm.transport import writer
 from thaw_vllm.weights import freeze
@@ -306,3 +306,22 @@ with open_snapshot({str(tmp_path / "w.thaw")!r}) as opened:
 assert "numba" not in sys.modules and "llvmlite" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=300)
+
+
+def test_a_set_that_is_replaced_while_it_is_opened(tmp_path, monkeypatch):
+    """Nothing is written of two sets."""
+    from thaw_vllm.weights import compress
+
+    freeze_threads(tmp_path / "w.thaw", 1, 2)
+    real, calls = compress.open_rank, []
+
+    def opened(path, rank, **options):
+        calls.append(rank)
+        if rank == 1:
+            freeze_threads(tmp_path / "w.thaw", 2, 2)
+        return real(path, rank, **options)
+
+    monkeypatch.setattr(compress, "open_rank", opened)
+    with pytest.raises(ReplacedError, match="was replaced by another set while it was opened"):
+        rewrite(tmp_path / "w.thaw", tmp_path / "new.thaw")
+    assert calls == [0, 1] and not (tmp_path / "new.thaw").exists()

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from tests.attacks import parts as made
 from tests.transport.calls import WRITERS, Calls
-from tests.weights.worlds import MODEL, Lost, failed, freeze_one, freeze_processes, freeze_threads, loaded
+from tests.weights.worlds import MODEL, Gather, Lost, failed, freeze_one, freeze_processes, freeze_threads, loaded
 
 from thaw_vllm.errors import CorruptionError, ExistsError, MismatchError, StorageError, UsageError
 from thaw_vllm.weights.freeze import FreezeReport
 from thaw_vllm.weights.open import open_rank, open_snapshot
 from thaw_vllm.weights.rank_names import link_name, member_name
-from thaw_vllm.weights.ranks import MAX_MESSAGE, alone
+from thaw_vllm.weights.ranks import MAX_MESSAGE, alone, in_step
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -487,3 +487,28 @@ def test_members_of_a_manifest_that_cannot_be_read_stay(target, damage):
     target.with_name("keep.thaw").write_bytes(manifest)
     assert not failed(freeze_threads(target, NEW, WORLD, force=True))
     assert kept and all(path.exists() for path in kept)
+
+
+def test_work_of_one_rank_that_fails_before_it_freezes():
+    """The others are told, rather than left waiting."""
+    gather, outcomes = Gather(2), [None] * 2
+
+    def run(rank):
+        def work():
+            if rank == 1:
+                raise StorageError("the tokenizer cannot be read")
+            return "captured"
+
+        try:
+            outcomes[rank] = in_step(gather.of(rank), rank, work)
+        except StorageError as error:
+            outcomes[rank] = str(error)
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert outcomes[1] == "the tokenizer cannot be read"
+    assert "rank 1 could not freeze: StorageError: the tokenizer cannot be read" in outcomes[0]
+    assert in_step(alone, 0, lambda: "captured") == "captured"

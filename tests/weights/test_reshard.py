@@ -141,10 +141,11 @@ def state(ranks, rank):
     return tensors | {"head": tensors["words"]}
 
 
-def write(folder, ranks, changed=None, **options):
+def write(folder, ranks, changed=None, only=None, **options):
+    """``changed`` by that function, all of them or ``only`` one rank's."""
     for rank in range(ranks):
         tensors = state(ranks, rank)
-        tensors = changed(tensors) if changed else tensors
+        tensors = changed(tensors) if changed and only in (None, rank) else tensors
         captured = capture([(name, "parameter", tensor) for name, tensor in tensors.items()])
         write_snapshot(
             folder / f"{ranks}.{rank}.thaw",
@@ -162,10 +163,10 @@ def empty(ranks, rank):
 
 @contextlib.contextmanager
 def opened(folder, found):
+    """All old ranks' files, by rank."""
+    paths = [folder / f"{found.ranks.old}.{rank}.thaw" for rank in range(found.ranks.old)]
     with contextlib.ExitStack() as stack:
-        yield {
-            rank: stack.enter_context(open_snapshot(folder / f"{found.ranks.old}.{rank}.thaw")) for rank in found.files
-        }
+        yield {rank: stack.enter_context(open_snapshot(path)) for rank, path in enumerate(paths)}
 
 
 def reshaped(folder, old, new, rank, **options):
@@ -174,7 +175,7 @@ def reshaped(folder, old, new, rank, **options):
     targets = empty(new, rank)
     with opened(folder, found) as files:
         check(found, files, targets, set(targets))
-        report = fill(found, files, targets, RestoreOptions(**options))
+        report = fill(found, {rank: files[rank] for rank in found.files}, targets, RestoreOptions(**options))
     return targets, report
 
 
@@ -275,6 +276,34 @@ def test_another_model(tmp_path, changed, said):
     targets = empty(1, 0)
     with opened(tmp_path, found) as files, pytest.raises(MismatchError, match=said):
         check(found, files, targets, set(targets))
+
+
+@pytest.mark.parametrize("new", [1, 2, 4])
+def test_ranks_that_hold_different_bytes_of_what_each_should_have_all(tmp_path, new):
+    """Whichever file a new rank would have read: a model's own loading may have given each rank its part."""
+    write(tmp_path, 2, lambda tensors: tensors | {"norm": tensors["norm"] + 1}, only=1)
+    for rank in range(new):
+        found = plan(DIVISIONS | {"head": DIVISIONS["words"]}, Ranks(2, new, rank))
+        targets = empty(new, rank)
+        with opened(tmp_path, found) as files, pytest.raises(MismatchError, match="hold different bytes as 'norm'"):
+            check(found, files, targets, set(targets))
+
+
+def test_a_name_that_the_plan_does_not_know(files):
+    found = plan({name: division for name, division in DIVISIONS.items()}, Ranks(2, 1, 0))
+    targets = empty(1, 0)
+    with opened(files, found) as opened_files, pytest.raises(MismatchError, match="holds 'head', which the model does"):
+        check(found, opened_files, targets, set(targets))
+
+
+def test_little_is_on_its_way_at_a_time(files, monkeypatch):
+    """Of a tensor that is divided by another dimension than the first as well."""
+    monkeypatch.setattr(reshard, "BATCH", 1 << 20)
+    divisions = DIVISIONS | {"head": DIVISIONS["words"]}
+    found = plan(divisions, Ranks(1, 2, 0))
+    with opened(files, found) as opened_files:
+        windows = list(reshard._windows(found, 0, opened_files[0].snapshot, empty(2, 0)))
+    assert len(windows) > len(DIVISIONS) and max(window.bytes for window in windows) <= 2 * CHUNK
 
 
 def test_a_model_that_is_not_tied(files):

@@ -20,7 +20,7 @@ from ..transport.read import piece_of, read
 from ..transport.writer import check_target
 from .capture import Captured
 from .freeze import FreezeOptions, FreezeReport
-from .open import Opened, open_rank, open_snapshot
+from .open import Opened, open_rank, open_snapshot, require_one_set
 from .ranks import Exchange, freeze_rank
 
 _GLANCE = 0.2
@@ -57,6 +57,7 @@ def rewrite(
         UsageError: another rank's file of a set than its manifest; a file of the source as target.
         FormatError, VersionError, CorruptionError, StorageError: the source is unsound or cannot be read.
         ExistsError, SpaceError: of the target.
+        ReplacedError: the source was replaced while it was opened.
     """
     place = Path(target)
     check_target(place, force)
@@ -68,6 +69,7 @@ def rewrite(
     with contextlib.ExitStack() as stack:
         encoder = encoder if compress and encoder is not None and _held(encoder, stack) else None
         every = [stack.enter_context(open_rank(source, rank)) for rank in range(world)]
+        require_one_set(every, source)
         for found in every:
             with contextlib.suppress(OSError):
                 if os.path.samefile(found.source.name, place):

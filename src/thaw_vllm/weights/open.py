@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..errors import CorruptionError, MismatchError, StorageError, ThawError
+from ..errors import CorruptionError, MismatchError, ReplacedError, StorageError, ThawError
 from ..format.chunks import KEPT, Chunk
 from ..format.header import Header
 from ..format.snapshot import Snapshot, read
@@ -93,6 +93,17 @@ def open_rank(path: str | os.PathLike[str], rank: int, *, with_chunks: bool = Tr
         joined = _joined(own, keepers)
         with contextlib.closing(joined.source):
             yield joined
+
+
+def require_one_set(opened: Iterable[Opened], path: str | os.PathLike[str]) -> None:
+    """Refuse files that were opened one after the other, each by its manifest, while that was replaced.
+
+    Raises:
+        ReplacedError: they are of several sets.
+    """
+    headers = [one.snapshot.header for one in opened]
+    if len({None if header.ranks is None else header.ranks.id for header in headers}) > 1:
+        raise ReplacedError(f"{os.fspath(path)!r} was replaced by another set while it was opened; start again")
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ import re
 import secrets
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import FormatError, StorageError, ThawError, UsageError
 from ..format.header import Header, Member, RankSet, plain_member_name
@@ -33,6 +33,7 @@ from .freeze import FreezeOptions, FreezeReport, SnapshotWriter
 from .open import open_snapshot
 from .rank_names import LABEL, link_name, member_name
 
+Done = TypeVar("Done")
 Exchange = Callable[[bytes], list[bytes]]
 """All ranks call it with a message of at most MAX_MESSAGE bytes; each gets everybody's, by rank."""
 
@@ -181,6 +182,18 @@ def freeze_rank(
                     _remove(target.parent, [path.name])
             raise
         return reports[0]
+
+
+def in_step(exchange: Exchange, rank: int, work: Callable[[], Done]) -> Done:
+    """What a rank's work gives, once every rank has done its own; raises in all of them where one failed."""
+    done: list[Done] = []
+
+    def step() -> dict[str, Any]:
+        done.append(work())
+        return {}
+
+    _Ranks(exchange, rank).step(step)
+    return done[0]
 
 
 class _Ranks:

@@ -29,7 +29,7 @@ from .reading import Reading, RestoreOptions, reading
 from .restore import RestoreReport, restore
 
 BATCH = 512 << 20
-"""Bytes on their way at a time; one window may have more."""
+"""Bytes on their way at a time; twice as many where rows of one tensor have more than that."""
 
 
 @dataclass(frozen=True)
@@ -95,12 +95,13 @@ def check(found: Plan, opened: Mapping[int, Opened], targets: Mapping[str, torch
     """Hold every name, shape, dtype and tie of the files and of the module against each other, and against the plan.
 
     Args:
-        opened: the files that the plan names, by old rank.
+        opened: all old ranks' files, by rank, with their chunk tables.
 
     Raises:
         MismatchError: what differs, by name; nothing was copied.
     """
     first = opened[found.whole_from]
+    _check_whole(found, opened)
     held = {tensor.name for tensor in first.snapshot.index.tensors}
     missing, extra = sorted(required - held), sorted(held - set(targets))
     if missing or extra:
@@ -119,6 +120,25 @@ def check(found: Plan, opened: Mapping[int, Opened], targets: Mapping[str, torch
                 raise MismatchError(f"{one.source.name!r} ties {entry.name!r} to another tensor, the model does not")
         if len(set(ties.values())) != len(ties):
             raise MismatchError(f"the model ties tensors to each other that {one.source.name!r} holds apart")
+
+
+def _check_whole(found: Plan, opened: Mapping[int, Opened]) -> None:
+    """What is taken for the same on every rank is the same, by its checksums."""
+    sums: dict[str, tuple[int, list[tuple[int, int, int]]]] = {}
+    for rank, one in opened.items():
+        chunks: dict[int, list[tuple[int, int, int]]] = {}
+        for chunk in sorted(one.snapshot.chunks, key=lambda chunk: (chunk.storage, chunk.at)):
+            chunks.setdefault(chunk.storage, []).append((chunk.length, chunk.xxh3, chunk.wordsum))
+        for entry in one.snapshot.index.tensors:
+            if entry.name not in found.divisions:
+                raise MismatchError(f"{one.source.name!r} holds {entry.name!r}, which the model does not have")
+            if found.divisions[entry.name].dim is None and entry.storage is not None:
+                other, theirs = sums.setdefault(entry.name, (rank, chunks[entry.storage]))
+                if chunks[entry.storage] != theirs:
+                    raise MismatchError(
+                        f"ranks {other} and {rank} of {one.source.name!r} hold different bytes as {entry.name!r}, of "
+                        "which each should have all; thaw it by as many ranks"
+                    )
 
 
 def _check_shape(found: Plan, rank: int, entry: Tensor, target: torch.Tensor, file: str) -> None:
@@ -177,25 +197,26 @@ class _Copy:
 
     Attributes:
         entry: the tensor.
-        piece: dimension, first element and number of elements in it; None for all of the tensor.
+        pieces: dimension, first element and number of elements in it; of other dimensions all are meant.
         into: of the same shape.
     """
 
     entry: Tensor
-    piece: tuple[int, int, int] | None
+    pieces: tuple[tuple[int, int, int], ...]
     into: torch.Tensor
 
     @property
     def shape(self) -> list[int]:
+        """Of what is taken."""
         shape = list(self.entry.shape)
-        if self.piece is not None:
-            shape[self.piece[0]] = self.piece[2]
+        for dim, _, length in self.pieces:
+            shape[dim] = length
         return shape
 
     @property
     def begin(self) -> int:
         """Byte of the storage with which the first element begins."""
-        before = 0 if self.piece is None else self.piece[1] * self.entry.stride[self.piece[0]]
+        before = sum(start * self.entry.stride[dim] for dim, start, _ in self.pieces)
         return self.entry.offset + before * ITEM_SIZE[self.entry.dtype]
 
     @property
@@ -258,20 +279,33 @@ def _windows(found: Plan, rank: int, snapshot: Snapshot, targets: Mapping[str, t
 def _copies(found: Plan, rank: int, entry: Tensor, target: torch.Tensor) -> list[_Copy]:
     dim = found.divisions[entry.name].dim
     if dim is None:
-        return [_Copy(entry, None, target)] if rank == found.whole_from else []
+        return [_Copy(entry, (), target)] if rank == found.whole_from else []
+    copies = []
+    for piece in found.taken[entry.name]:
+        if piece.rank == rank and piece.length:
+            into = target.narrow(dim, piece.at, piece.length)
+            copies += _cut(entry, (dim, piece.start, piece.length), into)
+    return copies
+
+
+def _cut(entry: Tensor, piece: tuple[int, int, int], into: torch.Tensor) -> list[_Copy]:
+    """Pieces of a tensor that is divided by another dimension than the first lie all over it: some rows at a time."""
+    rows = entry.shape[0]
+    step = max(1, rows * BATCH // max(1, entry.extent)) if piece[0] else rows
+    if step >= rows:
+        return [_Copy(entry, (piece,), into)]
     return [
-        _Copy(entry, (dim, piece.start, piece.length), target.narrow(dim, piece.at, piece.length))
-        for piece in found.taken[entry.name]
-        if piece.rank == rank and piece.length
+        _Copy(entry, (piece, (0, row, min(step, rows - row))), into.narrow(0, row, min(step, rows - row)))
+        for row in range(0, rows, step)
     ]
 
 
 def _merged(chunks: Sequence[Chunk], copies: Sequence[_Copy]) -> Iterator[_Window]:
-    """No chunk is read twice."""
+    """No chunk is read twice, but where a window would become too large."""
     last: _Window | None = None
     for copy in copies:
         own = tuple(chunk for chunk in chunks if chunk.at < copy.end and copy.begin < chunk.at + chunk.length)
-        if last is not None and own[0].at <= last.chunks[-1].at:
+        if last is not None and own[0].at <= last.chunks[-1].at and last.bytes < BATCH:
             new = tuple(chunk for chunk in own if chunk.at > last.chunks[-1].at)
             last = _Window(last.chunks + new, (*last.copies, copy))
             continue

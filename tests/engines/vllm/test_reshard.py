@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,18 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from tests.engines.vllm import forks
 from tests.engines.vllm.test_engine import ARGS, ask, freeze
+from tests.weights.worlds import Gather, coordinates
 
+from thaw_vllm.engines.vllm import resharding
 from thaw_vllm.engines.vllm.divisions import divisions
-from thaw_vllm.errors import MismatchError, UnsupportedError
-from thaw_vllm.weights.division import WHOLE
+from thaw_vllm.errors import MismatchError, ReplacedError, UnsupportedError
+from thaw_vllm.format.header import Header
+from thaw_vllm.format.identity import Identity, Parallel
+from thaw_vllm.weights.capture import capture
+from thaw_vllm.weights.division import WHOLE, Division, Part
+from thaw_vllm.weights.freeze import FreezeOptions
+from thaw_vllm.weights.ranks import freeze_rank
+from thaw_vllm.weights.reading import RestoreOptions
 
 pytestmark = pytest.mark.vllm
 
@@ -114,3 +123,78 @@ def test_a_layer_that_is_not_as_it_is_known():
     layer.weight.output_dim = 0
     with pytest.raises(UnsupportedError, match="OfTheModel is not as it is known here"):
         divisions(torch.nn.Sequential(layer), ["0.weight"])
+
+
+@pytest.mark.parametrize("disabled", [False, True])
+def test_a_parameter_beside_divided_layers(disabled: bool):
+    """Such as one for each head, which a model's own loading may have divided; its shape need not say so."""
+    from vllm.model_executor.layers.linear import ColumnParallelLinear
+
+    attention = torch.nn.Module()
+    attention.sink = torch.nn.Parameter(torch.zeros(64))
+    attention.wq = ColumnParallelLinear.__new__(ColumnParallelLinear)
+    torch.nn.Module.__init__(attention.wq)
+    attention.wq.disable_tp = disabled
+    model = torch.nn.Sequential(attention)
+    if disabled:
+        assert divisions(model, ["0.sink"]) == {"0.sink": WHOLE}
+    else:
+        with pytest.raises(UnsupportedError, match=r"'0\.sink' is not known: .*its own part"):
+            divisions(model, ["0.sink"])
+
+
+def frozen(target: Path, value: int, places: list[dict[str, int]]) -> None:
+    """A set of so many ranks, each with one row of the value for each of two stages' layers."""
+    outcomes: list[Any] = [None] * len(places)
+    gather = Gather(len(places))
+
+    def run(rank: int) -> None:
+        parallel = Parallel(**places[rank])
+        header = Header(Identity("raw", engine="vllm", parallel=parallel))
+        name = f"layer{parallel.pp_rank}"
+        captured = capture([(name, "parameter", torch.full((4, 4), float(value)))])
+        outcomes[rank] = freeze_rank(target, header, captured, FreezeOptions(force=True), gather.of(rank), lambda: None)
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(places))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert None not in outcomes
+
+
+def thawed(stage: int, stages: int, path: Path) -> torch.Tensor:
+    model = torch.nn.Module()
+    model.register_parameter(f"layer{stage}", torch.nn.Parameter(torch.zeros(8, 4)))
+    identity = Identity("raw", engine="vllm", parallel=Parallel(pp_rank=stage, pp_size=stages))
+    resharding.thaw(
+        model, identity, str(path), 2, RestoreOptions(), None, lambda opened, wanted: opened.snapshot.header
+    )
+    return model.get_parameter(f"layer{stage}").detach()
+
+
+def rows(model: Any, names: list[str]) -> dict[str, Division]:
+    return {name: Division(0, (Part(8),)) for name in names}
+
+
+def test_every_stage_of_a_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(resharding, "divisions", rows)
+    frozen(tmp_path / "w.thaw", 3, coordinates(tp=2, pp=2))
+    for stage in range(2):
+        assert bool((thawed(stage, 2, tmp_path / "w.thaw") == 3).all())
+
+
+def test_a_set_that_is_replaced_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """No model has some of one and some of another."""
+    monkeypatch.setattr(resharding, "divisions", rows)
+    frozen(tmp_path / "w.thaw", 1, coordinates(tp=2))
+    real = resharding.open_rank
+
+    def opened(path: Any, rank: int, **options: Any) -> Any:
+        if rank == 1:
+            frozen(tmp_path / "w.thaw", 2, coordinates(tp=2))
+        return real(path, rank, **options)
+
+    monkeypatch.setattr(resharding, "open_rank", opened)
+    with pytest.raises(ReplacedError, match="was replaced by another set"):
+        thawed(0, 1, tmp_path / "w.thaw")

@@ -202,7 +202,8 @@ def check_sizes(path: str, llm_kwargs: dict[str, Any]) -> None:
             f"{path!r} holds the {identity.stage!r} stage of {identity.engine or 'a plain module'}; vLLM needs the raw "
             "stage: thaw freeze --model M --output weights.thaw"
         )
-    divisible = identity.quantization is None and identity.parallel.rank == 0
+    ranks = identity.parallel
+    divisible = identity.quantization is None and ranks.rank == 0 and ranks.ep_size == 1
     for name, held, other in (
         ("tensor_parallel_size", identity.parallel.tp_size, divisible),
         ("pipeline_parallel_size", identity.parallel.pp_size, False),

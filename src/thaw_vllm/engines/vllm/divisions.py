@@ -1,7 +1,8 @@
 """How vLLM's layers divide their parameters among tensor-parallel ranks, from what the layers say of themselves.
 
-Only what vLLM's own layers load in vLLM's own way is understood: a parameter is known by the method that loads it. A
-model with a loader of its own may place bytes in any way.
+Only what vLLM's own layers load in vLLM's own way is understood: a parameter is known by the method that loads it, and
+one without a method, of a module that holds no divided layers, is the same on every rank. A model with a loader of its
+own may place bytes in any way.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def divisions(model: torch.nn.Module, names: Iterable[str]) -> dict[str, Divisio
         module = model.get_submodule(path)
         parameter = parameters.get(name, getattr(module, attribute))
         try:
-            found[name] = _division(attribute, parameter, ranks)
+            found[name] = _division(module, attribute, parameter, ranks)
         except (AttributeError, TypeError, ValueError) as error:
             raise _unknown(name, f"{type(module).__name__} is not as it is known here ({error})") from None
         except UnsupportedError as error:
@@ -47,9 +48,11 @@ def _unknown(name: str, why: str) -> UnsupportedError:
     return UnsupportedError(f"how ranks divide {name!r} is not known: {why}")
 
 
-def _division(attribute: str, parameter: torch.Tensor, ranks: int) -> Division:
+def _division(module: torch.nn.Module, attribute: str, parameter: torch.Tensor, ranks: int) -> Division:
     loader = getattr(parameter, "weight_loader", default_weight_loader)
     if loader is default_weight_loader:
+        if any(isinstance(child, _DIVIDED) and not getattr(child, "disable_tp", False) for child in module.children()):
+            raise UnsupportedError(f"{type(module).__name__} may give each rank its own part, as of what is beside it")
         return WHOLE
     if loader is row_parallel_weight_loader:
         return WHOLE if parameter.dim() == 1 else Division(0, (Part(parameter.shape[0] * ranks),))
@@ -134,6 +137,9 @@ def _experts(module: Any, attribute: str, parameter: Any, ranks: int) -> Divisio
         return Division(1, (Part(size),) * (parameter.shape[1] * ranks // size))
     raise UnsupportedError("of experts their weights alone are")
 
+
+_DIVIDED = (linear.ColumnParallelLinear, linear.RowParallelLinear)
+"""Layers beside which a model's own loading may have divided a parameter, such as one for each head."""
 
 _KINDS: tuple[tuple[type, Callable[[Any, str, Any, int], Division]], ...] = (
     (linear.ReplicatedLinear, _whole),

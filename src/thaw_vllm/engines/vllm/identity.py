@@ -168,7 +168,7 @@ def check_asked(path: str, held: Parallel, asked: dict[str, Any]) -> None:
     Args:
         asked: vLLM's options.
     """
-    replicas = asked.get("data_parallel_size", int(os.environ.get("VLLM_DP_SIZE") or 1))
+    replicas = asked.get("data_parallel_size", _number(os.environ.get("VLLM_DP_SIZE")))
     expert = bool(asked.get("enable_expert_parallel"))
     for option, mine, given, binding in (
         ("data_parallel_size", held.dp_size, replicas, held.dp_size > 1),
@@ -179,6 +179,11 @@ def check_asked(path: str, held: Parallel, asked: dict[str, Any]) -> None:
                 f"{path!r} was frozen with {option}={mine}, the engine is asked to run {given}; pass {option}={mine} "
                 "or freeze again"
             )
+
+
+def _number(text: str | None) -> int:
+    """As a variable of vLLM has it; of one that is none vLLM tells."""
+    return int(text) if text and text.isdigit() else 1
 
 
 def engine_identity(

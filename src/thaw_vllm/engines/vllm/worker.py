@@ -181,10 +181,10 @@ def thaw_freeze(worker: Any, path: str, force: bool = False) -> Answer:
 def _freeze_running(worker: Any, path: str, force: bool) -> dict[str, Any]:
     from ... import __version__
     from ...format.header import Header
-    from ...weights.capture import capture, module_tensors
+    from ...weights.capture import Captured, capture, module_tensors
     from ...weights.checkpoint import carried_files
     from ...weights.freeze import FreezeOptions
-    from ...weights.ranks import freeze_rank
+    from ...weights.ranks import freeze_rank, in_step
     from .exchange import world_exchange
     from .identity import config_directory, engine_identity, model_directory
     from .versions import changed_by_configuration, identity_processing
@@ -198,19 +198,16 @@ def _freeze_running(worker: Any, path: str, force: bool) -> dict[str, Any]:
         )
     identity = engine_identity(config, config.model_config, model)
     directory = model_directory(config.model_config)
-    files = (
-        carried_files(directory, config_directory(config.model_config))
-        if directory is not None and identity.parallel.rank == 0
-        else []
-    )
+    exchange, first = world_exchange(), identity.parallel.rank == 0
+
+    def captured() -> Captured:
+        files = []
+        if directory is not None and first:
+            files = carried_files(directory, config_directory(config.model_config))
+        return capture(module_tensors(model), files)
+
     # Neither model id nor source: the weights may have been updated since they were loaded from that directory.
     header = Header(identity=identity, writer=f"thaw {__version__}")
-    report = freeze_rank(
-        path,
-        header,
-        capture(module_tensors(model), files),
-        FreezeOptions(force=force),
-        world_exchange(),
-        lambda: None,
-    )
+    found = in_step(exchange, identity.parallel.rank, captured)  # a worker that failed lives on, and others wait for it
+    report = freeze_rank(path, header, found, FreezeOptions(force=force), exchange, lambda: None)
     return dataclasses.asdict(report)
