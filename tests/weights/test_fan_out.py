@@ -24,7 +24,7 @@ from thaw_vllm.weights.pieces import Checks, Wire, pieces
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
 RANK = """
-import json, os, signal, sys, threading, traceback
+import json, os, signal, sys, time
 from datetime import timedelta
 from pathlib import Path
 import torch
@@ -33,6 +33,7 @@ import thaw_vllm
 from tests.weights.modules import bits
 from tests.weights.test_fan_out import large
 from tests.weights.test_restore import base, module, other
+from thaw_vllm.errors import DeviceError
 from thaw_vllm.weights import fan_out, pieces
 
 rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
@@ -42,10 +43,11 @@ fan_out.PIECE, pieces.SMALL = 5 << 20, 1 << 16
 path, options, group, model = folder / "w.thaw", {}, None, large(None)
 
 def answer():
+    began = time.monotonic()
     try:
         report = thaw_vllm.restore_model_broadcast(model, path, group, **options)
-    except Exception as error:
-        return {"error": type(error).__name__, "message": str(error)}
+    except BaseException as error:
+        return {"error": type(error).__name__, "message": str(error), "took": time.monotonic() - began}
     state = {name: bits(tensor).hex()[:64] + str(hash(bits(tensor))) for name, tensor in
              [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]}
     return {"state": state, "route": report.route, "why": report.why, "verified": report.verified,
@@ -211,6 +213,123 @@ def test_damage_ends_all_and_they_go_on(folder):
         assert found[1]["message"].endswith("the models must not be used") == (rank != 2)
     assert ranks[0][3]["state"] == ranks[1][3]["state"] == ranks[2][3]["state"] == ranks[0][2]["state"]
     assert ranks[2][2]["state"] != ranks[0][2]["state"], "that is what verifying is for"
+
+
+LIMIT = 30
+"""Seconds that the ranks of the next test would wait for one that has left."""
+
+
+def test_whatever_fails_in_one_ends_all_at_once_and_they_go_on(folder, interruptible):
+    ranks = run(
+        folder,
+        f"""
+        group = dist.new_group(timeout=timedelta(seconds={LIMIT}))
+        def failing(error, after=0):
+            calls = []
+            def call(*given):
+                calls.append(given)
+                if len(calls) > after:
+                    raise error
+            return call
+        def fails(who, place, name, change):
+            if rank == who:
+                real = getattr(place, name)
+                setattr(place, name, change)
+            found.append(answer())
+            if rank == who:
+                setattr(place, name, real)
+        def interrupting(*_):
+            if not interrupted:
+                interrupted.append(True)
+                os.kill(os.getpid(), signal.SIGINT)
+        def gather(self, piece, real=fan_out.Wire.gather, fail=failing(torch.OutOfMemoryError("no room"), 1)):
+            fail()
+            real(self, piece)
+        for who, wrong in [
+            (1, {{"progress": failing(ValueError("no bar"), 1)}}),
+            (0, {{"progress": failing(ValueError("no bar"), 1)}}),
+            (1, {{"progress": failing(KeyboardInterrupt("stop"))}}),
+            (1, {{"progress": interrupting}}),
+            (0, {{"progress": interrupting}}),
+            (1, {{"workers": 0}}),
+            (0, {{"workers": 0}}),
+            (1, {{"colour": "red"}}),
+        ]:
+            interrupted, options = [], wrong if rank == who else {{}}
+            found.append(answer())
+        options = {{}}
+        fails(1, fan_out.Checks, "__enter__", failing(DeviceError("no memory")))
+        fails(1, fan_out.Checks, "check", failing(RuntimeError("no launch"), 1))
+        fails(1, fan_out.Wire, "scatter", failing(torch.OutOfMemoryError("no room"), 1))
+        fails(0, fan_out.Wire, "gather", gather)
+        fails(0, fan_out, "settle", failing(RuntimeError("sticky")))
+        fails(0, fan_out, "ThreadPoolExecutor", failing(RuntimeError("can't start new thread")))
+        fails(1, fan_out, "ThreadPoolExecutor", failing(RuntimeError("can't start new thread")))
+        fails(1, fan_out, "FileSource", failing(ValueError(chr(1) * 2000)))
+        found.append(answer())
+        """,
+        world=3,
+    )
+    expected = [
+        (1, "ValueError", "no bar", True),
+        (0, "ValueError", "no bar", True),
+        (1, "KeyboardInterrupt", "stop", True),
+        (1, "KeyboardInterrupt", "", True),
+        (0, "KeyboardInterrupt", "", True),
+        (1, "UsageError", "workers must be at least 1, not 0", False),
+        (0, "UsageError", "workers must be at least 1, not 0", False),
+        (1, "TypeError", "unexpected keyword argument 'colour'", False),
+        (1, "DeviceError", "no memory", False),
+        (1, "RuntimeError", "no launch", True),
+        (1, "OutOfMemoryError", "no room", True),
+        (0, "OutOfMemoryError", "no room", True),
+        (0, "RuntimeError", "sticky", False),
+        (0, "RuntimeError", "can't start new thread", False),
+        (1, "RuntimeError", "can't start new thread", False),
+        (1, "ValueError", chr(1) * 600, False),
+    ]
+    for rank, found in enumerate(ranks):
+        assert len(found) == len(expected) + 1
+        for said, (who, error, message, copied) in zip(found, expected, strict=False):
+            ours = error if error in ("UsageError", "DeviceError") else "ThawError"
+            assert said["error"] == (error if rank == who else ours), (rank, who, said)
+            assert message in said["message"] and said["took"] < LIMIT / 3
+            if rank != who:
+                assert said["message"].startswith(f"rank {who} could not thaw: {error}: ")
+                assert said["message"].endswith("the models must not be used" if copied else "nothing was copied")
+    assert ranks[0][-1]["state"] == ranks[1][-1]["state"] == ranks[2][-1]["state"]
+
+
+def test_groups_of_several_backends(folder):
+    """Ranks on unlike devices are refused where their backends are unlike; the device is made up."""
+    ranks = run(
+        folder,
+        """
+        unlike = dist.new_group(backend="cpu:gloo,cuda:gloo")
+        for group in (dist.new_group(backend="cpu:gloo"), unlike):
+            found.append(answer())
+        real, elsewhere = fan_out.Wire, {}
+        class Wire(real):
+            def __init__(self, *given):
+                super().__init__(*given)
+                self.device = torch.device("cuda", 0)
+        if rank:
+            fan_out.Wire = Wire
+        group = dist.new_group(backend="cpu:gloo")
+        found.append(answer())
+        config = fan_out.dist.get_backend_config
+        fan_out.dist.get_backend_config = lambda group: "cpu:gloo,cuda:nccl"
+        found.append(answer())
+        fan_out.Wire, fan_out.dist.get_backend_config = real, config
+        found.append(answer())
+        """,
+    )
+    for rank, found in enumerate(ranks):
+        assert [said.get("error") for said in found] == [None, None, "UsageError", "UsageError", None], found
+        assert found[0]["route"].endswith("by gloo" if rank == 0 else "rank 0 by gloo → host memory")
+        assert found[1]["route"] == found[0]["route"]
+        assert "the model is on cuda:0, for which the process group has no backend" in found[2]["message"]
+        assert "rank 1's model is reached by nccl, rank 0's by gloo" in found[3]["message"]
 
 
 @pytest.mark.parametrize("who", [0, 1])

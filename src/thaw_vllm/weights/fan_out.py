@@ -12,7 +12,8 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -53,10 +54,13 @@ def restore_model_broadcast(
         Of this rank.
 
     Raises:
-        UsageError: ``torch.distributed`` has no such group; a model on several devices.
+        UsageError: ``torch.distributed`` has no such group; a model on several devices, or on one that the group does
+            not reach, or reaches by another backend than rank 0's.
         MismatchError: the file is for another module, or the ranks have opened different ones; nothing was copied.
         ThawError: this rank's own failure, or the first one of another rank, with its kind. When bytes were copied, no
             rank's model may be used.
+
+        What else fails in this rank, Ctrl-C included, is raised when all ranks know of it.
 
     Notes:
         Costs about one read where the link among the ranks is faster than reading. A rank that is killed ends the
@@ -78,26 +82,31 @@ def _broadcast(
         raise UsageError("this process is not in the group; call it in those that are")
     if dist.get_world_size(group) == 1:
         return restore_model(model, path, **options)
-    chosen = RestoreOptions(**options)
     ranks = _Ranks(group)
     with collection_paused(), contextlib.ExitStack() as stack:
         prepared: list[_Fan] = []
 
         def prepare() -> dict[str, Any]:
             source = stack.enter_context(FileSource(path))
-            nccl = ranks.device if ranks.device.type == "cuda" else None
-            prepared.append(_Fan(model, source, sections(source), chosen, nccl))
-            return prepared[0].said
+            fan = _Fan(model, source, sections(source), RestoreOptions(**options), ranks)
+            stack.enter_context(fan.able())
+            prepared.append(fan)
+            return fan.said
 
         answers = ranks.step(prepare, "nothing was copied")
         if any(answer != answers[0] for answer in answers):
             other = next(rank for rank, answer in enumerate(answers) if answer != answers[0])
+            if (by := answers[other]["by"]) != answers[0]["by"]:
+                raise UsageError(
+                    f"rank {other}'s model is reached by {by}, rank 0's by {answers[0]['by']}; have all of them on "
+                    "GPUs, or none"
+                )
             raise MismatchError(f"rank {other} has opened another snapshot than rank 0; give all ranks the same file")
         (fan,) = prepared
         reports: list[RestoreReport] = []
 
         def work() -> dict[str, Any]:
-            reports.append(fan.lead(ranks, start) if ranks.rank == 0 else fan.follow(ranks, start))
+            reports.append(fan.lead(start) if ranks.rank == 0 else fan.follow(start))
             return {}
 
         ranks.step(work, "the models must not be used")
@@ -106,6 +115,10 @@ def _broadcast(
 
 class _Fan:
     """One rank's part.
+
+    A rank that left the row of broadcasts would have the others wait until the group's time limit. So what they need is
+    there before the first; they are done in a thread, where Ctrl-C raises nothing; and what fails between them is told
+    after the last.
 
     Attributes:
         said: what has to be equal on all ranks.
@@ -117,16 +130,13 @@ class _Fan:
         source: FileSource,
         snapshot: Snapshot,
         options: RestoreOptions,
-        nccl: torch.device | None,
+        ranks: _Ranks,
     ) -> None:
         """
-        Args:
-            nccl: the GPU to which NCCL is bound, where there is nothing else to send by.
-
         Raises:
             MismatchError, UsageError: see ``restore_model_broadcast``.
         """
-        self._model, self._source, self._snapshot, self._options = model, source, snapshot, options
+        self._model, self._source, self._snapshot, self._options, self._ranks = model, source, snapshot, options, ranks
         self._targets, parameters = fillable(model)
         require_module(snapshot, source.name)
         match(snapshot, self._targets, parameters | persistent_buffers(model), source.name)
@@ -136,41 +146,42 @@ class _Fan:
             raise UsageError(f"the model is on {len(devices)} devices; a broadcast fills one in each process")
         self._pieces = pieces(snapshot, PIECE)
         self._wire = Wire(snapshot, used, self._pieces)
-        if nccl is not None and self._wire.device != nccl:
+        device = self._wire.device
+        if ranks.device.type == "cuda" and device != ranks.device:
             raise UsageError(
-                f"the model is on {self._wire.device}, and NCCL has {nccl} of this process; move the model there, or "
+                f"the model is on {device}, and NCCL has {ranks.device} of this process; move the model there, or "
                 "call torch.cuda.set_device first"
             )
+        if device.type not in ranks.backends:
+            raise UsageError(f"the model is on {device}, for which the process group has no backend")
+        self._by = ranks.backends[device.type]
+        self._more = torch.zeros(1, dtype=torch.uint8, device=ranks.device)  # whether rank 0 sends another piece
+        self._checks = Checks(source.name, device, snapshot.preamble.payload_at, len(snapshot.chunks))
+        self._thread = ThreadPoolExecutor(1, "thaw-fan-out")
         self.said = {
             "content": snapshot.header.content,
             "chunks": snapshot.preamble.chunks_digest.hex(),
             "verify": options.verify,
+            "by": self._by,
         }
 
-    def lead(self, ranks: _Ranks, start: float) -> RestoreReport:
+    @contextlib.contextmanager
+    def able(self) -> Iterator[None]:
+        """With all that ``lead`` and ``follow`` need.
+
+        Raises:
+            DeviceError, RuntimeError: it is not to be had.
+        """
+        with contextlib.ExitStack() as stack:
+            if self._ranks.rank:
+                stack.enter_context(self._checks)
+            stack.enter_context(self._thread).submit(settle, self._targets.values()).result()
+            yield
+
+    def lead(self, start: float) -> RestoreReport:
         """Read, and send what has arrived."""
         ready = _Ready(self._pieces, self._snapshot.preamble.payload_at)
-        lost: list[BaseException] = []
-
-        def send() -> None:
-            try:
-                with self._on_device():
-                    for number, piece in enumerate(self._pieces):
-                        arrived = ready.wait(number)
-                        ranks.send(torch.tensor([int(arrived)], dtype=torch.uint8, device=ranks.device))
-                        if not arrived:
-                            return
-                        self._wire.gather(piece)
-                        for view in self._wire.views(piece):
-                            ranks.send(view)
-                    if self._wire.device.type == "cuda":
-                        torch.cuda.current_stream(self._wire.device).synchronize()
-            except BaseException as error:
-                lost.append(error)
-
-        settle(self._targets.values())
-        sender = threading.Thread(target=send, name="thaw-fan-out", daemon=True)
-        sender.start()
+        sender = self._thread.submit(self._send, ready)
         try:
             report = restore_opened(
                 self._model, self._source, self._options, start, self._snapshot, landed=ready.landed
@@ -180,61 +191,93 @@ class _Fan:
             raise
         finally:
             read = time.perf_counter()
-            sender.join()
-        if lost:
-            raise lost[0]
-        end = time.perf_counter()
-        seconds = report.seconds | {"broadcast": end - read, "total": end - start}
-        return replace(
-            report, seconds=seconds, route=f"{report.route}, and on to {ranks.world - 1} ranks by {ranks.by}"
-        )
-
-    def follow(self, ranks: _Ranks, start: float) -> RestoreReport:
-        """Receive, and check."""
-        opened = time.perf_counter()
-        snapshot, wire, verify = self._snapshot, self._wire, self._options.verify
-        failure: ThawError | None = None
-        total, done = sum(piece.bytes for piece in self._pieces), 0
-        settle(self._targets.values())
-        with (
-            self._on_device(),
-            Checks(self._source.name, wire.device, snapshot.preamble.payload_at, len(snapshot.chunks)) as checks,
-        ):
-            for piece in self._pieces:
-                if not ranks.receive(torch.zeros(1, dtype=torch.uint8, device=ranks.device)).item():
-                    break
-                for view in wire.views(piece):
-                    ranks.receive(view)
-                if wire.device.type == "cuda":
-                    torch.cuda.current_stream(wire.device).synchronize()
-                try:  # what is wrong is told when all is there: the others go on sending
-                    if verify and failure is None:
-                        checks.check(list(wire.chunks(piece)))
-                    wire.scatter(piece)
-                except ThawError as error:
-                    failure = error
-                done += piece.bytes
-                if self._options.progress is not None:
-                    self._options.progress(done, total)
-        settle(self._targets.values())
+            failure = _failure(sender)
         if failure is not None:
             raise failure
         end = time.perf_counter()
+        seconds = report.seconds | {"broadcast": end - read, "total": end - start}
+        route = f"{report.route}, and on to {self._ranks.world - 1} ranks by {self._by}"
+        return replace(report, seconds=seconds, route=route)
+
+    def _send(self, ready: _Ready) -> None:
+        with self._on_device():
+            for number, piece in enumerate(self._pieces):
+                views: list[torch.Tensor] | None = None
+                try:
+                    if ready.wait(number):
+                        self._wire.gather(piece)
+                        views = self._wire.views(piece)
+                finally:
+                    self._ranks.send(self._more.fill_(int(views is not None)))
+                if views is None:
+                    return
+                for view in views:
+                    self._ranks.send(view)
+            if self._wire.device.type == "cuda":
+                torch.cuda.current_stream(self._wire.device).synchronize()
+
+    def follow(self, start: float) -> RestoreReport:
+        """Receive, and check."""
+        opened = time.perf_counter()
+        receiver = self._thread.submit(self._receive)
+        if (failure := _failure(receiver)) is not None:
+            raise failure
+        settle(self._targets.values())
+        end, done, device = time.perf_counter(), receiver.result(), self._wire.device
         return RestoreReport(
             self._source.name,
             done,
-            len(snapshot.index.tensors),
-            checks.kind if verify else "none",
+            len(self._snapshot.index.tensors),
+            self._checks.kind if self._options.verify else "none",
             {"open": opened - start, "receive": end - opened, "total": end - start},
             self._source.replaced,
-            f"rank 0 by {ranks.by} → {'host memory' if wire.device.type == 'cpu' else wire.device}",
-            f"rank 0 reads for {ranks.world} ranks",
+            f"rank 0 by {self._by} → {'host memory' if device.type == 'cpu' else device}",
+            f"rank 0 reads for {self._ranks.world} ranks",
             stored=done,
         )
+
+    def _receive(self) -> int:
+        """Gives the bytes that have come."""
+        failure: BaseException | None = None
+        total, done = sum(piece.bytes for piece in self._pieces), 0
+        with self._on_device():
+            for piece in self._pieces:
+                if not self._ranks.receive(self._more).item():
+                    break
+                for view in self._wire.views(piece):
+                    self._ranks.receive(view)
+                done += piece.bytes
+                if failure is None:
+                    try:
+                        self._take(piece, done, total)
+                    except BaseException as error:  # told when all is there: the others go on sending
+                        failure = error
+        if failure is not None:
+            raise failure
+        return done
+
+    def _take(self, piece: Piece, done: int, total: int) -> None:
+        if self._wire.device.type == "cuda":
+            torch.cuda.current_stream(self._wire.device).synchronize()
+        if self._options.verify:
+            self._checks.check(list(self._wire.chunks(piece)))
+        self._wire.scatter(piece)
+        if self._options.progress is not None:
+            self._options.progress(done, total)
 
     def _on_device(self) -> contextlib.AbstractContextManager[Any]:
         device = self._wire.device
         return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _failure(work: Future[Any]) -> BaseException | None:
+    """What it has raised, or Ctrl-C meanwhile; waits for its end also then."""
+    interrupted: BaseException | None = None
+    while True:
+        try:
+            return work.exception() or interrupted
+        except BaseException as error:
+            interrupted = error
 
 
 class _Ready:
@@ -276,15 +319,17 @@ class _Ranks:
 
     Attributes:
         rank, world: of the group.
-        by: its backend's name.
+        backends: names of its backends, by the types of devices that they reach.
         device: where the tensors of messages are.
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
-        self._group, self.by = group, str(dist.get_backend(group))
+        self._group = group
+        pairs = (pair.split(":") for pair in dist.get_backend_config(group).split(","))
+        self.backends = {device: name for device, name in pairs}
         self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
-        alone = "nccl" in self.by and "gloo" not in self.by
-        self.device = torch.device("cuda", torch.cuda.current_device()) if alone else torch.device("cpu")
+        reaches_host = "cpu" in self.backends
+        self.device = torch.device("cpu") if reaches_host else torch.device("cuda", torch.cuda.current_device())
         self._first = 0 if group is None else dist.get_global_rank(group, 0)
 
     def send(self, view: torch.Tensor) -> None:
@@ -305,7 +350,7 @@ class _Ranks:
         except _Lost:
             raise
         except BaseException as error:  # Ctrl-C, too: the others wait for this rank's answer
-            failure, answer = error, {"error": type(error).__name__, "message": str(error)[:800]}
+            failure, answer = error, {"error": type(error).__name__, "message": str(error)[:600]}
         try:
             answers = self._exchange(answer)
         except _Lost:

@@ -177,7 +177,7 @@ def _padded(span: Span) -> int:
 
 
 class Checks:
-    """Chunks held against the table where they have arrived; one thread, a context manager.
+    """Chunks held against the table where they have arrived; one thread at a time, a context manager.
 
     Attributes:
         kind: by which checksum, as in reports.
