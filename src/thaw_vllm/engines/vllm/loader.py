@@ -208,6 +208,8 @@ class ThawModelLoader(BaseModelLoader):
             logger.warning("vLLM loads %s itself: %s", model_config.model, why)
         if not automatic.is_draft(vllm_config, model_config):
             last_outcome = Outcome(automatic.LOADED, None, why)
+            if self.config.offer:
+                logger.warning("this engine's weights cannot be offered to others: vLLM loads them itself")
         model: torch.nn.Module = self.source().load_model(vllm_config, model_config, prefix)
         return model
 
@@ -250,12 +252,20 @@ class ThawModelLoader(BaseModelLoader):
             ahead.expect(next(model.parameters()).device)
 
     def get_all_weights(self, model_config: ModelConfig, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-        """The checkpoint's tensors for vLLM's ``reload_weights``, as vLLM's own loader has them."""
+        """The checkpoint's tensors for vLLM's ``reload_weights``, as vLLM's own loader has them.
+
+        No generator: vLLM puts the parameters on the meta device between this call and the first tensor, so what speaks
+        against it has to be said here.
+
+        Raises:
+            ThawError: others use these weights; nothing was changed.
+        """
         if self.config.shared:
             raise UnsupportedError("other engines use these weights, too; they cannot be loaded again in one of them")
         offering.withdraw(model)
         forget(model)  # a snapshot that the weights were thawed from is not what they are now
-        yield from self.source().get_all_weights(model_config, model)
+        found: Iterator[tuple[str, torch.Tensor]] = self.source().get_all_weights(model_config, model)
+        return found
 
     def thaw(
         self,
