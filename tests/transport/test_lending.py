@@ -84,6 +84,14 @@ def test_host_of_other_sizes():
     os.close(file)
 
 
+def test_a_descriptor_that_is_no_memory():
+    ends = os.pipe()
+    with pytest.raises(MismatchError, match="cannot be borrowed as they are told of"):
+        borrow({"bytes": 0}, [ends[0]], [], "weights", CPU)
+    for end in ends:
+        os.close(end)
+
+
 def test_nothing():
     told, files = Lent([], CPU).told()
     found = borrow(told, files, [], "weights", CPU)
@@ -221,13 +229,35 @@ def test_a_run_across_two_allocations(gpu, driver):
     "change",
     [
         {"handles": ["00"]}, {"handles": 5}, {"runs": [[0, 16, 5000]] * 3 + [[2, 0, 4096]]}, {"runs": [[0, -1, 5000]]},
-        {"runs": [[0, True, 5000]]}, {"gpu": None}, {"device": "0"}, {"runs": None}, {"runs": [[0, 1]]},
+        {"runs": [[0, True, 5000]]}, {"gpu": None}, {"gpu": "\ud800"}, {"gpu": ""},
+        {"device": "0"}, {"runs": None}, {"runs": [[0, 1]]},
     ],
 )  # fmt: skip
 def test_told_in_other_words(change, gpu):
     told, _ = gpu
     with pytest.raises(MismatchError, match="in other words"):
         borrow(told() | change, [], PLACES, "weights", GPU)
+
+
+@pytest.mark.parametrize("at", [90_000 - 70_000 + 1, 1 << 70])
+def test_told_of_more_than_is_mapped(at, gpu):
+    told, _ = gpu
+    said = told()
+    said["runs"][2][1] = 90_000 - 70_000
+    borrow(said, [], PLACES, "weights", GPU).close()
+    said["runs"][2][1] = at
+    with pytest.raises(MismatchError, match="beyond the memory that is lent"):
+        borrow(said, [], PLACES, "weights", GPU)
+    assert cuda.driver().contexts == 1
+
+
+def test_a_driver_that_does_not_tell_how_much_it_has_mapped(gpu, driver):
+    told, _ = gpu
+    said = told()
+    driver.refuse["cuMemGetAddressRange_v2"] = 0
+    found = borrow(said, [], PLACES, "weights", GPU)
+    assert sent(found) == DATA
+    found.close()
 
 
 def test_told_of_other_sizes(gpu):

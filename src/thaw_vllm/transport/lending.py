@@ -13,8 +13,10 @@ from __future__ import annotations
 import bisect
 import ctypes
 import fcntl
+import math
 import mmap
 import os
+import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +39,7 @@ _STREAMS = 4
 """On which copies take turns: one copy between two GPUs may leave room for another."""
 _STEP = 16 << 20
 """Bytes that the lender writes to a memory file at a time."""
+_BUS = re.compile(r"[0-9a-f:.]{1,32}")
 
 Run = tuple[int, int]
 """Address and bytes."""
@@ -181,6 +184,9 @@ class BorrowedGpu:
                 for handle in handles:
                     made = IpcHandle.from_buffer_copy(bytes.fromhex(handle))
                     self._mapped.append(self._context.driver.made("cuIpcOpenMemHandle_v2", made, _LAZILY))
+                ends = [_end(self._context, address) for address in self._mapped]
+            if any(self._mapped[number] + at + size > ends[number] for number, at, size in runs):
+                raise MismatchError(f"{name} reach beyond the memory that is lent")
             self._begins = [self._mapped[number] + at for number, at, _ in runs]
         except BaseException:
             self.close()
@@ -227,6 +233,16 @@ class BorrowedGpu:
         self._context.close()
 
 
+def _end(context: Context, address: int) -> float:
+    """Where the allocation ends that an address lies in; the calling thread has entered the context.
+
+    CUDA's manual does not say that the driver tells it of another process's memory; where it does not, that is unknown.
+    """
+    base, whole = ADDRESS(), SIZE()
+    refused = context.driver["cuMemGetAddressRange_v2"](ctypes.byref(base), ctypes.byref(whole), address)
+    return math.inf if refused else base.value + whole.value
+
+
 Borrowed = BorrowedHost | BorrowedGpu
 
 
@@ -242,16 +258,20 @@ def borrow(
         device: where its bytes will be copied to.
 
     Raises:
-        MismatchError: they are another process's idea of these runs, or lie where they cannot be copied from.
+        MismatchError: they are another process's idea of these runs, or lie where they cannot be copied from; what came
+            is no memory.
         DeviceError: they cannot be mapped.
     """
     if (device.type == "cpu") != ("bytes" in told):
         raise MismatchError(f"{name} are in {'the host' if 'bytes' in told else 'a GPU'}'s memory, the model is not")
-    if device.type == "cpu":
-        return BorrowedHost(told, files, places, name)
-    if not _sound(told):
-        raise MismatchError(f"{name} are told of in other words; is the other process of another version of thaw?")
-    return BorrowedGpu(told, places, name, device)
+    try:
+        if device.type == "cpu":
+            return BorrowedHost(told, files, places, name)
+        if not _sound(told):
+            raise MismatchError(f"{name} are told of in other words; is the other process of another version of thaw?")
+        return BorrowedGpu(told, places, name, device)
+    except (OSError, ValueError) as error:
+        raise MismatchError(f"{name} cannot be borrowed as they are told of: {error}") from None
 
 
 def _sound(told: dict[str, Any]) -> bool:
@@ -259,6 +279,7 @@ def _sound(told: dict[str, Any]) -> bool:
     handles, runs = told.get("handles"), told.get("runs")
     return (
         isinstance(told.get("gpu"), str)
+        and _BUS.fullmatch(told["gpu"]) is not None
         and type(told.get("device")) is int
         and isinstance(handles, list)
         and all(isinstance(one, str) and len(one) == 128 and not set(one) - set("0123456789abcdef") for one in handles)
