@@ -8,6 +8,7 @@
         * CorruptionError   a checksum, a length or an id does not agree with the bytes
     * MismatchError         the snapshot is sound and is not the one this model or engine needs
     * UnsupportedError      freezing or thawing this would not be exact, so it is refused
+        * BusyError         for now: somebody else is using what would change
     * StorageError          the file system said no
         * ExistsError       the target is there and ``force`` was not given
         * SpaceError        not enough room, or the disk filled up
@@ -62,6 +63,10 @@ class UnsupportedError(ThawError):
     """Freezing or thawing this would not be exact."""
 
     exit_code = 5
+
+
+class BusyError(UnsupportedError):
+    """Not now: somebody else is using what would change; nothing was, and it may be tried again."""
 
 
 class StorageError(ThawError):

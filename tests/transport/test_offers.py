@@ -1,6 +1,7 @@
 """Offers: who is told what, and how long that holds."""
 
 import contextlib
+import errno
 import os
 import socket
 import stat
@@ -8,10 +9,11 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
-from thaw_vllm.errors import DeviceError, MismatchError, StorageError, ThawError, UnsupportedError
+from thaw_vllm.errors import BusyError, DeviceError, MismatchError, StorageError, ThawError, UnsupportedError
 from thaw_vllm.transport import offers
 from thaw_vllm.transport.offers import Offer, asked, directory, offered
 from thaw_vllm.zygote import messages
@@ -140,7 +142,7 @@ def test_a_lender_that_refuses(error, place):
     with offering(place, lend) as offer:
         with pytest.raises(type(error), match=str(error)), asked(offer.path, CONTENT):
             pass
-        assert not offer.borrowers
+        until(lambda: not offer.borrowers)
 
 
 def test_a_lender_that_fails_goes_on(place):
@@ -160,7 +162,7 @@ def test_a_lender_that_fails_goes_on(place):
 
 @pytest.mark.parametrize("sent", [b"", b"\x02\0\0\0", b"\x02\0\0\0[]", b"\xff\xff\xff\xff", b"\x05\0\0\0nojsn"])
 def test_nonsense(sent, place, monkeypatch):
-    monkeypatch.setattr(offers, "_QUICK", 0.1)
+    monkeypatch.setattr(offers, "QUICK", 0.1)
     with offering(place) as offer:
         with socket.socket(socket.AF_UNIX) as connection:
             with offers._address(offer.path) as address:
@@ -172,23 +174,165 @@ def test_nonsense(sent, place, monkeypatch):
             pass
 
 
+def connected(offer):
+    connection = socket.socket(socket.AF_UNIX)
+    with offers._address(offer.path) as address:
+        connection.connect(address)
+    return connection
+
+
 def test_what_is_withdrawn_is_waited_for(place):
     offer = Offer(place, CONTENT, lambda: ({}, []))
     with asked(offer.path, CONTENT):
-        with pytest.raises(UnsupportedError, match="1 other processes are still copying"):
-            offer.withdraw(0.05)
-        assert offered(place, CONTENT) == []
         waiting = threading.Thread(target=offer.withdraw, name="thaw-waiting")
         waiting.start()
-        time.sleep(0.05)
+        until(lambda: offered(place, CONTENT) == [])
         assert waiting.is_alive()
     waiting.join()
+    assert list(place.iterdir()) == []
+
+
+def test_what_could_not_be_withdrawn_is_offered_on(place):
+    with offering(place) as offer:
+        with asked(offer.path, CONTENT):
+            with pytest.raises(BusyError, match="1 other processes are still copying"):
+                offer.withdraw(0.05)
+            assert offered(place, CONTENT) == [offer.path]
+            with asked(offer.path, CONTENT) as answer:
+                assert answer.told == {"n": 1}
+        until(lambda: not offer.borrowers)
+
+
+def test_who_says_one_byte_after_the_other(place, monkeypatch):
+    """Holds up others for a moment, and a withdrawal no longer than that."""
+    monkeypatch.setattr(offers, "QUICK", 0.3)
+    ended = threading.Event()
+
+    def dribble(connection):
+        with contextlib.suppress(OSError):
+            while not ended.wait(0.05):
+                connection.send(b" ")
+
+    with offering(place) as offer, contextlib.ExitStack() as stack:
+        connections = [stack.enter_context(connected(offer)) for _ in range(8)]
+        time.sleep(0.1)  # all are taken in, and would be listened to in turn
+        threads = [threading.Thread(target=dribble, args=(connection,)) for connection in connections]
+        for connection, thread in zip(connections, threads, strict=True):
+            connection.sendall((1000).to_bytes(4, "little"))
+            thread.start()
+        began = time.monotonic()
+        offer.withdraw(5)
+        took = time.monotonic() - began
+        ended.set()
+        for thread in threads:
+            thread.join()
+    assert took < 1 and not offer._thread.is_alive()
+
+
+def test_a_question_that_is_too_long(place):
+    with offering(place) as offer, connected(offer) as connection:
+        connection.settimeout(1)
+        connection.sendall((1 << 20).to_bytes(4, "little"))
+        answer, _ = messages.receive(connection)
+        assert answer == {"error": "ThawError", "message": answer["message"]} and "1048576 bytes" in answer["message"]
+
+
+def test_who_says_nothing_is_hung_up_on(place, monkeypatch):
+    monkeypatch.setattr(offers, "QUICK", 0.1)
+    with offering(place) as offer, connected(offer) as connection, asked(offer.path, CONTENT):
+        connection.settimeout(1)
+        assert connection.recv(1) == b""
+        assert offer.borrowers == 1, "who borrows may say nothing"
+
+
+def test_so_many_at_a_time(place, monkeypatch):
+    monkeypatch.setattr(offers, "_MOST", 2)
+    with offering(place) as offer, asked(offer.path, CONTENT), connected(offer), connected(offer) as third:
+        third.settimeout(1)
+        assert third.recv(1) == b""
+
+
+def test_without_a_descriptor_for_those_who_come(place, monkeypatch):
+    """It neither ends nor spins."""
+    tried, real = [], socket.socket.accept
+
+    def accept(listening):
+        if len(tried) < 3:
+            tried.append(time.monotonic())
+            raise OSError(errno.EMFILE, "too many files")
+        return real(listening)
+
+    monkeypatch.setattr(socket.socket, "accept", accept)
+    with offering(place) as offer, asked(offer.path, CONTENT) as answer:
+        assert answer.told == {"n": 1}
+    assert len(tried) == 3 and tried[2] - tried[0] > 0.1
+
+
+def test_an_offer_that_ends_for_good(place):
+    """Nobody waits in its own thread, and the last borrower's going ends that."""
+    offer = Offer(place, CONTENT, lambda: (offer.end(60), ({}, []))[1])
+    with asked(offer.path, CONTENT):
+        assert list(place.iterdir()) == [] and offer._thread.is_alive()
+        offer.end(0.01)
+    offer._thread.join(5)
+    assert not offer._thread.is_alive()
+
+
+def test_a_fork_ends_nothing(place):
+    with offering(place) as offer:
+        child = os.fork()
+        if not child:
+            try:
+                offer.withdraw(1)
+                offer.end(1)
+            finally:
+                os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        time.sleep(0.05)
+        assert offered(place, CONTENT) == [offer.path] and offer._thread.is_alive()
+
+
+def test_a_lender_that_stands_still(place):
+    with socket.socket(socket.AF_UNIX) as listening:
+        place.mkdir(parents=True)
+        with offers._address(place / "stopped.sock") as address:
+            listening.bind(address)
+        listening.listen()
+        began = time.monotonic()
+        with pytest.raises(StorageError, match="timed out"), asked(place / "stopped.sock", CONTENT, 0.1):
+            pass
+        assert time.monotonic() - began < 1
+
+
+def test_a_lender_that_says_one_byte_after_the_other(place):
+    place.mkdir(parents=True)
+    path = place / "slow.sock"
+    with socket.socket(socket.AF_UNIX) as listening:
+        with offers._address(path) as address:
+            listening.bind(address)
+        listening.listen()
+
+        def dribble():
+            connection, _ = listening.accept()
+            with connection, contextlib.suppress(OSError):
+                connection.sendall((40).to_bytes(4, "little"))
+                for _ in range(39):
+                    connection.send(b" ")
+                    time.sleep(0.05)
+
+        thread = threading.Thread(target=dribble)
+        thread.start()
+        began = time.monotonic()
+        with pytest.raises(StorageError, match="timed out"), asked(path, CONTENT, 0.2):
+            pass
+        assert time.monotonic() - began < 1
+        thread.join()
 
 
 def test_a_borrower_that_dies_gives_back(place):
     with offering(place) as offer, child(place, CONTENT, offer.path) as (process, said):
         assert (said, offer.borrowers) == ("borrowed", 1)
-        with pytest.raises(UnsupportedError):
+        with pytest.raises(BusyError):
             offer.withdraw(0.01)
         process.kill()
         offer.withdraw(10)
@@ -203,7 +347,8 @@ def test_what_a_killed_lender_leaves_behind_is_removed(place):
             process.kill()
             process.wait()
     assert [str(found) for found in place.iterdir()] == [path]
-    assert offered(place, CONTENT) == [] == list(place.iterdir())
+    with offering(place, content="cd" * 32) as other:
+        assert offered(place, "ef" * 32) == [] and list(place.iterdir()) == [other.path], "whoever asks, for whatever"
 
 
 def test_an_answer_of_another_version(place):
@@ -234,5 +379,7 @@ def test_an_answer_of_another_version(place):
             path.unlink()
 
 
-def test_where(monkeypatch, tmp_path):
-    assert directory({"THAW_STATE_DIR": str(tmp_path)}) == tmp_path / "offers"
+def test_where(tmp_path):
+    """Each boot of a machine has its own: none removes another's sockets, at which nobody here listens."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    assert len(boot) == 36 and directory({"THAW_STATE_DIR": str(tmp_path)}) == tmp_path / "offers" / boot

@@ -1,9 +1,11 @@
 """Weights taken from a process that has them: bit for bit, from the right one, or not at all."""
 
 import contextlib
+import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +15,8 @@ from tests.weights.test_restore import base, module, other
 
 from thaw_vllm import freeze_model
 from thaw_vllm.errors import CorruptionError, MismatchError, StorageError, UnsupportedError
-from thaw_vllm.transport import offers
+from thaw_vllm.transport import lending, offers
+from thaw_vllm.weights import peers
 from thaw_vllm.weights.capture import fillable
 from thaw_vllm.weights.open import open_snapshot
 from thaw_vllm.weights.peers import offer, take
@@ -157,6 +160,56 @@ def test_another_lender_is_asked_where_one_refuses(path, place):
     with lender(path, place, "changed"), lender(path, place, "dies"), lender(path, place):
         model, _ = taken(path, place)
     assert state(model) == state(module(**base()))
+
+
+def test_another_lender_is_asked_where_one_sends_what_is_no_memory(path, place, monkeypatch):
+    """The first that is asked."""
+    with open_snapshot(path) as opened:
+        whole = sum(size for _, size in peers.plain(opened.snapshot)[1])
+    no_memory = path.with_name("file")
+    no_memory.write_bytes(bytes(whole))
+
+    def told(_):
+        return {"bytes": whole}, [os.open(no_memory, os.O_RDONLY)]
+
+    def last(*asked):
+        return sorted(offers.offered(*asked), key=lambda found: str(process.pid) in found.name)
+
+    with lender(path, place) as (process, _), monkeypatch.context() as patch:
+        patch.setattr(peers, "own", lambda path: False)
+        patch.setattr(peers, "offered", last)
+        patch.setattr(lending.Lent, "told", told)
+        with offering(path, place, module(**base())):
+            model, report = taken(path, place)
+    assert state(model) == state(module(**base())) and f"process {process.pid}" in report.route
+
+
+def test_a_lender_with_the_same_process_id(path, place):
+    """As in two containers that share the directory."""
+    with lender(path, place) as (process, socket):
+        digest, _, token = Path(socket).name.split(".", 2)
+        same = place / f"{digest}.{os.getpid()}.{token}"
+        os.rename(socket, same)
+        model, report = taken(path, place)
+        assert state(model) == state(module(**base())) and f"process {process.pid}" in report.route
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_how_long_a_lender_may_take(device, path, place, monkeypatch):
+    """One on the host copies first; any other has its answer."""
+    monkeypatch.setattr(peers, "QUICK", 0.1)
+    waited = []
+
+    @contextlib.contextmanager
+    def asked(path, content, patience):
+        waited.append(patience)
+        raise StorageError("nobody")
+        yield
+
+    monkeypatch.setattr(peers, "asked", asked)
+    with pytest.raises(StorageError, match="nobody"):
+        taken(path, place, str(place / "a.sock"), module(**other()).to(device))
+    assert waited == [{"cpu": 60, "meta": 0.1}[device]]
 
 
 def test_other_weights_are_not_taken(path, place, tmp_path):

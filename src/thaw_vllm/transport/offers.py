@@ -2,7 +2,8 @@
 
 An offer is a Unix socket in a directory that is its owner's alone. Its name tells a digest of the content id, and the
 process. Who connects has to be the same user (as the kernel says) and to name the content id; it is told where the
-bytes lie, and they are lent as long as it keeps the connection. So a borrower that dies gives them back.
+bytes lie, and they are lent as long as it keeps the connection. So a borrower that dies gives them back. Each boot of a
+machine has a directory of its own: where machines share a home, nobody listens at another one's sockets.
 
 Messages are those of ``zygote.messages``: JSON, and descriptors beside it.
 """
@@ -25,14 +26,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import MismatchError, StorageError, ThawError, UnsupportedError, named
+from ..errors import BusyError, MismatchError, StorageError, ThawError, named
 from ..zygote import messages
 from .private import STATE, private, state_path
 
 PATIENCE = 60.0
-"""Seconds in which borrowers are to be done, and a lender to answer."""
-_QUICK = 5.0
-"""Seconds in which who has connected is to say what it wants."""
+"""Seconds in which borrowers are to be done, and a lender to answer that copies its bytes first."""
+QUICK = 5.0
+"""Seconds in which who has connected is to say what it wants, and a lender to answer that copies nothing."""
+_MOST = 64
+"""Connections at a time."""
+_QUESTION = 4 << 10
+"""Bytes of what is asked."""
+_OWN: set[str] = set()
+"""Names of the sockets of this process's offers; process ids are not its alone, where containers share a directory."""
 _CURE = f"set {STATE} to a directory of your own"
 
 Lend = Callable[[], tuple[dict[str, Any], list[int]]]
@@ -40,12 +47,14 @@ Lend = Callable[[], tuple[dict[str, Any], list[int]]]
 
 
 def directory(environment: Mapping[str, str]) -> Path:
-    """Where offers are, in the directory of what is private to this user."""
-    return state_path(environment) / "offers"
+    """Where this machine's offers are, in the directory of what is private to this user."""
+    return state_path(environment) / "offers" / Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 class Offer:
-    """Bytes that this process lends to whoever asks for their content id; a thread, until withdrawn.
+    """Bytes that this process lends to whoever asks for their content id; a thread, until withdrawn or ended.
+
+    It is the process's that has made it: in forks nothing comes of withdrawing it.
 
     Attributes:
         path: the socket.
@@ -61,13 +70,15 @@ class Offer:
         Raises:
             StorageError: the directory is not private, or no socket can be made there.
         """
-        for part in (place.parent, place):
+        for part in (place.parent.parent, place.parent, place):
             private(part, _CURE)
         with contextlib.suppress(OSError):
             os.chmod(place, 0o700)
         self._content, self._lend = content, lend
-        self._changed, self._borrowers, self._withdrawn = threading.Condition(), 0, False
-        self.path = place / f"{_digest(content)}.{os.getpid()}.{secrets.token_hex(4)}.sock"
+        self._process, self._borrowers, self._withdrawn = os.getpid(), 0, False
+        self._lock = threading.RLock()  # a collection of garbage may call ``end`` in whichever thread has it
+        name = f"{self._process}.{secrets.token_hex(4)}.sock"
+        self.path, self._aside = place / f"{_digest(content)}.{name}", place / f"withdrawn.{name}"
         self._listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._wake, self._woken = socket.socketpair()
         hidden = self.path.with_name("." + self.path.name)
@@ -76,6 +87,7 @@ class Offer:
                 self._listening.bind(address)
             self._listening.listen()
             os.rename(hidden, self.path)  # only now: one that does not listen counts as left behind
+            _OWN.add(self.path.name)
             self._thread = threading.Thread(target=self._serve, name="thaw-offer", daemon=True)
             self._thread.start()
         except BaseException as error:
@@ -97,57 +109,92 @@ class Offer:
             patience: seconds.
 
         Raises:
-            UnsupportedError: somebody still copies; the bytes are to stay what and where they are.
+            BusyError: somebody still copies; the bytes are to stay what and where they are, and are offered again.
         """
-        with self._changed:
-            self._withdrawn = True
-            self.path.unlink(missing_ok=True)
-            until = time.monotonic() + patience
-            while self._borrowers:
-                if not self._changed.wait(until - time.monotonic()) and time.monotonic() >= until:
-                    raise UnsupportedError(
-                        f"{self._borrowers} other processes are still copying this one's weights; try again"
-                    )
+        if self._process != os.getpid():
+            return
+        with self._lock:
+            if not self._withdrawn:
+                self._withdraw()
+        self._thread.join(patience)
+        with self._lock:
+            if self._borrowers:
+                self._withdrawn = False
+                _renamed(self._aside, self.path)
+                raise BusyError(f"{self._borrowers} other processes are still copying this one's weights; try again")
+        self._aside.unlink(missing_ok=True)
+
+    def end(self, patience: float) -> None:
+        """``withdraw`` for good: the bytes go, whoever copies them. Called by the offer's own thread it does not wait.
+
+        Args:
+            patience: seconds in which borrowers are to be done.
+        """
+        if self._process != os.getpid():
+            return
+        with self._lock:
+            self._withdraw()
+        self._aside.unlink(missing_ok=True)
+        if self._thread is not threading.current_thread():
+            self._thread.join(patience)
+
+    def _withdraw(self) -> None:
+        self._withdrawn = True
+        _renamed(self.path, self._aside)
         with contextlib.suppress(OSError):
             self._wake.send(b".")
-        if self._thread is not threading.current_thread():
-            self._thread.join()
 
     def _serve(self) -> None:
+        asking = dict[Any, float]()  # who has connected, and until when each is to say what it wants
         with selectors.DefaultSelector() as selector:
-            selector.register(self._listening, selectors.EVENT_READ)
-            selector.register(self._woken, selectors.EVENT_READ)
-            asking: set[Any] = set()
-            while True:
-                for key, _ in selector.select():
-                    found: Any = key.fileobj
+            for one in (self._listening, self._woken):
+                selector.register(one, selectors.EVENT_READ)
+            while not self._over():
+                soonest = min(asking.values(), default=None)
+                wait = None if soonest is None else max(0.0, soonest - time.monotonic())
+                ready: set[Any] = {key.fileobj for key, _ in selector.select(wait)}
+                late = {one for one, until in asking.items() if until <= time.monotonic()}
+                for found in ready | late:
                     if found is self._woken:
-                        for one in asking:
-                            one.close()
-                        self._close()
-                        return
-                    if found is self._listening:
-                        with contextlib.suppress(OSError):
-                            connection, _ = self._listening.accept()
-                            connection.settimeout(_QUICK)
-                            asking.add(connection)
-                            selector.register(connection, selectors.EVENT_READ)
-                    elif found not in asking or not self._answered(found):
-                        # It has ended, or is refused.
+                        found.recv(64)
+                    elif found is self._listening:
+                        self._admit(selector, asking)
+                    elif found in asking and found in ready and self._answered(found):
+                        del asking[found]
+                    else:  # it has ended, is refused, or says nothing
                         selector.unregister(found)
                         found.close()
-                        if found not in asking:
+                        if asking.pop(found, None) is None:
                             self._count(-1)
-                        asking.discard(found)
-                    else:
-                        asking.discard(found)
+            for one in asking:
+                one.close()
+        self._close()
+
+    def _over(self) -> bool:
+        with self._lock:
+            return self._withdrawn and not self._borrowers
+
+    def _admit(self, selector: selectors.BaseSelector, asking: dict[Any, float]) -> None:
+        try:
+            connection, _ = self._listening.accept()
+        except OSError:
+            time.sleep(0.1)  # no descriptor or memory for it now; it waits
+            return
+        if len(asking) + self._borrowers >= _MOST:
+            connection.close()
+            return
+        connection.settimeout(QUICK)
+        asking[connection] = time.monotonic() + QUICK
+        selector.register(connection, selectors.EVENT_READ)
 
     def _answered(self, connection: socket.socket) -> bool:
         """Whether the other side is a borrower from now on."""
         counted = borrows = False
         files: list[int] = []
+        if self._withdrawn:  # nobody is waited for any more, also who dribbles
+            return False
         try:
-            asked = messages.receive(connection)
+            asked = messages.receive(connection, _QUESTION)
             if asked is None:
                 return False
             messages.close(asked[1])
@@ -179,11 +226,10 @@ class Offer:
 
     def _count(self, change: int) -> bool:
         """Whether there may be one more, or fewer."""
-        with self._changed:
+        with self._lock:
             if change > 0 and self._withdrawn:
                 return False
             self._borrowers += change
-            self._changed.notify_all()
         return True
 
     def _close(self) -> None:
@@ -206,28 +252,37 @@ class Answer:
 
 
 def offered(place: Path, content: str) -> list[Path]:
-    """Sockets at which bytes of this content id are offered, those that nobody listens at removed."""
+    """Sockets at which bytes of this content id are offered; all that nobody listens at are removed."""
     try:
         private(place, _CURE, write=False)
     except StorageError:
         return []
-    found = []
-    for path in sorted(place.glob(f"{_digest(content)}.*.sock")):
+    found, digest = [], _digest(content)
+    for path in sorted(place.glob("[!.]*.sock")):  # a hidden one does not listen yet
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            probe.settimeout(_QUICK)
+            probe.settimeout(QUICK)
             try:
                 with _address(path) as address:
                     probe.connect(address)
             except ConnectionRefusedError:
                 path.unlink(missing_ok=True)
                 continue
-            found.append(path)
+            if path.name.startswith(f"{digest}."):
+                found.append(path)
     return found
 
 
+def own(path: Path) -> bool:
+    """Whether an offer is this process's."""
+    return path.name in _OWN
+
+
 @contextlib.contextmanager
-def asked(path: Path, content: str) -> Iterator[Answer]:
+def asked(path: Path, content: str, patience: float = PATIENCE) -> Iterator[Answer]:
     """Ask for bytes; they are lent as long as the ``with`` lasts.
+
+    Args:
+        patience: seconds in which the lender is to answer.
 
     Raises:
         StorageError: nobody answers there.
@@ -237,7 +292,7 @@ def asked(path: Path, content: str) -> Iterator[Answer]:
     with contextlib.ExitStack() as stack:
         connection = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
         try:
-            connection.settimeout(PATIENCE)
+            connection.settimeout(patience)
             found = os.lstat(path)
             if not stat.S_ISSOCK(found.st_mode) or found.st_uid != os.geteuid():
                 raise MismatchError(f"{str(path)!r} is not a socket of this user's; weights are taken from no other")
@@ -263,6 +318,11 @@ def asked(path: Path, content: str) -> Iterator[Answer]:
 
 def _digest(content: str) -> str:
     return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def _renamed(path: Path, to: Path) -> None:
+    with contextlib.suppress(OSError):  # somebody has removed it
+        os.rename(path, to)
 
 
 @contextlib.contextmanager

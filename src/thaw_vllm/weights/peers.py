@@ -19,7 +19,7 @@ from ..format.chunks import RAW
 from ..format.index import Index, Tensor
 from ..format.snapshot import Snapshot
 from ..transport.lending import Lent, borrow
-from ..transport.offers import Offer, asked, directory, offered
+from ..transport.offers import PATIENCE, QUICK, Offer, asked, directory, offered, own
 from .layout import dense
 from .open import Opened
 from .reading import RestoreOptions
@@ -104,7 +104,7 @@ def take(
         return _taken(opened, targets, required, options, Path(peer))
     last: ThawError | None = None
     for path in offered(place or directory(os.environ), content):
-        if _own(path):
+        if own(path):
             continue  # the driver maps nobody's own memory
         try:
             return _taken(opened, targets, required, options, path)
@@ -126,7 +126,8 @@ def _taken(
     if len(devices) > 1:
         raise UsageError(f"weights are taken from another process to one device, not to {len(devices)}")
     device = next(iter(devices), torch.device("cpu"))
-    with asked(path, snapshot.header.content) as answer:
+    patience = PATIENCE if device.type == "cpu" else QUICK
+    with asked(path, snapshot.header.content, patience) as answer:
         name = f"the weights of process {answer.process}"
         source = borrow(answer.told, answer.files, places, name, device)
         try:
@@ -143,11 +144,6 @@ def _taken(
         route=f"peer: {source.where} of process {answer.process}{over} → {into}",
         why="it has these weights already, and offers them",
     )
-
-
-def _own(path: Path) -> bool:
-    """Whether an offer is this process's."""
-    return path.name.split(".")[1] == str(os.getpid())
 
 
 def plain(snapshot: Snapshot) -> tuple[Snapshot, list[tuple[int, int]]]:

@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import struct
+import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -28,21 +29,29 @@ def send(connection: socket.socket, message: dict[str, Any], files: Sequence[int
     connection.sendall(header + body)
 
 
-def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
+def receive(connection: socket.socket, limit: int = _LIMIT) -> tuple[dict[str, Any], list[int]] | None:
     """The next message and the descriptors that came with it, which are the caller's to close; None at the end.
+
+    A connection's time limit is one for the whole message.
+
+    Args:
+        limit: bytes that it may have.
 
     Raises:
         ThawError: it is no message of this protocol; descriptors are closed.
+        TimeoutError: it was not there in time, whole.
     """
+    patience = connection.gettimeout()
+    until = time.monotonic() + patience if patience else None
     header, files, _, _ = socket.recv_fds(connection, _LENGTH.size, _FILES, socket.MSG_CMSG_CLOEXEC)
     if not header:
         return None
     try:
-        header += _exactly(connection, _LENGTH.size - len(header))
+        header += _exactly(connection, _LENGTH.size - len(header), until)
         (length,) = _LENGTH.unpack(header)
-        if length > _LIMIT:
+        if length > limit:
             raise ThawError(f"a message of {length} bytes; is the other side of another version?")
-        message = json.loads(_exactly(connection, length))
+        message = json.loads(_exactly(connection, length, until))
         if not isinstance(message, dict):
             raise ThawError("a message that is no object; is the other side of another version?")
     except BaseException as error:
@@ -50,6 +59,9 @@ def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]] | Non
         if isinstance(error, (ValueError, RecursionError)):
             raise ThawError("a message that is no JSON; is the other side of another version?") from None
         raise
+    finally:
+        if until is not None:
+            connection.settimeout(patience)
     return message, list(files)
 
 
@@ -59,9 +71,13 @@ def close(files: Iterable[int]) -> None:
         os.close(file)
 
 
-def _exactly(connection: socket.socket, count: int) -> bytes:
+def _exactly(connection: socket.socket, count: int, until: float | None) -> bytes:
     found = bytearray()
     while len(found) < count:
+        if until is not None:
+            connection.settimeout(max(0.001, until - time.monotonic()))
+            if time.monotonic() >= until:
+                raise TimeoutError("timed out in the middle of a message")
         more = connection.recv(min(count - len(found), 1 << 20))
         if not more:
             raise ConnectionResetError("the other side has gone in the middle of a message")

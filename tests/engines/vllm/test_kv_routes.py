@@ -239,6 +239,7 @@ def test_answers_hold_names_not_paths(server: Server):
         ("VersionError", 422),
         ("MismatchError", 409),
         ("UnsupportedError", 501),
+        ("BusyError", 409),
         ("ExistsError", 409),
         ("SpaceError", 507),
         ("StorageError", 500),

@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from tests.engines.vllm.forks import PARALLEL
 from tests.engines.vllm.swap_models import Running, directory, engine, fine_tune, freeze
 from tests.engines.vllm.test_kv import run_script
 from tests.engines.vllm.test_swap import ARGS, environment, fine_tuned, ranks
 from tests.engines.vllm.test_swap_fill import base, same, swap
+from tests.weights.modules import state
+from tests.weights.test_restore import base as small
+from tests.weights.test_restore import module, other
 from tests.zygote.running import until
 
+from thaw_vllm import freeze_model
 from thaw_vllm.engines.vllm import automatic, loader, offering
 from thaw_vllm.engines.vllm.loader import LoaderConfig
 from thaw_vllm.engines.vllm.swap import filled
-from thaw_vllm.errors import CorruptionError, MismatchError, StorageError, UnsupportedError, UsageError
+from thaw_vllm.errors import BusyError, CorruptionError, MismatchError, StorageError, UnsupportedError, UsageError
 from thaw_vllm.transport import offers
 from thaw_vllm.transport.offers import asked, offered
 from thaw_vllm.weights import peers
+from thaw_vllm.weights.capture import fillable
+from thaw_vllm.weights.open import open_rank
+from thaw_vllm.weights.reading import RestoreOptions, reading
 
 __all__ = ["base", "directory", "engine", "fine_tune", "freeze"]  # fixtures
 
@@ -33,17 +43,69 @@ pytestmark = pytest.mark.vllm
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Of offers, for this test alone."""
     monkeypatch.setenv("THAW_STATE_DIR", str(tmp_path / "state"))
-    return tmp_path / "state" / "offers"
+    return offers.directory(os.environ)
 
 
 @pytest.fixture
 def lending(directory: Path, base: Path, engine: Callable, monkeypatch: pytest.MonkeyPatch) -> Iterator[Running]:
     """An engine that offers its weights; others of this process may take them."""
-    monkeypatch.setattr(peers, "_own", lambda path: False)
+    monkeypatch.setattr(peers, "own", lambda path: False)
     running = engine(directory, base)
     running.ask("thaw_offer")
     yield running
     running.ask("thaw_withdraw")
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.nn.Module]:
+    """One without an engine, for what is the same with any; noted as filled from ``w.thaw``."""
+    model, path = module(**small()), tmp_path / "w.thaw"
+    report = freeze_model(model, path)
+    noted = SimpleNamespace(path=str(path), content=report.content, broken=None)
+    monkeypatch.setattr(offering, "_why_not", lambda *_: None)
+    monkeypatch.setattr(offering, "noted", lambda _: noted)
+    yield model
+    offering.withdraw(model)
+
+
+def test_a_withdrawal_that_is_refused_leaves_the_offer(model: torch.nn.Module, place: Path):
+    before = offering.lend(model, None, 0)  # type: ignore[arg-type]
+    with pytest.MonkeyPatch.context() as patch, asked(Path(before["socket"]), before["content"]):
+        patch.setattr(offers.Offer.withdraw, "__defaults__", (0.05,))
+        with pytest.raises(BusyError, match="still copying this one's weights"):
+            offering.withdraw(model)
+    assert offering.lend(model, None, 0) == before  # type: ignore[arg-type]
+    assert [str(path) for path in offered(place, before["content"])] == [before["socket"]]
+
+
+@pytest.mark.usefixtures("model")
+def test_a_model_that_goes_while_somebody_copies(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(offering, "_AT_THE_END", 0.05)
+    goes = module(**small())
+    told = offering.lend(goes, None, 0)  # type: ignore[arg-type]
+    thread = goes._thaw_offer._thread
+    with asked(Path(told["socket"]), told["content"]):
+        del goes
+        gc.collect()
+        assert not Path(told["socket"]).exists() and thread.is_alive()
+    until(lambda: not thread.is_alive(), "the offer's thread to end with the last borrower")
+
+
+@pytest.mark.parametrize("error", [UnicodeEncodeError("utf-8", "x", 0, 1, "y"), MemoryError(), KeyError("gpu")])
+def test_the_file_where_a_peer_comes_to_whatever(error: Exception, model: torch.nn.Module, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch):  # fmt: skip
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(offering, "take", fail)
+    into = module(**other())
+    with open_rank(str(tmp_path / "w.thaw"), 0) as opened:
+        targets, options = fillable(into), RestoreOptions()
+        with reading(opened.source, targets[0].values(), options) as way:
+            report = offering.restored(opened, *targets, options, way, "auto")
+            with pytest.raises(type(error)):
+                offering.restored(opened, *targets, options, way, "/a.sock")
+    assert "; not from a peer: " in report.why and state(into) == state(model)
 
 
 def told() -> dict[str, Any]:
@@ -102,7 +164,7 @@ def test_with_the_cache_of_snapshots(
     directory: Path, engine: Callable, load: Callable, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """The first start freezes and offers, the second takes."""
-    monkeypatch.setattr(peers, "_own", lambda path: False)
+    monkeypatch.setattr(peers, "own", lambda path: False)
     extra = {"mode": "auto", "cache": str(tmp_path / "kept"), "peer": "auto", "offer": True}
     first, second = (load(directory, load_format="thaw", model_loader_extra_config=extra) for _ in range(2))
     assert loader.last_outcome is not None and loader.last_outcome.how == automatic.THAWED

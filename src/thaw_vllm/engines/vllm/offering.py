@@ -57,7 +57,7 @@ def lend(model: torch.nn.Module, config: VllmConfig, rank: int) -> dict[str, Any
             places = {name: target.data_ptr() for name, target in targets.items()}
             held = offer(opened, targets, required, _Refusing(model, content, places))
         setattr(model, _ATTRIBUTE, held)
-        weakref.finalize(model, _ended, held)
+        weakref.finalize(model, held.end, _AT_THE_END)
         logger.info("these weights are offered to engines of this host at %s", held.path)
     return {"content": content, "socket": str(held.path)}
 
@@ -69,7 +69,7 @@ def withdraw(model: torch.nn.Module) -> dict[str, Any]:
         ``withdrawn``: whether they were offered.
 
     Raises:
-        UnsupportedError: somebody has not ended; they must stay as they are.
+        BusyError: somebody has not ended; they must stay as they are, and are offered still.
     """
     held: Offer | None = getattr(model, _ATTRIBUTE, None)
     if held is None:
@@ -82,7 +82,7 @@ def withdraw(model: torch.nn.Module) -> dict[str, Any]:
 def expected(peer: str, snapshot: str) -> bool:
     """Whether weights may well come from a peer, so that nothing need be made ready for reading the snapshot."""
     if peer == AUTO:  # whoever offers the first rank's offers the others, too
-        with contextlib.suppress(ThawError, RuntimeError), open_rank(snapshot, 0, with_chunks=False) as opened:
+        with contextlib.suppress(ThawError, OSError, RuntimeError), open_rank(snapshot, 0, with_chunks=False) as opened:
             return bool(offered(directory(os.environ), opened.snapshot.header.content))
         return False
     return bool(peer)
@@ -110,7 +110,7 @@ def restored(
             raise UsageError(f"one peer has the weights of one rank; give 'peer': {AUTO!r} to an engine of several")
         try:
             return take(opened, targets, required, options, peer)
-        except (ThawError, OSError, RuntimeError) as error:
+        except Exception as error:  # whatever a peer has come to, the file is there
             if peer != AUTO:
                 raise
             why = f"; not from a peer: {error}"
@@ -146,12 +146,10 @@ def _why_not(model: torch.nn.Module, config: VllmConfig) -> str | None:
         return "other weights may be sent to it"
     found = noted(model)
     if found is None:
-        return "nobody noted what loading filled; start it from a snapshot, with --load-format thaw"
+        return (
+            "nobody noted what loading filled; start it with --load-format thaw, from a snapshot that as many ranks "
+            "have written"
+        )
     if found.broken is not None:
         return f"an earlier swap left it broken ({found.broken})"
     return None
-
-
-def _ended(held: Offer) -> None:
-    with contextlib.suppress(ThawError):
-        held.withdraw(_AT_THE_END)

@@ -21,6 +21,7 @@ from starlette.datastructures import State
 from starlette.requests import Request
 
 from ....errors import (
+    BusyError,
     DeviceError,
     ExistsError,
     FormatError,
@@ -56,6 +57,7 @@ STATUS: dict[type[ThawError], int] = {
     ExistsError: 409,
     MismatchError: 409,
     FormatError: 422,
+    BusyError: 409,
     UnsupportedError: 501,
     DeviceError: 503,
     SpaceError: 507,
