@@ -15,7 +15,7 @@ from thaw_vllm.format.header import Header
 from thaw_vllm.format.identity import Identity
 from thaw_vllm.serve.config import Model
 from thaw_vllm.serve.engine import Runtime, ServerEngine
-from thaw_vllm.serve.resident import RefusedError
+from thaw_vllm.serve.resident import BusyEngineError, RefusedError
 from thaw_vllm.weights import cache
 from thaw_vllm.weights.capture import capture
 from thaw_vllm.weights.checkpoint import open_checkpoint
@@ -110,3 +110,21 @@ def test_it_is_swapped_to_the_file_that_is_known(engine, runtime, tmp_path):
     runtime.known["b"] = str(tmp_path / "evicted.thaw")
     with pytest.raises(RefusedError, match="no use"):
         asyncio.run(one.swap(model))
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "raised", "again"),
+    [
+        (409, "BusyError", BusyEngineError, True),
+        (409, "MismatchError", RefusedError, True),
+        (501, "UnsupportedError", RefusedError, False),
+        (500, "ThawError", ThawError, True),
+    ],
+)
+def test_a_swap_that_is_refused(engine, tmp_path, status, kind, raised, again):
+    """Who is busy says nothing of other times, and other models."""
+    one = engine(NAMED, (status, {"error": {"type": kind, "message": "why"}}))
+    learn(one)
+    with pytest.raises(ThawError, match="why") as found:
+        asyncio.run(one.swap(Model("d", "m/d", snapshot=str(tmp_path / "d.thaw"))))
+    assert type(found.value) is raised and one.swaps(NAMED) == again

@@ -12,11 +12,11 @@ from tests.serve.fake_engine import FakeEngine, refused
 from tests.serve.loops import event_loops
 
 from thaw_vllm.errors import ThawError, UsageError
-from thaw_vllm.serve import failures
+from thaw_vllm.serve import changes, failures
 from thaw_vllm.serve import pool as subject
 from thaw_vllm.serve.config import Model, Settings
 from thaw_vllm.serve.pool import Pool
-from thaw_vllm.serve.resident import CutError, State, UnavailableError, UnknownModelError
+from thaw_vllm.serve.resident import BusyEngineError, CutError, State, UnavailableError, UnknownModelError
 
 
 @pytest.fixture(autouse=True, params=["asyncio", "uvloop"])
@@ -208,6 +208,23 @@ class TestWays:
         assert bench.log == [("start", "a"), ("swap", "b"), ("stop", "a"), ("start", "b"), ("stop", "b")]
         told = bench.whys("swap refused")
         assert told == ["another rope"]
+
+    @pytest.mark.parametrize("busy", [True, False])
+    def test_what_is_busy_is_asked_again_later(self, busy: bool, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(changes, "BUSY", 0.05)
+        bench = Bench(*models("a", "b", "c"), given={"swappable": {"a", "b"}, "parkable": True})
+
+        async def work() -> None:
+            await bench.ask("a")
+            bench.engines[0].faults["swap"] = BusyEngineError("still copying") if busy else refused("another rope")
+            assert [await bench.ask(name) for name in "bac"] == list("bac")
+            del bench.engines[0].faults["swap"]
+            await asyncio.sleep(0.1)
+            (one,) = (one for one in bench.pool.residents if one.engine is bench.engines[0])
+            assert one.refused == (set() if busy else {"b"})
+
+        play(bench, work)
+        assert bench.log.count(("swap", "b")) == 1, "not at once"
 
     def test_what_refuses_to_be_parked_is_stopped(self):
         bench = Bench(*models("a", "b"), given={"parkable": True, "faults": {"park": refused("no sleep mode")}})

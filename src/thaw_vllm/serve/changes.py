@@ -13,10 +13,12 @@ from typing import Any
 from ..errors import ThawError
 from .config import Model, Settings
 from .events import Events
-from .resident import Done, Engine, RefusedError, Resident, State
+from .resident import BusyEngineError, Done, Engine, RefusedError, Resident, State
 
 REMEMBERED = 9
 """Times of a model's last starts, swaps and wakes."""
+BUSY = 60.0
+"""Seconds in which an engine that would not swap just now is not asked again."""
 
 
 class Changes:
@@ -111,6 +113,8 @@ class Changes:
             done = await one.engine.swap(one.model)
         except RefusedError as error:
             one.refused.add(one.model.name)
+            if isinstance(error, BusyEngineError):
+                asyncio.get_running_loop().call_later(BUSY, one.refused.discard, one.model.name)
             self._say("swap refused", one, why=str(error))
             one.model = before
             self._ready(one)

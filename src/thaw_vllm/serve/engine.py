@@ -20,11 +20,11 @@ import aiohttp
 from ..engines.vllm.command_line import given
 from ..engines.vllm.kv.access import SNAPSHOTS_VARIABLE, TOKEN_HEADER, TOKEN_VARIABLE
 from ..engines.vllm.serve_variables import PARENT_VARIABLE, START_VARIABLE
-from ..errors import ThawError
+from ..errors import BusyError, ThawError
 from .config import Model
 from .kept_snapshots import outdated
 from .log import ServerLog
-from .resident import Done, RefusedError
+from .resident import BusyEngineError, Done, RefusedError
 
 KEY_VARIABLE = "VLLM_API_KEY"
 KEEP_ALIVE = 2.0
@@ -221,6 +221,8 @@ class ServerEngine:
             return Done(seconds, int(found.get("host_bytes", 0)))
         told = found.get("error")
         why = str(told.get("message")) if isinstance(told, dict) else f"its server answered {status}"
+        if isinstance(told, dict) and told.get("type") == BusyError.__name__:
+            raise BusyEngineError(why)
         if status in _REFUSALS:
             self._unswappable |= what == "swap" and status == 501
             raise RefusedError(why)

@@ -51,6 +51,10 @@ class RefusedError(ThawError):
     """An engine would not do this, and is as it was."""
 
 
+class BusyEngineError(RefusedError):
+    """It would not just now."""
+
+
 @dataclass(frozen=True)
 class Done:
     """What an engine tells of a change.

@@ -61,6 +61,7 @@ class FakeCore:
         "thaw_source": {"path": "old.thaw", "content": "c0", "set": None},
         "thaw_wakeable": {},
         "thaw_withdraw": {"withdrawn": False},
+        "thaw_offer": {"content": "c0", "socket": "s"},
         "thaw_pid": {"pid": 42},
         "thaw_trim": {"left": 7},
         "thaw_pin": {"bytes": 12, "seconds": 0.1, "why": "mapped"},

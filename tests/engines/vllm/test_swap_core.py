@@ -17,7 +17,7 @@ from thaw_vllm.engines.vllm import versions
 from thaw_vllm.engines.vllm.answers import raised
 from thaw_vllm.engines.vllm.kv import watch
 from thaw_vllm.engines.vllm.swap import core as swap_core
-from thaw_vllm.errors import DeviceError, MismatchError, ThawError, UnsupportedError, UsageError
+from thaw_vllm.errors import BusyError, DeviceError, MismatchError, ThawError, UnsupportedError, UsageError
 
 pytestmark = pytest.mark.vllm
 
@@ -162,6 +162,45 @@ def test_weights_that_another_engine_is_still_copying():
     with pytest.raises(UnsupportedError, match="still copying"):
         run(core, "swap")
     assert core.log == BEGUN and core.weights == "old" and len(core.scheduler.requests) == 2
+
+
+def test_what_some_ranks_have_withdrawn_is_offered_again_where_one_could_not():
+    core = FakeCore()
+    core.ranks = {
+        "thaw_withdraw": [{"withdrawn": True}, {"error": "BusyError", "message": "rank 1: still copying"}],
+        "thaw_swap_check": RANKS,
+    }
+    with pytest.raises(BusyError, match="rank 1: still copying"):
+        run(core, "swap")
+    assert core.log == [*BEGUN, RPC + "thaw_offer"] and core.weights == "old"
+
+
+@pytest.mark.parametrize("offering", [False, True])
+@pytest.mark.parametrize("fault", ["thaw_fill", "prefix"])
+def test_what_a_refused_swap_has_withdrawn_is_offered_again(fault: str, offering: bool):
+    core = FakeCore()
+    core.tells["thaw_withdraw"] = {"withdrawn": offering}
+    if fault == "prefix":
+        core.free = iter([False])
+    else:
+        core.tells[fault] = {"error": "MismatchError", "message": "has become another snapshot"}
+    with pytest.raises(ThawError):
+        run(core, "swap")
+    assert core.log.count(RPC + "thaw_offer") == offering and core.weights == "old"
+    core = FakeCore()
+    core.tells["thaw_withdraw"] = {"withdrawn": offering}
+    run(core, "swap")
+    assert RPC + "thaw_offer" not in core.log, "its weights are others now"
+
+
+def test_an_offer_that_cannot_be_made_again_hides_nothing():
+    core = FakeCore()
+    core.tells["thaw_withdraw"] = {"withdrawn": True}
+    core.tells["thaw_fill"] = {"error": "MismatchError", "message": "has become another snapshot"}
+    core.fail = (len(BEGUN) + len(EMPTIED) + len(FILL), RuntimeError("a worker died"))
+    with pytest.raises(MismatchError, match="another snapshot"):
+        run(core, "swap")
+    assert core.log[-1] == RPC + "thaw_offer"
 
 
 def test_requests_that_cannot_be_ended():

@@ -7,6 +7,7 @@ was told so lets new requests in afterwards (``finish``): it knows by then under
 
 from __future__ import annotations
 
+import contextlib
 import math
 import secrets
 from collections.abc import Callable
@@ -92,6 +93,7 @@ def swap(core: Any, options: dict[str, Any]) -> dict[str, Any]:
     Raises:
         UsageError: requests are running, and the engine was not paused.
         UnsupportedError, MismatchError, FormatError, StorageError: nothing was changed, the engine goes on.
+        BusyError: as these, for now.
     """
     clock = Phases()
     _whole(core)
@@ -100,7 +102,18 @@ def swap(core: Any, options: dict[str, Any]) -> dict[str, Any]:
     if not paused and versions.queued(core):
         raise UsageError("requests are running; wait for them, or pause the engine first")
     found = check(core, {"path": options["path"]})
-    all_raised(core.model_executor.collective_rpc("thaw_withdraw"))
+    withdrawn = core.model_executor.collective_rpc("thaw_withdraw")
+    try:
+        all_raised(withdrawn)
+        return _swapped(core, options, found, paused, clock)
+    except ThawError:  # nothing was changed
+        if any(answer.get("withdrawn") for answer in withdrawn):
+            with contextlib.suppress(Exception):
+                core.model_executor.collective_rpc("thaw_offer")
+        raise
+
+
+def _swapped(core: Any, options: dict[str, Any], found: dict[str, Any], paused: bool, clock: Phases) -> dict[str, Any]:
     clock.end("check")
     aborted = _abort(core)
     _forget(core)
