@@ -60,6 +60,8 @@ def test_weights_among_engines(thaw, started, monkeypatch, tmp_path):
 
     assert thaw("serve", "--register", "a=m", "--peer", "auto", "--offer-weights").code == 0
     assert started[0][2] == ["--zygote", "default", "--offer-weights", "--peer", "auto"]
+    ran = thaw("serve", "--register", "a=m", "--peer", "/an/offer.sock")
+    assert ran.code == 2 and "weights of one model" in ran.err and len(started) == 1
     found = []
     monkeypatch.setattr(serve, "_single", lambda *given: found.append(given[2].extra))
     monkeypatch.chdir(tmp_path)

@@ -191,6 +191,8 @@ def serve(
             raise UsageError(
                 "several models take no --caches: give it in the args of each in --models FILE, or unpack it first"
             )
+        if peer not in (None, AUTO):
+            raise UsageError(f"a socket lends the weights of one model; give several --peer {AUTO}")
         for directory in (kv_dir, sessions_dir):
             _require_directory(directory)
         passed = _shared(zygote, require_zygote, fast_start, cache_dir, kv_dir, sessions_dir)
