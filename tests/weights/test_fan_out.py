@@ -121,6 +121,9 @@ def test_every_rank_has_every_byte(folder):
         path, options = folder / "w.thaw", {}
         group = dist.new_group([1, 2])
         found.append(answer())
+        with torch.inference_mode():
+            group, model = None, large(None)
+            found.append(answer())
         if rank == 2:  # rank 0 of a group is not rank 0 of all
             group = dist.new_group([2], use_local_synchronization=True)
             found.append(answer())
@@ -141,7 +144,8 @@ def test_every_rank_has_every_byte(folder):
         assert found[1]["progress"][0] == found[1]["progress"][1] == found[1]["stored"]
         assert (found[1]["stored"] < size) == (rank == 0), "compressed on the disk, not on the way"
     assert (ranks[0][3]["error"], "not in the group" in ranks[0][3]["message"]) == ("UsageError", True)
-    assert ranks[1][3]["state"] == ranks[2][3]["state"] == first[0][0] == ranks[2][4]["state"]
+    assert ranks[1][3]["state"] == ranks[2][3]["state"] == first[0][0] == ranks[2][5]["state"]
+    assert all(found[4]["state"] == first[0][0] for found in ranks), "tensors made in inference mode"
     assert ranks[1][3]["route"].endswith("and on to 1 ranks by gloo")
 
 

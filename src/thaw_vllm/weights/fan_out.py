@@ -199,6 +199,7 @@ class _Fan:
         route = f"{report.route}, and on to {self._ranks.world - 1} ranks by {self._by}"
         return replace(report, seconds=seconds, route=route)
 
+    @torch.inference_mode()
     def _send(self, ready: _Ready) -> None:
         with self._on_device():
             for number, piece in enumerate(self._pieces):
@@ -236,6 +237,7 @@ class _Fan:
             stored=done,
         )
 
+    @torch.inference_mode()  # which is a mode of threads; the tensors may have been made in it
     def _receive(self) -> int:
         """Gives the bytes that have come."""
         failure: BaseException | None = None
