@@ -35,7 +35,9 @@ _WORD = re.compile(r"[A-Za-z0-9_./:@-]+")
 def freeze(
     model: Annotated[str, typer.Option(help="Model directory, or a name on the hub that is in the local cache.")],
     output: Annotated[Path, typer.Option(help="The snapshot; the manifest's name when there are several ranks.")],
-    tensor_parallel_size: Annotated[int, typer.Option(min=1, help="As for vllm serve; others thaw it more slowly.")] = 1,
+    tensor_parallel_size: Annotated[
+        int, typer.Option(min=1, help="As for vllm serve; others thaw it more slowly.")
+    ] = 1,
     pipeline_parallel_size: Annotated[int, typer.Option(min=1, help="As for vllm serve; it is fixed by freezing.")] = 1,
     enable_expert_parallel: Annotated[
         bool, typer.Option("--enable-expert-parallel", help="As for vllm serve; it is fixed, too.")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import torch.distributed
 
+from ...errors import ReplacedError
+from ...format.header import Header
 from ...weights.ranks import MAX_MESSAGE, Exchange, alone
 from .versions import cpu_group
 
@@ -30,3 +32,17 @@ def world_exchange() -> Exchange:
         return found
 
     return gather
+
+
+def require_one_set_of_all(header: Header, snapshot: str) -> None:
+    """Refuse files of several sets: each rank has opened its own by the manifest, which may have been replaced.
+
+    Every rank calls it; all of them raise.
+
+    Raises:
+        ReplacedError: ranks have opened different sets.
+    """
+    if header.ranks is None:
+        return
+    if len(set(world_exchange()(header.ranks.id.encode()))) > 1:
+        raise ReplacedError(f"{snapshot!r} was replaced by another set while the ranks opened it; start again")

@@ -38,6 +38,7 @@ from ...weights.restore import RestoreReport, match
 from ...weights.stream import StreamReport
 from . import audit, automatic, compiled, offering, resharding, streaming
 from .automatic import Outcome
+from .exchange import require_one_set_of_all
 from .failures import noted
 from .freezing import UNTIED, Freezing, source_checkpoint
 from .identity import engine_identity, model_directory, replica
@@ -296,6 +297,7 @@ class ThawModelLoader(BaseModelLoader):
             reading(opened.source, targets.values(), options(progress), self._kept(targets.values(), helped)) as way,
         ):
             header = self._checked(opened, model_config, identity, snapshot)
+            require_one_set_of_all(header, snapshot)
             checked = time.perf_counter()
             owners = audit.attribute_owners(model, header.attributes)
             match(opened.snapshot, targets, required, opened.source.name)
