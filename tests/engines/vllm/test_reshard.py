@@ -141,6 +141,8 @@ def test_a_parameter_beside_divided_layers(disabled: bool):
     else:
         with pytest.raises(UnsupportedError, match=r"'0\.sink' is not known: .*its own part"):
             divisions(model, ["0.sink"])
+    attention.register_buffer("scale", torch.ones(()))
+    assert divisions(model, ["0.scale"]) == {"0.scale": WHOLE}, "one number is no part of anything"
 
 
 def frozen(target: Path, value: int, places: list[dict[str, int]]) -> None:

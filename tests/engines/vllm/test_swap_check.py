@@ -504,7 +504,7 @@ def test_an_engine_that_was_left_broken(directory: Path, freeze: Callable, engin
 
 def test_an_engine_that_vllm_loaded(directory: Path, freeze: Callable, engine: Callable):
     running = engine(directory, None)
-    with pytest.raises(UnsupportedError, match="nobody noted what loading filled; start the engine from a snapshot"):
+    with pytest.raises(UnsupportedError, match="loading filled; start the engine with --load-format thaw"):
         running.check(freeze(directory))
 
 

@@ -51,7 +51,7 @@ def _unknown(name: str, why: str) -> UnsupportedError:
 def _division(module: torch.nn.Module, attribute: str, parameter: torch.Tensor, ranks: int) -> Division:
     loader = getattr(parameter, "weight_loader", default_weight_loader)
     if loader is default_weight_loader:
-        if any(isinstance(child, _DIVIDED) and not getattr(child, "disable_tp", False) for child in module.children()):
+        if parameter.numel() > 1 and _holds_divided(module):
             raise UnsupportedError(f"{type(module).__name__} may give each rank its own part, as of what is beside it")
         return WHOLE
     if loader is row_parallel_weight_loader:
@@ -66,6 +66,10 @@ def _division(module: torch.nn.Module, attribute: str, parameter: torch.Tensor, 
     if experts is not None and method is experts.weight_loader:
         return _experts(layer, attribute, parameter, ranks)
     raise UnsupportedError(f"{type(layer).__name__} loads it in its own way")
+
+
+def _holds_divided(module: torch.nn.Module) -> bool:
+    return any(isinstance(child, _DIVIDED) and not getattr(child, "disable_tp", False) for child in module.children())
 
 
 def _divided(module: Any, ranks: int) -> bool:
