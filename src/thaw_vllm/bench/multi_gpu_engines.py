@@ -69,9 +69,12 @@ def measure(settings: Settings, say: Say) -> Outcome:
         )
         outcome += cold_start.measure(starts, say)
         if not outcome.interrupted:
-            outcome += kv.measure(
-                kv.Settings(settings.model, (), Path(folder), settings.runs, None, args, settings.limits), say
-            )
+            asked = kv.Settings(settings.model, (), Path(folder), settings.runs, None, args, settings.limits)
+            try:
+                outcome += kv.measure(asked, say)
+            except ThawError as error:  # what was measured before is worth something all the same
+                say(f"{kv.FREEZE}: {error}")
+                outcome.missed.append(Missed(kv.FREEZE, "thaw", "", str(error)))
     own = [record for record in outcome.records if record.system != "limit"]  # limits are of one link
     outcome.records = [dataclasses.replace(one, extra=one.extra | {"ranks": settings.ranks}) for one in own]
     return outcome
