@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from . import ceilings, residency, together
+from . import ceilings, together
 from .files import Files
 from .llama import Shape, shape_for
 from .outcome import Missed, Outcome, Say
@@ -18,7 +18,7 @@ from .record import Record, file_system_of
 from .rounds import Entry
 from .systems import THAW
 from .together import Round
-from .weights import DISK, MEDIUM, PAGECACHE, TMPFS, applies, made
+from .weights import DISK, MEDIUM, PAGECACHE, TMPFS, applies, cold, made, warm
 
 LINK, RESTORE, PEER, BROADCAST = "h2d", "restore", "peer", "broadcast"
 WORKS = (LINK, RESTORE, PEER, BROADCAST)
@@ -143,7 +143,7 @@ def _restore(medium: str, files: Sequence[Files], settings: Settings, say: Say) 
             entries = [_entry(device, shape, own) for device, own in zip(devices, files, strict=False)]
             try:
                 rounds[count].append(
-                    together.run(entries, _cold if medium == DISK else _warm, [one.folder for one in files])
+                    together.run(entries, cold if medium == DISK else warm, [one.folder for one in files])
                 )
             except ChildError as error:
                 outcome.missed.append(Missed(work, "thaw", route, str(error)))
@@ -238,21 +238,28 @@ def _repeated(
         here = entries() if callable(entries) else entries
         count = len(here)
         try:
-            rounds.append(together.run(here, lambda entry: _warm(entry) if entry.files else None, [files.folder]))
+            rounds.append(together.run(here, lambda entry: warm(entry) if entry.files else None, [files.folder]))
         except ChildError as error:
             say(f"{work}, {route}: {error}")
             return Outcome(missed=[Missed(work, "thaw", route, str(error))])
         slowest = max(answer["seconds"] for answer in rounds[-1].answers)
         say(f"{work}, round {turn + 1} of {settings.runs}, {route}: {slowest:.3f} s")
-    answers = [answer for one in rounds for answer in one.answers]
-    different = next((answer["different"] for answer in answers if answer["different"]), None)
-    extra: dict[str, Any] = {"ranks": count, "way": answers[0]["route"], "phases": answers[0]["phases"]}
-    if different is not None:
-        extra["different"] = different
-    peaks = [one.process_mib for one in rounds if one.process_mib is not None]
+    first = rounds[0].answers[0]
+    extra = {"ranks": count, "way": first["route"], "phases": first["phases"]} | _difference(rounds)
     seconds = [max(answer["seconds"] for answer in one.answers) for one in rounds]
-    peak = round(max(peaks), 1) if peaks else None
-    return Outcome([Record(work, "thaw", route, files.bytes, seconds, "warm", True, different is None, peak, extra)])
+    equal = "different" not in extra
+    return Outcome([Record(work, "thaw", route, files.bytes, seconds, "warm", True, equal, _peak(rounds), extra)])
+
+
+def _difference(rounds: Sequence[Round]) -> dict[str, Any]:
+    """``different``, the first tensor that was not as in the source; empty where there is none."""
+    found = next((answer["different"] for one in rounds for answer in one.answers if answer["different"]), None)
+    return {} if found is None else {"different": found}
+
+
+def _peak(rounds: Sequence[Round]) -> float | None:
+    peaks = [one.process_mib for one in rounds if one.process_mib is not None]
+    return round(max(peaks), 1) if peaks else None
 
 
 def _entry(device: str, shape: Shape, files: Files) -> Entry:
@@ -268,36 +275,22 @@ def _entry(device: str, shape: Shape, files: Files) -> Entry:
     return Entry("thaw", device, "restore", request, tuple(paths))
 
 
-def _warm(entry: Entry) -> float:
-    return _in_state(entry, residency.fill(entry.files), lambda share: share >= residency.WARM, "kept in memory")
-
-
-def _cold(entry: Entry) -> float:
-    return _in_state(entry, residency.drop(entry.files), lambda share: share <= residency.COLD, "made cold")
-
-
-def _in_state(entry: Entry, share: float, good: Callable[[float], bool], what: str) -> float:
-    if not good(share):
-        raise ChildError(f"the files of {entry.label} could not be {what}: {share:.1%} of them are in memory")
-    return share
-
-
 def _record(
     medium: str, devices: Sequence[str], files: Sequence[Files], rounds: Sequence[Round], settings: Settings
 ) -> Record:
     last = rounds[-1].answers
-    different = next((a["different"] for one in rounds for a in one.answers if a["different"]), None)
-    peaks = [one.process_mib for one in rounds if one.process_mib is not None]
-    extra: dict[str, Any] = _ranks(devices) | {
-        "medium": MEDIUM[medium],
-        "directory": str(files[0].folder.parent.parent),
-        "residency": [round(one.residency or 0.0, 4) for one in rounds],
-        "machine_mib": max(one.machine_mib for one in rounds),
-        "rank_seconds": [[round(answer["seconds"], 4) for answer in one.answers] for one in rounds],
-        "way": last[0]["route"],
-    }
-    if different is not None:
-        extra["different"] = different
+    extra = (
+        _ranks(devices)
+        | {
+            "medium": MEDIUM[medium],
+            "directory": str(files[0].folder.parent.parent),
+            "residency": [round(one.residency or 0.0, 4) for one in rounds],
+            "machine_mib": max(one.machine_mib for one in rounds),
+            "rank_seconds": [[round(answer["seconds"], 4) for answer in one.answers] for one in rounds],
+            "way": last[0]["route"],
+        }
+        | _difference(rounds)
+    )
     return Record(
         restore_work(len(settings.devices)),
         "thaw",
@@ -306,8 +299,8 @@ def _record(
         [one.seconds for one in rounds],
         "cold" if medium == DISK else "warm",
         True,
-        different is None,
-        round(max(peaks), 1) if peaks else None,
+        "different" not in extra,
+        _peak(rounds),
         extra,
         file_system_of(files[0].folder),
     )

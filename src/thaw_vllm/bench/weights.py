@@ -173,7 +173,7 @@ def _restore(work: str, files: Files, shape: Shape, systems: Sequence[System], s
             entries.append(Entry(candidate.name, label, task, request | {"verify": label == VERIFIED}, tuple(paths)))
     number = 1 if work == WARM else settings.cold_runs if work == DISK else settings.runs
     named = CPU if device == "cpu" else work
-    samples, failed = rounds.run(named, entries, number, _cold if work == DISK else _warm, say, [files.folder])
+    samples, failed = rounds.run(named, entries, number, cold if work == DISK else warm, say, [files.folder])
     outcome.missed += failed
     for entry in entries:
         if samples[entry.name]:
@@ -181,14 +181,16 @@ def _restore(work: str, files: Files, shape: Shape, systems: Sequence[System], s
     return outcome
 
 
-def _cold(entry: Entry) -> float:
+def cold(entry: Entry) -> float:
+    """Have an entry's files out of the page cache; the share that stayed."""
     left = residency.drop(entry.files)
     if left > residency.COLD:
         raise ChildError(f"its files could not be made cold: {left:.1%} of them stayed in the page cache")
     return left
 
 
-def _warm(entry: Entry) -> float:
+def warm(entry: Entry) -> float:
+    """Have them in memory; the share that is there."""
     found = residency.fill(entry.files)
     if found < residency.WARM:
         raise ChildError(f"its files could not be kept in memory: {found:.1%} of them are there; is memory short?")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
 import secrets
@@ -10,7 +9,7 @@ import shutil
 from pathlib import Path
 from types import TracebackType
 
-from ..transport.writer import ANY_TOKEN, hidden_name, link_or_rename, sync_directory
+from ..transport.writer import hidden_name, link_or_rename, remove_stale_directories, sync_directory
 
 _NAME = "thaw-caches"
 
@@ -108,11 +107,4 @@ class Staging:
 
 def remove_stale(place: Path) -> None:
     """Remove what killed processes left in a place; what a living one writes to stays."""
-    for left in place.glob(hidden_name(_NAME, ANY_TOKEN)):
-        with contextlib.suppress(OSError):
-            descriptor = os.open(left, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(left, ignore_errors=True)
-            finally:
-                os.close(descriptor)
+    remove_stale_directories(place, _NAME)

@@ -58,6 +58,11 @@ class Header:
     metadata: dict[str, str] = field(default_factory=dict)
     kv: Layout | None = None
 
+    @property
+    def set_id(self) -> str | None:
+        """Of the set of ranks' files that the file belongs to; None of one that stands alone."""
+        return None if self.ranks is None else self.ranks.id
+
     def to_json(self) -> JSONObject:
         """The document of docs/format.md, section 3."""
         document: JSONObject = {

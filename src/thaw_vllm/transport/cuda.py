@@ -34,6 +34,8 @@ _NOT_READY = 600
 """CUDA_ERROR_NOT_READY."""
 _NATIVE_ATOMICS = 3
 """CU_DEVICE_P2P_ATTRIBUTE_NATIVE_ATOMIC_SUPPORTED: NVLink has them, PCI Express has not."""
+LAZILY = 1
+"""CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS, without which the driver refuses to open a handle."""
 
 
 class IpcHandle(ctypes.Structure):

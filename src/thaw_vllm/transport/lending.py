@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CorruptionError, DeviceError, MismatchError, StorageError
-from .cuda import ADDRESS, SIZE, Context, IpcHandle, Stream
+from .cuda import ADDRESS, LAZILY, SIZE, Context, IpcHandle, Stream
 from .links import by_driver
 from .pipeline import Range
 from .source import MemorySource, copy
@@ -31,8 +31,6 @@ from .wordsum_cuda import Kernel
 if TYPE_CHECKING:
     import torch
 
-_LAZILY = 1
-"""CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS, without which the driver refuses to open a handle."""
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 """What a borrower asks of a memory file: reading beyond the end of one that was cut off would end its process."""
 _STREAMS = 4
@@ -183,7 +181,7 @@ class BorrowedGpu:
             with self._context.entered():
                 for handle in handles:
                     made = IpcHandle.from_buffer_copy(bytes.fromhex(handle))
-                    self._mapped.append(self._context.driver.made("cuIpcOpenMemHandle_v2", made, _LAZILY))
+                    self._mapped.append(self._context.driver.made("cuIpcOpenMemHandle_v2", made, LAZILY))
                 ends = [_end(self._context, address) for address in self._mapped]
             if any(self._mapped[number] + at + size > ends[number] for number, at, size in runs):
                 raise MismatchError(f"{name} reach beyond the memory that is lent")

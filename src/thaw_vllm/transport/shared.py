@@ -17,13 +17,11 @@ from typing import Any
 import torch
 
 from ..errors import DeviceError, MismatchError, StorageError, ThawError
-from .cuda import Context, IpcHandle
+from .cuda import LAZILY, Context, IpcHandle
 from .links import by_driver
 
 _WHOLE = 2 << 20
 """Bytes of which CUDA wants a multiple: a smaller allocation may be part of another's block, and a handle is of all."""
-_LAZILY = 1
-"""CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS, without which the driver refuses to open a handle."""
 
 
 class Made:
@@ -121,7 +119,7 @@ def mapped(told: dict[str, Any], device: torch.device) -> torch.Tensor:
     handle = IpcHandle.from_buffer_copy(bytes.fromhex(told["handle"]))
     with context.entered():
         try:
-            address = context.driver.made("cuIpcOpenMemHandle_v2", handle, _LAZILY)
+            address = context.driver.made("cuIpcOpenMemHandle_v2", handle, LAZILY)
         except DeviceError as error:
             raise DeviceError(f"the memory to share cannot be mapped: {error}") from None
     return _tensor(address, size, device)

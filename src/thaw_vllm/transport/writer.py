@@ -8,6 +8,8 @@ import fcntl
 import glob
 import os
 import secrets
+import shutil
+from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import TracebackType
@@ -205,6 +207,24 @@ def remove_stale(directory: Path, names: str) -> list[Path]:
             finally:
                 os.close(fd)
     return removed
+
+
+def remove_stale_directories(directory: Path, names: str) -> None:
+    """``remove_stale``, of hidden directories."""
+    for left in directory.glob(hidden_name(names, ANY_TOKEN)):
+        with contextlib.suppress(OSError), locked(left):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Hold a directory's lock; OSError where another writer does, or the file system has none."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(fd)
 
 
 def staged(directory: Path, names: str) -> list[Path]:

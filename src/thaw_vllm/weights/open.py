@@ -101,8 +101,7 @@ def require_one_set(opened: Iterable[Opened], path: str | os.PathLike[str]) -> N
     Raises:
         ReplacedError: they are of several sets.
     """
-    headers = [one.snapshot.header for one in opened]
-    if len({None if header.ranks is None else header.ranks.id for header in headers}) > 1:
+    if len({one.snapshot.header.set_id for one in opened}) > 1:
         raise ReplacedError(f"{os.fspath(path)!r} was replaced by another set while it was opened; start again")
 
 

@@ -9,13 +9,13 @@ import glob
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
 from ..errors import ExistsError, SpaceError, StorageError, UsageError
 from ..transport.swap import swap
-from ..transport.writer import ANY_TOKEN, StagedFile, hidden_name, sync_directory
+from ..transport.writer import ANY_TOKEN, StagedFile, hidden_name, locked, remove_stale_directories, sync_directory
 
 
 class StagedDirectory:
@@ -109,7 +109,7 @@ class StagedDirectory:
         with contextlib.ExitStack() as stack:
             # No other writer may take the old one for stale while it is aside; network file systems may lack locks.
             with contextlib.suppress(OSError):
-                stack.enter_context(_locked(self.target))
+                stack.enter_context(locked(self.target))
             try:
                 os.rename(self.target, old)
                 os.rename(self.path, self.target)
@@ -147,26 +147,13 @@ class StagedDirectory:
     def _remove_stale(self) -> None:
         name = glob.escape(self.target.name)
         for old in self.target.parent.glob(_aside(name, ANY_TOKEN)):
-            with contextlib.suppress(OSError), _locked(old):
+            with contextlib.suppress(OSError), locked(old):
                 self._settle(old)
-        for left in self.target.parent.glob(hidden_name(name, ANY_TOKEN)):
-            with contextlib.suppress(OSError), _locked(left):
-                shutil.rmtree(left, ignore_errors=True)
+        remove_stale_directories(self.target.parent, name)
 
 
 def _aside(name: str, token: str) -> str:
     return f".{name}.{token}.thaw-old"
-
-
-@contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Hold the directory's lock; OSError where another writer does, or the file system has none."""
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(fd)
 
 
 def check_directory(target: str | os.PathLike[str], force: bool, ours: Callable[[str], bool]) -> None:

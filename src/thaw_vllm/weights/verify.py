@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from ..errors import CorruptionError, ReplacedError
 from ..format.chunks import Chunk
-from ..format.header import Header
 from ..format.snapshot import Snapshot
 from ..transport import parallel
 from ..transport.read import Piece, piece_of, read
@@ -113,7 +112,7 @@ def verify(
     for rank in range(len(members) + 1):
         with open_rank(path, rank) if rank else open_snapshot(path) as opened:
             ours = opened.snapshot.header
-            if ours != header if rank == 0 else _set_of(ours) != _set_of(header):
+            if ours != header if rank == 0 else ours.set_id != header.set_id:
                 raise ReplacedError(f"{os.fspath(path)!r} was replaced while it was being verified; run it again")
             advance(opened.snapshot.preamble.payload_at)
             chunks += _check_chunks(opened, workers, content, advance)
@@ -190,7 +189,3 @@ def _owners(snapshot: Snapshot) -> dict[int, str]:
         if tensor.storage is not None:
             found.setdefault(tensor.storage, repr(tensor.name))
     return found
-
-
-def _set_of(header: Header) -> str | None:
-    return header.ranks.id if header.ranks is not None else None

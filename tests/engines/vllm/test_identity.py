@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 
 from thaw_vllm.engines.vllm import identity
 from thaw_vllm.errors import MismatchError, UnsupportedError
-from thaw_vllm.format.identity import Parallel
+from thaw_vllm.format.identity import Identity, Parallel
 
 
 def configuration(*, moe: bool = True, **parallel: Any) -> Any:
@@ -135,17 +136,19 @@ def test_the_digest_of_experts_is_that_of_the_format():
     [
         (Parallel(dp_size=2), {}, "frozen with data_parallel_size=2, the engine is asked to run 1; pass data_parallel"),
         (Parallel(dp_size=2), {"data_parallel_size": 4}, "is asked to run 4"),
-        (Parallel(0, 2, ep_size=2), {}, "pass enable_expert_parallel=True or freeze again"),
+        (Parallel(0, 2, ep_size=2), {"tensor_parallel_size": 2}, "pass enable_expert_parallel=True or freeze again"),
     ],
 )
 def test_options_that_cannot_lead_to_a_snapshot_are_told_before_anything_starts(held: Any, asked: Any, words: str):
     with pytest.raises(MismatchError, match=words):
-        identity.check_asked("w.thaw", held, asked)
+        identity.check_asked("w.thaw", Identity("raw", parallel=held), asked)
 
 
 def test_options_of_which_the_workers_judge(monkeypatch: pytest.MonkeyPatch):
-    identity.check_asked("w.thaw", Parallel(0, 2), {"data_parallel_size": 2, "enable_expert_parallel": True})
-    identity.check_asked("w.thaw", Parallel(dp_size=2), {"data_parallel_size": 2})
+    of = partial(Identity, "raw")
+    ranks = {"data_parallel_size": 2, "enable_expert_parallel": True}
+    identity.check_asked("w.thaw", of(parallel=Parallel(0, 2)), ranks)
+    identity.check_asked("w.thaw", of(parallel=Parallel(dp_size=2)), {"data_parallel_size": 2})
     monkeypatch.setenv("VLLM_DP_SIZE", "2")
-    identity.check_asked("w.thaw", Parallel(dp_size=2), {})
-    identity.check_asked("w.thaw", Parallel(), {})
+    identity.check_asked("w.thaw", of(parallel=Parallel(dp_size=2)), {})
+    identity.check_asked("w.thaw", of(parallel=Parallel()), {})

@@ -23,7 +23,7 @@ from tests.weights.test_restore import module, other
 from tests.zygote.running import until
 
 from thaw_vllm import freeze_model
-from thaw_vllm.engines.vllm import automatic, loader, offering
+from thaw_vllm.engines.vllm import automatic, loader, offering, versions
 from thaw_vllm.engines.vllm.loader import LoaderConfig
 from thaw_vllm.engines.vllm.swap import filled
 from thaw_vllm.errors import BusyError, CorruptionError, MismatchError, StorageError, UnsupportedError, UsageError
@@ -62,7 +62,8 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.nn.
     model, path = module(**small()), tmp_path / "w.thaw"
     report = freeze_model(model, path)
     noted = SimpleNamespace(path=str(path), content=report.content, broken=None)
-    monkeypatch.setattr(offering, "_why_not", lambda *_: None)
+    monkeypatch.setattr(offering, "may_change", lambda *_: None)
+    monkeypatch.setattr(offering, "unknown", lambda _: None)
     monkeypatch.setattr(offering, "noted", lambda _: noted)
     yield model
     offering.withdraw(model)
@@ -248,7 +249,7 @@ def test_what_may_not_be_offered(directory: Path, base: Path, engine: Callable, 
     with pytest.raises(UnsupportedError, match="nobody noted what loading filled"):
         engine(directory, None).ask("thaw_offer")
     with monkeypatch.context() as patch:
-        patch.setattr(offering.versions, "identity_processing", lambda model: "it is packed")
+        patch.setattr(versions, "identity_processing", lambda model: "it is packed")
         with pytest.raises(UnsupportedError, match="cannot be offered to others: it is packed"):
             running.ask("thaw_offer")
     base.unlink()

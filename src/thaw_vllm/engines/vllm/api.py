@@ -202,19 +202,7 @@ def check_sizes(path: str, llm_kwargs: dict[str, Any]) -> None:
             f"{path!r} holds the {identity.stage!r} stage of {identity.engine or 'a plain module'}; vLLM needs the raw "
             "stage: thaw freeze --model M --output weights.thaw"
         )
-    ranks = identity.parallel
-    divisible = identity.quantization is None and ranks.rank == 0 and ranks.ep_size == 1
-    for name, held, other in (
-        ("tensor_parallel_size", identity.parallel.tp_size, divisible),
-        ("pipeline_parallel_size", identity.parallel.pp_size, False),
-    ):
-        asked = llm_kwargs.get(name, 1)
-        if asked != held and not other:
-            raise MismatchError(
-                f"{path!r} was frozen with {name}={held}, the engine is asked to run {asked}; pass {name}={held} or "
-                "freeze again"
-            )
-    check_asked(path, identity.parallel, llm_kwargs)
+    check_asked(path, identity, llm_kwargs)
 
 
 def check_kv(kv_snapshot: str, snapshot: str) -> None:

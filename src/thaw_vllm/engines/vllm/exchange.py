@@ -42,7 +42,5 @@ def require_one_set_of_all(header: Header, snapshot: str) -> None:
     Raises:
         ReplacedError: ranks have opened different sets.
     """
-    if header.ranks is None:
-        return
-    if len(set(world_exchange()(header.ranks.id.encode()))) > 1:
+    if header.set_id is not None and len(set(world_exchange()(header.set_id.encode()))) > 1:
         raise ReplacedError(f"{snapshot!r} was replaced by another set while the ranks opened it; start again")

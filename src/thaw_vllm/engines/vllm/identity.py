@@ -160,19 +160,24 @@ def held_experts(model: torch.nn.Module, parallel: Parallel) -> Experts | None:
     return Experts(" and ".join(rules) or "in no layer", blake3(canonical(layers)).hexdigest())
 
 
-def check_asked(path: str, held: Parallel, asked: dict[str, Any]) -> None:
-    """Refuse an engine whose options cannot lead to a snapshot's data- and expert-parallel sizes.
+def check_asked(path: str, held: Identity, asked: dict[str, Any]) -> None:
+    """Refuse an engine whose options cannot lead to parallel sizes by which it can thaw a snapshot.
 
-    A dense model's options may name sizes that its ranks do not have; of these the workers judge.
+    A dense model's options may name data- and expert-parallel sizes that its ranks do not have; of these the workers
+    judge, and of how another number of tensor-parallel ranks would divide its parameters.
 
     Args:
         asked: vLLM's options.
     """
+    sizes = held.parallel
     replicas = asked.get("data_parallel_size", _number(os.environ.get("VLLM_DP_SIZE")))
     expert = bool(asked.get("enable_expert_parallel"))
+    divisible = held.quantization is None and sizes.rank == 0 and sizes.ep_size == 1
     for option, mine, given, binding in (
-        ("data_parallel_size", held.dp_size, replicas, held.dp_size > 1),
-        ("enable_expert_parallel", held.ep_size > 1, expert, held.ep_size > 1),
+        ("tensor_parallel_size", sizes.tp_size, asked.get("tensor_parallel_size", 1), not divisible),
+        ("pipeline_parallel_size", sizes.pp_size, asked.get("pipeline_parallel_size", 1), True),
+        ("data_parallel_size", sizes.dp_size, replicas, sizes.dp_size > 1),
+        ("enable_expert_parallel", sizes.ep_size > 1, expert, sizes.ep_size > 1),
     ):
         if binding and mine != given:
             raise MismatchError(

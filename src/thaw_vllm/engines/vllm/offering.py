@@ -19,8 +19,8 @@ from ...weights.open import Opened, open_rank
 from ...weights.peers import AUTO, offer, take
 from ...weights.reading import Reading, RestoreOptions
 from ...weights.restore import RestoreReport, restore
-from . import versions
-from .swap.filled import noted
+from .shared_weights import may_change
+from .swap.filled import noted, unknown
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -43,7 +43,7 @@ def lend(model: torch.nn.Module, config: VllmConfig, rank: int) -> dict[str, Any
         MismatchError, StorageError: the snapshot is gone, or another by now.
         DeviceError: the driver lends no such memory.
     """
-    why = _why_not(model, config)
+    why = may_change(model, config) or unknown(model)
     found = noted(model)
     if why is not None or found is None:
         raise UnsupportedError(f"this engine's weights cannot be offered to others: {why}")
@@ -134,22 +134,3 @@ class _Refusing:
         now = {name: target.data_ptr() for name, target in fillable(model)[0].items()}
         moved = next((name for name, place in self._places.items() if now.get(name) != place), None)
         return None if moved is None else f"{moved!r} is somewhere else by now"
-
-
-def _why_not(model: torch.nn.Module, config: VllmConfig) -> str | None:
-    why = versions.identity_processing(model) or versions.changed_by_configuration(config)
-    if why is not None:
-        return why
-    if config.model_config.enable_sleep_mode:
-        return "it may be put to sleep, which gives its memory away"
-    if getattr(config, "weight_transfer_config", None) is not None:
-        return "other weights may be sent to it"
-    found = noted(model)
-    if found is None:
-        return (
-            "nobody noted what loading filled; start it with --load-format thaw, from a snapshot that as many ranks "
-            "have written"
-        )
-    if found.broken is not None:
-        return f"an earlier swap left it broken ({found.broken})"
-    return None

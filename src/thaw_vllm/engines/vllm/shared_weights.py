@@ -90,17 +90,22 @@ class Placeholders:
         return found is not None and found() is parameter
 
 
+def may_change(model: torch.nn.Module, config: VllmConfig) -> str | None:
+    """Why an engine's weights may become others, or go elsewhere, once it has loaded them; None where nothing does."""
+    if getattr(config, "weight_transfer_config", None) is not None:
+        return "other weights may be sent to it"
+    if config.model_config.enable_sleep_mode:
+        return "it may be put to sleep, which gives its memory away"
+    return versions.identity_processing(model) or versions.changed_by_configuration(config)
+
+
 def require_shareable(model: torch.nn.Module, config: VllmConfig) -> None:
     """Refuse an engine that would write into its weights, or keep others than it is given.
 
     Raises:
         UnsupportedError: it would, or that is not known.
     """
-    why = versions.identity_processing(model) or versions.changed_by_configuration(config)
-    if config.model_config.enable_sleep_mode:
-        why = "it may be put to sleep, which gives its memory away"
-    if getattr(config, "weight_transfer_config", None) is not None:
-        why = "other weights may be sent to it"
+    why = may_change(model, config)
     if config.parallel_config.world_size != 1:
         why = f"it has {config.parallel_config.world_size} ranks"
     if why is not None:

@@ -16,7 +16,7 @@ from ....weights.open import Opened, open_rank
 from ....weights.restore import match
 from .. import versions
 from ..audit import digest, numbers
-from .filled import Filled, covered, hooks, noted
+from .filled import Filled, covered, hooks, noted, unknown
 from .front import require_files
 from .pins import pinned
 from .reach import uncovered
@@ -56,14 +56,8 @@ def check(worker: Any, path: str, *, quick: bool = False) -> dict[str, Any]:
             "tensors": len(index.tensors),
             "model": header.identity.model,
             "content": header.content,
-            "set": set_of(opened),
+            "set": opened.snapshot.header.set_id,
         }
-
-
-def set_of(opened: Opened) -> str | None:
-    """Id of the set of ranks' files that a file belongs to; None of one that stands alone."""
-    ranks = opened.snapshot.header.ranks
-    return None if ranks is None else ranks.id
 
 
 @contextlib.contextmanager
@@ -105,18 +99,7 @@ def why_not(model: torch.nn.Module, config: Any) -> str | None:
     Args:
         config: vLLM's, of the engine.
     """
-    why = versions.identity_processing(model) or versions.swap_obstacle(model, config)
-    if why is not None:
-        return why
-    found = noted(model)
-    if found is None:
-        return (
-            "nobody noted what loading filled; start the engine with --load-format thaw, from a snapshot that as many "
-            "ranks have written"
-        )
-    if found.broken is not None:
-        return f"an earlier swap left it broken ({found.broken})"
-    return None
+    return versions.identity_processing(model) or versions.swap_obstacle(model, config) or unknown(model)
 
 
 def changed(model: torch.nn.Module, config: Any, found: Filled, passing: list[torch.Tensor]) -> str | None:

@@ -13,7 +13,7 @@ from ....weights.capture import fillable
 from ....weights.reading import RestoreOptions, reading
 from ....weights.restore import restore
 from ..offering import withdraw
-from .check import opened_for, set_of, swappable
+from .check import opened_for, swappable
 from .filled import hold, renote
 
 _UNDER_WAY = "it was interrupted"
@@ -113,4 +113,4 @@ def _require_content(worker: Any, path: str, content: str | None) -> str | None:
     with opened_for(worker, path) as opened:
         if opened.snapshot.header.content != content:
             raise MismatchError(f"{path!r} is not the snapshot any more that this engine was filled from; put it back")
-        return set_of(opened)
+        return opened.snapshot.header.set_id

@@ -149,6 +149,17 @@ def noted(model: torch.nn.Module) -> Filled | None:
     return found if isinstance(found, Filled) else None
 
 
+def unknown(model: torch.nn.Module) -> str | None:
+    """Why its weights are not known to be those of a snapshot; None where they are."""
+    found = noted(model)
+    if found is None:
+        return (
+            "nobody noted what loading filled; start the engine with --load-format thaw, from a snapshot that as many "
+            "ranks have written"
+        )
+    return None if found.broken is None else f"an earlier swap left it broken ({found.broken})"
+
+
 def renote(model: torch.nn.Module, **changes: Any) -> None:
     """After a fill: where the weights are from now, or that they are broken."""
     found = noted(model)
