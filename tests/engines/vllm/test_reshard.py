@@ -26,6 +26,7 @@ from thaw_vllm.format.identity import Identity, Parallel
 from thaw_vllm.weights.capture import capture
 from thaw_vllm.weights.division import WHOLE, Division, Part
 from thaw_vllm.weights.freeze import FreezeOptions
+from thaw_vllm.weights.open import open_snapshot
 from thaw_vllm.weights.ranks import freeze_rank
 from thaw_vllm.weights.reading import RestoreOptions
 
@@ -169,9 +170,17 @@ def thawed(stage: int, stages: int, path: Path) -> torch.Tensor:
     model = torch.nn.Module()
     model.register_parameter(f"layer{stage}", torch.nn.Parameter(torch.zeros(8, 4)))
     identity = Identity("raw", engine="vllm", parallel=Parallel(pp_rank=stage, pp_size=stages))
+    told: list[str | None] = []
+
+    def begin(opened: str | None) -> None:
+        told.append(opened)
+        model.get_parameter(f"layer{stage}").detach().fill_(-1)  # nothing was written yet
+
     resharding.thaw(
-        model, identity, str(path), 2, RestoreOptions(), None, lambda opened, wanted: opened.snapshot.header
+        model, identity, str(path), 2, RestoreOptions(), None, lambda opened, wanted: opened.snapshot.header, begin
     )
+    with open_snapshot(path) as opened:
+        assert told == [opened.snapshot.header.set_id]
     return model.get_parameter(f"layer{stage}").detach()
 
 

@@ -23,7 +23,7 @@ from ...weights.freeze import FreezeReport
 from ...weights.ranks import Exchange
 from ...weights.restore import RestoreReport
 from .cache_key import Facts, find, key_of
-from .exchange import world_exchange
+from .exchange import require_one_set_of_all, world_exchange
 from .freezing import Freezing
 from .identity import require_ranks
 from .streaming import OWN_LOADERS
@@ -217,12 +217,13 @@ class _Start:
         kept: dict[str, torch.Tensor] = {}
         targets, _ = fillable(self._model)
 
-        def begin() -> None:
+        def begin(opened: str | None) -> None:
             """Every rank has found its file to be the right one; from here on tensors are written."""
             nonlocal begun
-            answers = self._ranks.tell(None)
+            answers = self._ranks.tell(None, opened=opened)
             if (why := _first(answers)) is not None:
                 raise _ElsewhereError(why, _any_file(answers))
+            require_one_set_of_all((answer["opened"] for answer in answers), str(path))
             begun = True
             buffers = {name for name, _ in self._model.named_buffers(remove_duplicate=False)}
             # In host memory: on a GPU they might lie in the pool of the weights, which would keep the room.

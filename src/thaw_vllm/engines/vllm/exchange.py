@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 import torch.distributed
 
-from ...errors import ReplacedError
-from ...format.header import Header
+from ...errors import ReplacedError, ThawError, named
 from ...weights.ranks import MAX_MESSAGE, Exchange, alone
 from .versions import cpu_group
 
@@ -34,13 +38,56 @@ def world_exchange() -> Exchange:
     return gather
 
 
-def require_one_set_of_all(header: Header, snapshot: str) -> None:
-    """Refuse files of several sets: each rank has opened its own by the manifest, which may have been replaced.
+class Together:
+    """The step of a thaw before anything is written: every rank of an engine has found its file right, or none writes.
 
-    Every rank calls it; all of them raise.
+    Every rank enters it, and calls it within when it is ready; a rank that leaves it otherwise fails all of them.
+    """
+
+    def __init__(self, snapshot: str, exchange: Exchange | None = None) -> None:
+        self._snapshot, self._exchange, self._told = snapshot, exchange or world_exchange(), False
+
+    def __enter__(self) -> Together:
+        return self
+
+    def __call__(self, opened: str | None) -> None:
+        """Go on when all do.
+
+        Args:
+            opened: tells the set of files, which has to be the same in all ranks.
+
+        Raises:
+            ThawError: of a rank's own kind, naming it: it cannot thaw.
+            ThawError: a rank has died.
+            ReplacedError: ranks have opened different sets; all of them raise it.
+        """
+        try:
+            answers = self._tell({"opened": opened})
+        except RuntimeError as error:
+            raise ThawError(f"ranks have lost each other before {self._snapshot!r} was thawed: {error}") from error
+        for rank, answer in enumerate(answers):
+            if "error" in answer:
+                raise (named(answer["error"]) or ThawError)(
+                    f"rank {rank} cannot thaw {self._snapshot!r}: {answer['message']}; nothing was copied"
+                )
+        require_one_set_of_all((answer["opened"] for answer in answers), self._snapshot)
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None and not self._told:
+            with contextlib.suppress(RuntimeError):  # the others are gone; this rank's own error is the one to see
+                self._tell({"error": type(error).__name__, "message": str(error)[: MAX_MESSAGE // 8]})
+
+    def _tell(self, said: dict[str, Any]) -> list[dict[str, Any]]:
+        self._told = True
+        message = json.dumps(said, ensure_ascii=False).encode(errors="replace")
+        return [json.loads(answer) for answer in self._exchange(message)]
+
+
+def require_one_set_of_all(opened: Iterable[str | None], snapshot: str) -> None:
+    """Refuse files of several sets: each rank has opened its own by the manifest, which may have been replaced.
 
     Raises:
         ReplacedError: ranks have opened different sets.
     """
-    if header.set_id is not None and len(set(world_exchange()(header.set_id.encode()))) > 1:
+    if len(set(opened)) > 1:
         raise ReplacedError(f"{snapshot!r} was replaced by another set while the ranks opened it; start again")

@@ -25,7 +25,7 @@ def reported() -> Iterator[str]:
             noted = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))]
             if not noted or isinstance(failure, ThawError):
                 raise
-            chosen = min(noted, key=lambda entry: entry["message"].startswith("rank "))
+            chosen = min(noted, key=lambda entry: entry["message"].startswith(("rank ", "ranks ")))
             if chosen["error"] == type(failure).__name__:  # it came here by itself
                 raise
             kind = named(chosen["error"])

@@ -38,7 +38,7 @@ from ...weights.restore import RestoreReport, match
 from ...weights.stream import StreamReport
 from . import audit, automatic, compiled, offering, resharding, streaming
 from .automatic import Outcome
-from .exchange import require_one_set_of_all
+from .exchange import Together
 from .failures import noted
 from .freezing import UNTIED, Freezing, source_checkpoint
 from .identity import engine_identity, model_directory, replica
@@ -245,8 +245,11 @@ class ThawModelLoader(BaseModelLoader):
                 last_report, found = self._freeze(model, model_config, identity)
                 last_outcome = Outcome(automatic.FROZEN, config.snapshot)
             else:
-                way = self.thaw if self._placeholders is None else self._place
-                last_report, found = way(model, model_config, identity, config.snapshot)
+                if self._placeholders is None:
+                    with Together(config.snapshot) as begin:
+                        last_report, found = self.thaw(model, model_config, identity, config.snapshot, begin)
+                else:
+                    last_report, found = self._place(model, model_config, identity, config.snapshot)
                 last_outcome = Outcome(automatic.THAWED, config.snapshot)
         model._thaw_model_id = found  # type: ignore[assignment]  # of this model, not of this process
         if config.expects_kv:
@@ -274,16 +277,17 @@ class ThawModelLoader(BaseModelLoader):
         model_config: ModelConfig,
         identity: Identity,
         snapshot: str,
-        begin: Callable[[], None] = lambda: None,
+        begin: Callable[[str | None], None],
     ) -> tuple[RestoreReport, str | None]:
         """Fill it from this rank's file of a snapshot; also gives the model id.
 
         Args:
-            begin: called when the file has been found to be the right one, before anything is written.
+            begin: called when the file has been found to be the right one, before anything is written, with what tells
+                the set that it is of.
         """
         config, start = self.config, time.perf_counter()
         if (written := resharding.other_size(snapshot, identity.parallel)) is not None:
-            return self._reshard(model, model_config, identity, snapshot, written)
+            return self._reshard(model, model_config, identity, snapshot, written, begin)
         targets, required = fillable(model)
         helped = self._helped(snapshot)
 
@@ -297,11 +301,10 @@ class ThawModelLoader(BaseModelLoader):
             reading(opened.source, targets.values(), options(progress), self._kept(targets.values(), helped)) as way,
         ):
             header = self._checked(opened, model_config, identity, snapshot)
-            require_one_set_of_all(header, snapshot)
             checked = time.perf_counter()
             owners = audit.attribute_owners(model, header.attributes)
             match(opened.snapshot, targets, required, opened.source.name)
-            begin()
+            begin(header.set_id or header.content)
             report = offering.restored(opened, targets, required, options(progress), way, config.peer)
             audit.apply_attributes(owners, header.attributes)
             names = frozenset(tensor.name for tensor in opened.snapshot.index.tensors)
@@ -321,7 +324,13 @@ class ThawModelLoader(BaseModelLoader):
         return report, header.identity.model
 
     def _reshard(
-        self, model: torch.nn.Module, model_config: ModelConfig, identity: Identity, snapshot: str, written: int
+        self,
+        model: torch.nn.Module,
+        model_config: ModelConfig,
+        identity: Identity,
+        snapshot: str,
+        written: int,
+        begin: Callable[[str | None], None],
     ) -> tuple[RestoreReport, str | None]:
         """``thaw``, of a set that another number of tensor-parallel ranks has written."""
         config = self.config
@@ -343,6 +352,7 @@ class ThawModelLoader(BaseModelLoader):
                 options,
                 self._kept(model.parameters(), config.processes),
                 lambda opened, wanted: self._checked(opened, model_config, wanted, snapshot),
+                begin,
             )
         logger.info(
             "thawed %d tensors, %.2f GB of the files of %d ranks, in %.2f s (%s) from %s",

@@ -45,6 +45,7 @@ def thaw(
     options: RestoreOptions,
     kept: KeptHelpers | None,
     checked: Callable[[Opened, Identity], Header],
+    begin: Callable[[str | None], None],
 ) -> tuple[RestoreReport, str | None]:
     """Fill a model from the files of ``written`` tensor-parallel ranks; also gives the model id.
 
@@ -52,6 +53,7 @@ def thaw(
         identity: this rank's.
         kept: whose helpers and kernels to borrow.
         checked: gives the header of a file, which is held against the identity that it should have.
+        begin: called before anything is written, with what tells the set.
 
     Raises:
         MismatchError: the set is not this model's, or cannot be divided otherwise; nothing was copied.
@@ -73,6 +75,7 @@ def thaw(
         )
         owners = audit.attribute_owners(model, headers[0].attributes)
         check(found, files, targets, required)
+        begin(headers[0].set_id or headers[0].content)
         report = fill(found, {rank: files[rank] for rank in found.files}, targets, options, kept)
         audit.apply_attributes(owners, headers[0].attributes)
     return report, headers[0].identity.model
