@@ -275,6 +275,39 @@ def test_prompts_are_rows_by_their_length(prompts):
     assert "| **8192 tokens, thaw: route** | 20.00 | 0.054 | 0% of 1 | 0.500 |" in frozen
 
 
+def test_goals_of_several_gpus(tmp_path):
+    """Each rank's speed over that of one alone; and ranks say nothing about the goals for one GPU."""
+    two, one = {"ranks": 2, "medium": "tmpfs"}, {"ranks": 1, "medium": "tmpfs"}
+    pair = {"engine_args": {"tensor_parallel_size": 2}, "start": "start-graphs"}
+    lines = [
+        line("tp2-restore", "thaw", 40.0, verified=True, route="tmpfs, 1 rank", **one),
+        line("tp2-restore", "thaw", 70.0, verified=True, route="tmpfs, 2 ranks", size=2 * SIZE, **two),
+        line(
+            "tp2-restore",
+            "thaw",
+            1.0,
+            verified=True,
+            route="page cache, 2 ranks",
+            size=2 * SIZE,
+            **two | {"medium": "page cache"},
+        ),
+        line("peer-nvlink", "thaw", 300.0, verified=True, route="cuda:0 → cuda:1", ranks=1),
+        line("peer-ipc", "thaw", 100.0, verified=True, route="cuda:0 → cuda:0", ranks=1),
+        line("d2d", "limit", 400.0, route="cuda:0 → cuda:1", ranks=1),
+        line("d2d", "limit", 2000.0, route="cuda:0 → cuda:0", ranks=1),
+        line("broadcast", "thaw", 40.0, verified=True, route="one read, 1 rank", seconds=[0.4], ranks=1),
+        line("broadcast", "thaw", 40.0, verified=True, route="one read, 2 ranks", seconds=[0.5], ranks=2),
+        line("start-graphs", "thaw", 1.0, route="snapshot-zygote", seconds=[25.0], **pair),
+    ]
+    (tmp_path / "2026-11-20.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
+    runs = load(tmp_path)
+    of = {goal.text.partition(":")[0]: goal.reached(runs) for goal in goals.GOALS}
+    assert of["ranks restored from tmpfs at once, each"] == ("0.88 (2026-11-20)", "**missed**")
+    assert of["weights from another GPU over NVLink, all counted"] == ("0.75 (2026-11-20)", "**missed**")
+    assert of["one read for several GPUs"] == ("1.25 × (2026-11-20)", "**missed**")
+    assert of["the same with CUDA graphs of vLLM's sizes"] == ("–", "not measured")
+
+
 def test_goals_of_prompts(prompts):
     of = {goal.text: goal.reached(prompts) for goal in goals.GOALS}
     assert of["KV restore of an 8k-token prefix (1 GiB)"] == ("0.050 s (2026-11-20)", "**missed**")

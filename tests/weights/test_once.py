@@ -136,6 +136,39 @@ def test_read_by_the_second_reader(target):
     }
 
 
+def any_set(random, world):
+    """For each rank tensors of which some ranks hold the same, under one name or another."""
+    seeds = [random.randrange(1 << 30) for _ in range(6)]
+    made = {seed: noise(seed, random.choice([1, 5000, 70_000, 300_000, LARGE // 2, LARGE])) for seed in seeds}
+    ranks = [
+        {f"t{number}": made[random.choice(seeds)].clone() for number in range(random.randint(1, 6))}
+        for _ in range(world)
+    ]
+    for tensors in ranks:
+        for tensor in tensors.values():
+            if random.random() < 0.15:  # alike but for one byte, perhaps where no sample is taken
+                tensor[random.randrange(len(tensor))] ^= 1
+    return ranks
+
+
+@pytest.mark.soak
+def test_any_set(soak, memory_path):
+    """Every rank gets back what it froze, nobody leaves bytes to one who does not have them, and no chain is made."""
+    for case in soak(small=6, full=300):
+        world = case.random.randint(2, 6)
+        ranks = any_set(case.random, world)
+        target = memory_path / f"{case.number}.thaw"
+        outcomes = freeze(target, world, ranks.__getitem__, compress=case.random.random() < 0.3)
+        assert not failed(outcomes), (case, outcomes)
+        assert equal(target, world, ranks.__getitem__), case
+        for rank in range(world):
+            for one in kept(target, rank):
+                assert one.rank < rank and all(other.storage != one.there for other in kept(target, one.rank)), case
+        verify(target, content=True)
+        for path in memory_path.iterdir():
+            path.unlink()
+
+
 def test_nothing_alike_is_a_set_as_ever(target):
     reports = freeze(target, 2, lambda rank: {"own": noise(rank)})
     assert [report.kept for report in reports] == [0, 0]

@@ -58,6 +58,7 @@ def divided(draw):
     return Division(draw(st.integers(0, 2)), tuple(parts))
 
 
+@pytest.mark.soak
 @given(divided(), st.sampled_from(SIZES), st.sampled_from(SIZES))
 def test_every_element_is_taken_from_where_it_is(division, old, new):
     shape = [3, 3, 3]
@@ -187,7 +188,7 @@ def files(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("batch", [1, 6 << 20, reshard.BATCH])
+@pytest.mark.parametrize("batch", [6 << 20, reshard.BATCH])
 @pytest.mark.parametrize(("old", "new"), [(1, 2), (2, 1), (1, 4), (4, 2), (2, 4), (4, 1), (2, 2)])
 def test_every_tensor(files, old, new, batch, monkeypatch):
     monkeypatch.setattr(reshard, "BATCH", batch)
@@ -196,6 +197,70 @@ def test_every_tensor(files, old, new, batch, monkeypatch):
         wanted = state(new, rank)
         assert [name for name in wanted if not torch.equal(targets[name], wanted[name])] == []
         assert report.tensors == len(wanted) and report.verified == "xxh3" and report.stored == report.bytes
+
+
+def test_a_rank_of_nothing_but_padding(tmp_path):
+    division = Division(0, (Part(60),), 128)
+    captured = capture([("words", "parameter", torch.ones(128, 5))])
+    write_snapshot(tmp_path / "1.0.thaw", Header(Identity("raw")), captured, FreezeOptions())
+    found, targets = plan({"words": division}, Ranks(1, 2, 1)), {"words": torch.full((64, 5), 7.0)}
+    with opened(tmp_path, found) as files:
+        check(found, files, targets, set(targets))
+        report = fill(found, {number: files[number] for number in found.files}, targets, RestoreOptions())
+    assert not targets["words"].any() and (report.bytes, report.verified) == (0, "none")
+
+
+def any_tensor(random):
+    """A division, and the whole matrices of a tensor of some kilobytes to megabytes that all of SIZES can share."""
+    large = random.random() < 0.2
+    sides = [
+        random.randint(1, 3),
+        random.randint(1, 40) * (20 if large else 1),
+        random.randint(1, 40) * (30 if large else 1),
+    ]
+    kind = random.choice(["whole", "words", "one", "several", "heads"])
+    dim = random.randrange(3)
+    if kind == "whole":
+        division = WHOLE
+    elif kind == "words":
+        rows = random.randint(1, 400)
+        division, dim = Division(0, (Part(rows),), -(-rows // 64) * 64), 0
+    elif kind == "heads":
+        units = [random.choice([1, 2, 4, 8]) for _ in range(2)]
+        division = Division(dim, (Part(8 * random.randint(1, 9)), *(Part(n * random.randint(1, 9), n) for n in units)))
+    else:
+        division = Division(dim, tuple(Part(8 * random.randint(1, 9)) for _ in range(1 if kind == "one" else 3)))
+    dtype = random.choice([torch.bfloat16, torch.float32, torch.uint8])
+    generator = torch.Generator().manual_seed(random.randrange(1 << 30))
+    found = []
+    for part in division.parts or (None,):
+        shape = list(sides)
+        if part is not None:
+            shape[dim] = part.size
+        found.append(torch.randint(0, 256, shape, generator=generator).to(dtype))
+    return division, found
+
+
+@pytest.mark.soak
+def test_any_model(soak, memory_path, monkeypatch):
+    """Of tensors divided in any way, by any number of ranks, for any other."""
+    for case in soak(small=12, full=600):
+        random = case.random
+        monkeypatch.setattr(reshard, "BATCH", (1, 100_000, 6 << 20, 512 << 20)[case.number % 4])
+        tensors = {f"t{number}": any_tensor(random) for number in range(random.randint(1, 12))}
+        old, new = random.choice(SIZES), random.choice(SIZES)
+        for rank in range(old):
+            captured = capture([(name, "parameter", cut(parts, d, old, rank)) for name, (d, parts) in tensors.items()])
+            options = FreezeOptions(chunk_size=CHUNK, force=True, compress=random.random() < 0.3)
+            write_snapshot(memory_path / f"{old}.{rank}.thaw", Header(Identity("raw")), captured, options)
+        for rank in range(new):
+            wanted = {name: cut(parts, division, new, rank) for name, (division, parts) in tensors.items()}
+            targets = {name: torch.full_like(tensor, 7) for name, tensor in wanted.items()}
+            found = plan({name: division for name, (division, _) in tensors.items()}, Ranks(old, new, rank))
+            with opened(memory_path, found) as files:
+                check(found, files, targets, set(targets))
+                fill(found, {number: files[number] for number in found.files}, targets, RestoreOptions(workers=2))
+            assert [name for name in wanted if not torch.equal(targets[name], wanted[name])] == [], case
 
 
 def test_compressed(tmp_path):

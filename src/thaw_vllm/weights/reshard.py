@@ -383,7 +383,9 @@ def _after(options: RestoreOptions, before: int, whole: int | None) -> RestoreOp
 def _summary(
     reports: Sequence[RestoreReport], opened: Mapping[int, Opened], tensors: int, seconds: float
 ) -> RestoreReport:
-    first = reports[0]
+    verified, route, why = "none", "nothing is read", "this rank's share is padding"
+    if reports:
+        verified, route, why = reports[0].verified, reports[0].route, reports[0].why
     sources: dict[str, int] = {}
     phases: dict[str, float] = {}
     for report in reports:
@@ -396,11 +398,11 @@ def _summary(
         ", ".join(source.name for source in names),
         sum(report.bytes for report in reports),
         tensors,
-        first.verified,
+        verified,
         phases | {"total": seconds},
         any(report.replaced for report in reports),
-        first.route,
-        f"{first.why}; {len(names)} of the files of another number of ranks",
+        route,
+        f"{why}; {len(names)} of the files of another number of ranks",
         sources,
         sum(report.stored for report in reports),
     )

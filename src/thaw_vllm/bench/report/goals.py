@@ -22,6 +22,7 @@ LARGEST, ALL_SIZES = "max_cudagraph_capture_size", 512
 """vLLM's own choice on GPUs of 70 GB and more."""
 ZYGOTE, ZYGOTE_PRESET = "snapshot-zygote", "snapshot-zygote-fast-start"
 NEW_MACHINE, NEW_ZYGOTE, NEW_PRESET = "checkpoint", "checkpoint-zygote", "checkpoint-zygote-fast-start"
+RANKS_RESTORED = tuple(f"tp{ranks}-restore" for ranks in range(2, 65))
 ONE_SHOT = ("restore-tmpfs", "restore-pagecache", "restore-disk")
 
 Value = Callable[[Record, Outcome], "float | None"]
@@ -106,6 +107,44 @@ def cold_over_thawed(record: Record, outcome: Outcome) -> float | None:
     return cold[0] / record.median if cold and tokens < NEXT_SIZE else None
 
 
+def several_ranks(record: Record) -> bool:
+    """Whether it is of several ranks, which say nothing about a goal for one GPU."""
+    given: dict[str, Any] = record.extra.get("engine_args", {})
+    sizes = (given.get(f"{kind}_parallel_size", 1) for kind in ("tensor", "pipeline", "data"))
+    return record.extra.get("ranks", 1) > 1 or any(size != 1 for size in sizes)
+
+
+def share_of_each(record: Record, outcome: Outcome) -> float | None:
+    """Speed of one of several GPUs that are filled from tmpfs at once, over that of one alone in the same run."""
+    alone = _alone(record, outcome)
+    if alone is None or record.extra.get("medium") != "tmpfs":
+        return None
+    return record.gb_per_s / record.extra["ranks"] / alone.gb_per_s
+
+
+def of_one_read(record: Record, outcome: Outcome) -> float | None:
+    """Seconds of one read for several GPUs over those of one for one."""
+    told: float | None = record.extra.get("ratio")
+    alone = _alone(record, outcome)
+    return told if alone is None else record.median / alone.median
+
+
+def of_plain_copy(record: Record, outcome: Outcome) -> float | None:
+    """Speed over that of a plain copy between the same two GPUs."""
+    copies = (one.gb_per_s for one in outcome.records if (one.work, one.route) == ("d2d", record.route))
+    limit: float | None = record.extra.get("copy_limit_gb_per_s") or next(copies, None)
+    return None if limit is None else record.gb_per_s / limit
+
+
+def _alone(record: Record, outcome: Outcome) -> Record | None:
+    """The same by one rank; None for that itself."""
+    if record.extra.get("ranks", 1) == 1:
+        return None
+    kind = (record.work, record.extra.get("medium"))
+    same = (one for one in outcome.records if (one.work, one.extra.get("medium")) == kind)
+    return next((one for one in same if one.extra.get("ranks") == 1), None)
+
+
 def full_size(record: Record, outcome: Outcome) -> bool:
     """Whether it says something about the goals: a model by its bytes, a prompt by its tokens and their pages."""
     tokens = prompt_tokens(record)
@@ -130,6 +169,7 @@ class Goal:
         routes: which routes count; none for all.
         digits: of the figure, behind the point.
         any_size: whether a small model says as much.
+        any_ranks: whether several ranks say as much.
     """
 
     text: str
@@ -142,6 +182,7 @@ class Goal:
     routes: tuple[str, ...] = ()
     digits: int = 2
     any_size: bool = False
+    any_ranks: bool = False
 
     def reached(self, runs: Sequence[Run]) -> tuple[str, str]:
         """Figure and verdict by the latest full run that tells; the worst record of it counts, none of other bytes."""
@@ -151,6 +192,7 @@ class Goal:
                 for record in run.outcome.records
                 if record.system == "thaw" and record.work in self.works and record.equal is not False
                 if self.any_size or full_size(record, run.outcome)
+                if self.any_ranks or not several_ranks(record)
                 if self.verified in (None, record.verified) and (not self.routes or record.route in self.routes)
                 if (value := self.value(record, run.outcome)) is not None
             ]
@@ -254,4 +296,17 @@ GOALS = (
         any_size=True,
     ),
     _start("waking it, to the first token, beside the driver's own share", "wake", 0.4, beside_the_driver, "driver"),
+    Goal(
+        *("ranks restored from tmpfs at once, each: of one alone", RANKS_RESTORED, True, share_of_each, 0.9),
+        any_ranks=True,
+    ),
+    Goal(
+        "weights from another GPU over NVLink, all counted: of a plain copy", ("peer-nvlink",), True, of_plain_copy, 0.9
+    ),
+    Goal(
+        *("one read for several GPUs: of one read for one", ("broadcast",), True, of_one_read, 1.15),
+        at_most=True,
+        unit=" ×",
+        any_ranks=True,
+    ),
 )
