@@ -119,7 +119,8 @@ def share_of_each(record: Record, outcome: Outcome) -> float | None:
     alone = _alone(record, outcome)
     if alone is None or record.extra.get("medium") != "tmpfs":
         return None
-    return record.gb_per_s / record.extra["ranks"] / alone.gb_per_s
+    ranks: int = record.extra["ranks"]
+    return record.gb_per_s / ranks / alone.gb_per_s
 
 
 def of_one_read(record: Record, outcome: Outcome) -> float | None:
