@@ -142,6 +142,19 @@ def test_name_too_long_for_members(tmp_path):
 # --- what may be removed, and what may not ----------------------------------------------------------------------------
 
 
+def test_ranks_that_write_to_other_disks(old, tmp_path):
+    """As on machines that share no file system: nothing is published that could not be read."""
+    before, other = names(old), tmp_path / "other" / "w.thaw"
+    other.parent.mkdir()
+    outcomes = freeze_threads([old, old, other], NEW, WORLD)
+    assert all(isinstance(outcome, StorageError) for outcome in outcomes)
+    for outcome in outcomes:
+        assert f"what rank 2 wrote is not in '{old.parent}' as rank 0 sees it; give a directory that all" in str(
+            outcome
+        )
+    assert names(old) == before | {"other"} and names(other) == set() and loaded(old, WORLD) == OLD
+
+
 def test_hostile_manifest_does_not_choose_what_is_removed(target):
     """Its members are any files in the directory; none of them is this target's by its name."""
     victims = ["id_rsa", "model.safetensors", "v.000000000000.rank1.thaw", "w.thaw.bak", "w.rank1.thaw"]

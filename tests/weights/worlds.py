@@ -95,14 +95,15 @@ def coordinates(tp=1, pp=1, dp=1, *, expert=False):
 def freeze_threads(target, value, world, *, fails=lambda rank, number: False, places=None, **options):
     """Every rank in a thread named ``rank-N``; returns what each returned or raised.
 
-    ``places`` are their coordinates, where they are not those of a tensor-parallel engine.
+    ``places`` are their coordinates, where it is not a tensor-parallel engine; ``target`` may be one a rank.
     """
     gather, outcomes = Gather(world, fails), [None] * world
 
     def run(rank):
         try:
             place = {} if places is None else places[rank]
-            outcomes[rank] = freeze_one(target, value, rank, world, gather.of(rank), **options, **place)
+            own = target[rank] if isinstance(target, list) else target
+            outcomes[rank] = freeze_one(own, value, rank, world, gather.of(rank), **options, **place)
         except BaseException as error:
             outcomes[rank] = error
 

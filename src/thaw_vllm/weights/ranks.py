@@ -157,6 +157,7 @@ def freeze_rank(
         def publish_manifest() -> dict[str, Any]:
             if rank:
                 return {}
+            _require_seen(target, answers)
             old = _superseded(target, written[0].staging)
             if world > 1:
                 others = tuple(Member(a["name"], a["size"], a["content"]) for a in answers[1:])
@@ -238,6 +239,24 @@ def _message(answer: dict[str, Any]) -> bytes:
     while len(message := json.dumps(answer).encode()) > MAX_MESSAGE and answer.get("error"):
         answer = {"error": answer["error"][: len(answer["error"]) // 2]}
     return message
+
+
+def _require_seen(target: Path, answers: Sequence[dict[str, Any]]) -> None:
+    """Refuse to name files that are not beside the manifest: ranks of other machines may have other disks.
+
+    Raises:
+        StorageError: one is not there.
+    """
+    for rank, said in enumerate(answers[1:], 1):
+        try:
+            size = os.stat(target.with_name(said["name"])).st_size
+        except OSError:
+            size = None
+        if size != said["size"]:
+            raise StorageError(
+                f"what rank {rank} wrote is not in {str(target.parent)!r} as rank 0 sees it; give a directory that all "
+                "ranks share"
+            )
 
 
 def _superseded(target: Path, own: Path) -> list[str]:

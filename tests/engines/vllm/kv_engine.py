@@ -295,6 +295,14 @@ def do(llm, step):
         asked = {"path": options["path"], "model": header.identity.model, "layout": layout, "slots": [0], "ids": [1]}
         asked |= {"blocks": kv_cache_info(llm)["blocks"], "freeze": options["freeze"] or header.content}
         return llm.collective_rpc("thaw_kv_fill", args=(asked,))
+    if what == "load":
+        from thaw_vllm import load
+
+        return type(load(None, **options)).__name__
+    if what == "reports":
+        return llm.collective_rpc("thaw_report")
+    if what == "executor":
+        return type(llm.llm_engine.model_executor).__name__
     if what == "random":
         return interleave(llm, **options)
     raise ValueError(what)

@@ -32,6 +32,30 @@ def test_an_error_that_came_by_itself_stays():
     assert caught.value is error
 
 
+class RayTaskError(RuntimeError):
+    """As Ray's: what it raises is of this class and of its cause's."""
+
+    def __init__(self, cause):
+        super().__init__(f"ray::RayWorkerProc.initialize_worker() (pid=1) {cause}")
+        self.cause = cause
+
+
+class FromRay(RayTaskError, MismatchError):
+    pass
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_an_error_that_ray_brought(here):
+    """Its workers may be on other machines, where no note is written."""
+    cause = MismatchError("rank 1's own")
+    with pytest.raises(MismatchError) as caught:
+        if here:
+            fail_in_a_worker(cause, FromRay(cause))
+        with reported():
+            raise FromRay(cause)
+    assert type(caught.value) is MismatchError and str(caught.value) == "rank 1's own"
+
+
 def test_no_note_leaves_the_failure():
     with pytest.raises(RuntimeError, match="something else"), reported():
         raise RuntimeError("something else")

@@ -23,7 +23,12 @@ def reported() -> Iterator[str]:
             yield folder
         except Exception as failure:
             noted = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))]
-            if not noted or isinstance(failure, ThawError):
+            if named(type(failure).__name__) is type(failure):
+                raise
+            if not noted:
+                cause = getattr(failure, "cause", None)
+                if isinstance(cause, ThawError):  # of a worker of Ray's, whose error holds it; also on another machine
+                    raise cause from failure
                 raise
             chosen = min(noted, key=lambda entry: entry["message"].startswith(("rank ", "ranks ")))
             if chosen["error"] == type(failure).__name__:  # it came here by itself

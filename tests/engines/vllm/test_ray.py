@@ -1,0 +1,81 @@
+"""Several ranks whose workers are Ray's processes, as across machines: vLLM's own Ray executor, a real Ray."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.engines.vllm.forks import PARALLEL
+from tests.engines.vllm.test_engine import freeze
+from tests.engines.vllm.test_kv import ARGS, THREE, error, run_script, same
+
+from thaw_vllm.bench.kv_pages import pages_by_address
+from thaw_vllm.weights.open import open_rank
+
+pytest.importorskip("ray", reason="Ray is not installed")
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+RANKS: dict[str, Any] = {"tensor_parallel_size": 2, "distributed_executor_backend": "ray"}
+
+
+def engine(folder: Path, steps: list[dict[str, Any]], **args: Any) -> Any:
+    """The answers of two ranks."""
+    first = {"do": "engine"} | ARGS | RANKS | args
+    own = {"HOME": str(folder), "RAY_USAGE_STATS_ENABLED": "0"}
+    return run_script("ray_engine.py", folder, [first, *steps], PARALLEL | own)
+
+
+def test_two_ranks(checkpoints: Callable, tmp_path: Path):
+    """Every tensor, every block, tokens and log-probabilities; and a rank that fails says so to the caller."""
+    model, path = str(checkpoints("tied")), tmp_path / "w.thaw"
+    first, second = tmp_path / "first.thawkv", tmp_path / "second.thawkv"
+    freezing = {"load_format": "thaw", "model_loader_extra_config": {"snapshot": str(path), "mode": "freeze"}}
+    asked, answers, kv, executor = engine(
+        tmp_path,
+        [
+            {"do": "ask", "prompts": THREE},
+            {"do": "ask", "prompts": THREE},
+            {"do": "freeze", "path": first},
+            {"do": "executor"},
+        ],
+        model=model,
+        **freezing,
+    )
+    assert executor == "RayExecutorV2" and len(kv["files"]) == 2
+    assert [answer["cached"] for answer in asked] != [answer["cached"] for answer in answers]
+
+    torn, other = tmp_path / "torn" / "w.thaw", tmp_path / "other.thaw"
+    torn.parent.mkdir()
+    for file in tmp_path.glob("w.*"):
+        shutil.copy(file, torn.parent / file.name, follow_symlinks=False)
+    with open_rank(torn, 1) as opened:
+        member = Path(opened.source.name)
+        place = opened.snapshot.preamble.payload_at + opened.snapshot.chunks[-1].stored_at
+    data = bytearray(member.read_bytes())
+    data[place] ^= 1
+    member.write_bytes(data)
+
+    thawed, _, reports, failed = engine(
+        tmp_path,
+        [
+            {"do": "ask", "prompts": THREE},
+            {"do": "freeze", "path": second},
+            {"do": "reports"},
+            {"do": "load", "snapshot": torn} | ARGS | RANKS,
+        ],
+        model=model,
+        snapshot=str(path),
+        kv_snapshot=str(first),
+    )
+    assert all(answer["cached"] > 0 for answer in thawed) and same(thawed, answers)
+    assert [report["verified"] for report in reports] == ["xxh3", "xxh3"]
+    freeze(checkpoints("tied"), other, tensor_parallel_size=2)  # by vLLM's multiprocess executor
+    for rank in (0, 1):
+        with open_rank(path, rank, with_chunks=False) as ours, open_rank(other, rank, with_chunks=False) as theirs:
+            assert ours.snapshot.header.content == theirs.snapshot.header.content
+        assert pages_by_address(first, rank) == pages_by_address(second, rank)
+    assert error(failed).startswith("CorruptionError") and member.name in error(failed)
