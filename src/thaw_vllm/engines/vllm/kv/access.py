@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from ....errors import ExistsError, UsageError
 from ....sessions.store import VARIABLE as SESSIONS_VARIABLE
+from ....transport import kept_token
 
 TOKEN_VARIABLE = "THAW_ADMIN_TOKEN"
 DIRECTORY_VARIABLE = "THAW_KV_DIR"
@@ -103,7 +104,7 @@ class Access:
 
 def usable(token: str) -> bool:
     """Whether it can be a server's admin token: long enough, and sent by any client as it is."""
-    return len(token) >= SHORTEST_TOKEN and token.isascii() and token.isprintable() and token == token.strip()
+    return kept_token.usable(token, SHORTEST_TOKEN)
 
 
 def no_directory(directory: str | None, variable: str) -> str | None:
