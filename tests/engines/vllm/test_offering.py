@@ -175,6 +175,18 @@ def test_with_the_cache_of_snapshots(
         offering.withdraw(loaded.model)
 
 
+@pytest.mark.parametrize("peer", ["/nowhere/a.sock"])
+def test_a_cached_snapshot_outlives_a_peer_that_is_not_there(
+    peer: str, directory: Path, load: Callable, tmp_path: Path
+):
+    kept = tmp_path / "kept"
+    for more in ({}, {"peer": peer}):
+        extra = {"mode": "auto", "cache": str(kept)} | more
+        load(directory, load_format="thaw", model_loader_extra_config=extra)
+    assert loader.last_outcome is not None and loader.last_outcome.how == automatic.LOADED
+    assert len(list(kept.glob("*.thaw"))) == 1
+
+
 def test_storage_where_nobody_has_them(
     directory: Path, base: Path, engine: Callable, load: Callable, thaw_args: Callable
 ):

@@ -20,6 +20,7 @@ from ...weights import cache
 from ...weights.cache import Lock
 from ...weights.capture import fillable
 from ...weights.freeze import FreezeReport
+from ...weights.peers import AUTO
 from ...weights.ranks import Exchange
 from ...weights.restore import RestoreReport
 from .cache_key import Facts, find, key_of
@@ -246,7 +247,8 @@ class _Start:
                 for name, tensor in kept.items():
                     targets[name].copy_(tensor)
             forget(self._model)
-            return _Unusable(why, begun, _any_file(answers))
+            named = begun and self._loader.config.peer not in ("", AUTO)  # then it is the peer that is at fault
+            return _Unusable(why, begun, _any_file(answers) and not named)
         if self._lock is not None:
             self._lock.used()
             self._keep()
