@@ -62,6 +62,11 @@ def test_weights_among_engines(thaw, started, monkeypatch, tmp_path):
     assert started[0][2] == ["--zygote", "default", "--offer-weights", "--peer", "auto"]
     ran = thaw("serve", "--register", "a=m", "--peer", "/an/offer.sock")
     assert ran.code == 2 and "weights of one model" in ran.err and len(started) == 1
+    assert thaw("serve", "--register", "a=m", "--peer", "tcp://host:1").code == 0
+    assert started[1][2] == ["--zygote", "default", "--peer", "tcp://host:1"]
+    for models in (["--register", "a=m"], ["--model", "m", "--snapshot", "w.thaw"]):
+        ran = thaw("serve", *models, "--peer", "tcp://host")
+        assert ran.code == 2 and "'tcp://host' is no address of a peer" in ran.err and len(started) == 2
     found = []
     monkeypatch.setattr(serve, "_single", lambda *given: found.append(given[2].extra))
     monkeypatch.chdir(tmp_path)

@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 
 COMMANDS = (
     *("freeze", "serve", "run", "zygote", "info", "verify", "compress", "convert", "id", "cache", "caches", "kv"),
-    *("swap", "park", "wake"),
+    *("lend", "swap", "park", "wake"),
     *("checkpoint", "checkout"),
     *("log", "show", "diff", "branch", "export", "import", "pin", "rm", "gc", "fsck"),
     *("doctor", "start-report", "demo", "bench"),

@@ -131,8 +131,9 @@ def serve(
         str | None,
         typer.Option(
             "--peer",
-            metavar="auto|SOCKET",
-            help="Take the weights from an engine of this host that offers them. auto: where there is one.",
+            metavar="auto|SOCKET|tcp://HOST:PORT",
+            help="Take the weights from an engine that offers them. auto: of this host, where there is one. tcp://: of "
+            "another, by its thaw lend; unencrypted.",
         ),
     ] = None,
     offer_weights: Annotated[
@@ -171,6 +172,7 @@ def serve(
     from ..engines.vllm.snapshot_choice import AUTO, NONE, among_engines, choose
     from ..errors import UsageError
     from ..sessions.store import VARIABLE as SESSIONS_VARIABLE
+    from ..transport.tcp_address import peer_address, remote
 
     parent = os.environ.pop(PARENT_VARIABLE, None)
     if parent is not None:
@@ -191,8 +193,10 @@ def serve(
             raise UsageError(
                 "several models take no --caches: give it in the args of each in --models FILE, or unpack it first"
             )
-        if peer not in (None, AUTO):
-            raise UsageError(f"a socket lends the weights of one model; give several --peer {AUTO}")
+        if peer is not None and remote(peer):
+            peer_address(peer)
+        elif peer not in (None, AUTO):
+            raise UsageError(f"a socket lends the weights of one model; give several --peer {AUTO} or tcp://HOST:PORT")
         for directory in (kv_dir, sessions_dir):
             _require_directory(directory)
         passed = _shared(zygote, require_zygote, fast_start, cache_dir, kv_dir, sessions_dir)

@@ -160,6 +160,18 @@ def driver() -> Driver:
     return Driver()
 
 
+def device_at(bus: str) -> int:
+    """The ordinal of the GPU with a PCI address, as ``Context.bus`` has it.
+
+    Raises:
+        DeviceError: this process sees none there.
+    """
+    number = INT()
+    if driver()["cuDeviceGetByPCIBusId"](ctypes.byref(number), bus.encode()):
+        raise DeviceError(f"this process does not see the GPU {bus}; is CUDA_VISIBLE_DEVICES set for it?")
+    return number.value
+
+
 class Context:
     """The primary context of one GPU, the one that torch uses; a thread calls ``enter`` before anything else here.
 

@@ -17,11 +17,11 @@ import math
 import mmap
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CorruptionError, DeviceError, MismatchError, StorageError
-from .cuda import ADDRESS, LAZILY, SIZE, Context, IpcHandle, Stream
+from .cuda import ADDRESS, LAZILY, SIZE, Context, IpcHandle, Stream, device_at
 from .links import by_driver
 from .pipeline import Range
 from .source import MemorySource, copy
@@ -37,6 +37,7 @@ _STREAMS = 4
 """On which copies take turns: one copy between two GPUs may leave room for another."""
 _STEP = 16 << 20
 """Bytes that the lender writes to a memory file at a time."""
+_OTHER_WORDS = "{} are told of in other words; is the other process of another version of thaw?"
 _BUS = re.compile(r"[0-9a-f:.]{1,32}")
 
 Run = tuple[int, int]
@@ -150,6 +151,15 @@ class BorrowedHost(MemorySource):
         for at, size in _pieces(self._places, self._begins, offset, len(view), self.name):
             copy(view, self._view[at : at + size])
 
+    def view(self, offset: int, length: int) -> memoryview:
+        """A range where it lies, to read; the caller releases it before ``close``.
+
+        Raises:
+            CorruptionError: it is not within one run.
+        """
+        ((at, size),) = _pieces(self._places, self._begins, offset, length, self.name)
+        return self._view[at : at + size]
+
     def close(self) -> None:
         """Release and unmap; a second call does nothing."""
         super().close()
@@ -193,6 +203,16 @@ class BorrowedGpu:
     def pieces(self, offset: int, length: int) -> list[Run]:
         """Where a range of this source lies, mapped."""
         return _pieces(self._places, self._begins, offset, length, self.name)
+
+    def cuts(self, offset: int, length: int) -> Iterator[Run]:
+        """A range as parts that each are within one run: offset and length."""
+        while length > 0:
+            number = bisect.bisect_right(self._places, offset, key=lambda place: place[0]) - 1
+            size = min(length, sum(self._places[number]) - offset) if number >= 0 else 0
+            if size <= 0:
+                raise CorruptionError(f"{self.name} have no {length} bytes at {offset}")
+            yield offset, size
+            offset, length = offset + size, length - size
 
     def read_into(self, offset: int, view: memoryview) -> None:
         """See Source."""
@@ -266,10 +286,29 @@ def borrow(
         if device.type == "cpu":
             return BorrowedHost(told, files, places, name)
         if not _sound(told):
-            raise MismatchError(f"{name} are told of in other words; is the other process of another version of thaw?")
+            raise MismatchError(_OTHER_WORDS.format(name))
         return BorrowedGpu(told, places, name, device)
     except (OSError, ValueError) as error:
         raise MismatchError(f"{name} cannot be borrowed as they are told of: {error}") from None
+
+
+def borrow_whole(told: dict[str, Any], files: Sequence[int], name: str) -> Borrowed:
+    """``borrow`` by who has no snapshot: all of a lender's runs one after the other, from 0 on, where they are.
+
+    Raises:
+        MismatchError, DeviceError: as ``borrow``.
+    """
+    import torch
+
+    if "bytes" in told:
+        if type(told["bytes"]) is not int or told["bytes"] < 0:
+            raise MismatchError(_OTHER_WORDS.format(name))
+        return borrow(told, files, [(0, told["bytes"])], name, torch.device("cpu"))
+    if not _sound(told):
+        raise MismatchError(_OTHER_WORDS.format(name))
+    sizes = [size for _, _, size in told["runs"]]
+    places = list(zip(_begins([(0, size) for size in sizes]), sizes, strict=True))
+    return borrow(told, files, places, name, torch.device("cuda", device_at(told["gpu"])))
 
 
 def _sound(told: dict[str, Any]) -> bool:

@@ -1,4 +1,4 @@
-"""A snapshot's bytes from another process of the same host that has them in its tensors already.
+"""A snapshot's bytes from another process that has them in its tensors already, of the same host or over TCP.
 
 The taker opens its own file of the snapshot for header, index and chunk table, and reads the payload from the other
 process's memory. Every chunk is held against the table where it has arrived, as after a read from storage: a lender
@@ -7,6 +7,7 @@ whose weights are other ones, or change meanwhile, is found out.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
@@ -20,6 +21,10 @@ from ..format.index import Index, Tensor
 from ..format.snapshot import Snapshot
 from ..transport.lending import Lent, borrow
 from ..transport.offers import PATIENCE, QUICK, Offer, asked, directory, offered, own
+from ..transport.peer_token import taker_token
+from ..transport.source import Source
+from ..transport.tcp_address import Address, peer_address, remote
+from ..transport.tcp_source import TcpSource
 from .layout import dense
 from .open import Opened
 from .reading import RestoreOptions
@@ -88,18 +93,20 @@ def take(
     Args:
         opened: the snapshot with its chunk table.
         targets, required: as for ``restore``; on one device.
-        peer: AUTO, or the socket of an offer.
+        peer: AUTO, the socket of an offer, or ``tcp://HOST:PORT`` of a ``thaw lend``.
         place: the directory of offers; None for this user's.
 
     Returns:
         Its ``route`` names both sides, ``why`` the offer.
 
     Raises:
-        StorageError: nobody offers them, or whoever did has ended.
+        StorageError: nobody offers them, or whoever did has ended; over TCP also: there is no token.
         CorruptionError: the bytes that came are not the snapshot's; the tensors must not be used.
         MismatchError, UnsupportedError, DeviceError: the lender refuses, or its memory cannot be reached.
     """
     content = opened.snapshot.header.content
+    if remote(peer):
+        return _taken_over_tcp(opened, targets, required, options, peer_address(peer))
     if peer != AUTO:
         return _taken(opened, targets, required, options, Path(peer))
     last: ThawError | None = None
@@ -121,29 +128,58 @@ def _taken(
     path: Path,
 ) -> RestoreReport:
     snapshot, places = plain(opened.snapshot)
-    owners = _owners(snapshot.index)
-    devices = {targets[entry.name].device for entry in owners.values() if entry.name in targets}
-    if len(devices) > 1:
-        raise UsageError(f"weights are taken from another process to one device, not to {len(devices)}")
-    device = next(iter(devices), torch.device("cpu"))
+    device = _device(snapshot, targets)
     patience = PATIENCE if device.type == "cpu" else QUICK
     with asked(path, snapshot.header.content, patience) as answer:
         name = f"the weights of process {answer.process}"
         source = borrow(answer.told, answer.files, places, name, device)
-        try:
-            report = restore(
-                source, snapshot, targets, required, replace(options, verify=True, route="auto", processes=False)
-            )
-        finally:
-            source.close()
-    over = "" if source.over is None else f" over {source.over}"
+        over = "" if source.over is None else f" over {source.over}"
+        way = f"{source.where} of process {answer.process}{over}", "it has these weights already, and offers them"
+        return _filled(opened, source, snapshot, targets, required, options, device, *way)
+
+
+def _taken_over_tcp(
+    opened: Opened,
+    targets: Mapping[str, torch.Tensor],
+    required: Collection[str],
+    options: RestoreOptions,
+    address: Address,
+) -> RestoreReport:
+    snapshot, places = plain(opened.snapshot)
+    device, token = _device(snapshot, targets), taker_token(os.environ)
+    begin, count = snapshot.preamble.payload_at, sum(size for _, size in places)
+    source = TcpSource(address, token, snapshot.header.content, begin, count)
+    way = f"{address} over TCP", "an engine there has these weights already, and offers them"
+    return _filled(opened, source, snapshot, targets, required, options, device, *way)
+
+
+def _filled(
+    opened: Opened,
+    source: Source,
+    snapshot: Snapshot,
+    targets: Mapping[str, torch.Tensor],
+    required: Collection[str],
+    options: RestoreOptions,
+    device: torch.device,
+    where: str,
+    why: str,
+) -> RestoreReport:
+    """``restore`` from a lender's bytes, which are closed."""
+    with contextlib.closing(source):
+        report = restore(
+            source, snapshot, targets, required, replace(options, verify=True, route="auto", processes=False)
+        )
     into = "host memory" if device.type == "cpu" else str(device)
-    return replace(
-        report,
-        path=opened.source.name,
-        route=f"peer: {source.where} of process {answer.process}{over} → {into}",
-        why="it has these weights already, and offers them",
-    )
+    return replace(report, path=opened.source.name, route=f"peer: {where} → {into}", why=why)
+
+
+def _device(snapshot: Snapshot, targets: Mapping[str, torch.Tensor]) -> torch.device:
+    """The one that all of them are on."""
+    owners = _owners(snapshot.index)
+    devices = {targets[entry.name].device for entry in owners.values() if entry.name in targets}
+    if len(devices) > 1:
+        raise UsageError(f"weights are taken from another process to one device, not to {len(devices)}")
+    return next(iter(devices), torch.device("cpu"))
 
 
 def plain(snapshot: Snapshot) -> tuple[Snapshot, list[tuple[int, int]]]:

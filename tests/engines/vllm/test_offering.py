@@ -175,7 +175,7 @@ def test_with_the_cache_of_snapshots(
         offering.withdraw(loaded.model)
 
 
-@pytest.mark.parametrize("peer", ["/nowhere/a.sock"])
+@pytest.mark.parametrize("peer", ["/nowhere/a.sock", "tcp://127.0.0.1:1"])
 def test_a_cached_snapshot_outlives_a_peer_that_is_not_there(
     peer: str, directory: Path, load: Callable, tmp_path: Path
 ):
@@ -282,7 +282,8 @@ def test_an_engine_that_cannot_offer_starts_all_the_same(
     [
         {"snapshot": "w", "peer": 1}, {"snapshot": "w", "offer": "yes"}, {"peer": "auto"}, {"offer": True},
         {"snapshot": "w", "mode": "freeze", "peer": "auto"}, {"snapshot": "w", "shared": "s", "peer": "auto"},
-        {"snapshot": "w", "shared": "s", "offer": True},
+        {"snapshot": "w", "shared": "s", "offer": True}, {"snapshot": "w", "peer": "tcp://host"},
+        {"snapshot": "w", "peer": "tcp://host:0"},
     ],
 )  # fmt: skip
 def test_options_that_cannot_be_right(given: dict[str, Any]):

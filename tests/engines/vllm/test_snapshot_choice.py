@@ -96,6 +96,10 @@ def test_weights_of_other_engines(tmp_path, monkeypatch):
     assert among_engines(choice, None, False) is choice
     assert among_engines(choice, "auto", True).extra == choice.extra | {"peer": "auto", "offer": True}
     assert among_engines(choice, "a.sock", False).extra == choice.extra | {"peer": str(tmp_path / "a.sock")}
+    named = among_engines(choice, "tcp://[::1]:5", False)
+    assert named.extra == choice.extra | {"peer": "tcp://[::1]:5"}
+    with pytest.raises(UsageError, match="is no address of a peer"):
+        among_engines(choice, "tcp://host", False)
     assert among_engines(chosen(), None, True).extra == chosen().extra | {"offer": True}
     with pytest.raises(UsageError, match="empty"):
         among_engines(choice, "", False)

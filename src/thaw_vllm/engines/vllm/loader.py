@@ -27,6 +27,7 @@ from ...format.header import Header
 from ...format.identity import Identity, require
 from ...transport.collector import collection_paused
 from ...transport.reading_helpers import WORTH
+from ...transport.tcp_address import peer_address, remote
 from ...weights import ahead
 from ...weights.capture import fillable
 from ...weights.freeze import FreezeReport
@@ -77,7 +78,7 @@ class LoaderConfig:
         shared: thaw: the socket of a process that holds the snapshot's weights for several engines on one GPU
             (``sessions/pool_holder``); they are mapped, not read.
         peer: thaw, auto: ``auto`` to take the weights from an engine of this host that offers them, where there is
-            one, or the socket of such an offer.
+            one, the socket of such an offer, or ``tcp://HOST:PORT`` of a ``thaw lend``.
         offer: thaw, freeze, auto: lend them to engines of this host that ask for them.
         verify: thaw: hold every chunk against its checksum.
         check_source: thaw: refuse a model directory whose weight files are not the snapshot's.
@@ -141,6 +142,8 @@ class LoaderConfig:
             raise UsageError("load_format='thaw': weights that are shared are those of a snapshot; give it, too")
         if found.peer and (found.mode not in ("thaw", "auto") or found.shared):
             raise UsageError("load_format='thaw': a peer gives weights of a snapshot that is thawed, and not shared")
+        if remote(found.peer):
+            peer_address(found.peer)
         if found.offer and (found.mode == "stream" or found.shared):
             raise UsageError("load_format='thaw': weights that are offered are a snapshot's, and this engine's own")
         if bool(found.cache) != (found.mode == "auto"):

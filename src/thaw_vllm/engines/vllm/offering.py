@@ -1,4 +1,4 @@
-"""An engine's weights lent to engines of this host that load the same, and taken from one that lends them."""
+"""An engine's weights lent to engines that load the same, and taken from one that lends them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 
 from ...errors import MismatchError, ThawError, UnsupportedError, UsageError
 from ...transport.offers import Offer, directory, offered
+from ...transport.tcp_address import remote
 from ...weights.capture import fillable
 from ...weights.open import Opened, open_rank
 from ...weights.peers import AUTO, offer, take
@@ -99,15 +100,19 @@ def restored(
     """``restore``, from a peer where one is asked for.
 
     Args:
-        peer: the loader's option: empty; AUTO, which comes back to the file where nobody has the weights; or a socket.
+        peer: the loader's option: empty; AUTO, which comes back to the file where nobody has the weights; a socket; or
+            the address of a ``thaw lend``.
 
     Raises:
         As ``restore``, and as ``take`` of a peer that is named.
     """
     why = ""
     if peer:
-        if peer != AUTO and opened.snapshot.header.identity.parallel.world != 1:
-            raise UsageError(f"one peer has the weights of one rank; give 'peer': {AUTO!r} to an engine of several")
+        if peer != AUTO and not remote(peer) and opened.snapshot.header.identity.parallel.world != 1:
+            raise UsageError(
+                f"one socket lends the weights of one rank; give 'peer': {AUTO!r}, or 'tcp://HOST:PORT', to an engine "
+                "of several"
+            )
         try:
             return take(opened, targets, required, options, peer)
         except Exception as error:  # whatever a peer has come to, the file is there

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UsageError
+from ...transport.tcp_address import peer_address, remote
 from .command_line import given
 from .fast_start import among
 
@@ -82,11 +83,11 @@ def among_engines(choice: Choice, peer: str | None, offer: bool) -> Choice:
     """The same with weights taken from another engine of the host, or lent to others.
 
     Args:
-        peer: ``--peer``: AUTO, or an offer's socket.
+        peer: ``--peer``: AUTO, an offer's socket, or ``tcp://HOST:PORT``.
         offer: ``--offer-weights``.
 
     Raises:
-        UsageError: there is no snapshot, by which engines find each other.
+        UsageError: there is no snapshot, by which engines find each other; the address is none.
     """
     if peer is None and not offer:
         return choice
@@ -94,8 +95,12 @@ def among_engines(choice: Choice, peer: str | None, offer: bool) -> Choice:
         why = f" ({choice.said})" if choice.said else ""
         raise UsageError(f"--peer and --offer-weights are for weights of a snapshot; give --snapshot a file{why}")
     if peer == "":
-        raise UsageError(f"--peer is empty; give {AUTO} or the socket of an offer")
-    named = {} if peer is None else {"peer": peer if peer == AUTO else os.path.abspath(peer)}
+        raise UsageError(f"--peer is empty; give {AUTO}, the socket of an offer or tcp://HOST:PORT")
+    if peer is not None and remote(peer):
+        peer_address(peer)
+    elif peer not in (None, AUTO):
+        peer = os.path.abspath(peer)
+    named = {} if peer is None else {"peer": peer}
     return replace(choice, extra=choice.extra | named | ({"offer": True} if offer else {}))
 
 
