@@ -300,18 +300,23 @@ def judge(found: dict[str, Any], where: str, into: str) -> None:
     for rank in ranks:
         route = f"peer: {where.format(rank)} of process {found['pids'][0][rank]} → {into.format(rank)}"
         assert second[rank]["route"] == route
-        assert "nobody on this host" in third[rank]["why"], "it was swapped, and its weights are others"
+        if found["peer"] == "auto":
+            assert "nobody on this host" in third[rank]["why"], "it was swapped, and its weights are others"
+        else:
+            assert (
+                third[rank]["route"] == f"peer: {found['peer'].removeprefix('tcp://')} over TCP → {into.format(rank)}"
+            )
     assert found["answers"][0] == found["answers"][1] == found["answers"][2] != found["swapped"]
     assert found["digests"][0] == found["digests"][1] == found["digests"][2]
 
 
 def test_real_engines(checkpoints: Callable, load: Callable, thaw_args: Callable, place: Path, tmp_path: Path):
-    """Each of several processes."""
+    """Each of several processes; the last over TCP."""
     made = fine_tuned(checkpoints("untied"), tmp_path)
     for which in made.values():
         load(which, **thaw_args(which.with_suffix(".thaw"), mode="freeze"))
     first, second = (str(made[name].with_suffix(".thaw")) for name in ("first", "second"))
-    asked = {"model": str(made["first"]), "snapshot": first, "second": second, "engine_args": ARGS}
+    asked = {"model": str(made["first"]), "snapshot": first, "second": second, "engine_args": ARGS, "lend": True}
     more = environment() | {"THAW_STATE_DIR": str(place.parent)}
     judge(run_script("peer_engines.py", tmp_path, asked, more), "host memory", "host memory")
 
@@ -320,7 +325,7 @@ def test_real_engines(checkpoints: Callable, load: Callable, thaw_args: Callable
 def test_real_engines_of_two_ranks(checkpoints: Callable, place: Path, tmp_path: Path):
     """Each rank takes its own share from the rank that has it."""
     made = ranks(checkpoints, tmp_path)
-    asked = {"model": made["model"], "snapshot": made["first"], "second": made["second"]}
+    asked = {"model": made["model"], "snapshot": made["first"], "second": made["second"], "lend": True}
     asked["engine_args"] = ARGS | {"tensor_parallel_size": 2}
     more = environment() | PARALLEL | {"THAW_STATE_DIR": str(place.parent)}
     judge(run_script("peer_engines.py", tmp_path, asked, more), "host memory", "host memory")
