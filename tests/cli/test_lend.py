@@ -102,6 +102,14 @@ def test_it_listens_on_this_host_alone(start):
     assert interrupted(process)[0] == 130
 
 
+def test_one_that_listens_for_others_says_what_they_can_read(start):
+    process = start("lend", "--listen", "0.0.0.0:0")
+    assert re.match(r"lends at tcp://0\.0\.0\.0:\d+; ", process.stdout.readline())
+    assert interrupted(process)[2].startswith(
+        "thaw: nothing is encrypted: whoever is on the way can read the weights\n"
+    )
+
+
 def test_a_port_that_is_taken(spawn):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         ran = spawn("lend", "--listen", f"127.0.0.1:{taken.getsockname()[1]}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated
 
@@ -50,5 +51,7 @@ def lend(
         print(f"thaw: {line}", file=sys.stderr, flush=True)
 
     with contextlib.closing(Lender(address, token, takers=takers, say=say)) as lender:
+        if not ip_address(lender.address.host.partition("%")[0]).is_loopback:
+            say("nothing is encrypted: whoever is on the way can read the weights")
         print(f"lends at {SCHEME}{lender.address}; the token is in {str(file)!r}", flush=True)
         lender.serve()

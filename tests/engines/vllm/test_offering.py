@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,6 +30,9 @@ from thaw_vllm.engines.vllm.swap import filled
 from thaw_vllm.errors import BusyError, CorruptionError, MismatchError, StorageError, UnsupportedError, UsageError
 from thaw_vllm.transport import offers
 from thaw_vllm.transport.offers import asked, offered
+from thaw_vllm.transport.peer_token import lender_token
+from thaw_vllm.transport.tcp_address import Address
+from thaw_vllm.transport.tcp_lender import Lender
 from thaw_vllm.weights import peers
 from thaw_vllm.weights.capture import fillable
 from thaw_vllm.weights.open import open_rank
@@ -133,6 +137,34 @@ def test_another_engine_has_equal_weights(
     assert again == lending.ask("thaw_offer"), "it goes on offering"
     named = taking(directory, base, load, thaw_args, peer=again["socket"])
     assert same(named, lending.bytes_of())
+
+
+@pytest.fixture
+def address(place: Path) -> Iterator[str]:
+    """Of a lender over TCP, beside the engines."""
+    lender = Lender(Address("127.0.0.1", 0), lender_token(None, os.environ)[0], place)
+    thread = threading.Thread(target=lender.serve)
+    thread.start()
+    yield f"tcp://{lender.address}"
+    lender.close()
+    thread.join()
+
+
+def test_another_engine_has_equal_weights_over_tcp(
+    lending: Running, directory: Path, base: Path, load: Callable, thaw_args: Callable, address: str
+):
+    running = taking(directory, base, load, thaw_args, peer=address, verify=False)
+    assert same(running, lending.bytes_of())
+    report = told()
+    assert report["route"] == f"peer: {address.removeprefix('tcp://')} over TCP → host memory"
+    assert report["verified"] == "xxh3", "whatever was asked for"
+    assert offering.expected(address, str(base))
+    next(lending.model.parameters()).data.view(-1)[5] += 1
+    with pytest.raises(CorruptionError, match=r"the weights at 127\.0\.0\.1"):
+        taking(directory, base, load, thaw_args, peer=address)
+    lending.ask("thaw_withdraw")
+    with pytest.raises(StorageError, match="nobody offers these weights"):
+        taking(directory, base, load, thaw_args, peer=address)
 
 
 def test_whether_to_make_ready_for_reading(lending: Running, base: Path, fine_tune: Callable):
