@@ -90,15 +90,20 @@ def test_what_all_have_of_one_read():
 
 
 def test_a_peer_and_one_read_for_all(settings, memory_path):
-    outcome = multi_gpu.measure(dataclasses.replace(settings, works=("peer", "broadcast"), runs=1), lambda _: None)
+    outcome = multi_gpu.measure(
+        dataclasses.replace(settings, works=("peer", "tcp", "broadcast"), runs=1), lambda _: None
+    )
     assert outcome.missed == []
     found = [(record.work, record.route, record.equal, record.verified) for record in outcome.records]
     assert found == [
         ("peer-cpu", "cpu → cpu", True, True),
+        ("tcp-loopback", "8 connections", None, False),
+        ("tcp", "cpu → cpu, loopback", True, True),
         ("broadcast", "one read, 1 rank", True, True),
         ("broadcast", "one read, 2 ranks", True, True),
     ]
-    assert outcome.records[0].extra["way"].startswith("peer: ") and "gloo" in outcome.records[2].extra["way"]
+    assert outcome.records[0].extra["way"].startswith("peer: ") and "gloo" in outcome.records[4].extra["way"]
+    assert " over TCP → " in outcome.records[2].extra["way"] and outcome.records[1].bytes == 1 << 20
     assert [*memory_path.iterdir()] == [] and _children() == []
 
 

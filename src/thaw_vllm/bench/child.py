@@ -34,6 +34,8 @@ TASKS = {
     "lend": "multi_gpu_task",
     "borrow": "multi_gpu_task",
     "broadcast": "multi_gpu_task",
+    "lend-tcp": "over_tcp_task",
+    "sockets": "over_tcp_task",
     "fork-keep": "fork_task",
     "fork-thaw": "fork_task",
     "fork-pool": "fork_task",

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from . import ceilings, together
+from . import ceilings, over_tcp, together
 from .files import Files
 from .llama import Shape, shape_for
 from .outcome import Missed, Outcome, Say
@@ -20,8 +20,8 @@ from .systems import THAW
 from .together import Round
 from .weights import DISK, MEDIUM, PAGECACHE, TMPFS, applies, cold, made, warm
 
-LINK, RESTORE, PEER, BROADCAST = "h2d", "restore", "peer", "broadcast"
-WORKS = (LINK, RESTORE, PEER, BROADCAST)
+LINK, RESTORE, PEER, TCP, BROADCAST = "h2d", "restore", "peer", over_tcp.WORK, "broadcast"
+WORKS = (LINK, RESTORE, PEER, TCP, BROADCAST)
 COPY = "d2d"
 
 
@@ -61,7 +61,7 @@ def measure(settings: Settings, say: Say) -> Outcome:
     try:
         if LINK in settings.works:
             outcome += _link(settings, say)
-        others = [work for work in (PEER, BROADCAST) if work in settings.works]
+        others = [work for work in (PEER, TCP, BROADCAST) if work in settings.works]
         for directory in settings.directories if RESTORE in settings.works else settings.directories[:1]:
             if RESTORE not in settings.works and not others:
                 break
@@ -70,7 +70,8 @@ def measure(settings: Settings, say: Say) -> Outcome:
                     if RESTORE in settings.works and applies(medium, directory):
                         outcome += _restore(medium, files, settings, say)
                 for work in others:
-                    outcome += (_peers if work == PEER else _broadcast)(files[0], settings, say)
+                    measured = {PEER: _peers, TCP: _over_tcp, BROADCAST: _broadcast}[work]
+                    outcome += measured(files[0], settings, say)
                 others = []  # nothing of it is read from the directory, but by the first rank
     except KeyboardInterrupt:
         outcome.interrupted = True
@@ -178,6 +179,17 @@ def _peers(files: Files, settings: Settings, say: Say) -> Outcome:
             outcome.missed.append(Missed(PEER, "thaw", "", str(error)))
             say(f"{PEER}: {error}")
     return outcome
+
+
+def _over_tcp(files: Files, settings: Settings, say: Say) -> Outcome:
+    path, shape = str(files.paths[THAW][0]), asdict(shape_for(settings.size_gb))
+    return over_tcp.measure(
+        settings.devices,
+        {"path": path, "shape": shape, "digests": files.digests},
+        settings.limits,
+        lambda entry, route: _repeated(TCP, [entry], route, files, settings, say),
+        say,
+    )
 
 
 def _peer(lender: str, to: str) -> str:

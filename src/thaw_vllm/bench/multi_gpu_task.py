@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,10 @@ import torch
 
 import thaw_vllm
 
+from ..transport.peer_token import VARIABLE
 from ..weights.capture import fillable
 from ..weights.open import open_snapshot
-from ..weights.peers import offer, take
+from ..weights.peers import AUTO, offer, take
 from ..weights.reading import RestoreOptions
 from ..weights.restore import RestoreReport
 from . import llama
@@ -58,8 +60,10 @@ def lend(request: dict[str, Any]) -> Steps:
 
 
 def borrow(request: dict[str, Any]) -> Steps:
-    """The same weights, taken from whoever offers them; ``digests`` of what they are."""
+    """The same weights, taken from whoever offers them, or from ``peer``; ``digests`` of what they are."""
     device = opened(request["device"])
+    if "token" in request:
+        os.environ[VARIABLE] = request["token"]
     yield
     own = llama.poisoned(llama.Shape(**request["shape"]), device)
     settle(device)
@@ -67,7 +71,7 @@ def borrow(request: dict[str, Any]) -> Steps:
 
     def work() -> RestoreReport:
         with open_snapshot(request["path"]) as found:
-            return take(found, *fillable(own), RestoreOptions(), place=Path(request["place"]))
+            return take(found, *fillable(own), RestoreOptions(), request.get("peer", AUTO), Path(request["place"]))
 
     seconds, report = timed(work, device)
     yield

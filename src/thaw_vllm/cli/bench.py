@@ -399,7 +399,7 @@ def multi_gpu(
     runs: Annotated[int, typer.Option(min=1, help="Fresh processes for each rank.")] = 3,
     cold_runs: Annotated[int | None, typer.Option(min=1, help="The same for cold disks. [default: --runs]")] = None,
     work: Annotated[
-        list[str] | None, typer.Option(help="h2d, restore, peer or broadcast; repeat. [default: all]")
+        list[str] | None, typer.Option(help="h2d, restore, peer, tcp or broadcast; repeat. [default: all]")
     ] = None,
     model: Annotated[
         Path | None, typer.Option(help="A model directory: vLLM's engines of so many ranks are measured, too.")
@@ -414,8 +414,8 @@ def multi_gpu(
     """Restore the ranks of a set at once, each to its own GPU.
 
     Each rank is a fresh process with a file of its own, as in a tensor-parallel engine. One of them alone is measured
-    in turn with all of them. Then weights from a process that has them, over NVLink and on one GPU, and one read that
-    goes to all GPUs. Every tensor is compared with the source.
+    in turn with all of them. Then weights from a process that has them, over NVLink, on one GPU and over TCP, and one
+    read that goes to all GPUs. Every tensor is compared with the source.
 
     With a model, a set of it is frozen, and vLLM's engines of so many ranks are started from it and by vLLM's loader;
     their KV is frozen and restored.
