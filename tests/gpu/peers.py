@@ -1,10 +1,11 @@
 """Weights from one GPU's process to another's, every byte compared; prints one JSON object.
 
-    python tests/gpu/peers.py [--gb 16] [--from 0] [--to 1] [--rounds 4]
+    python tests/gpu/peers.py [--gb 16] [--from 0] [--to 1] [--rounds 4] [--tcp]
 
 A process freezes tensors of an 8b shape to /dev/shm (as much host memory as ``--gb``) and offers them; this one takes
 them as an engine does, and compares them with what it reads from the file. ``limit_gb_per_s`` is torch's plain copy
-between the two GPUs in the same run, ``restore_gb_per_s`` the same bytes from the file.
+between the two GPUs in the same run, ``restore_gb_per_s`` the same bytes from the file. With ``--tcp`` they are taken
+from a third process, which lends them over TCP.
 """
 
 from __future__ import annotations
@@ -17,15 +18,19 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from thaw_vllm import freeze_model, restore_model
+from thaw_vllm.transport.peer_token import VARIABLE, lender_token
+from thaw_vllm.transport.tcp_address import Address
+from thaw_vllm.transport.tcp_lender import Lender
 from thaw_vllm.weights.capture import fillable
 from thaw_vllm.weights.open import open_snapshot
-from thaw_vllm.weights.peers import offer, take
+from thaw_vllm.weights.peers import AUTO, offer, take
 from thaw_vllm.weights.reading import RestoreOptions
 
 LAYER = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336), "norm": (4096,)}
@@ -59,7 +64,29 @@ def lend(path: Path, place: Path, gigabytes: float, device: str) -> None:
     made.withdraw()
 
 
-def measure(gigabytes: float, lender: int, taker: int, rounds: int) -> dict[str, Any]:
+def relay(place: Path, token: Path) -> None:
+    """What ``thaw lend`` does."""
+    with contextlib.closing(Lender(Address("127.0.0.1", 0), lender_token(token, os.environ)[0], place)) as lender:
+        print(f"tcp://{lender.address}", flush=True)
+        lender.serve()
+
+
+@contextlib.contextmanager
+def lending(folder: Path) -> Iterator[str]:
+    """The address of a process that does it."""
+    token = folder / "token"
+    token.touch(0o600)
+    token.write_text("0123456789abcdef" * 2)
+    os.environ[VARIABLE] = str(token)
+    with subprocess.Popen([sys.executable, __file__, "--relay", str(folder)], stdout=subprocess.PIPE, text=True) as one:
+        assert one.stdout is not None
+        try:
+            yield one.stdout.readline().strip()
+        finally:
+            one.kill()
+
+
+def measure(gigabytes: float, lender: int, taker: int, rounds: int, tcp: bool) -> dict[str, Any]:
     """The object."""
     with tempfile.TemporaryDirectory(dir="/dev/shm") as name, contextlib.ExitStack() as stack:
         path, place = Path(name) / "w.thaw", Path(name) / "state" / "offers"
@@ -69,6 +96,7 @@ def measure(gigabytes: float, lender: int, taker: int, rounds: int) -> dict[str,
         stack.callback(process.kill)
         assert process.stdin is not None and process.stdout is not None
         assert process.stdout.readline() == "ready\n"
+        peer = stack.enter_context(lending(Path(name))) if tcp else AUTO
         torch.cuda.set_device(taker)
         device = f"cuda:{taker}"
         own = model(gigabytes, device)
@@ -80,7 +108,7 @@ def measure(gigabytes: float, lender: int, taker: int, rounds: int) -> dict[str,
             torch.cuda.synchronize()
             start = time.perf_counter()
             with open_snapshot(path) as opened:
-                report = take(opened, targets, required, RestoreOptions(), place=place)
+                report = take(opened, targets, required, RestoreOptions(), peer, place)
             taken.append(time.perf_counter() - start)
         foreign = lender != taker and torch._C._cuda_hasPrimaryContext(lender)
         other = model(gigabytes, device)
@@ -132,13 +160,18 @@ def main() -> None:
     parser.add_argument("--from", dest="lender", type=int, default=0)
     parser.add_argument("--to", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--tcp", action="store_true")
     parser.add_argument("--lend", type=Path)
+    parser.add_argument("--relay", type=Path)
     asked = parser.parse_args()
     if asked.lend is not None:
         torch.cuda.set_device(asked.lender)
         lend(asked.lend / "w.thaw", asked.lend / "state" / "offers", asked.gb, f"cuda:{asked.lender}")
         return
-    found = measure(asked.gb, asked.lender, asked.to, asked.rounds)
+    if asked.relay is not None:
+        relay(asked.relay / "state" / "offers", asked.relay / "token")
+        return
+    found = measure(asked.gb, asked.lender, asked.to, asked.rounds, asked.tcp)
     print(json.dumps(found, indent=1))
     if not found["equal"] or found["context_on_the_lenders_gpu"]:
         sys.exit(1)

@@ -38,6 +38,13 @@ def test_on_one_gpu(gigabytes: str):
     assert " over " not in found["route"]
 
 
+@pytest.mark.parametrize("gigabytes", ["0.05", "2"])
+def test_over_tcp(gigabytes: str):
+    found = run("peers.py", "--gb", gigabytes, "--from", "0", "--to", "0", "--tcp")
+    assert found["equal"] and found["verified"] == "wordsum" and found["lender_ended"] == 0
+    assert found["route"].startswith("peer: 127.0.0.1:") and found["route"].endswith(" over TCP → cuda:0")
+
+
 @two_gpus
 @pytest.mark.parametrize("gigabytes", ["0.05", "2"])
 def test_from_one_gpu_to_another(gigabytes: str):
