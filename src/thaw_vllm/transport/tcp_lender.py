@@ -196,9 +196,10 @@ class Lender:
         finally:
             with self._lock:
                 loan.users -= 1
-                if not loan.users:
+                last = not loan.users
+                if last:
                     del self._loans[key]
-            if not loan.users:
+            if last:
                 loan.close()
 
 
