@@ -87,6 +87,22 @@ def test_ctrl_c_waits_for_the_tasks_in_flight(interruptible):
     assert 1 <= len(ended) <= 8
 
 
+def test_ctrl_c_ends_what_the_tasks_in_flight_wait_for(interruptible):
+    gone = threading.Event()
+
+    def work(task):
+        if task == 0:
+            _thread.interrupt_main()
+        assert gone.wait(60)
+
+    with pytest.raises(KeyboardInterrupt), parallel.interruptible(gone.set):
+        parallel.run(range(1000), work, 2)
+    gone.clear()
+    with pytest.raises(KeyboardInterrupt):
+        parallel.run(range(2), lambda task: _thread.interrupt_main() if task == 0 else None, 2)
+    assert not gone.is_set(), "after it nobody is told any more"
+
+
 def test_thread_that_cannot_be_started(monkeypatch):
     started = []
     start = threading.Thread.start

@@ -1,6 +1,8 @@
 """The token of weights over TCP: made once, the same for both sides, and not believed where others might know it."""
 
 import os
+from pathlib import Path
+from threading import Timer
 
 import pytest
 
@@ -89,6 +91,14 @@ def test_no_file(state, tmp_path, file):
     for path in (file, tmp_path / "none", tmp_path, tmp_path / "pipe"):
         with pytest.raises(StorageError, match="peer token"):
             lender_token(path, state)
+
+
+def test_one_that_a_program_writes(state):
+    """As a shell's ``<(…)``, which may take its time; and descriptors are given back."""
+    reading, writing = os.pipe()
+    Timer(0.3, lambda: (os.write(writing, GIVEN.encode()), os.close(writing))).start()
+    assert lender_token(Path(f"/dev/fd/{reading}"), state)[0] == GIVEN.encode()
+    os.close(reading)
 
 
 def test_a_link_is_not_followed_where_it_is_kept(state, file, tmp_path):

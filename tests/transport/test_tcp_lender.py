@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import errno
 import random
 import socket
 import struct
@@ -425,6 +426,75 @@ def test_a_lender_that_stands_still(place, monkeypatch):
     monkeypatch.setattr(tcp_source, "PATIENCE", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as server, pytest.raises(StorageError, match="stands still"):
         all_taken(Address(*server.getsockname()))
+
+
+def test_a_connection_that_is_made_while_another_fails(place, monkeypatch):
+    """It is hung up on, too."""
+    real, arrived, ended = socket.create_connection, threading.Event(), []
+
+    with offering(place), listening(place) as lender, taking(lender) as source:
+
+        def late(*arguments, **options):
+            connection = real(*arguments, **options)
+            arrived.set()
+            assert source_failed.wait(10)
+            return connection
+
+        source_failed = threading.Event()
+        monkeypatch.setattr(tcp_source.socket, "create_connection", late)
+        source._idle.clear()
+
+        def take():
+            with pytest.raises(StorageError, match="was interrupted") as raised:
+                read_bytes(source, BEGIN, 10)
+            ended.append(raised.value)
+
+        thread = threading.Thread(target=take)
+        thread.start()
+        assert arrived.wait(10)
+        source.abandon()
+        source_failed.set()
+        thread.join()
+        assert len(ended) == 1
+
+
+def test_what_is_said_to_nobody(place):
+    """A terminal that is gone ends no loan."""
+
+    def say(line):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with offering(place), listening(place, say=say) as lender:
+        for _ in range(2):
+            assert all_taken(lender) == DATA_LENT
+
+
+def test_a_memory_file_that_cannot_be_mapped(place, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(tcp_lender, "borrow_whole", full)
+    with offering(place) as offer, listening(place) as lender:
+        with pytest.raises(StorageError, match=r"cannot be borrowed: .*Cannot allocate memory"):
+            all_taken(lender)
+        until(lambda: not offer.borrowers)
+
+
+def test_closing_before_a_thread_has_started(place, monkeypatch):
+    """Whoever interrupts may come between the two."""
+    lender = Lender(Address("127.0.0.1", 0), TOKEN, place)
+
+    def interrupted(thread):
+        raise KeyboardInterrupt
+
+    with socket.create_connection((lender.address.host, lender.address.port)) as connection:
+        monkeypatch.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            lender.serve()
+        monkeypatch.undo()
+        assert connection.recv(1) == b""
+        lender._threads.add(threading.Thread())
+        lender.close()
 
 
 @pytest.mark.parametrize("kind", [READ, TOLD, 7])

@@ -1,5 +1,6 @@
 """Weights taken over TCP: bit for bit, from the right ones, or not at all."""
 
+import _thread
 import contextlib
 import os
 import threading
@@ -190,6 +191,35 @@ def test_nobody_there(path):
         taken(path, "tcp://127.0.0.1:1")
     with pytest.raises(UsageError, match="is no address of a peer"):
         taken(path, "tcp://127.0.0.1")
+
+
+def test_ctrl_c_while_a_lender_stands_still(place, tmp_path, interruptible):
+    """It is not waited for."""
+    path, frozen = tmp_path / "large.thaw", module(w=torch.randn(8 << 20))
+    freeze_model(frozen, path)
+    still = threading.Event()
+
+    def stand_still(at, data):
+        if at > 4 << 20:
+            if not still.is_set():
+                _thread.interrupt_main()
+            still.set()
+            ended.wait(50)
+        return data
+
+    ended = threading.Event()
+    with offering(path, place, frozen), listening(place) as peer, Proxy(port_of(peer), down=stand_still) as proxy:
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                taken(
+                    path,
+                    f"tcp://127.0.0.1:{proxy.address[1]}",
+                    module(w=torch.zeros(8 << 20)),
+                    workers=2,
+                )
+            assert still.is_set() and not ended.is_set()
+        finally:
+            ended.set()
 
 
 def test_a_lender_that_ends_in_the_midst(place, tmp_path):

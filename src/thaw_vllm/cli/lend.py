@@ -48,7 +48,8 @@ def lend(
     token, file = lender_token(token_file, os.environ)
 
     def say(line: str) -> None:
-        print(f"thaw: {line}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError, ValueError):  # a terminal that is gone ends no loan
+            print(f"thaw: {line}", file=sys.stderr, flush=True)
 
     with contextlib.closing(Lender(address, token, takers=takers, say=say)) as lender:
         if not ip_address(lender.address.host.partition("%")[0]).is_loopback:

@@ -62,8 +62,17 @@ def kept(path: Path, what: str, cure: str, *, linked: bool = False) -> str:
     """
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if linked else os.O_NOFOLLOW)
     try:
-        with os.fdopen(os.open(path, flags)) as stream:
-            found = os.fstat(stream.fileno())
+        descriptor = os.open(path, flags)
+        try:
+            found = os.fstat(descriptor)
+            if not stat.S_ISREG(found.st_mode):
+                if not (linked and stat.S_ISFIFO(found.st_mode)):  # what a shell's <(…) is
+                    raise StorageError(f"{str(path)!r} is no file with the {what}; {cure}")
+                os.set_blocking(descriptor, True)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        with os.fdopen(descriptor) as stream:
             if found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o077:
                 raise StorageError(f"others may know the {what} in {str(path)!r}; {cure}")
             token = stream.read(_LONGEST).strip()

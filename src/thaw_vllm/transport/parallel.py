@@ -32,6 +32,20 @@ def default_workers() -> int:
     return max(2, min(cores * 2, 8) if cores <= 8 else min(cores, 16))
 
 
+_here = threading.local()
+
+
+@contextlib.contextmanager
+def interruptible(abandon: Callable[[], None]) -> Iterator[None]:
+    """Within it, ``abandon`` is called where a ``crew`` of this thread is interrupted: to end what they wait for."""
+    before = getattr(_here, "abandon", None)
+    _here.abandon = abandon
+    try:
+        yield
+    finally:
+        _here.abandon = before
+
+
 class Shared(Generic[T]):
     """An iterator that several threads take from."""
 
@@ -95,6 +109,8 @@ def crew(
                 meanwhile()
     except BaseException:
         stop.set()
+        if (abandon := getattr(_here, "abandon", None)) is not None:
+            abandon()
         while len(ended) < len(begun):
             with contextlib.suppress(queue.Empty, KeyboardInterrupt):
                 wake.get(timeout=_GLANCE)

@@ -34,7 +34,7 @@ _EACH = 16
 """Connections of a taker."""
 _STRANGERS = 32
 """Connections that have proved nothing yet."""
-_ERROR = 500
+_ERROR = 300
 """Characters of a refusal."""
 _JOIN = 5.0
 
@@ -84,8 +84,8 @@ class Lender:
         with self._lock:
             if self._stop.is_set():
                 return
-            self._over.clear()
         try:
+            self._over.clear()
             with selectors.DefaultSelector() as selector:
                 for one in (self._listening, self._woken):
                     selector.register(one, selectors.EVENT_READ)
@@ -107,7 +107,8 @@ class Lender:
             self._wake.send(b".")
         until = time.monotonic() + _JOIN
         for thread in threads:
-            thread.join(max(0.0, until - time.monotonic()))
+            if thread.ident is not None:  # one that ``_accept`` has not started yet ends by its connection
+                thread.join(max(0.0, until - time.monotonic()))
         self._over.wait()  # what a selector waits for may not be closed under it
         for one in (self._listening, self._wake, self._woken):
             one.close()
@@ -133,8 +134,10 @@ class Lender:
             return
         try:
             thread.start()
-        except RuntimeError:  # no thread is left
+        except BaseException as error:
             self._forget(connection, thread, stranger=True)
+            if not isinstance(error, RuntimeError):  # which says that no thread is left
+                raise
 
     def _forget(self, connection: socket.socket, thread: threading.Thread, *, stranger: bool) -> None:
         with self._lock:
@@ -191,7 +194,8 @@ class Lender:
             with loan.lock:  # the first borrows, others wait for it
                 if loan.source is None:
                     loan.borrow(self._place or directory(os.environ), asks.content)
-                    self._say(f"lends {asks.content[:16]}… to {name}")
+                    with contextlib.suppress(OSError, ValueError):  # nobody listens any more to what is said
+                        self._say(f"lends {asks.content[:16]}… to {name}")
             yield loan
         finally:
             with self._lock:
@@ -233,6 +237,9 @@ class _Loan:
                     source = borrow_whole(answer.told, answer.files, name)
                 except ThawError as error:
                     last = error
+                    continue
+                except OSError as error:
+                    last = StorageError(f"the weights of a process cannot be borrowed: {error}")
                     continue
                 stack.callback(source.close)
                 self.source, self._stack = source, stack.pop_all()

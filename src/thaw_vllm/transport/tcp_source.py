@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import secrets
 import socket
 import threading
@@ -66,6 +67,10 @@ class TcpSource:
             with self._channel() as channel:
                 self._fetch(channel, at, view)
 
+    def abandon(self) -> None:
+        """Hang up on the lender: threads that read fail at once. In any thread."""
+        self._first(ConnectionAbortedError(errno.ECONNABORTED, "it was interrupted"))
+
     def check_unchanged(self) -> None:
         """See Source; sums tell."""
 
@@ -117,6 +122,9 @@ class TcpSource:
                 f"nobody lends weights at {where}: {reason}; start 'thaw lend' there, with --listen for other hosts"
             ) from None
         with self._lock:
+            if self._failed is not None:  # nobody hangs up on it any more
+                connection.close()
+                raise StorageError(f"the connection to {self._address} was closed")
             self._connections.add(connection)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         channel = introduce(connection, self._token, self._asked, PATIENCE, f"the peer {where}")

@@ -21,6 +21,7 @@ from ..format.index import Index, Tensor
 from ..format.snapshot import Snapshot
 from ..transport.lending import Lent, borrow
 from ..transport.offers import PATIENCE, QUICK, Offer, asked, directory, offered, own
+from ..transport.parallel import interruptible
 from ..transport.peer_token import taker_token
 from ..transport.source import Source
 from ..transport.tcp_address import Address, peer_address, remote
@@ -165,7 +166,8 @@ def _filled(
     why: str,
 ) -> RestoreReport:
     """``restore`` from a lender's bytes, which are closed."""
-    with contextlib.closing(source):
+    waits = interruptible(source.abandon) if isinstance(source, TcpSource) else contextlib.nullcontext()
+    with contextlib.closing(source), waits:
         report = restore(
             source, snapshot, targets, required, replace(options, verify=True, route="auto", processes=False)
         )

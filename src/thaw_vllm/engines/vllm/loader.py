@@ -237,26 +237,29 @@ class ThawModelLoader(BaseModelLoader):
             return
         if config.mode == "auto":
             last_report, found, last_outcome = automatic.load(self, model, get_current_vllm_config(), model_config)
+        elif config.mode == "freeze" and (number := replica(get_current_vllm_config())):
+            logger.info("replica 0 freezes the weights; this is replica %d, which has the same", number)
+            self.source().load_weights(model, model_config)
+            last_report, last_outcome = None, Outcome(automatic.LOADED)
+        elif config.mode == "freeze":
+            last_report, found = self._freeze(model, model_config, self._identity(model, model_config))
+            last_outcome = Outcome(automatic.FROZEN, config.snapshot)
+        elif self._placeholders is not None:
+            identity = self._identity(model, model_config)
+            last_report, found = self._place(model, model_config, identity, config.snapshot)
+            last_outcome = Outcome(automatic.THAWED, config.snapshot)
         else:
-            audit.refuse_unsound(model)
-            identity = engine_identity(get_current_vllm_config(), model_config, model)
-            if config.mode == "freeze" and (number := replica(get_current_vllm_config())):
-                logger.info("replica 0 freezes the weights; this is replica %d, which has the same", number)
-                self.source().load_weights(model, model_config)
-                last_report, last_outcome = None, Outcome(automatic.LOADED)
-            elif config.mode == "freeze":
-                last_report, found = self._freeze(model, model_config, identity)
-                last_outcome = Outcome(automatic.FROZEN, config.snapshot)
-            else:
-                if self._placeholders is None:
-                    with Together(config.snapshot) as begin:
-                        last_report, found = self.thaw(model, model_config, identity, config.snapshot, begin)
-                else:
-                    last_report, found = self._place(model, model_config, identity, config.snapshot)
-                last_outcome = Outcome(automatic.THAWED, config.snapshot)
+            with Together(config.snapshot) as begin:
+                identity = self._identity(model, model_config)
+                last_report, found = self.thaw(model, model_config, identity, config.snapshot, begin)
+            last_outcome = Outcome(automatic.THAWED, config.snapshot)
         model._thaw_model_id = found  # type: ignore[assignment]  # of this model, not of this process
         if config.expects_kv:
             ahead.expect(next(model.parameters()).device)
+
+    def _identity(self, model: torch.nn.Module, model_config: ModelConfig) -> Identity:
+        audit.refuse_unsound(model)
+        return engine_identity(get_current_vllm_config(), model_config, model)
 
     def get_all_weights(self, model_config: ModelConfig, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         """The checkpoint's tensors for vLLM's ``reload_weights``, as vLLM's own loader has them.
