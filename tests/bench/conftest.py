@@ -1,11 +1,13 @@
 """The command in this process, as in tests/cli; small results to make a page of."""
 
 import json
+from functools import partial
 
 import pytest
 from tests.cli.conftest import Ran
 
 from thaw_vllm.bench import kv
+from thaw_vllm.bench.process import Child
 from thaw_vllm.cli.main import main
 
 
@@ -40,6 +42,17 @@ def in_place_of_engines(monkeypatch, cpu):
     monkeypatch.setattr(kv, "open_checkpoint", lambda path: path)
     monkeypatch.setattr(kv, "checkpoint_id", lambda checkpoint: "tensors-blake3:" + "ab" * 32)
     return use
+
+
+@pytest.fixture
+def forked_engines(monkeypatch):
+    """Real engines of ``thaw bench kv`` and ``thaw bench fork``, in forks of the tests' zygote."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # before a zygote is started, and before its variables are noted
+    from tests.engines.vllm import forks
+
+    for name, value in forks.environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(kv, "Child", partial(Child, command=forks.benchmark()))
 
 
 @pytest.fixture

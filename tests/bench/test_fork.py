@@ -218,10 +218,9 @@ def test_the_link_is_the_limit_with_a_gpu(thaw, model, engines, monkeypatch):
 
 @pytest.mark.vllm
 @pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
-def test_real_engines(thaw, tmp_path, cpu, monkeypatch):
+def test_real_engines(thaw, tmp_path, cpu, forked_engines):
     from tests.engines.vllm.models import KINDS
 
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "files").mkdir()
     model = KINDS["tied"](tmp_path / "model")
     arguments = ("--tokens", 300, "--tokens", 160, "--branches", 3, "--runs", 2, "--dir", "files")

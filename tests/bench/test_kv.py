@@ -238,10 +238,9 @@ def test_pages_that_differ(monkeypatch):
 
 @pytest.mark.vllm
 @pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
-def test_real_engines(thaw, tmp_path, cpu, monkeypatch):
+def test_real_engines(thaw, tmp_path, cpu, forked_engines, monkeypatch):
     from tests.engines.vllm.models import KINDS
 
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "files").mkdir()
     model = KINDS["tied"](tmp_path / "model")
     original = kv.run
@@ -271,7 +270,7 @@ def test_real_engines(thaw, tmp_path, cpu, monkeypatch):
 
 @pytest.mark.vllm
 @pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
-def test_real_engine_that_cannot_start(tmp_path, cpu):
+def test_real_engine_that_cannot_start(tmp_path, cpu, forked_engines):
     """The engine core's own words, not those of the process that started it."""
     from tests.engines.vllm.models import KINDS
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from thaw_vllm.bench.process import COMMAND
 from thaw_vllm.engines.vllm import fresh
 from thaw_vllm.zygote import start
 from thaw_vllm.zygote.place import VARIABLE, Place
@@ -30,6 +31,7 @@ _BEGINNING = dict(os.environ)
 """Before any engine ran in this process, which leaves variables of its own."""
 _PASSED = ("THAW_",)
 """Beginnings of names whose values tests change."""
+_HAND_OVER = "os.execv(sys.argv[1], [*sys.argv[1:-1], f'/proc/{os.getpid()}/fd/{sys.argv[-1]}'])"
 _places: dict[str, Place] = {}
 """By ``PYTHONPATH``, which a program has in common with its zygote."""
 
@@ -55,6 +57,15 @@ def command() -> list[str]:
     if _anew():
         return [sys.executable]
     return [sys.executable, "-m", "thaw_vllm", "run", "--zygote", NAME, "--fallback"]
+
+
+def benchmark() -> list[str]:
+    """Like ``bench.process.COMMAND``; a fork is given no other descriptors than the standard ones, so it opens one."""
+    if _anew():
+        return [*COMMAND]
+    own = "import os, sys; from thaw_vllm.bench.child import main; main(os.open(sys.argv[1], os.O_WRONLY))"
+    words = [*command(), "-c", own]
+    return [sys.executable, "-c", f"import os, sys; {_HAND_OVER}", *words]
 
 
 def run(action: str, *, engine_args: dict[str, Any], more: dict[str, str] | None = None, **options: Any) -> Any:
