@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
+
 from thaw_vllm.bench.process import COMMAND
 from thaw_vllm.engines.vllm import fresh
 from thaw_vllm.zygote import start
@@ -77,6 +79,17 @@ def run(action: str, *, engine_args: dict[str, Any], more: dict[str, str] | None
     ranks = PARALLEL if "tensor_parallel_size" in engine_args else {}
     with mock.patch.dict(os.environ, environment(ranks | (more or {})), clear=True):
         return fresh.run(action, engine_args=engine_args, zygote=None if _anew() else NAME, **options)
+
+
+def in_place_of_new(patch: pytest.MonkeyPatch) -> None:
+    """What a command of this process starts with ``fresh.run`` is started in forks."""
+    anew = fresh.run
+
+    def forked(action: str, **options: Any) -> Any:
+        with mock.patch.object(fresh, "run", anew):
+            return run(action, **options)
+
+    patch.setattr(fresh, "run", forked)
 
 
 def _anew() -> bool:

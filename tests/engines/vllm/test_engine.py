@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import socket
 import subprocess
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 from tests.engines.vllm import forks
 
+from thaw_vllm.cli.main import main
 from thaw_vllm.errors import CorruptionError, MismatchError, StorageError, UsageError
 from thaw_vllm.weights.compress import rewrite
 from thaw_vllm.weights.open import open_rank, open_snapshot
@@ -148,7 +148,8 @@ class TestWithoutTheCheckpoint:
 
 
 @pytest.fixture(scope="class")
-def server(checkpoints: Callable, room: Path) -> Iterator[tuple[str, Path]]:
+def server(checkpoints: Callable, room: Path) -> Iterator[Callable[[], tuple[str, Path]]]:
+    """It has been started; called, it waits until the server is healthy."""
     model, path = checkpoints("int8"), room / "int8.thaw"
     freeze(model, path)
     with socket.socket() as probe:
@@ -167,9 +168,13 @@ def server(checkpoints: Callable, room: Path) -> Iterator[tuple[str, Path]]:
     log = room / "server.log"
     with log.open("wb") as stream:
         process = subprocess.Popen(command, stdout=stream, stderr=stream, stdin=subprocess.DEVNULL)
-    try:
+
+    def healthy() -> tuple[str, Path]:
         wait_for(f"http://127.0.0.1:{port}/health", process, log)
-        yield f"http://127.0.0.1:{port}/v1", model
+        return f"http://127.0.0.1:{port}/v1", model
+
+    try:
+        yield healthy
     finally:
         process.terminate()
         process.wait(60)
@@ -178,15 +183,15 @@ def server(checkpoints: Callable, room: Path) -> Iterator[tuple[str, Path]]:
 class TestServer:
     """vLLM's own server with ``--load-format thaw``, no import by the user."""
 
-    def test_completions_are_equal(self, server: tuple[str, Path]):
+    def test_completions_are_equal(self, server: Callable[[], tuple[str, Path]], checkpoints: Callable):
         from openai import OpenAI
 
-        url, model = server
+        expected = ask(checkpoints("int8"), None)["outputs"][0]  # meanwhile the server starts
+        url, model = server()
         client = OpenAI(base_url=url, api_key="none")
         answer = client.completions.create(
             model=str(model), prompt=PROMPTS[0], max_tokens=16, temperature=0, logprobs=1
         )
-        expected = ask(model, None)["outputs"][0]
         assert answer.choices[0].text == expected["text"]
         assert answer.choices[0].logprobs.token_logprobs == pytest.approx(
             [max(lp for _, lp in step) for step in expected["logprobs"]], abs=0
@@ -252,19 +257,11 @@ class TestSmolLM2:
         assert thawed.raw == default.raw
         assert thawed.processed() == default.processed()
 
-    def test_the_demo(self, smollm2: Path):
-        command = [
-            sys.executable,
-            "-c",
-            "from thaw_vllm.cli.main import main; main()",
-            "demo",
-            "--model",
-            str(smollm2),
-            "--json",
-        ]
-        quiet = os.environ | {"VLLM_LOGGING_LEVEL": "CRITICAL"}  # the demo's table is whole whatever the user's level
-        done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, env=quiet)
-        assert done.returncode == 0, done.stderr[-3000:]
-        result = json.loads(done.stdout)
-        assert result["equal"] and "Paris" in result["answers"][0]
+    def test_the_demo(self, smollm2: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture):
+        forks.in_place_of_new(monkeypatch)
+        monkeypatch.setenv("VLLM_LOGGING_LEVEL", "CRITICAL")  # the demo's table is whole whatever the user's level
+        monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")  # or the command sets it, for good
+        assert main(["demo", "--model", str(smollm2.absolute()), "--max-tokens", "12", "--json"]) == 0
+        result = json.loads(capfd.readouterr().out)
+        assert result["equal"] and "Paris" in result["answers"][0] and len(result["answers"]) == 3
         assert result["thaw"]["weights"] > 0 and result["default"]["weights"] > 0

@@ -54,24 +54,20 @@ class Server:
             self.process = subprocess.Popen(
                 command, stdout=stream, stderr=stream, stdin=subprocess.DEVNULL, env=environment
             )
-        self.url = f"http://127.0.0.1:{port}"
-        try:
-            self._wait(log)
-        except BaseException:
-            self.stop()
-            raise
+        self.url, self.log = f"http://127.0.0.1:{port}", log
         self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
 
-    def _wait(self, log: Path) -> None:
+    def wait(self) -> Server:
+        """Itself, when it is healthy."""
         deadline = time.monotonic() + 300
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
-                pytest.fail(f"the server ended with {self.process.returncode}: {log.read_text()[-3000:]}")
+                pytest.fail(f"the server ended with {self.process.returncode}: {self.log.read_text()[-3000:]}")
             try:
                 with urllib.request.urlopen(f"{self.url}/health", timeout=5):
-                    return
+                    return self
             except OSError:
-                time.sleep(0.5)
+                time.sleep(0.2)
         pytest.fail("the server did not become healthy")
 
     def stop(self) -> None:
@@ -142,11 +138,23 @@ def sessions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def first(model: Path, directory: Path, sessions: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    variables = {"THAW_SESSIONS_DIR": str(sessions)}
-    server = Server(model, directory, tmp_path_factory.mktemp("log") / "first.log", variables=variables)
-    yield server
-    server.stop()
+def servers(
+    model: Path, directory: Path, sessions: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[list[Server]]:
+    """Two that are started at the same time, each of which takes a core."""
+    variables, logs, started = {"THAW_SESSIONS_DIR": str(sessions)}, tmp_path_factory.mktemp("log"), []
+    try:
+        for name in ("first", "second"):
+            started.append(Server(model, directory, logs / f"{name}.log", variables=variables))
+        yield started
+    finally:
+        for server in started:
+            server.stop()
+
+
+@pytest.fixture(scope="module")
+def first(servers: list[Server]) -> Server:
+    return servers[0].wait()
 
 
 @pytest.fixture(scope="module")
@@ -190,15 +198,10 @@ def running(first: Server, model_id: str, asked: dict[str, Answer]) -> tuple[lis
 
 
 @pytest.fixture(scope="module")
-def second(
-    first: Server, model: Path, directory: Path, sessions: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Server]:
-    """Started when the first one has ended."""
-    first.stop()
-    variables = {"THAW_SESSIONS_DIR": str(sessions)}
-    server = Server(model, directory, tmp_path_factory.mktemp("log") / "second.log", variables=variables)
-    yield server
-    server.stop()
+def second(servers: list[Server]) -> Server:
+    """Asked nothing before the first one has ended."""
+    servers[0].stop()
+    return servers[1].wait()
 
 
 class TestFirst:
@@ -321,7 +324,7 @@ class TestFirst:
 
 
 class TestSecond:
-    """A new process, its cache empty."""
+    """Another process, its cache empty."""
 
     def test_restore(self, second: Server, asked: dict[str, Answer], model_id: str):
         ran = second.thaw_kv("restore", "none.thawkv", "--model-id", model_id)

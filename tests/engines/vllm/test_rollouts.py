@@ -16,7 +16,6 @@ from tests.engines.vllm.test_kv import ARGS, ID, LONG, SIZE
 
 from thaw_vllm.cli import demo_rollouts
 from thaw_vllm.cli.demo_rollouts import _TOP, recorded, sampling
-from thaw_vllm.engines.vllm import fresh
 from thaw_vllm.engines.vllm.sessions.rolling import roll
 from thaw_vllm.errors import UsageError
 from thaw_vllm.sessions.ranking import ranked, ways
@@ -98,13 +97,7 @@ def test_log_probabilities_are_those_of_the_model(rolled: SimpleNamespace):
 
 def test_the_command(checkpoints: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any):
     """From the prompt's text to what is shown; to the tiny model most of its words are the same."""
-    anew = fresh.run
-
-    def run(action: str, **options: Any) -> Any:
-        with mock.patch.object(fresh, "run", anew):
-            return forks.run(action, **options)
-
-    monkeypatch.setattr(fresh, "run", run)
+    forks.in_place_of_new(monkeypatch)
     monkeypatch.setattr(demo_rollouts, "_LENGTH", 512)
     model, store, records = checkpoints("tied"), tmp_path / "store", tmp_path / "r.json"
     demo_rollouts.demo_rollouts(str(model), None, 6, store, records, True, count=3, rank=2, seed=5)

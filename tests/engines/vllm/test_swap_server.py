@@ -24,17 +24,13 @@ def test_a_server_answers_with_the_weights_it_was_given(
     checkpoints: Callable, load: Callable, thaw_args: Callable, tmp_path: Path
 ):
     first = Path(shutil.copytree(checkpoints("tied"), tmp_path / "a"))
-    second = Path(shutil.copytree(first, tmp_path / "b"))
-    other = Path(shutil.copytree(first, tmp_path / "c"))
-    for directory in (second, other):
-        for file in directory.glob("*.safetensors"):
-            changed = {name: tensor * 1.25 + 0.01 for name, tensor in load_file(file).items()}
-            save_file(changed, file, metadata={"format": "pt"})
-    (other / "chat_template.jinja").write_text("{{ other }}")
     snapshots = tmp_path / "snapshots"
     snapshots.mkdir()
-    for directory in (first, second, other):
+
+    def frozen(directory: Path) -> None:
         load(directory, **thaw_args(snapshots / f"{directory.name}.thaw", mode="freeze"))
+
+    frozen(first)
     extra = json.dumps({"snapshot": str(snapshots / "a.thaw")})
     variables = {
         "VLLM_PLUGINS": f"{plugins()},swap_safe_cpu",
@@ -44,6 +40,16 @@ def test_a_server_answers_with_the_weights_it_was_given(
     options = ("--load-format", "thaw", "--model-loader-extra-config", extra)
     server = Server(first, snapshots, tmp_path / "log.txt", *options, variables=variables)
     try:
+        second = Path(shutil.copytree(first, tmp_path / "b"))  # meanwhile the server starts
+        other = Path(shutil.copytree(first, tmp_path / "c"))
+        for directory in (second, other):
+            for file in directory.glob("*.safetensors"):
+                changed = {name: tensor * 1.25 + 0.01 for name, tensor in load_file(file).items()}
+                save_file(changed, file, metadata={"format": "pt"})
+        (other / "chat_template.jinja").write_text("{{ other }}")
+        frozen(second)
+        frozen(other)
+        server.wait()
         before, cached = server.ask(PROMPT)
         assert server.ask(PROMPT)[1] > cached == 0
         swapped = server.thaw("swap", "b.thaw", "--json")
