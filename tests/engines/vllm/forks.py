@@ -19,6 +19,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 
 from thaw_vllm.bench.process import COMMAND
 from thaw_vllm.engines.vllm import fresh
@@ -29,6 +30,9 @@ ROOT = Path(__file__).parents[3]
 NAME = "tests"
 PARALLEL = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 """vLLM's CPU build places one rank a NUMA node by itself; on a machine with one node it must be told cores."""
+PLAIN = {"TORCHDYNAMO_DISABLE": "1"} if torch.version.cuda is None else {}
+"""On the CPU, where tests compile no model: else the first token of every engine waits for a compiler, which a function
+of its sampler is given to. A program that compiles is started without."""
 _BEGINNING = dict(os.environ)
 """Before any engine ran in this process, which leaves variables of its own."""
 _PASSED = ("THAW_",)
@@ -40,7 +44,7 @@ _places: dict[str, Place] = {}
 
 def environment(more: dict[str, str] | None = None) -> dict[str, str]:
     """Variables with which a program is taken by a zygote, which is started where it is not there yet."""
-    own = fresh.READ_FROM_THE_LOG | {"PYTHONPATH": _paths(more or {})}
+    own = fresh.READ_FROM_THE_LOG | PLAIN | {"PYTHONPATH": _paths(more or {})}
     if _anew():
         return os.environ | (more or {}) | own
     if own["PYTHONPATH"] not in _places:

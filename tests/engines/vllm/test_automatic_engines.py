@@ -50,7 +50,7 @@ def test_two_ranks(checkpoints: Callable, tmp_path: Path):
             snapshot="auto",
             engine_args=ARGS | {"tensor_parallel_size": 2},
             questions=PROMPTS,
-            max_tokens=16,
+            max_tokens=4,
             more={"THAW_CACHE_DIR": str(tmp_path)},
             log=log,
         )
@@ -88,14 +88,14 @@ def serve(model: Path, log: Path, *options: str, **environment: str) -> tuple[st
             stdin=subprocess.DEVNULL,
             stdout=stream,
             stderr=stream,
-            env=os.environ | environment,
+            env=environment,
             start_new_session=True,
         )
     try:
         until = time.monotonic() + 300
         while "thaw: ready at" not in log.read_text(errors="replace"):
             assert process.poll() is None and time.monotonic() < until, log.read_text()[-3000:]
-            time.sleep(0.3)
+            time.sleep(0.1)
         body = {"model": str(model), "prompt": PROMPTS[0], "max_tokens": 16, "temperature": 0, "logprobs": 1}
         request = urllib.request.Request(
             f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
@@ -115,7 +115,8 @@ def serve(model: Path, log: Path, *options: str, **environment: str) -> tuple[st
 
 def test_serve(checkpoints: Callable, tmp_path: Path):
     model, given = checkpoints("untied"), {"THAW_CACHE_DIR": str(tmp_path / "cache")}
-    answers, said = zip(*(serve(model, tmp_path / str(n), "--zygote", "none", **given) for n in range(2)), strict=True)
+    options, given = ("--zygote", forks.NAME), forks.environment(given)
+    answers, said = zip(*(serve(model, tmp_path / str(n), *options, **given) for n in range(2)), strict=True)
     (entry,) = kept(tmp_path / "cache" / "snapshots")
     assert any(f"weights frozen to {entry.path}" in line for line in said[0])
     assert any(f"weights thawed from {entry.path}" in line for line in said[1])
