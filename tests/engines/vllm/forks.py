@@ -30,9 +30,12 @@ ROOT = Path(__file__).parents[3]
 NAME = "tests"
 PARALLEL = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 """vLLM's CPU build places one rank a NUMA node by itself; on a machine with one node it must be told cores."""
-PLAIN = {"TORCHDYNAMO_DISABLE": "1"} if torch.version.cuda is None else {}
-"""On the CPU, where tests compile no model: else the first token of every engine waits for a compiler, which a function
-of its sampler is given to. A program that compiles is started without."""
+_ON_CPU = {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+PLAIN = _ON_CPU if torch.version.cuda is None else {}
+"""For engines on the CPU that compile no model, in place of PARALLEL as well. Else the first token of each waits for a
+compiler, which a function of its sampler is given to; and all of them compute on the same core, which vLLM chooses,
+while others are idle. With COMPILES a program is started anew instead, since no zygote has that."""
+COMPILES = {"TORCHDYNAMO_DISABLE": "0"}
 _BEGINNING = dict(os.environ)
 """Before any engine ran in this process, which leaves variables of its own."""
 _PASSED = ("THAW_",)
@@ -44,18 +47,18 @@ _places: dict[str, Place] = {}
 
 def environment(more: dict[str, str] | None = None) -> dict[str, str]:
     """Variables with which a program is taken by a zygote, which is started where it is not there yet."""
-    own = fresh.READ_FROM_THE_LOG | PLAIN | {"PYTHONPATH": _paths(more or {})}
+    own = fresh.READ_FROM_THE_LOG | {"PYTHONPATH": _paths(more or {})}
     if _anew():
-        return os.environ | (more or {}) | own
+        return os.environ | PLAIN | _beside_plain(more or {}) | own
     if own["PYTHONPATH"] not in _places:
         directory = tempfile.mkdtemp(prefix="thaw-z-", dir="/tmp")
         place = _places[own["PYTHONPATH"]] = Place(Path(directory), NAME)
         with mock.patch.dict(os.environ, _BEGINNING, clear=True):
-            pid = start.start(place, imports=[], models=[], environment=own | {VARIABLE: directory})
+            pid = start.start(place, imports=[], models=[], environment=PLAIN | own | {VARIABLE: directory})
         atexit.register(_end, pid, directory, os.getpid())
     passed = {name: value for name, value in os.environ.items() if name.startswith(_PASSED)}
     where = {VARIABLE: str(_places[own["PYTHONPATH"]].directory)}
-    return _BEGINNING | passed | (more or {}) | own | where
+    return _BEGINNING | passed | PLAIN | _beside_plain(more or {}) | own | where
 
 
 def command() -> list[str]:
@@ -98,6 +101,10 @@ def in_place_of_new(patch: pytest.MonkeyPatch) -> None:
 
 def _anew() -> bool:
     return os.environ.get("THAW_TEST_ANEW") == "1"
+
+
+def _beside_plain(more: dict[str, str]) -> dict[str, str]:
+    return {name: value for name, value in more.items() if not (PLAIN and name in PARALLEL)}
 
 
 def _paths(more: dict[str, str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -167,7 +168,8 @@ def server(checkpoints: Callable, room: Path) -> Iterator[Callable[[], tuple[str
     command += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", "256"]
     log = room / "server.log"
     with log.open("wb") as stream:
-        process = subprocess.Popen(command, stdout=stream, stderr=stream, stdin=subprocess.DEVNULL)
+        variables = os.environ | forks.PLAIN
+        process = subprocess.Popen(command, stdout=stream, stderr=stream, stdin=subprocess.DEVNULL, env=variables)
 
     def healthy() -> tuple[str, Path]:
         wait_for(f"http://127.0.0.1:{port}/health", process, log)

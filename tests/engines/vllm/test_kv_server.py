@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.engines.vllm import forks
 
 from thaw_vllm.cli import doctor
 from thaw_vllm.sessions.store import Store
@@ -49,7 +50,7 @@ class Server:
         command += ["--enforce-eager", "--enable-prompt-tokens-details", "--max-model-len", "512"]
         command += ["--host", "127.0.0.1", "--port", str(port), *options]
         environment = os.environ | {"THAW_ADMIN_TOKEN": TOKEN, "THAW_KV_DIR": str(directory), "VLLM_PLUGINS": plugins()}
-        environment |= variables or {}
+        environment |= forks.PLAIN | (variables or {})
         with log.open("wb") as stream:
             self.process = subprocess.Popen(
                 command, stdout=stream, stderr=stream, stdin=subprocess.DEVNULL, env=environment

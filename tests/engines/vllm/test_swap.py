@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
-from tests.engines.vllm.forks import PARALLEL
+from tests.engines.vllm.forks import COMPILES, PARALLEL
 from tests.engines.vllm.kv_files import flipped
 from tests.engines.vllm.test_engine import freeze
 from tests.engines.vllm.test_kv import run_script
@@ -137,7 +137,7 @@ def test_weights_are_swapped_and_every_tensor_is_the_snapshots(prepared: dict[st
 def test_an_engine_that_has_compiled_its_code_is_swapped(prepared: dict[str, Any], tmp_path: Path):
     """Such code keeps what it was traced with; what is loaded from vLLM's cache does not."""
     root = tmp_path / "cache"
-    more = {"THAW_TEST_COMPILED": "1", "VLLM_USE_AOT_COMPILE": "1", "VLLM_CACHE_ROOT": str(root)}
+    more = {"THAW_TEST_COMPILED": "1", "VLLM_USE_AOT_COMPILE": "1", "VLLM_CACHE_ROOT": str(root), **COMPILES}
     asked = prepared | {"engine_args": ARGS | {"enforce_eager": False}, "cycles": 1, "park": 0, "asynchronous": False}
     judge(run_script("swap_engine.py", tmp_path, asked, environment() | more), asked)
     assert any((root / "torch_compile_cache" / "torch_aot_compile").rglob("model")), "it was compiled here"
