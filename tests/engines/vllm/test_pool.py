@@ -16,6 +16,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,9 @@ ASKED: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 class Program(pool_program.Program):
+    def __init__(self, folder: Path, name: str, *options: str, healthy: bool = True, **environment: str) -> None:
+        super().__init__(folder, name, *options, healthy=healthy, **forks.PLAIN | environment)
+
     def said(self, model: str, what: str) -> tuple[int, Any]:
         """The answer to one of ASKED."""
         return self.answer(model, *ASKED[what])
@@ -78,7 +82,7 @@ class Program(pool_program.Program):
 @pytest.fixture(scope="module")
 def zygote() -> Iterator[Zygote]:
     with made(preimport.__name__) as one:
-        one.start()
+        one.start(**forks.PLAIN)
         yield one
 
 
@@ -99,17 +103,29 @@ def asked_of(name: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def alone(zygote: Zygote, models: dict[str, Path], folder: Path) -> dict[str, dict[str, Any]]:
-    """What each model's own server answers."""
-    found = {}
-    for name, path in models.items():
-        options = ["--model", str(path), "--served-model-name", name, "--require-zygote", *ARGS]
-        program = Program(folder, f"alone-{name}", *options)
+    """What each model's own server answers; two are asked at the same time, each of which takes a core."""
+
+    def begun(name: str) -> Program:
+        options = ["--model", str(models[name]), "--served-model-name", name, "--require-zygote", *ARGS]
+        return Program(folder, f"alone-{name}", *options, healthy=False)
+
+    def ask(name: str, program: Program) -> dict[str, Any]:
+        pool_program.until_healthy(program)
+        return {what: program.said(name, what) for what in asked_of(name)}
+
+    found: dict[str, dict[str, Any]] = {}
+    names = [*models]
+    for two in (names[:2], names[2:]):
+        programs = [*map(begun, two)]
         try:
-            found[name] = {what: program.said(name, what) for what in asked_of(name)}
+            with ThreadPoolExecutor(2) as both:
+                found |= zip(two, both.map(ask, two, programs), strict=True)
         finally:
-            program.stop()
-        wanted = {what: 400 if what == "error" else 200 for what in found[name]}
-        assert {what: status for what, (status, _) in found[name].items()} == wanted, found[name]
+            for program in programs:
+                program.stop()
+    for answers in found.values():
+        wanted = {what: 400 if what == "error" else 200 for what in answers}
+        assert {what: status for what, (status, _) in answers.items()} == wanted, answers
     distinct = {json.dumps(answers["logprobs"]) for answers in found.values()}
     assert len(distinct) == len(models), "every model answers otherwise"
     assert json.dumps(found["tuned"]["chat"]) != json.dumps(found["other-template"]["chat"])
