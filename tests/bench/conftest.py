@@ -1,7 +1,9 @@
 """The command in this process, as in tests/cli; small results to make a page of."""
 
 import json
+import os
 from functools import partial
+from unittest import mock
 
 import pytest
 from tests.cli.conftest import Ran
@@ -50,9 +52,9 @@ def forked_engines(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # before a zygote is started, and before its variables are noted
     from tests.engines.vllm import forks
 
-    for name, value in forks.environment().items():
-        monkeypatch.setenv(name, value)
     monkeypatch.setattr(kv, "Child", partial(Child, command=forks.benchmark()))
+    with mock.patch.dict(os.environ, forks.environment(), clear=True):  # an engine of this process leaves variables
+        yield
 
 
 @pytest.fixture
