@@ -19,6 +19,25 @@ def settings(memory_path):
     return multi_gpu.Settings(("cpu", "cpu"), (memory_path,), ("h2d", "restore"), 0.01, 2, 1, False, limits)
 
 
+@pytest.fixture
+def children():
+    """Those that this test has left; others, such as a zygote of other tests, may be there already."""
+
+    def now():
+        with open(f"/proc/self/task/{os.getpid()}/children") as file:
+            return set(file.read().split())
+
+    before = now()
+
+    def left():
+        deadline = time.monotonic() + 30
+        while (found := now() - before) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return sorted(found)
+
+    return left
+
+
 def test_all_ranks_and_one(settings, memory_path):
     said = []
     outcome = multi_gpu.measure(settings, said.append)
@@ -89,7 +108,7 @@ def test_what_all_have_of_one_read():
     assert multi_gpu.growth(multi_gpu.Outcome(records)) == {("broadcast", ""): pytest.approx(3.2)}
 
 
-def test_a_peer_and_one_read_for_all(settings, memory_path):
+def test_a_peer_and_one_read_for_all(settings, memory_path, children):
     outcome = multi_gpu.measure(
         dataclasses.replace(settings, works=("peer", "tcp", "broadcast"), runs=1), lambda _: None
     )
@@ -104,7 +123,7 @@ def test_a_peer_and_one_read_for_all(settings, memory_path):
     ]
     assert outcome.records[0].extra["way"].startswith("peer: ") and "gloo" in outcome.records[4].extra["way"]
     assert " over TCP → " in outcome.records[2].extra["way"] and outcome.records[1].bytes == 1 << 20
-    assert [*memory_path.iterdir()] == [] and _children() == []
+    assert [*memory_path.iterdir()] == [] and children() == []
 
 
 def test_a_peer_that_cannot_be_started(settings, memory_path, monkeypatch):
@@ -137,17 +156,17 @@ def test_devices_that_are_not_there(count, visible, said):
         multi_gpu.devices(None, count, visible)
 
 
-def test_one_that_fails_ends_the_others(settings, memory_path):
+def test_one_that_fails_ends_the_others(settings, memory_path, children):
     entries = [
         Entry("a", "a", "disk-read", {"path": str(memory_path / "none"), "bytes": 1, "runs": 1, "threads": 1}),
         Entry("b", "b", "disk-read", {"path": str(memory_path / "none"), "bytes": 1, "runs": 1, "threads": 1}),
     ]
     with pytest.raises(ChildError):
         together.run(entries, lambda _: None)
-    assert _children() == []
+    assert children() == []
 
 
-def test_an_interruption(settings, memory_path, monkeypatch):
+def test_an_interruption(settings, memory_path, monkeypatch, children):
     """What was measured stays, the files do not."""
     real, calls = together.run, []
 
@@ -159,14 +178,4 @@ def test_an_interruption(settings, memory_path, monkeypatch):
 
     monkeypatch.setattr(together, "run", run)
     outcome = multi_gpu.measure(dataclasses.replace(settings, works=("restore",)), lambda _: None)
-    assert outcome.interrupted and [*memory_path.iterdir()] == [] and _children() == []
-
-
-def _children():
-    deadline = time.monotonic() + 30
-    while True:
-        with open(f"/proc/self/task/{os.getpid()}/children") as file:
-            found = file.read().split()
-        if not found or time.monotonic() > deadline:
-            return found
-        time.sleep(0.05)
+    assert outcome.interrupted and [*memory_path.iterdir()] == [] and children() == []
