@@ -76,6 +76,8 @@ def kept(path: Path, what: str, cure: str, *, linked: bool = False) -> str:
             if found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o077:
                 raise StorageError(f"others may know the {what} in {str(path)!r}; {cure}")
             token = stream.read(_LONGEST).strip()
+    except FileNotFoundError:
+        raise StorageError(f"there is no file {str(path)!r}; make it, with the {what} in one line") from None
     except (OSError, UnicodeDecodeError) as error:
         raise StorageError(f"the {what} cannot be read from {str(path)!r}: {error}; {cure}") from None
     if not token:
