@@ -113,40 +113,39 @@ def test_a_wrong_proof_waits():
     assert paused == [tcp_channel.WRONG]
 
 
+def disbelieved(serve):
+    """A lender that does so is not believed to have the token."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        thread = threading.Thread(target=serve, args=(theirs,))
+        thread.start()
+        with pytest.raises(MismatchError, match="another token"):
+            introduce(ours, TOKEN, ASKED, 5, "lender")
+        thread.join()
+
+
 def test_a_lender_with_another_token_is_not_believed():
     """It says that the proof was right, whatever that is, and proves by what it has."""
-    ours, theirs = socket.socketpair()
 
-    def serve():
+    def serve(theirs):
         hello = exactly(theirs, HELLO)
         answer = tcp_channel._ANSWER.pack(b"thaw-tcp", 1, bytes(32))
         theirs.sendall(answer)
         exactly(theirs, PROOF)
         theirs.sendall(b"\x01" + tcp_channel._proof(b"another token", b"lender", hello + answer))
 
-    with ours, theirs:
-        thread = threading.Thread(target=serve)
-        thread.start()
-        with pytest.raises(MismatchError, match="another token"):
-            introduce(ours, TOKEN, ASKED, 5, "lender")
-        thread.join()
+    disbelieved(serve)
 
 
 def test_a_challenge_that_is_sent_back_proves_nothing():
     """A lender without the token has the taker's nonce for its own, and the taker's proof for its own."""
-    ours, theirs = socket.socketpair()
 
-    def serve():
+    def serve(theirs):
         hello = exactly(theirs, HELLO)
         theirs.sendall(hello[:ANSWER])
         theirs.sendall(b"\x01" + exactly(theirs, PROOF))
 
-    with ours, theirs:
-        thread = threading.Thread(target=serve)
-        thread.start()
-        with pytest.raises(MismatchError, match="another token"):
-            introduce(ours, TOKEN, ASKED, 5, "lender")
-        thread.join()
+    disbelieved(serve)
 
 
 def recorded():

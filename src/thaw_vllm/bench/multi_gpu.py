@@ -16,6 +16,7 @@ from .outcome import Missed, Outcome, Say
 from .process import PREPARED, READY, STARTING, Child, ChildError, ask
 from .record import Record, file_system_of
 from .rounds import Entry
+from .summary import alone
 from .systems import THAW
 from .together import Round
 from .weights import DISK, MEDIUM, PAGECACHE, TMPFS, applies, cold, made, warm
@@ -331,14 +332,11 @@ def growth(outcome: Outcome) -> dict[tuple[str, str], float]:
 
     Of a broadcast it is what all have, over what one reads in the same time.
     """
-    found: dict[tuple[str, str], dict[int, Record]] = {}
-    for record in outcome.records:
-        found.setdefault(_kind(record), {}).setdefault(record.extra["ranks"], record)
-    grown = {}
-    for kind, by in found.items():
-        if 1 in by and max(by) > 1:
-            copies = max(by) if kind[0] == BROADCAST else 1
-            grown[kind] = copies * by[max(by)].gb_per_s / by[1].gb_per_s
+    grown: dict[tuple[str, str], float] = {}
+    for record in sorted(outcome.records, key=lambda one: one.extra.get("ranks", 1), reverse=True):
+        if (one := alone(record, outcome)) is not None:
+            copies = record.extra["ranks"] if record.work == BROADCAST else 1
+            grown.setdefault(_kind(record), copies * record.gb_per_s / one.gb_per_s)
     return grown
 
 

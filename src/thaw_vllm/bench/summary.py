@@ -90,6 +90,14 @@ def section(record: Record) -> tuple[str, str, str]:
     return general(record.work), str(kind), str(record.extra.get("directory", ""))
 
 
+def alone(record: Record, outcome: Outcome) -> Record | None:
+    """What one rank took for the same, of a record of several; None for that itself, and where it was not measured."""
+    if record.extra.get("ranks", 1) == 1:
+        return None
+    same = (one for one in outcome.records if section(one) == section(record))
+    return next((one for one in same if one.extra.get("ranks") == 1), None)
+
+
 def prompt_tokens(record: Record) -> int:
     """Of the prompt whose KV cache or first token it is about; 0 for everything else."""
     found = record.extra.get("tokens")

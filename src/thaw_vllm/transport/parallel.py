@@ -37,7 +37,7 @@ _here = threading.local()
 
 @contextlib.contextmanager
 def interruptible(abandon: Callable[[], None]) -> Iterator[None]:
-    """Within it, ``abandon`` is called where a ``crew`` of this thread is interrupted: to end what they wait for."""
+    """Within it, ``abandon`` is called where a ``crew`` of this thread is interrupted, to end what threads wait for."""
     before = getattr(_here, "abandon", None)
     _here.abandon = abandon
     try:

@@ -151,7 +151,8 @@ def _taken_over_tcp(
     begin, count = snapshot.preamble.payload_at, sum(size for _, size in places)
     source = TcpSource(address, token, snapshot.header.content, begin, count)
     way = f"{address} over TCP", "an engine there has these weights already, and offers them"
-    return _filled(opened, source, snapshot, targets, required, options, device, *way)
+    with interruptible(source.abandon):
+        return _filled(opened, source, snapshot, targets, required, options, device, *way)
 
 
 def _filled(
@@ -166,8 +167,7 @@ def _filled(
     why: str,
 ) -> RestoreReport:
     """``restore`` from a lender's bytes, which are closed."""
-    waits = interruptible(source.abandon) if isinstance(source, TcpSource) else contextlib.nullcontext()
-    with contextlib.closing(source), waits:
+    with contextlib.closing(source):
         report = restore(
             source, snapshot, targets, required, replace(options, verify=True, route="auto", processes=False)
         )

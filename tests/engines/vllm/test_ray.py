@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from tests.engines.vllm.forks import PARALLEL
+from tests.engines.vllm.test_automatic_engines import flip
 from tests.engines.vllm.test_engine import freeze
 from tests.engines.vllm.test_kv import ARGS, THREE, error, run_script, same
 
@@ -54,10 +55,7 @@ def test_two_ranks(checkpoints: Callable, tmp_path: Path):
         shutil.copy(file, torn.parent / file.name, follow_symlinks=False)
     with open_rank(torn, 1) as opened:
         member = Path(opened.source.name)
-        place = opened.snapshot.preamble.payload_at + opened.snapshot.chunks[-1].stored_at
-    data = bytearray(member.read_bytes())
-    data[place] ^= 1
-    member.write_bytes(data)
+        flip(member, opened.snapshot.preamble.payload_at + opened.snapshot.chunks[-1].stored_at)
 
     thawed, _, reports, failed = engine(
         tmp_path,

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..outcome import Outcome
 from ..record import Record
-from ..summary import of_limit, of_rival, prompt_tokens
+from ..summary import alone, of_limit, of_rival, prompt_tokens
 from .results import Run
 
 FULL = 15 * 10**9
@@ -116,18 +116,18 @@ def several_ranks(record: Record) -> bool:
 
 def share_of_each(record: Record, outcome: Outcome) -> float | None:
     """Speed of one of several GPUs that are filled from tmpfs at once, over that of one alone in the same run."""
-    alone = _alone(record, outcome)
-    if alone is None or record.extra.get("medium") != "tmpfs":
+    one = alone(record, outcome)
+    if one is None or record.extra.get("medium") != "tmpfs":
         return None
     ranks: int = record.extra["ranks"]
-    return record.gb_per_s / ranks / alone.gb_per_s
+    return record.gb_per_s / ranks / one.gb_per_s
 
 
 def of_one_read(record: Record, outcome: Outcome) -> float | None:
     """Seconds of one read for several GPUs over those of one for one."""
     told: float | None = record.extra.get("ratio")
-    alone = _alone(record, outcome)
-    return told if alone is None else record.median / alone.median
+    one = alone(record, outcome)
+    return told if one is None else record.median / one.median
 
 
 def of_plain_copy(record: Record, outcome: Outcome) -> float | None:
@@ -135,15 +135,6 @@ def of_plain_copy(record: Record, outcome: Outcome) -> float | None:
     copies = (one.gb_per_s for one in outcome.records if (one.work, one.route) == ("d2d", record.route))
     limit: float | None = record.extra.get("copy_limit_gb_per_s") or next(copies, None)
     return None if limit is None else record.gb_per_s / limit
-
-
-def _alone(record: Record, outcome: Outcome) -> Record | None:
-    """The same by one rank; None for that itself."""
-    if record.extra.get("ranks", 1) == 1:
-        return None
-    kind = (record.work, record.extra.get("medium"))
-    same = (one for one in outcome.records if (one.work, one.extra.get("medium")) == kind)
-    return next((one for one in same if one.extra.get("ranks") == 1), None)
 
 
 def full_size(record: Record, outcome: Outcome) -> bool:

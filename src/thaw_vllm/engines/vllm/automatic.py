@@ -7,7 +7,6 @@ ranks tell each other at every step how theirs went, so that all thaw, all freez
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +23,7 @@ from ...weights.peers import AUTO
 from ...weights.ranks import Exchange
 from ...weights.restore import RestoreReport
 from .cache_key import Facts, find, key_of
-from .exchange import require_one_set_of_all, world_exchange
+from .exchange import require_one_set_of_all, told, world_exchange
 from .freezing import Freezing
 from .identity import require_ranks
 from .streaming import OWN_LOADERS
@@ -322,10 +321,7 @@ class _Ranks:
             said = {"error": _text(failure), "file": _about_the_file(failure)}
         if len(said.get("why", "")) > 800:
             said["why"] = said["why"][:800] + "…"
-        return [
-            json.loads(answer)
-            for answer in self._exchange(json.dumps(said, ensure_ascii=False).encode(errors="replace"))
-        ]
+        return told(self._exchange, said)
 
 
 def _first(answers: list[dict[str, Any]]) -> str | None:

@@ -38,6 +38,12 @@ def world_exchange() -> Exchange:
     return gather
 
 
+def told(exchange: Exchange, said: dict[str, Any]) -> list[dict[str, Any]]:
+    """What every rank says, by rank: plain values, of MAX_MESSAGE bytes at most."""
+    message = json.dumps(said, ensure_ascii=False).encode(errors="replace")
+    return [json.loads(answer) for answer in exchange(message)]
+
+
 class Together:
     """The step of a thaw before anything is written: every rank of an engine has found its file right, or none writes.
 
@@ -79,8 +85,7 @@ class Together:
 
     def _tell(self, said: dict[str, Any]) -> list[dict[str, Any]]:
         self._told = True
-        message = json.dumps(said, ensure_ascii=False).encode(errors="replace")
-        return [json.loads(answer) for answer in self._exchange(message)]
+        return told(self._exchange, said)
 
 
 def require_one_set_of_all(opened: Iterable[str | None], snapshot: str) -> None:
