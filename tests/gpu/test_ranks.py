@@ -1,9 +1,10 @@
-"""Sets of rank files on several GPUs: other numbers of ranks, and CUDA graphs."""
+"""Sets of rank files on several GPUs: every kind of rank, other numbers of ranks, and CUDA graphs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +12,31 @@ import torch
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from tests.engines.vllm.test_engine import ask, freeze
+from tests.engines.vllm.test_kv import THREE, engine, same
+from tests.engines.vllm.test_ranks import (
+    EXPERT,
+    expect_equal,
+    names,
+    run,
+    test_pipeline_stages,
+    test_replicas_of_a_dense_model_thaw_the_same_set,
+    thaw,
+)
 from tests.engines.vllm.test_reshard import compared, sizes
 
-ARGS = {"gpu_memory_utilization": 0.1}
+from thaw_vllm.bench.kv_pages import pages_by_address
+from thaw_vllm.weights.open import open_snapshot
+
+__all__ = ["test_pipeline_stages", "test_replicas_of_a_dense_model_thaw_the_same_set"]
+
+ARGS: dict[str, Any] = {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 64 << 20}
+ENGINES: dict[str, tuple[str, dict[str, Any]]] = {
+    "tensors": ("untied", {"tensor_parallel_size": 2}),
+    "stages": ("untied", {"pipeline_parallel_size": 2}),
+    "experts": ("moe", {"tensor_parallel_size": 2} | EXPERT),
+}
+"""By what the ranks share out."""
+GRAPHS = {"enforce_eager": False, "compilation_config": {"cudagraph_capture_sizes": [1, 2]}}
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +52,7 @@ def test_another_number_of_ranks(kind: str, checkpoints: Callable, tmp_path: Pat
     for ranks, path in enumerate(paths, 1):
         freeze(checkpoints(kind), path, **sizes(ranks), **ARGS)
     for ranks in (1, 2):
-        for said in compared(tmp_path, checkpoints(kind), ranks, *paths):
+        for said in compared(tmp_path, checkpoints(kind), ranks, *paths, **ARGS):
             assert len(said) == ranks
             for one in said:
                 assert one.get("differing") == [] and one["report"]["verified"] == "wordsum", one
@@ -41,3 +64,33 @@ def test_answers_with_graphs(checkpoints: Callable, tmp_path: Path):
     default = ask(checkpoints("biased"), None, **args)
     thawed = ask(checkpoints("biased"), tmp_path / "1.thaw", **args)
     assert thawed["outputs"] == default["outputs"] and len(thawed["reports"]) == 2
+
+
+@pytest.mark.parametrize("kind", list(ENGINES))
+def test_whole_engines(kind: str, checkpoints: Callable, tmp_path: Path):
+    """Weights and KV of both ranks, with graphs: tokens and log-probabilities, and every block of both."""
+    name, kinds = ENGINES[kind]
+    args = ARGS | GRAPHS | kinds | {"model": str(checkpoints(name)), "block_size": 16}
+    weights, first, second = (tmp_path / file for file in ("w.thaw", "first.thawkv", "second.thawkv"))
+    asked: dict[str, Any] = {"do": "ask", "prompts": THREE}
+    default = engine(tmp_path, [asked, asked], **args)
+    engine(tmp_path, [], **args, **thaw(weights, mode="freeze"))
+    with open_snapshot(weights) as opened:
+        assert len(opened.snapshot.header.ranks.members) == 1
+    thawed = engine(tmp_path, [asked, asked, {"do": "freeze", "path": first}], **args, snapshot=str(weights))
+    assert same(thawed[0], default[0]) and same(thawed[1], default[1])
+    steps = [{"do": "freeze", "path": second}, asked]
+    resumed = engine(tmp_path, steps, **args, snapshot=str(weights), kv_snapshot=str(first))
+    assert all(answer["cached"] > 0 for answer in resumed[1]) and same(resumed[1], default[1])
+    for rank in (0, 1):
+        pages = pages_by_address(first, rank)
+        assert pages and pages_by_address(second, rank) == pages
+
+
+def test_replicas_that_share_experts(checkpoints: Callable, tmp_path: Path):
+    """Every tensor of two data-parallel ranks, of which each holds half of the experts."""
+    base, path = {"model": str(checkpoints("moe"))} | EXPERT, tmp_path / "w.thaw"
+    ranks = run(tmp_path / "run", [base, base | thaw(path, mode="freeze"), base | thaw(path)], dp=2)
+    expect_equal(ranks, path)
+    assert names(path) == ["dp1-pp0-tp0"]
+    assert [(rank[2]["ep_rank"], rank[2]["ep_size"]) for rank in ranks] == [(0, 2), (1, 2)]

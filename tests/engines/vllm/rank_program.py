@@ -1,9 +1,9 @@
 """One rank of a world: vLLM's real groups and real model loading in a process of its own, without an engine around it.
 
 Run as ``python -m tests.engines.vllm.rank_program REQUEST.json ANSWER.json``. The request holds the number of this
-rank's ``replica``, its own number ``of`` that, the sizes ``tp`` and ``pp``, a ``rendezvous`` and ``loads``: engine
-arguments, one load after another. The answer has for each a digest of every tensor before post-processing, which report
-there is, and this rank's coordinates; or the error.
+rank's ``replica``, its own number ``of`` that, its ``device`` on a machine with GPUs, the sizes ``tp`` and ``pp``, a
+``rendezvous`` and ``loads``: engine arguments, one load after another. The answer has for each a digest of every tensor
+before post-processing, which report there is, and this rank's coordinates; or the error.
 """
 
 from __future__ import annotations
@@ -30,13 +30,18 @@ def main(request_path: str, answer_path: str) -> None:
     from thaw_vllm.errors import ThawError
 
     request = json.loads(Path(request_path).read_text())
+    backend, local = "gloo", request["of"]
+    if torch.cuda.is_available():
+        backend, local = "nccl", request["device"]
+        torch.cuda.set_device(local)
     first = configuration(request, request["loads"][0])
     with set_current_vllm_config(first):
         init_distributed_environment(
-            request["tp"] * request["pp"], request["of"], request["rendezvous"], request["of"], "gloo"
+            request["tp"] * request["pp"], request["of"], request["rendezvous"], local, backend
         )
         ensure_model_parallel_initialized(request["tp"], request["pp"])
-    torch.accelerator.empty_cache = lambda: None  # as vLLM's CPU runner does when it starts
+    if not torch.cuda.is_available():
+        torch.accelerator.empty_cache = lambda: None  # as vLLM's CPU runner does when it starts
     original, raw = base_loader.process_weights_after_loading, dict[str, str]()
 
     def recording(model: torch.nn.Module, *args: Any) -> None:

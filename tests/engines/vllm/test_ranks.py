@@ -34,7 +34,7 @@ def run(
     port, processes, answers = free_port(), [], []
     for number in range(tp * pp * dp):
         replica, of = divmod(number, tp * pp)
-        request = {"replica": replica, "of": of, "tp": tp, "pp": pp, "loads": loads}
+        request = {"replica": replica, "of": of, "device": number, "tp": tp, "pp": pp, "loads": loads}
         request["rendezvous"] = f"file://{room / f'rendezvous-{port}-{replica}'}"
         asked, answer = room / f"asked-{number}.json", room / f"answer-{port}-{number}.json"
         asked.write_text(json.dumps(request))

@@ -31,8 +31,12 @@ def engine(folder: Path, steps: list[dict[str, Any]], **args: Any) -> Any:
 
 
 def test_two_ranks(checkpoints: Callable, tmp_path: Path):
+    two_ranks(checkpoints("tied"), tmp_path, "xxh3")
+
+
+def two_ranks(checkpoint: Path, tmp_path: Path, verified: str, **args: Any) -> None:
     """Every tensor, every block, tokens and log-probabilities; and a rank that fails says so to the caller."""
-    model, path = str(checkpoints("tied")), tmp_path / "w.thaw"
+    model, path = str(checkpoint), tmp_path / "w.thaw"
     first, second = tmp_path / "first.thawkv", tmp_path / "second.thawkv"
     freezing = {"load_format": "thaw", "model_loader_extra_config": {"snapshot": str(path), "mode": "freeze"}}
     asked, answers, kv, executor = engine(
@@ -44,6 +48,7 @@ def test_two_ranks(checkpoints: Callable, tmp_path: Path):
             {"do": "executor"},
         ],
         model=model,
+        **args,
         **freezing,
     )
     assert executor == "RayExecutorV2" and len(kv["files"]) == 2
@@ -63,15 +68,16 @@ def test_two_ranks(checkpoints: Callable, tmp_path: Path):
             {"do": "ask", "prompts": THREE},
             {"do": "freeze", "path": second},
             {"do": "reports"},
-            {"do": "load", "snapshot": torn} | ARGS | RANKS,
+            {"do": "load", "snapshot": torn} | ARGS | RANKS | args,
         ],
         model=model,
         snapshot=str(path),
         kv_snapshot=str(first),
+        **args,
     )
     assert all(answer["cached"] > 0 for answer in thawed) and same(thawed, answers)
-    assert [report["verified"] for report in reports] == ["xxh3", "xxh3"]
-    freeze(checkpoints("tied"), other, tensor_parallel_size=2)  # by vLLM's multiprocess executor
+    assert [report["verified"] for report in reports] == [verified, verified]
+    freeze(checkpoint, other, tensor_parallel_size=2, **args)  # by vLLM's multiprocess executor
     for rank in (0, 1):
         with open_rank(path, rank, with_chunks=False) as ours, open_rank(other, rank, with_chunks=False) as theirs:
             assert ours.snapshot.header.content == theirs.snapshot.header.content

@@ -53,10 +53,10 @@ def sizes(ranks: int) -> dict[str, Any]:
     return {"tensor_parallel_size": ranks} if ranks > 1 else {}
 
 
-def compared(folder: Path, model: Path, ranks: int, *paths: Path) -> list[list[dict[str, Any]]]:
+def compared(folder: Path, model: Path, ranks: int, *paths: Path, **args: Any) -> list[list[dict[str, Any]]]:
     """For each snapshot what each rank says of it, in an engine of so many."""
     question, answer, log = (folder / name for name in ("asked.json", "answer.json", "log.txt"))
-    asked = {"model": str(model), "engine_args": ARGS | sizes(ranks), "snapshots": [str(path) for path in paths]}
+    asked = {"model": str(model), "engine_args": ARGS | sizes(ranks) | args, "snapshots": [str(path) for path in paths]}
     question.write_text(json.dumps(asked))
     program = Path(__file__).with_name("reshard_engine.py")
     command = [*forks.command(), str(program), str(question), str(answer)]
