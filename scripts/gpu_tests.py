@@ -41,7 +41,7 @@ TOGETHER = {
     "requests": ["tests/gpu/test_swap.py", "-k", "two_weights or without"],
     "ranks": ["tests/gpu/test_swap.py", "-k", "two_ranks"],
     "reshard": ["tests/gpu/test_ranks.py", "-k", "another_number or answers"],
-    "kinds": ["tests/gpu/test_ranks.py", "-k", "pipeline or replicas"],
+    "kinds": ["tests/gpu/test_ranks.py", "-k", "pipeline or replicas or share_experts"],
     "whole": ["tests/gpu/test_ranks.py", "-k", "whole_engines and tensors"],
     "stages": ["tests/gpu/test_ranks.py", "-k", "whole_engines and stages"],
     "experts": ["tests/gpu/test_ranks.py", "-k", "whole_engines and experts"],

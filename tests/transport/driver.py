@@ -7,6 +7,7 @@ or in ``wrong``.
 
 import collections
 import ctypes
+import functools
 import itertools
 import threading
 
@@ -245,6 +246,9 @@ class Driver(cuda.Driver):
             self.until(self.events[event])
         return 600
 
+    def cuEventSynchronize(self, event):
+        self.until(self.events[event])
+
     def until(self, mark):
         while not mark.done:
             queue = next(queue for queue in self.streams.values() if any(found is mark for found, _ in queue))
@@ -299,8 +303,10 @@ class Driver(cuda.Driver):
     def cuIpcCloseMemHandle(self, address):
         self.inside()
         self.opened[address] -= 1
-        if any(queue for queue in self.streams.values()):
-            self.wrong.append("memory was unmapped under a copy")
+        end = address + len(self.memory[address])
+        for _, work in (found for queue in self.streams.values() for found in queue):
+            if isinstance(work, functools.partial) and address <= work.args[1] < end:
+                self.wrong.append("memory was unmapped under a copy")
 
     def cuMemGetAddressRange(self, base, size, address):
         self.inside()
@@ -336,7 +342,7 @@ class Driver(cuda.Driver):
             self.streams[stream].append((None, lambda: ctypes.memmove(to, taken, size)))
 
     def cuMemcpyDtoHAsync(self, to, source, size, stream):
-        self.streams[stream].append((None, lambda: ctypes.memmove(to, source, size)))
+        self.streams[stream].append((None, functools.partial(ctypes.memmove, to, source, size)))
         if not self.is_locked(to, size):
             self.cuStreamSynchronize(stream)
 
@@ -344,7 +350,7 @@ class Driver(cuda.Driver):
         self.streams[stream].append((None, lambda: ctypes.memset(to, value, size)))
 
     def cuMemcpyDtoDAsync(self, to, source, size, stream):
-        self.streams[stream].append((None, lambda: ctypes.memmove(to, source, size)))
+        self.streams[stream].append((None, functools.partial(ctypes.memmove, to, source, size)))
 
     # the kernels
 

@@ -13,9 +13,10 @@ import torch
 
 from thaw_vllm.errors import CorruptionError, DeviceError, MismatchError
 from thaw_vllm.transport import cuda, lending
+from thaw_vllm.transport.borrowed_gpu import number_of
 from thaw_vllm.transport.checksum import wordsum
 from thaw_vllm.transport.cuda import Context
-from thaw_vllm.transport.lending import Lent, borrow
+from thaw_vllm.transport.lending import Lent, borrow, borrow_whole
 from thaw_vllm.transport.pipeline import Range
 from thaw_vllm.transport.source import read_bytes
 
@@ -143,11 +144,15 @@ def ranges():
     return found
 
 
-def sent(source, **options):
-    target = ctypes.create_string_buffer(len(DATA))
-    runs = [(ctypes.addressof(target) + found.offset - 8192, found.length) for found in ranges()]
-    with contextlib.closing(Context(0)) as context:
-        source.send(context, ranges(), runs, **({"verify": True, "kernel": None} | options))
+def sent(source, leave=(), **options):
+    """What arrives of a source; ``leave`` are runs that are not to be copied as a whole."""
+    source.target = target = ctypes.create_string_buffer(len(DATA))  # which outlives copies that are under way
+    base = ctypes.addressof(target) - 8192
+    into = [None if number in leave else base + at for number, (at, _) in enumerate(PLACES)]
+    asked = [found for found in ranges() if into[number_of(PLACES, found.offset, 1, "")] is not None]
+    source.begin(into, len(asked), None)
+    runs = [(base + found.offset, found.length) for found in asked]
+    source.send(asked, runs, **({"verify": True} | options))
     return target.raw
 
 
@@ -157,14 +162,57 @@ def test_gpu(gpu, driver):
     assert (said["gpu"], said["device"], len(said["handles"])) == ("0000:3b:00.0", 0, 2)
     assert said["runs"] == [[0, 16, 5000], [1, 0, 1], [0, 5016, 70_000], [1, 4096, 4096]]
     found = borrow(said, [], PLACES, "weights", GPU)
+    assert not found.begun and "cuIpcOpenMemHandle_v2" not in driver.calls
     counted = []
     assert sent(found, progress=counted.append) == DATA and sum(counted) == len(DATA)
-    assert read_all(found) == parts(), "also into host memory"
-    assert (found.where, found.over) == ("cuda:0", None)
-    assert driver.calls.count("cuIpcOpenMemHandle_v2") == 2
+    assert found.begun and (found.where, found.over) == ("cuda:0", None)
+    assert driver.calls.count("cuIpcOpenMemHandle_v2") == driver.calls.count("cuIpcCloseMemHandle") == 2
     assert driver.current.context == 0x107, "the thread's context is as it was"
     found.close()
     found.close()
+
+
+def test_a_gpu_into_host_memory(gpu):
+    told, _ = gpu
+    found = borrow(told(), [], PLACES, "weights", GPU)
+    found.map()
+    assert read_all(found) == parts()
+    found.close()
+
+
+def test_each_is_copied_before_the_next_is_mapped_and_unmapped_before_the_next_has_arrived(gpu, driver):
+    told, _ = gpu
+    found = borrow(told(), [], PLACES, "weights", GPU)
+    sent(found)
+    found.close()
+    wanted = ("cuIpcOpenMemHandle_v2", "cuMemcpyDtoDAsync_v2", "cuEventSynchronize", "cuIpcCloseMemHandle")
+    opening, copy, wait, closing = wanted
+    calls = [name for name in driver.calls if name in wanted]
+    assert calls == [opening, copy, opening, copy, copy, copy, wait, wait, wait, closing, wait, closing]
+
+
+@pytest.mark.parametrize("leave", [{0}, {1, 3}, {0, 1, 2}])
+def test_runs_that_are_not_copied_as_a_whole_stay_mapped(leave, gpu):
+    told, _ = gpu
+    found = borrow(told(), [], PLACES, "weights", GPU)
+    arrived = sent(found, leave)
+    for number, (at, size) in enumerate(PLACES):
+        part = parts()[number]
+        assert arrived[at - 8192 : at - 8192 + size] == (bytes(size) if number in leave else part)
+        if number in leave:
+            assert read_bytes(found, at, size) == part
+    found.close()
+
+
+def test_copies_that_nobody_waited_for(gpu):
+    """They are done with when it is closed: then their targets may go."""
+    told, _ = gpu
+    found = borrow(told(), [], PLACES, "weights", GPU)
+    target = ctypes.create_string_buffer(len(DATA))
+    found.begin([ctypes.addressof(target) + at - 8192 for at, _ in PLACES], 4)
+    assert target.raw != DATA
+    found.close()
+    assert target.raw == DATA
 
 
 @pytest.mark.parametrize(
@@ -189,28 +237,31 @@ def test_a_gpu_that_is_not_reached(gpu, driver):
 
 def test_damage_on_a_gpu_is_found(gpu):
     told, runs = gpu
-    found = borrow(told(), [], PLACES, "weights", GPU)
     ctypes.memset(runs[2][0] + 5000, parts()[2][5000] ^ 1, 1)
-    with pytest.raises(CorruptionError, match="the checksum of tensor of 70000 "):
+    with (
+        contextlib.closing(borrow(told(), [], PLACES, "weights", GPU)) as found,
+        pytest.raises(CorruptionError, match="the checksum of tensor of 70000 "),
+    ):
         sent(found)
-    sent(found, verify=False)
-    found.close()
+    with contextlib.closing(borrow(told(), [], PLACES, "weights", GPU)) as found:
+        assert sent(found, verify=False) != DATA
 
 
 @pytest.mark.parametrize("number", [0, 1])
-@pytest.mark.parametrize("call", ["cuIpcOpenMemHandle_v2", "cuMemcpyDtoDAsync_v2", "cuStreamCreate", "cuLaunchKernel"])
+@pytest.mark.parametrize(
+    "call",
+    ["cuIpcOpenMemHandle_v2", "cuMemcpyDtoDAsync_v2", "cuStreamCreate", "cuEventSynchronize", "cuLaunchKernel"],
+)
 def test_a_driver_that_refuses(call, number, gpu, driver):
     """Everything is given back, and nothing is unmapped under a copy."""
     told, _ = gpu
     said = told()
     driver.refuse[call] = number
-    with pytest.raises(DeviceError, match=f"CUDA's {call.partition('_')[0]} failed"):
-        found = borrow(said, [], PLACES, "weights", GPU)
-        try:
-            sent(found)
-            sent(found)
-        finally:
-            found.close()
+    with (
+        pytest.raises(DeviceError, match=f"CUDA's {call.partition('_')[0]} failed"),
+        contextlib.closing(borrow(said, [], PLACES, "weights", GPU)) as found,
+    ):
+        sent(found)
 
 
 def test_memory_without_handles(gpu, driver):
@@ -240,14 +291,22 @@ def test_told_in_other_words(change, gpu):
 
 
 @pytest.mark.parametrize("at", [90_000 - 70_000 + 1, 1 << 70])
-def test_told_of_more_than_is_mapped(at, gpu):
+def test_told_of_more_than_is_mapped(at, gpu, monkeypatch):
     told, _ = gpu
     said = told()
     said["runs"][2][1] = 90_000 - 70_000
-    borrow(said, [], PLACES, "weights", GPU).close()
+    with contextlib.closing(borrow(said, [], PLACES, "weights", GPU)) as found:
+        found.map()
     said["runs"][2][1] = at
+    for use in (lambda found: found.map(), sent):
+        with (
+            contextlib.closing(borrow(said, [], PLACES, "weights", GPU)) as found,
+            pytest.raises(MismatchError, match="beyond the memory that is lent"),
+        ):
+            use(found)
+    monkeypatch.setattr(lending, "device_at", lambda bus: 0)
     with pytest.raises(MismatchError, match="beyond the memory that is lent"):
-        borrow(said, [], PLACES, "weights", GPU)
+        borrow_whole(said, [], "weights")
     assert cuda.driver().contexts == 1
 
 

@@ -165,7 +165,7 @@ def test_another_lender_is_asked_where_one_refuses(path, place):
 def test_another_lender_is_asked_where_one_sends_what_is_no_memory(path, place, monkeypatch):
     """The first that is asked."""
     with open_snapshot(path) as opened:
-        whole = sum(size for _, size in peers.plain(opened.snapshot)[1])
+        whole = sum(size for _, size in peers.lay_out(opened.snapshot)[1])
     no_memory = path.with_name("file")
     no_memory.write_bytes(bytes(whole))
 

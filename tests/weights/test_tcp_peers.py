@@ -21,7 +21,7 @@ from thaw_vllm.transport.tcp_address import Address
 from thaw_vllm.transport.tcp_lender import Lender
 from thaw_vllm.weights.capture import fillable
 from thaw_vllm.weights.open import open_snapshot
-from thaw_vllm.weights.peers import plain, take
+from thaw_vllm.weights.peers import lay_out, take
 from thaw_vllm.weights.reading import RestoreOptions
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
@@ -130,7 +130,7 @@ def test_wrong_bytes_with_a_right_mac(path, place):
 def test_bytes_that_are_altered_on_the_way(path, place):
     """Found by the MAC, not by the sums."""
     with open_snapshot(path) as opened:
-        count = sum(size for _, size in plain(opened.snapshot)[1])
+        count = sum(size for _, size in lay_out(opened.snapshot)[1])
     at = 42 + 33 + 17 + len(f'{{"bytes": {count}}}') + 32 + 17 + 3
     with (
         offering(path, place, module(**base())),

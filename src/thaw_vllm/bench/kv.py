@@ -8,7 +8,7 @@ import re
 import statistics
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +94,12 @@ def measure(settings: Settings, say: Say) -> Outcome:
         except ThawError as error:
             thawed = None
             outcome.missed += [Missed(work, "thaw", "", str(error)) for work in (RESTORE, RESTORE + COMPRESSED, THAWED)]
+    count = planned.engine_args.get("tensor_parallel_size", 1)
+    ranks = {"ranks": count} if count > 1 else {}
     for number, tokens in enumerate(planned.tokens):
         second = None if thawed is None else thawed["lengths"][number]
-        outcome.records += _records(tokens, frozen["lengths"][number], second, planned.route, settings.directory)
+        found = _records(tokens, frozen["lengths"][number], second, planned.route, settings.directory)
+        outcome.records += [replace(record, extra=record.extra | ranks) for record in found]
     return outcome
 
 

@@ -11,6 +11,7 @@ import torch
 import thaw_vllm
 
 from ..transport.peer_token import VARIABLE
+from ..weights.ahead import expect_peer
 from ..weights.capture import fillable
 from ..weights.open import open_snapshot
 from ..weights.peers import AUTO, offer, take
@@ -66,6 +67,7 @@ def borrow(request: dict[str, Any]) -> Steps:
         os.environ[VARIABLE] = request["token"]
     yield
     own = llama.poisoned(llama.Shape(**request["shape"]), device)
+    expect_peer(device)
     settle(device)
     yield
 

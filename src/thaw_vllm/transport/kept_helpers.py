@@ -48,10 +48,7 @@ class KeptHelpers:
         """
         idle = self._idle if idle is None else idle
         with contextlib.suppress(OSError, RuntimeError, DeviceError):  # no memory, process or thread; no driver
-            if device not in self._loaders:  # the driver translates them, and others go on meanwhile
-                loader = threading.Thread(target=self._load, args=(device,), name="thaw-kernel", daemon=True)
-                loader.start()
-                self._loaders[device] = loader
+            self.load(device)
             with self._lock:
                 if self._waiting(device):
                     self._wait(max(idle, self._until - time.monotonic()))
@@ -59,6 +56,17 @@ class KeptHelpers:
             found = self.borrow(device)
             if found is not None:
                 self.give_back(found, idle)
+
+    def load(self, device: int) -> None:
+        """Have the kernels loaded: the driver translates them, and others go on meanwhile.
+
+        Raises:
+            RuntimeError: there is no thread for it.
+        """
+        if device not in self._loaders:
+            loader = threading.Thread(target=self._load, args=(device,), name="thaw-kernel", daemon=True)
+            loader.start()
+            self._loaders[device] = loader
 
     def _load(self, device: int) -> None:
         with contextlib.suppress(DeviceError):  # whoever wants one is told then

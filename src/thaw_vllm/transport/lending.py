@@ -10,38 +10,29 @@ The lender's memory must stay what and where it is as long as somebody borrows i
 
 from __future__ import annotations
 
-import bisect
 import ctypes
 import fcntl
-import math
 import mmap
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CorruptionError, DeviceError, MismatchError, StorageError
-from .cuda import ADDRESS, LAZILY, SIZE, Context, IpcHandle, Stream, device_at
+from ..errors import DeviceError, MismatchError, StorageError
+from .borrowed_gpu import BorrowedGpu, Run, number_of
+from .cuda import ADDRESS, SIZE, Context, IpcHandle, device_at
 from .links import by_driver
-from .pipeline import Range
 from .source import MemorySource, copy
-from .straight import send
-from .wordsum_cuda import Kernel
 
 if TYPE_CHECKING:
     import torch
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 """What a borrower asks of a memory file: reading beyond the end of one that was cut off would end its process."""
-_STREAMS = 4
-"""On which copies take turns: one copy between two GPUs may leave room for another."""
 _STEP = 16 << 20
 """Bytes that the lender writes to a memory file at a time."""
 _OTHER_WORDS = "{} are told of in other words; is the other process of another version of thaw?"
 _BUS = re.compile(r"[0-9a-f:.]{1,32}")
-
-Run = tuple[int, int]
-"""Address and bytes."""
 
 
 class Lent:
@@ -148,8 +139,7 @@ class BorrowedHost(MemorySource):
 
     def read_into(self, offset: int, view: memoryview) -> None:
         """See Source."""
-        for at, size in _pieces(self._places, self._begins, offset, len(view), self.name):
-            copy(view, self._view[at : at + size])
+        copy(view, self._view[self._at(offset, len(view))])
 
     def view(self, offset: int, length: int) -> memoryview:
         """A range where it lies, to read; the caller releases it before ``close``.
@@ -157,8 +147,12 @@ class BorrowedHost(MemorySource):
         Raises:
             CorruptionError: it is not within one run.
         """
-        ((at, size),) = _pieces(self._places, self._begins, offset, length, self.name)
-        return self._view[at : at + size]
+        return self._view[self._at(offset, length)]
+
+    def _at(self, offset: int, length: int) -> slice:
+        number = number_of(self._places, offset, length, self.name)
+        begin = self._begins[number] + offset - self._places[number][0]
+        return slice(begin, begin + length)
 
     def close(self) -> None:
         """Release and unmap; a second call does nothing."""
@@ -166,99 +160,6 @@ class BorrowedHost(MemorySource):
         held, self._held = self._held, None
         if held is not None:
             held.close()
-
-
-class BorrowedGpu:
-    """A lender's allocations on a GPU, mapped, as a source; owns the mappings until closed.
-
-    Attributes:
-        where: which memory, as the lender calls it.
-        over: what lies between; None within one memory.
-    """
-
-    over: str | None
-
-    def __init__(self, told: dict[str, Any], places: Sequence[Run], name: str, device: torch.device) -> None:
-        """As ``borrow``."""
-        self.name, self.size = name, max((at + size for at, size in places), default=0)
-        handles, runs, bus = told["handles"], told["runs"], told["gpu"]
-        if [size for _, _, size in runs] != [size for _, size in places]:
-            raise MismatchError(f"{name} are not as large as the snapshot says")
-        self._places, self._context, self._mapped = places, Context(device.index or 0), list[int]()
-        try:
-            self.where = f"cuda:{told['device']}"
-            self.over = None if bus == self._context.bus else self._context.reaches(bus) or "peer access"
-            with self._context.entered():
-                for handle in handles:
-                    made = IpcHandle.from_buffer_copy(bytes.fromhex(handle))
-                    self._mapped.append(self._context.driver.made("cuIpcOpenMemHandle_v2", made, LAZILY))
-                ends = [_end(self._context, address) for address in self._mapped]
-            if any(self._mapped[number] + at + size > ends[number] for number, at, size in runs):
-                raise MismatchError(f"{name} reach beyond the memory that is lent")
-            self._begins = [self._mapped[number] + at for number, at, _ in runs]
-        except BaseException:
-            self.close()
-            raise
-
-    def pieces(self, offset: int, length: int) -> list[Run]:
-        """Where a range of this source lies, mapped."""
-        return _pieces(self._places, self._begins, offset, length, self.name)
-
-    def cuts(self, offset: int, length: int) -> Iterator[Run]:
-        """A range as parts that each are within one run: offset and length."""
-        while length > 0:
-            number = bisect.bisect_right(self._places, offset, key=lambda place: place[0]) - 1
-            size = min(length, sum(self._places[number]) - offset) if number >= 0 else 0
-            if size <= 0:
-                raise CorruptionError(f"{self.name} have no {length} bytes at {offset}")
-            yield offset, size
-            offset, length = offset + size, length - size
-
-    def read_into(self, offset: int, view: memoryview) -> None:
-        """See Source."""
-        into = ctypes.addressof((ctypes.c_ubyte * len(view)).from_buffer(view)) if len(view) else 0
-        with self._context.entered():
-            stream = Stream(self._context)
-            try:
-                for address, size in self.pieces(offset, len(view)):
-                    self._context.driver.call("cuMemcpyDtoHAsync_v2", into, address, size, stream.handle)
-            finally:
-                stream.close()
-
-    def send(
-        self,
-        context: Context,
-        ranges: Sequence[Range],
-        runs: Sequence[Run],
-        *,
-        verify: bool,
-        kernel: Kernel | None,
-        progress: Callable[[int], None] | None = None,
-    ) -> None:
-        """Copy ranges to this process's GPU, and check them there; see ``straight.send``."""
-        how: dict[str, Any] = {"verify": verify, "kernel": kernel, "streams": _STREAMS, "progress": progress}
-        send(context, self.name, ranges, runs, self.pieces, "cuMemcpyDtoDAsync_v2", **how)
-
-    def check_unchanged(self) -> None:
-        """See Source; sums tell."""
-
-    def close(self) -> None:
-        """Unmap; nothing may be copying. A second call does nothing."""
-        if self._mapped:
-            with self._context.entered():
-                while self._mapped:
-                    self._context.driver["cuIpcCloseMemHandle"](self._mapped.pop())
-        self._context.close()
-
-
-def _end(context: Context, address: int) -> float:
-    """Where the allocation ends that an address lies in; the calling thread has entered the context.
-
-    CUDA's manual does not say that the driver tells it of another process's memory; where it does not, that is unknown.
-    """
-    base, whole = ADDRESS(), SIZE()
-    refused = context.driver["cuMemGetAddressRange_v2"](ctypes.byref(base), ctypes.byref(whole), address)
-    return math.inf if refused else base.value + whole.value
 
 
 Borrowed = BorrowedHost | BorrowedGpu
@@ -275,10 +176,13 @@ def borrow(
         name: of the source.
         device: where its bytes will be copied to.
 
+    Returns:
+        Of a GPU's memory nothing is mapped yet: ``begin`` or ``map`` does it.
+
     Raises:
         MismatchError: they are another process's idea of these runs, or lie where they cannot be copied from; what came
             is no memory.
-        DeviceError: they cannot be mapped.
+        DeviceError: they are not within reach.
     """
     if (device.type == "cpu") != ("bytes" in told):
         raise MismatchError(f"{name} are in {'the host' if 'bytes' in told else 'a GPU'}'s memory, the model is not")
@@ -308,7 +212,14 @@ def borrow_whole(told: dict[str, Any], files: Sequence[int], name: str) -> Borro
         raise MismatchError(_OTHER_WORDS.format(name))
     sizes = [size for _, _, size in told["runs"]]
     places = list(zip(_begins([(0, size) for size in sizes]), sizes, strict=True))
-    return borrow(told, files, places, name, torch.device("cuda", device_at(told["gpu"])))
+    found = borrow(told, files, places, name, torch.device("cuda", device_at(told["gpu"])))
+    assert isinstance(found, BorrowedGpu)
+    try:
+        found.map()
+    except BaseException:
+        found.close()
+        raise
+    return found
 
 
 def _sound(told: dict[str, Any]) -> bool:
@@ -336,11 +247,3 @@ def _begins(places: Sequence[Run]) -> list[int]:
         found.append(end)
         end += size
     return found
-
-
-def _pieces(places: Sequence[Run], begins: Sequence[int], offset: int, length: int, name: str) -> list[Run]:
-    """Where a range lies, of runs that begin there; it is within one of them."""
-    number = bisect.bisect_right(places, offset, key=lambda place: place[0]) - 1
-    if number >= 0 and offset + length <= sum(places[number]):
-        return [(begins[number] + offset - places[number][0], length)]
-    raise CorruptionError(f"{name} have no {length} bytes at {offset}")

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BusyError, CorruptionError, MismatchError, StorageError, ThawError
-from .lending import Borrowed, BorrowedGpu, borrow_whole
+from .borrowed_gpu import BorrowedGpu
+from .lending import Borrowed, borrow_whole
 from .offers import PATIENCE, QUICK, asked, directory, offered
 from .tcp_address import Address
 from .tcp_channel import DATA, PART, READ, REFUSED, TOLD, Asked, Channel, admit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable
 
@@ -24,6 +25,13 @@ def expect(device: torch.device) -> None:
     """Have helpers come up and page-lock their slots, and the kernels loaded; they wait for a restore ten minutes."""
     if by_driver(device):
         kept(device).start(device.index or 0, ANNOUNCED)
+
+
+def expect_peer(device: torch.device) -> None:
+    """Have the kernels loaded: of what waits for a restore from a file, one from a peer needs nothing else."""
+    if by_driver(device):
+        with contextlib.suppress(RuntimeError):  # no thread; who needs them loads them
+            kept(device).load(device.index or 0)
 
 
 def expect_restore(device: torch.device | str | int = "cuda") -> None:

@@ -44,7 +44,8 @@ def check_storable(name: str, tensor: torch.Tensor) -> None:
     if tensor.is_conj() or tensor.is_neg():
         raise UnsupportedError(f"{name!r} is a lazy conjugate or negative; call resolve_conj().resolve_neg() first")
     if tensor.numel():
-        stop = tensor.storage_offset() * tensor.element_size() + extent(tensor)[1] - extent(tensor)[0]
+        low, high = extent(tensor)
+        stop = tensor.storage_offset() * tensor.element_size() + high - low
         if not tensor.data_ptr() or stop > tensor.untyped_storage().nbytes():
             raise UnsupportedError(f"{name!r} has no memory of its own at present (freed, sharded or offloaded)")
 
@@ -81,6 +82,8 @@ def dense(tensor: torch.Tensor) -> bool:
 
 def extent(tensor: torch.Tensor) -> tuple[int, int]:
     """Addresses of the first byte and just after the last one that the elements touch."""
+    if tensor.is_contiguous():
+        return tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
     last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 

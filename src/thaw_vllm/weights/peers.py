@@ -18,7 +18,9 @@ import torch
 from ..errors import StorageError, ThawError, UnsupportedError, UsageError
 from ..format.chunks import RAW
 from ..format.index import Index, Tensor
+from ..format.preamble import Preamble
 from ..format.snapshot import Snapshot
+from ..transport.borrowed_gpu import BorrowedGpu
 from ..transport.lending import Lent, borrow
 from ..transport.offers import PATIENCE, QUICK, Offer, asked, directory, offered, own
 from ..transport.parallel import interruptible
@@ -26,10 +28,11 @@ from ..transport.peer_token import taker_token
 from ..transport.source import Source
 from ..transport.tcp_address import Address, peer_address, remote
 from ..transport.tcp_source import TcpSource
-from .layout import dense
+from .ahead import kept
+from .layout import settle
 from .open import Opened
 from .reading import RestoreOptions
-from .restore import RestoreReport, match, restore, same_strides
+from .restore import RestoreReport, as_it_lies, match, require_chunks, restore
 
 AUTO = "auto"
 """As a peer: whoever offers these weights."""
@@ -64,7 +67,7 @@ def offer(
     owners = _owners(snapshot.index)
     for entry in owners.values():
         target = targets[entry.name]
-        if not (dense(target) and same_strides(target.stride(), entry)) or entry.offset:
+        if entry.offset or not as_it_lies(entry, target):
             raise UnsupportedError(f"{entry.name!r} lies in another order than in {name!r}; its weights are not lent")
     devices = {targets[entry.name].device for entry in owners.values()}
     if len(devices) > 1:
@@ -128,7 +131,8 @@ def _taken(
     options: RestoreOptions,
     path: Path,
 ) -> RestoreReport:
-    snapshot, places = plain(opened.snapshot)
+    require_chunks(opened.snapshot, opened.source.name)
+    snapshot, (preamble, places) = opened.snapshot, lay_out(opened.snapshot)
     device = _device(snapshot, targets)
     patience = PATIENCE if device.type == "cpu" else QUICK
     with asked(path, snapshot.header.content, patience) as answer:
@@ -136,7 +140,13 @@ def _taken(
         source = borrow(answer.told, answer.files, places, name, device)
         over = "" if source.over is None else f" over {source.over}"
         way = f"{source.where} of process {answer.process}{over}", "it has these weights already, and offers them"
-        return _filled(opened, source, snapshot, targets, required, options, device, *way)
+        with contextlib.closing(source):
+            if isinstance(source, BorrowedGpu):  # before chunks are looked at, which takes as long as some GB
+                match(snapshot, targets, required, opened.source.name)
+                settle(targets.values())
+                sums = kept(device).kernels.sums(device.index or 0)
+                source.begin(_into(snapshot.index, targets), preamble.chunks, sums)
+            return _filled(opened, source, plain(snapshot), targets, required, options, device, *way)
 
 
 def _taken_over_tcp(
@@ -146,9 +156,9 @@ def _taken_over_tcp(
     options: RestoreOptions,
     address: Address,
 ) -> RestoreReport:
-    snapshot, places = plain(opened.snapshot)
+    snapshot, (preamble, places) = plain(opened.snapshot), lay_out(opened.snapshot)
     device, token = _device(snapshot, targets), taker_token(os.environ)
-    begin, count = snapshot.preamble.payload_at, sum(size for _, size in places)
+    begin, count = preamble.payload_at, sum(size for _, size in places)
     source = TcpSource(address, token, snapshot.header.content, begin, count)
     way = f"{address} over TCP", "an engine there has these weights already, and offers them"
     with interruptible(source.abandon):
@@ -184,25 +194,43 @@ def _device(snapshot: Snapshot, targets: Mapping[str, torch.Tensor]) -> torch.de
     return next(iter(devices), torch.device("cpu"))
 
 
-def plain(snapshot: Snapshot) -> tuple[Snapshot, list[tuple[int, int]]]:
-    """A snapshot as it is lent: tensors' storages one after the other, uncompressed, without carried files.
+def lay_out(snapshot: Snapshot) -> tuple[Preamble, list[tuple[int, int]]]:
+    """Where what is lent of a snapshot would be in a file: tensors' storages one after the other.
 
     Returns:
-        It, and where in its file each storage would be, with its bytes.
+        The preamble of such a file, and for each storage its place and bytes.
     """
-    begins, end = dict[int, int](), 0
-    for storage in _owners(snapshot.index):
-        begins[storage] = end
+    owners = _owners(snapshot.index)
+    preamble = replace(snapshot.preamble, chunks=sum(chunk.storage in owners for chunk in snapshot.chunks))
+    places, end = [], preamble.payload_at
+    for storage in owners:
+        places.append((end, snapshot.index.storages[storage]))
         end += snapshot.index.storages[storage]
+    return preamble, places
+
+
+def plain(snapshot: Snapshot) -> Snapshot:
+    """A snapshot as it is lent: laid out so, uncompressed, without carried files."""
+    preamble, places = lay_out(snapshot)
+    begins = {
+        storage: at - preamble.payload_at for storage, (at, _) in zip(_owners(snapshot.index), places, strict=True)
+    }
     chunks = [
         replace(chunk, stored_at=begins[chunk.storage] + chunk.at, stored=chunk.length, codec=RAW)
         for chunk in snapshot.chunks
         if chunk.storage in begins
     ]
     chunks.sort(key=lambda chunk: chunk.stored_at)
-    preamble = replace(snapshot.preamble, chunks=len(chunks))
-    places = [(preamble.payload_at + begin, snapshot.index.storages[storage]) for storage, begin in begins.items()]
-    return replace(snapshot, preamble=preamble, chunks=tuple(chunks)), places
+    return replace(snapshot, preamble=preamble, chunks=tuple(chunks))
+
+
+def _into(index: Index, targets: Mapping[str, torch.Tensor]) -> list[int | None]:
+    """For each storage that is lent the address of its tensor here, if that lies as in the storage."""
+    found: list[int | None] = []
+    for entry in _owners(index).values():
+        target = targets[entry.name]
+        found.append(target.data_ptr() if as_it_lies(entry, target) else None)
+    return found
 
 
 def _owners(index: Index) -> dict[int, Tensor]:

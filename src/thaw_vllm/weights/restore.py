@@ -18,11 +18,11 @@ from ..format.chunks import RAW, Chunk
 from ..format.index import Tensor
 from ..format.snapshot import Snapshot
 from ..transport import parallel
+from ..transport.borrowed_gpu import BorrowedGpu
 from ..transport.checksum import damaged
 from ..transport.coded_link import CodedLink
 from ..transport.coded_torch import CodedTorchLink
 from ..transport.files import place
-from ..transport.lending import BorrowedGpu
 from ..transport.links import CudaLink, Link, Place, by_driver, link_to, runs_of
 from ..transport.pipeline import Range, deliver
 from ..transport.read import Piece, piece_of, read
@@ -92,7 +92,7 @@ def restore(
     """Fill ``targets`` in place.
 
     Args:
-        source: the file; stays the caller's.
+        source: the file; stays the caller's. Of another process's memory on a GPU the copies were asked for.
         snapshot: its checked sections, chunk table included.
         targets: every tensor that may be filled, by name; ties under each of their names.
         required: names that the snapshot must hold.
@@ -111,8 +111,7 @@ def restore(
         with reading(source, targets.values(), options) as way:
             return restore(source, snapshot, targets, required, options, way, partial=partial, landed=landed)
     start = time.perf_counter()
-    if snapshot.preamble.chunks and not snapshot.chunks:
-        raise UsageError(f"{source.name!r} was opened without its chunk table; open it with_chunks=True to thaw it")
+    require_chunks(snapshot, source.name)
     entries = [entry for entry in snapshot.index.tensors if not partial or entry.name in targets]
     storages = {entry.storage for entry in entries if entry.storage is not None}
     total = sum(snapshot.index.storages[storage] for storage in storages)
@@ -131,7 +130,8 @@ def restore(
     work = sort(snapshot, targets)
     workers = options.workers or parallel.default_workers()
     planned = time.perf_counter()
-    settle(targets.values())
+    if not isinstance(source, BorrowedGpu):  # its copies are under way
+        settle(targets.values())
     names = []
     if work.host:
         through = Through(source, way.reader) if way.reader.margin else source
@@ -191,8 +191,7 @@ def _to_device(
                 source.send(link.context, ranges, link.runs, verify=verify, progress=progress)
             return f"page-locked memory to cuda:{link.context.device}"
         if isinstance(link, CudaLink) and isinstance(source, BorrowedGpu):
-            sums = way.sums(places[0].view.device) if verify else None
-            source.send(link.context, ranges, link.runs, verify=verify, kernel=sums, progress=progress)
+            source.send(ranges, link.runs, verify=verify, progress=progress)
             return f"another process's memory to cuda:{link.context.device}"
         options: dict[str, Any] = {"workers": workers, "verify": verify, "progress": progress}
         options["damage"] = lambda _, found: _damaged(source, found)
@@ -224,6 +223,15 @@ def _link(source: Source, way: Reading, ranges: list[Range], places: list[Place]
 def _damaged(source: Source, found: Range) -> CorruptionError:
     name, offset = place(source, found.offset)
     return damaged(name, found.label, offset, found.length)
+
+
+def require_chunks(snapshot: Snapshot, name: str) -> None:
+    """
+    Raises:
+        UsageError: the chunk table was not read.
+    """
+    if snapshot.preamble.chunks and not snapshot.chunks:
+        raise UsageError(f"{name!r} was opened without its chunk table; open it with_chunks=True to thaw it")
 
 
 def match(
@@ -362,12 +370,17 @@ def sort(snapshot: Snapshot, targets: Mapping[str, torch.Tensor]) -> Work:
     return found
 
 
+def as_it_lies(entry: Tensor, target: torch.Tensor) -> bool:
+    """Whether the target's bytes lie as the storage's do."""
+    return dense(target) and same_strides(target.stride(), entry)
+
+
 def _direct(entry: Tensor, target: torch.Tensor) -> tuple[torch.Tensor, memoryview | None] | None:
     """The target's bytes when they lie as the storage's do, with their host memory if it is on the host.
 
     On a CUDA device the target itself stands for them: its address is all that is needed.
     """
-    if not (dense(target) and same_strides(target.stride(), entry)):
+    if not as_it_lies(entry, target):
         return None
     if by_driver(target.device):
         return target, None

@@ -374,13 +374,16 @@ class ThawModelLoader(BaseModelLoader):
     def _expect(self) -> torch.device | None:
         """Have helpers and kernels come up while vLLM builds the model; on which GPU, if they do."""
         config = self.config
-        if config.mode != "thaw" or config.shared or config.workers is not None or not self._helped(config.snapshot):
+        if config.mode != "thaw" or config.shared:
             return None
         with contextlib.suppress(OSError):  # no file; who opens it says so
             if os.stat(config.snapshot).st_size >= WORTH and current_platform.is_cuda():
                 device = torch.device("cuda", torch.cuda.current_device())
-                ahead.expect(device)
-                return device
+                if config.workers is None and self._helped(config.snapshot):
+                    ahead.expect(device)
+                    return device
+                if config.peer:
+                    ahead.expect_peer(device)
         return None
 
     def _kept(self, targets: Iterable[torch.Tensor], helped: bool) -> KeptHelpers | None:
