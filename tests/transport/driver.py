@@ -246,9 +246,6 @@ class Driver(cuda.Driver):
             self.until(self.events[event])
         return 600
 
-    def cuEventSynchronize(self, event):
-        self.until(self.events[event])
-
     def until(self, mark):
         while not mark.done:
             queue = next(queue for queue in self.streams.values() if any(found is mark for found, _ in queue))

@@ -22,7 +22,7 @@ from thaw_vllm.transport.lending import Lent
 from thaw_vllm.transport.offers import Offer
 from thaw_vllm.transport.source import read_bytes
 from thaw_vllm.transport.tcp_address import Address
-from thaw_vllm.transport.tcp_channel import DATA, PART, READ, REFUSED, TOLD, Asked, Head, introduce
+from thaw_vllm.transport.tcp_channel import DATA, PART, READ, REFUSED, TOLD, Asked, Channel, Head, introduce
 from thaw_vllm.transport.tcp_lender import Lender
 from thaw_vllm.transport.tcp_source import TcpSource
 
@@ -456,6 +456,23 @@ def test_a_connection_that_is_made_while_another_fails(place, monkeypatch):
         source_failed.set()
         thread.join()
         assert len(ended) == 1
+
+
+def test_a_taker_that_lags_and_hangs_up_gives_back_at_once(place, monkeypatch):
+    """Its kernel tells the lender of no room that comes free after that."""
+    real = Channel.rest
+
+    def late(channel, view):
+        if len(view) == PART:
+            time.sleep(0.3)  # until what the lender sends finds no room
+            source.abandon()
+        real(channel, view)
+
+    monkeypatch.setattr(Channel, "rest", late)
+    with offering(place) as offer, listening(place) as lender:
+        with taking(lender) as source, pytest.raises(StorageError, match="was interrupted"):
+            all_of(source)
+        until(lambda: not offer.borrowers, 5.0)
 
 
 def test_what_is_said_to_nobody(place):

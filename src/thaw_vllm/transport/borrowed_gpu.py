@@ -1,8 +1,8 @@
 """Another process's allocations on a GPU, copied to one of this process's while the next are mapped.
 
 Mapping one takes a tenth of a millisecond, copying it over NVLink three times as long, and there are as many as large
-tensors. So each is asked to be copied as soon as it is mapped, before anybody has looked at chunks; and is unmapped
-while those after it are still on their way.
+tensors. So each is asked to be copied as soon as it is mapped, before anybody has looked at chunks. Unmapping is for
+the end: beside copies it takes longer, and delays them.
 """
 
 from __future__ import annotations
@@ -51,7 +51,6 @@ class BorrowedGpu:
         if [size for _, _, size in self._runs] != [size for _, size in places]:
             raise MismatchError(f"{name} are not as large as the snapshot says")
         self._handles = [IpcHandle.from_buffer_copy(bytes.fromhex(handle)) for handle in told["handles"]]
-        self._last = {allocation: number for number, (allocation, _, _) in enumerate(self._runs)}
         self._places, self._begins = places, list[int]()
         self._mapped, self._ends = dict[int, int](), dict[int, float]()
         self._lanes, self._events, self._sums = list[Stream](), dict[int, int](), list[CudaSums]()
@@ -137,7 +136,6 @@ class BorrowedGpu:
                     sums.add(runs[first : first + GROUP])
                 if progress is not None:
                     progress(sum(found.length for found in group))
-            self._unmap_behind_copies()
             if verify:
                 results = sums.results()
             for lane in self._lanes:
@@ -199,15 +197,6 @@ class BorrowedGpu:
         if address + size > self._ends[allocation]:
             raise MismatchError(f"{self.name} reach beyond the memory that is lent")
         return address
-
-    def _unmap_behind_copies(self) -> None:
-        """Allocations of which all runs are copied as a whole, each once they are."""
-        kept = {allocation for number, (allocation, _, _) in enumerate(self._runs) if number not in self._events}
-        for number, (allocation, _, _) in enumerate(self._runs):
-            if allocation not in kept:
-                self._context.driver.call("cuEventSynchronize", self._events[number])
-                if self._last[allocation] == number:
-                    self._context.driver["cuIpcCloseMemHandle"](self._mapped.pop(allocation))
 
     def _unmap(self) -> None:
         while self._mapped:

@@ -58,7 +58,6 @@ _SIGNATURES: dict[str, list[Any]] = {
     "cuEventDestroy_v2": [POINTER],
     "cuEventQuery": [POINTER],
     "cuEventRecord": [POINTER, POINTER],
-    "cuEventSynchronize": [POINTER],
     "cuGetErrorName": [INT, POINTER],
     "cuInit": [UINT],
     "cuIpcCloseMemHandle": [ADDRESS],
@@ -87,7 +86,6 @@ _SIGNATURES: dict[str, list[Any]] = {
 
 _WAITING = {
     "cuDevicePrimaryCtxRetain",
-    "cuEventSynchronize",
     "cuIpcCloseMemHandle",
     "cuIpcOpenMemHandle_v2",
     "cuMemFree_v2",

@@ -23,6 +23,7 @@ import hashlib
 import hmac
 import json
 import secrets
+import select
 import socket
 import struct
 import time
@@ -238,8 +239,12 @@ def _receive_into(connection: socket.socket, view: memoryview, until: float) -> 
 
 
 def _send(connection: socket.socket, data: bytes | memoryview, until: float) -> None:
-    done = 0
+    done, room = 0, select.poll()
+    room.register(connection, select.POLLOUT | select.POLLRDHUP)
     while done < len(data):
+        for _, found in room.poll(1000 * _left(until)):
+            if not found & select.POLLOUT:  # it has hung up: TCP need not tell of room any more
+                raise ConnectionResetError(errno.ECONNRESET, "the connection was closed")
         connection.settimeout(_left(until))
         with memoryview(data)[done:] as rest:  # an error must not keep hold of what its handlers unmap
             done += connection.send(rest)

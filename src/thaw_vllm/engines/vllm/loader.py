@@ -32,7 +32,7 @@ from ...weights import ahead
 from ...weights.capture import fillable
 from ...weights.freeze import FreezeReport
 from ...weights.open import Opened, open_rank
-from ...weights.peers import AUTO
+from ...weights.peers import AUTO, given_back
 from ...weights.provenance import check_source
 from ...weights.reading import RestoreOptions, reading
 from ...weights.restore import RestoreReport, match
@@ -194,6 +194,7 @@ class ThawModelLoader(BaseModelLoader):
                 self._placeholders = None
             if expected is not None and not self.config.expects_kv:
                 ahead.rest(expected)  # memory may not be unlocked while vLLM captures graphs, which is next
+            given_back()  # nor unmapped
         note(model, vllm_config, self.config.asked)
         if self.config.offer and not automatic.is_draft(vllm_config, model_config):
             self._offer(model, vllm_config)
