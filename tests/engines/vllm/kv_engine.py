@@ -1,7 +1,7 @@
 """A vLLM engine in a fresh process that does what a list of steps says: kv_engine.py STEPS.json ANSWERS.json.
 
-The first step makes the engine (``{"do": "engine", ...}`` with vLLM's arguments, ``snapshot`` for thaw's loader). An
-error is an answer: ``{"error": its class, "message": its text}``.
+The first step makes the engine (``{"do": "engine", ...}`` with vLLM's arguments, ``snapshot`` for thaw's loader), if
+the others need one. An error is an answer: ``{"error": its class, "message": its text}``.
 """
 
 import dataclasses
@@ -312,8 +312,11 @@ def main(steps, answers):
     from thaw_vllm.errors import ThawError
 
     first, *rest = json.loads(Path(steps).read_text())
-    assert first.pop("do") == "engine"
-    llm, found = engine(first), []
+    llm, found = None, []
+    if first["do"] == "engine":
+        llm = engine({name: value for name, value in first.items() if name != "do"})
+    else:
+        rest = [first, *rest]
     for step in rest:
         try:
             found.append(do(llm, step))

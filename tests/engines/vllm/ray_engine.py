@@ -12,7 +12,8 @@ import tempfile
 
 SLOT = "slot"
 """Ray's resource of which a worker takes one."""
-SLOTS = 4
+SLOTS = 2
+"""For one engine, as of GPUs."""
 
 
 def on_a_cpu() -> None:

@@ -25,9 +25,12 @@ RANKS: dict[str, Any] = {"tensor_parallel_size": 2, "distributed_executor_backen
 
 def engine(folder: Path, steps: list[dict[str, Any]], **args: Any) -> Any:
     """The answers of two ranks."""
-    first = {"do": "engine"} | ARGS | RANKS | args
+    return answers_to(folder, [{"do": "engine"} | ARGS | RANKS | args, *steps])
+
+
+def answers_to(folder: Path, steps: list[dict[str, Any]]) -> Any:
     own = {"HOME": str(folder), "RAY_USAGE_STATS_ENABLED": "0"}
-    return run_script("ray_engine.py", folder, [first, *steps], PARALLEL | own)
+    return run_script("ray_engine.py", folder, steps, PARALLEL | own)
 
 
 def test_two_ranks(checkpoints: Callable, tmp_path: Path):
@@ -62,19 +65,15 @@ def two_ranks(checkpoint: Path, tmp_path: Path, verified: str, **args: Any) -> N
         member = Path(opened.source.name)
         flip(member, opened.snapshot.preamble.payload_at + opened.snapshot.chunks[-1].stored_at)
 
-    thawed, _, reports, failed = engine(
+    thawed, _, reports = engine(
         tmp_path,
-        [
-            {"do": "ask", "prompts": THREE},
-            {"do": "freeze", "path": second},
-            {"do": "reports"},
-            {"do": "load", "snapshot": torn} | ARGS | RANKS | args,
-        ],
+        [{"do": "ask", "prompts": THREE}, {"do": "freeze", "path": second}, {"do": "reports"}],
         model=model,
         snapshot=str(path),
         kv_snapshot=str(first),
         **args,
     )
+    (failed,) = answers_to(tmp_path, [{"do": "load", "snapshot": torn} | ARGS | RANKS | args])
     assert all(answer["cached"] > 0 for answer in thawed) and same(thawed, answers)
     assert [report["verified"] for report in reports] == [verified, verified]
     freeze(checkpoint, other, tensor_parallel_size=2, **args)  # by vLLM's multiprocess executor

@@ -20,6 +20,7 @@ def register() -> None:
     from vllm.v1.worker.worker_base import WorkerBase
 
     WorkerBase.thaw_test_digests = digests  # type: ignore[attr-defined]
+    WorkerBase.thaw_test_weights = weights  # type: ignore[attr-defined]
     WorkerBase.thaw_test_pid = lambda worker: os.getpid()  # type: ignore[attr-defined]
     WorkerBase.thaw_test_hang = hang  # type: ignore[attr-defined]
     if not current_platform.is_cpu():
@@ -83,6 +84,17 @@ def digests(worker: Any) -> dict[str, list[Any]]:
     found = {}
     for path, tensor in tensors(model, versions.graph_entries()):
         if id(tensor) not in passing and not isinstance(tensor, FakeTensor) and tensor.device.type != "meta":
-            data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-            found[path] = [tensor.data_ptr(), hashlib.sha256(data).hexdigest()]
+            found[path] = [tensor.data_ptr(), digest(tensor)]
     return found
+
+
+def weights(worker: Any) -> dict[str, list[Any]]:
+    """The same of parameters and buffers, by their names."""
+    model = worker.get_model()
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {name: [tensor.data_ptr(), digest(tensor)] for name, tensor in named}
+
+
+def digest(tensor: torch.Tensor) -> str:
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return hashlib.sha256(data).hexdigest()
