@@ -16,6 +16,8 @@ FULL = 15 * 10**9
 """Bytes from which on a run says something about the goals."""
 FULL_PREFIX, FULL_PAGES = 8000, 10**9
 """The same of a prompt: its tokens, and the bytes of their pages."""
+FULL_RANK = 20 * 10**9
+"""Bytes of one of several ranks up to which a run does: larger ones are measured for how a restore grows."""
 NEXT_SIZE = 9000
 """Tokens from which on a time says nothing about the goal for 8k."""
 LARGEST, ALL_SIZES = "max_cudagraph_capture_size", 512
@@ -117,7 +119,7 @@ def several_ranks(record: Record) -> bool:
 def share_of_each(record: Record, outcome: Outcome) -> float | None:
     """Speed of one of several GPUs that are filled from tmpfs at once, over that of one alone in the same run."""
     one = alone(record, outcome)
-    if one is None or record.extra.get("medium") != "tmpfs":
+    if one is None or record.extra.get("medium") != "tmpfs" or one.bytes > FULL_RANK:
         return None
     ranks: int = record.extra["ranks"]
     return record.gb_per_s / ranks / one.gb_per_s
@@ -289,7 +291,13 @@ GOALS = (
     ),
     _start("waking it, to the first token, beside the driver's own share", "wake", 0.4, beside_the_driver, "driver"),
     Goal(
-        *("ranks restored from tmpfs at once, each: of one alone", RANKS_RESTORED, True, share_of_each, 0.9),
+        *(
+            "ranks of 8 to 16 GB restored from tmpfs at once, each: of one alone",
+            RANKS_RESTORED,
+            True,
+            share_of_each,
+            0.9,
+        ),
         any_ranks=True,
     ),
     Goal(
