@@ -14,7 +14,7 @@ from tests.weights.modules import plans, state
 from tests.weights.test_restore import base, module, other
 
 from thaw_vllm import freeze_model
-from thaw_vllm.errors import CorruptionError, MismatchError, StorageError, UnsupportedError
+from thaw_vllm.errors import CorruptionError, MismatchError, StorageError, UnsupportedError, UsageError
 from thaw_vllm.transport import lending, offers
 from thaw_vllm.weights import peers
 from thaw_vllm.weights.capture import fillable
@@ -241,6 +241,35 @@ def test_what_lies_in_another_order_is_not_offered(path, place):
     weight = torch.empty(4, 3).t()
     with pytest.raises(UnsupportedError, match="'weight' lies in another order"):
         offering(path, place, module(**(other() | {"weight": weight, "tied": weight}))).__enter__()
+
+
+def test_a_snapshot_without_its_chunks(path, place):
+    with lender(path, place), open_snapshot(path, with_chunks=False) as opened:
+        for peer in (peers.AUTO, "tcp://127.0.0.1:1"):
+            with pytest.raises(UsageError, match="without its chunk table"):
+                peers.take(opened, *fillable(module(**base())), RestoreOptions(), peer, place)
+
+
+def test_what_is_given_back_by_a_thread(monkeypatch):
+    """Each loan once, also where there is no thread for it; whoever waits waits for all of them."""
+    ended, go = [], threading.Event()
+    for number in range(3):
+        loan = contextlib.ExitStack()
+        loan.callback(lambda number=number: go.wait(10) and ended.append(number))
+        peers._give_back(loan)
+    assert not ended
+    threading.Timer(0.1, go.set).start()
+    peers.given_back()
+    assert sorted(ended) == [0, 1, 2] and not peers._giving_back
+
+    def none(_):
+        raise RuntimeError("can't start new thread")
+
+    loan = contextlib.ExitStack()
+    loan.callback(lambda: ended.append(3))
+    monkeypatch.setattr(threading.Thread, "start", none)
+    peers._give_back(loan)
+    assert ended[-1] == 3 and not peers._giving_back
 
 
 def test_nothing_is_left(path, place):

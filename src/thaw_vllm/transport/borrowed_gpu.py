@@ -1,8 +1,8 @@
 """Another process's allocations on a GPU, copied to one of this process's while the next are mapped.
 
 Mapping one takes a tenth of a millisecond, copying it over NVLink three times as long, and there are as many as large
-tensors. So each is asked to be copied as soon as it is mapped, before anybody has looked at chunks. Unmapping is for
-the end: beside copies it takes longer, and delays them.
+tensors. So a run is asked to be copied as soon as what it lies in is mapped, before anybody has looked at chunks.
+Unmapping is for the end: beside copies it takes longer, and delays them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,6 @@ class BorrowedGpu:
     Attributes:
         where: which memory, as the lender calls it.
         over: what lies between; None within one memory.
-        begun: whether copies were asked for.
     """
 
     over: str | None
@@ -54,7 +53,6 @@ class BorrowedGpu:
         self._places, self._begins = places, list[int]()
         self._mapped, self._ends = dict[int, int](), dict[int, float]()
         self._lanes, self._events, self._sums = list[Stream](), dict[int, int](), list[CudaSums]()
-        self.begun = False
         self._context = Context(device.index or 0)
         try:
             self.where = f"cuda:{told['device']}"
@@ -86,7 +84,6 @@ class BorrowedGpu:
         Raises:
             MismatchError, DeviceError: as ``map``; a part may have been copied.
         """
-        self.begun = True
         with self._context.entered():
             if sums:
                 self._sums.append(CudaSums(self._context, sums, kernel))

@@ -57,21 +57,26 @@ class KeptHelpers:
             if found is not None:
                 self.give_back(found, idle)
 
-    def load(self, device: int) -> None:
+    def load(self, device: int, *, decoders: bool = True) -> None:
         """Have the kernels loaded: the driver translates them, and others go on meanwhile.
+
+        Args:
+            device: see ``start``.
+            decoders: also those that are likeliest for compressed chunks.
 
         Raises:
             RuntimeError: there is no thread for it.
         """
         if device not in self._loaders:
-            loader = threading.Thread(target=self._load, args=(device,), name="thaw-kernel", daemon=True)
+            loader = threading.Thread(target=self._load, args=(device, decoders), name="thaw-kernel", daemon=True)
             loader.start()
             self._loaders[device] = loader
 
-    def _load(self, device: int) -> None:
+    def _load(self, device: int, decoders: bool) -> None:
         with contextlib.suppress(DeviceError):  # whoever wants one is told then
             self.kernels.sums(device)
-            self.kernels.decoders(device).load(*LIKELIEST)
+            if decoders:
+                self.kernels.decoders(device).load(*LIKELIEST)
 
     def borrow(self, device: int) -> Helpers | None:
         """Those that are there, else new ones; None where there can be none. The caller's until given back.

@@ -46,7 +46,6 @@ def send(
     *,
     verify: bool,
     kernel: Kernel | None = None,
-    streams: int = 1,
     progress: Callable[[int], None] | None = None,
 ) -> None:
     """Copy ranges, and hold each against its word sum where it has arrived; returns when all are in place.
@@ -60,7 +59,6 @@ def send(
         copy: the driver's call for it.
         verify: whether to check.
         kernel: that sums on this GPU, borrowed; None has one loaded.
-        streams: among which groups of ranges take turns.
         progress: called with the bytes of each group once they were asked for.
 
     Raises:
@@ -71,13 +69,8 @@ def send(
     groups = range(0, len(ranges), GROUP)
     with context.entered(), contextlib.ExitStack() as stack:
         sums = stack.enter_context(CudaSums(context, len(ranges), kernel)) if verify else None
-        lanes: list[Stream] = []
-        for lane in range(min(streams, len(groups))):
-            lanes.append(Stream(context, events=len(groups[lane::streams])))
-            stack.callback(lanes[lane].close)
-        events = [lanes[number % streams].events[number // streams] for number in range(len(groups))]
-        for number, (event, first) in enumerate(zip(events, groups, strict=True)):
-            stream = lanes[number % streams]
+        stream = stack.enter_context(contextlib.closing(Stream(context, events=len(groups))))
+        for event, first in zip(stream.events, groups, strict=True):
             for address, offset, length in joined(ranges[first : first + GROUP], runs[first : first + GROUP]):
                 for held, size in pieces(offset, length):
                     call(copy, address, held, size, stream.handle)
@@ -86,12 +79,11 @@ def send(
             if progress is not None:
                 progress(sum(found.length for found in ranges[first : first + GROUP]))
         if sums is not None:  # asked for while the copies are under way
-            for event, first in zip(events, groups, strict=True):
+            for event, first in zip(stream.events, groups, strict=True):
                 sums.after(event)
                 sums.add(runs[first : first + GROUP])
             results = sums.results()
-        for stream in lanes:
-            stream.synchronize()
+        stream.synchronize()
     for found, result in zip(ranges if verify else (), results, strict=True):
         if result != found.wordsum:
             raise damaged(name, found.label, found.offset, found.length)

@@ -28,10 +28,10 @@ def expect(device: torch.device) -> None:
 
 
 def expect_peer(device: torch.device) -> None:
-    """Have the kernels loaded: of what waits for a restore from a file, one from a peer needs nothing else."""
+    """Have the kernel that sums loaded: of what a restore from a file needs, one from a peer takes nothing else."""
     if by_driver(device):
-        with contextlib.suppress(RuntimeError):  # no thread; who needs them loads them
-            kept(device).load(device.index or 0)
+        with contextlib.suppress(RuntimeError):  # no thread; who needs it loads it
+            kept(device).load(device.index or 0, decoders=False)
 
 
 def expect_restore(device: torch.device | str | int = "cuda") -> None:

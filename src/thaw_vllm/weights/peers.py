@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -106,13 +107,16 @@ def take(
         place: the directory of offers; None for this user's.
 
     Returns:
-        Its ``route`` names both sides, ``why`` the offer. A GPU's memory may still be unmapped; see ``given_back``.
+        Its ``route`` names both sides, ``why`` the offer; ``seconds`` begin with ``borrow``: asking, and on a GPU
+        mapping, while copies are under way. A GPU's memory may still be unmapped; see ``given_back``.
 
     Raises:
         StorageError: nobody offers them, or whoever did has ended; over TCP also: there is no token.
         CorruptionError: the bytes that came are not the snapshot's; the tensors must not be used.
-        MismatchError, UnsupportedError, DeviceError: the lender refuses, or its memory cannot be reached.
+        MismatchError, UnsupportedError, DeviceError: the lender refuses, or its memory cannot be reached; a part may
+            have been copied.
     """
+    require_chunks(opened.snapshot, opened.source.name)
     content = opened.snapshot.header.content
     if remote(peer):
         return _taken_over_tcp(opened, targets, required, options, peer_address(peer))
@@ -136,7 +140,7 @@ def _taken(
     options: RestoreOptions,
     path: Path,
 ) -> RestoreReport:
-    require_chunks(opened.snapshot, opened.source.name)
+    start = time.perf_counter()
     snapshot, (preamble, places) = opened.snapshot, lay_out(opened.snapshot)
     device = _device(snapshot, targets)
     patience = PATIENCE if device.type == "cpu" else QUICK
@@ -150,7 +154,7 @@ def _taken(
             match(snapshot, targets, required, opened.source.name)
             settle(targets.values())
             source.begin(_into(snapshot.index, targets), preamble.chunks, kept(device).kernels.sums(device.index or 0))
-        report = _filled(opened, source, plain(snapshot), targets, required, options, device, *way)
+        report = _filled(opened, source, plain(snapshot), targets, required, options, device, *way, start)
         if isinstance(source, BorrowedGpu):
             _give_back(stack.pop_all())
         return report
@@ -159,12 +163,15 @@ def _taken(
 def _give_back(loan: contextlib.ExitStack) -> None:
     """In a thread: to unmap 16 GB of 150 tensors takes 11 ms, and the bytes are in place."""
     thread = threading.Thread(target=_closed, args=(loan,), name="thaw-give-back")  # which the process's end waits for
-    _giving_back.append(thread)
     try:
         thread.start()
     except RuntimeError:  # no thread to be had
-        _giving_back.remove(thread)
         _closed(loan)
+        return
+    _giving_back.append(thread)
+    for other in [*_giving_back]:
+        if not other.is_alive():
+            _forget(other)
 
 
 def _closed(loan: contextlib.ExitStack) -> None:
@@ -179,8 +186,14 @@ def given_back() -> None:
 
     Called by who captures CUDA graphs next, during which other threads may not.
     """
-    while _giving_back:
-        _giving_back.pop().join()
+    for thread in [*_giving_back]:
+        thread.join()
+        _forget(thread)
+
+
+def _forget(thread: threading.Thread) -> None:
+    with contextlib.suppress(ValueError):  # another thread has
+        _giving_back.remove(thread)
 
 
 def _taken_over_tcp(
@@ -190,13 +203,14 @@ def _taken_over_tcp(
     options: RestoreOptions,
     address: Address,
 ) -> RestoreReport:
+    start = time.perf_counter()
     snapshot, (preamble, places) = plain(opened.snapshot), lay_out(opened.snapshot)
     device, token = _device(snapshot, targets), taker_token(os.environ)
     begin, count = preamble.payload_at, sum(size for _, size in places)
     source = TcpSource(address, token, snapshot.header.content, begin, count)
     way = f"{address} over TCP", "an engine there has these weights already, and offers them"
     with contextlib.closing(source), interruptible(source.abandon):
-        return _filled(opened, source, snapshot, targets, required, options, device, *way)
+        return _filled(opened, source, snapshot, targets, required, options, device, *way, start)
 
 
 def _filled(
@@ -209,12 +223,16 @@ def _filled(
     device: torch.device,
     where: str,
     why: str,
+    start: float,
 ) -> RestoreReport:
-    """``restore`` from a lender's bytes."""
+    """``restore`` from a lender's bytes; everything since ``start`` is counted."""
+    borrowed = time.perf_counter() - start
     options = replace(options, verify=True, route="auto", processes=False)
     report = restore(source, snapshot, targets, required, options)
+    seconds = {"borrow": borrowed} | report.seconds | {"total": borrowed + report.seconds["total"]}
     into = "host memory" if device.type == "cpu" else str(device)
-    return replace(report, path=opened.source.name, route=f"peer: {where} → {into}", why=why)
+    route = f"peer: {where} → {into}"
+    return replace(report, path=opened.source.name, seconds=seconds, route=route, why=why)
 
 
 def _device(snapshot: Snapshot, targets: Mapping[str, torch.Tensor]) -> torch.device:

@@ -44,7 +44,8 @@ class RestoreReport:
         tensors: names filled, ties included.
         verified: by which checksum every chunk was verified: ``xxh3`` (on the host), ``wordsum`` (on the device),
             ``xxh3+wordsum`` (each its part), or ``none``.
-        seconds: by phase, in order (``choose``, ``open``, ``match``, ``plan``, ``read``, ``settle``), and ``total``.
+        seconds: by phase, in order (``choose``, ``open``, ``match``, ``plan``, ``read``, ``settle``; before them
+            ``borrow`` where another process had the weights), and ``total``.
         replaced: the path names another file by now; what was read is the earlier one, whole.
         route: how the bytes moved.
         why: why that way.

@@ -23,7 +23,7 @@ def told(monkeypatch) -> list[tuple[str, torch.device]]:
     found: list[tuple[str, torch.device]] = []
     monkeypatch.setattr(loading, "current_platform", SimpleNamespace(is_cuda=lambda: True))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    for name in ("expect", "rest"):
+    for name in ("expect", "expect_peer", "rest"):
         monkeypatch.setattr(ahead, name, lambda device, name=name: found.append((name, device)))
     monkeypatch.setattr(ThawModelLoader, "_prepare", lambda *_: None)
     monkeypatch.setattr(loading, "note", lambda *_: None)
@@ -70,7 +70,17 @@ def test_it_stays_for_blocks_that_come_next(told, snapshot, monkeypatch):
     assert told == [("expect", GPU)]
 
 
-@pytest.mark.parametrize("options", [{"processes": False}, {"workers": 3}, {"mode": "freeze"}, {"shared": "/run/x"}])
+@pytest.mark.parametrize("options", [{}, {"processes": False}, {"workers": 3}])
+def test_of_a_peer_the_kernel_comes_up(options, told, snapshot, monkeypatch):
+    """What a file needs then comes up if the peer has gone meanwhile, so that it is to rest, too."""
+    load(loader(snapshot, peer="/run/x.sock", **options), monkeypatch)
+    assert told == [("expect_peer", GPU), ("rest", GPU)]
+
+
+NOBODY = [{"processes": False}, {"workers": 3}, {"mode": "freeze"}, {"shared": "/run/x"}, {"peer": "tcp://127.0.0.1:1"}]
+
+
+@pytest.mark.parametrize("options", NOBODY)
 def test_nothing_comes_up_that_nobody_would_use(options, told, snapshot, monkeypatch):
     load(loader(snapshot, **options), monkeypatch)
     assert not told

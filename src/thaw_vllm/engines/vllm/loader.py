@@ -383,8 +383,9 @@ class ThawModelLoader(BaseModelLoader):
                 if config.workers is None and self._helped(config.snapshot):
                     ahead.expect(device)
                     return device
-                if config.peer:
+                if config.peer and not remote(config.peer):
                     ahead.expect_peer(device)
+                    return device  # should the peer have gone by then, helpers will read the file
         return None
 
     def _kept(self, targets: Iterable[torch.Tensor], helped: bool) -> KeptHelpers | None:
