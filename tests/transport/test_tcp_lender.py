@@ -615,8 +615,11 @@ def test_without_a_descriptor_for_those_who_come(place, monkeypatch):
 # --- a GPU's, made up -------------------------------------------------------------------------------------------------
 
 
-def test_gpu(driver, place, monkeypatch):
-    """Runs of several allocations, in another order there than here."""
+@pytest.mark.parametrize("locked", [True, False])
+def test_gpu(locked, driver, place, monkeypatch):
+    """Runs of several allocations, in another order there than here; into memory that is page-locked, or may not be."""
+    if not locked:
+        driver.refuse["cuMemHostRegister_v2"] = 0
     monkeypatch.setattr(lending, "by_driver", lambda device: device.type == "cuda")
     monkeypatch.setattr(lending, "device_at", lambda bus: {"0000:3b:00.0": 0}[bus])
     with Context(0) as context:
@@ -632,6 +635,7 @@ def test_gpu(driver, place, monkeypatch):
             assert read_bytes(source, BEGIN + RUNS[0] - 3, 7) == DATA_LENT[RUNS[0] - 3 : RUNS[0] + 4]
         offer.withdraw(10)
         assert not +driver.opened, "everything is unmapped"
+        assert driver.calls.count("cuMemHostRegister_v2") >= 1 and not driver.locked
         context.enter()
         for block in blocks:
             context.driver.call("cuMemFree_v2", block)

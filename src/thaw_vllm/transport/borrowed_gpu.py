@@ -14,10 +14,11 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CorruptionError, MismatchError
+from ..errors import CorruptionError, DeviceError, MismatchError
 from .checksum import damaged
 from .cuda import ADDRESS, LAZILY, SIZE, Context, IpcHandle, Stream
 from .pipeline import Range
+from .staging import Staging
 from .straight import GROUP
 from .wordsum_cuda import CudaSums, Kernel
 
@@ -34,11 +35,12 @@ Run = tuple[int, int]
 class BorrowedGpu:
     """A lender's allocations as a source; owns what of them is mapped until closed.
 
-    For one thread, but for ``read_into`` and ``pieces`` once everything is mapped.
+    For one thread, but for ``read_into``, ``pieces`` and a ``Room`` each once everything is mapped.
 
     Attributes:
         where: which memory, as the lender calls it.
         over: what lies between; None within one memory.
+        context: of the GPU where copies go.
     """
 
     over: str | None
@@ -53,13 +55,13 @@ class BorrowedGpu:
         self._places, self._begins = places, list[int]()
         self._mapped, self._ends = dict[int, int](), dict[int, float]()
         self._lanes, self._events, self._sums = list[Stream](), dict[int, int](), list[CudaSums]()
-        self._context = Context(device.index or 0)
+        self.context = Context(device.index or 0)
         try:
             self.where = f"cuda:{told['device']}"
             bus = told["gpu"]
-            self.over = None if bus == self._context.bus else self._context.reaches(bus) or "peer access"
+            self.over = None if bus == self.context.bus else self.context.reaches(bus) or "peer access"
         except BaseException:
-            self._context.close()
+            self.context.close()
             raise
 
     def map(self) -> None:
@@ -69,7 +71,7 @@ class BorrowedGpu:
             MismatchError: a run lies beyond the memory that is lent.
             DeviceError: the driver maps it not.
         """
-        with self._context.entered():
+        with self.context.entered():
             self._begins = [self._address(number) for number in range(len(self._runs))]
 
     def begin(self, into: Sequence[int | None], sums: int, kernel: Kernel | None = None) -> None:
@@ -84,11 +86,11 @@ class BorrowedGpu:
         Raises:
             MismatchError, DeviceError: as ``map``; a part may have been copied.
         """
-        with self._context.entered():
+        with self.context.entered():
             if sums:
-                self._sums.append(CudaSums(self._context, sums, kernel))
+                self._sums.append(CudaSums(self.context, sums, kernel))
             for turn in range(min(_STREAMS, len(into))):
-                self._lanes.append(Stream(self._context, events=len(into[turn::_STREAMS])))
+                self._lanes.append(Stream(self.context, events=len(into[turn::_STREAMS])))
             for number, address in enumerate(into):
                 held = self._address(number)
                 self._begins.append(held)
@@ -96,7 +98,7 @@ class BorrowedGpu:
                     continue
                 lane = self._lanes[number % _STREAMS]
                 size = self._places[number][1]
-                self._context.driver.call("cuMemcpyDtoDAsync_v2", address, held, size, lane.handle)
+                self.context.driver.call("cuMemcpyDtoDAsync_v2", address, held, size, lane.handle)
                 lane.mark(number // _STREAMS)
                 self._events[number] = lane.events[number // _STREAMS]
 
@@ -121,7 +123,7 @@ class BorrowedGpu:
             DeviceError: the GPU or its driver refused.
         """
         (sums,), results, awaited = self._sums, list[int](), 0
-        with self._context.entered():
+        with self.context.entered():
             for first in range(0, len(ranges), GROUP):
                 group = ranges[first : first + GROUP]
                 if verify:
@@ -146,24 +148,26 @@ class BorrowedGpu:
         number = self._number(offset, length)
         return [(self._begins[number] + offset - self._places[number][0], length)]
 
-    def cuts(self, offset: int, length: int) -> Iterator[Run]:
-        """A range as parts that each are within one run: offset and length."""
+    def spans(self, offset: int, length: int) -> Iterator[Run]:
+        """Where a range of this source lies, mapped, which may go over several runs.
+
+        Raises:
+            CorruptionError: it is not within the source.
+        """
         while length > 0:
-            number = bisect.bisect_right(self._places, offset, key=lambda place: place[0]) - 1
-            size = min(length, sum(self._places[number]) - offset) if number >= 0 else 0
-            if size <= 0:
-                raise CorruptionError(f"{self.name} have no {length} bytes at {offset}")
-            yield offset, size
+            number = self._number(offset, 1)
+            size = min(length, sum(self._places[number]) - offset)
+            yield self._begins[number] + offset - self._places[number][0], size
             offset, length = offset + size, length - size
 
     def read_into(self, offset: int, view: memoryview) -> None:
         """See Source."""
         into = ctypes.addressof((ctypes.c_ubyte * len(view)).from_buffer(view)) if len(view) else 0
-        with self._context.entered():
-            stream = Stream(self._context)
+        with self.context.entered():
+            stream = Stream(self.context)
             try:
                 for address, size in self.pieces(offset, len(view)):
-                    self._context.driver.call("cuMemcpyDtoHAsync_v2", into, address, size, stream.handle)
+                    self.context.driver.call("cuMemcpyDtoHAsync_v2", into, address, size, stream.handle)
             finally:
                 stream.close()
 
@@ -173,9 +177,9 @@ class BorrowedGpu:
     def close(self) -> None:
         """Wait for copies, and unmap; a second call does nothing."""
         with contextlib.ExitStack() as stack:
-            stack.callback(self._context.close)
+            stack.callback(self.context.close)
             if self._mapped or self._lanes or self._sums:
-                stack.enter_context(self._context.entered())
+                stack.enter_context(self.context.entered())
                 stack.callback(self._unmap)
                 for sums in self._sums:
                     stack.callback(sums.close)
@@ -187,9 +191,9 @@ class BorrowedGpu:
         """Where a run is, which is mapped if it is not yet; the calling thread has entered the context."""
         allocation, at, size = self._runs[number]
         if allocation not in self._mapped:
-            made = self._context.driver.made("cuIpcOpenMemHandle_v2", self._handles[allocation], LAZILY)
+            made = self.context.driver.made("cuIpcOpenMemHandle_v2", self._handles[allocation], LAZILY)
             self._mapped[allocation] = made
-            self._ends[allocation] = _end(self._context, made)
+            self._ends[allocation] = _end(self.context, made)
         address = self._mapped[allocation] + at
         if address + size > self._ends[allocation]:
             raise MismatchError(f"{self.name} reach beyond the memory that is lent")
@@ -197,11 +201,61 @@ class BorrowedGpu:
 
     def _unmap(self) -> None:
         while self._mapped:
-            self._context.driver["cuIpcCloseMemHandle"](self._mapped.popitem()[1])
+            self.context.driver["cuIpcCloseMemHandle"](self._mapped.popitem()[1])
 
     def _number(self, offset: int, length: int) -> int:
         """The run that a range lies in."""
         return number_of(self._places, offset, length, self.name)
+
+
+class Room:
+    """Page-locked host memory into which one thread has ranges of a borrowed GPU's bytes copied; its own until closed.
+
+    From there the driver copies by itself, and other threads go on; into any other memory it copies in their time.
+    """
+
+    def __init__(self, source: BorrowedGpu, size: int) -> None:
+        """
+        Args:
+            source: all of it mapped; stays open until this is closed.
+            size: bytes of the longest range, a multiple of the kernel's pages.
+
+        Raises:
+            OSError: no address space.
+            DeviceError: the driver makes no stream.
+        """
+        self._source, self._context = source, source.context
+        with contextlib.ExitStack() as stack:
+            (self._slot,) = stack.enter_context(Staging(1, size)).slots
+            with self._context.entered():
+                self._stream = Stream(self._context)
+                stack.callback(self._stream.close)
+                with contextlib.suppress(DeviceError):  # works without, slower
+                    self._context.driver.call("cuMemHostRegister_v2", self._slot.address, size, 0)
+                    stack.callback(self._context.driver["cuMemHostUnregister"], self._slot.address)
+            self._stack = stack.pop_all()
+
+    def read(self, offset: int, length: int) -> memoryview:
+        """A range of the source, which may go over several runs; valid until the next one. The caller releases it.
+
+        Raises:
+            CorruptionError: the source has no such range.
+            DeviceError: the driver refused.
+        """
+        address = self._slot.address
+        with self._context.entered():
+            try:
+                for held, size in self._source.spans(offset, length):
+                    self._context.driver.call("cuMemcpyDtoHAsync_v2", address, held, size, self._stream.handle)
+                    address += size
+            finally:
+                self._stream.synchronize()
+        return self._slot.view[:length]
+
+    def close(self) -> None:
+        """Give it back; a second call does nothing."""
+        with self._context.entered():
+            self._stack.close()
 
 
 def number_of(places: Sequence[Run], offset: int, length: int, name: str) -> int:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BusyError, CorruptionError, MismatchError, StorageError, ThawError
-from .borrowed_gpu import BorrowedGpu
+from .borrowed_gpu import BorrowedGpu, Room
 from .lending import Borrowed, borrow_whole
 from .offers import PATIENCE, QUICK, asked, directory, offered
 from .tcp_address import Address
@@ -251,19 +251,19 @@ class _Loan:
         """Give them back."""
         self._stack.close()
 
-    def bytes(self, offset: int, length: int, room: bytearray) -> memoryview:
-        """A range, where it lies, or in ``room`` where that is a GPU's memory; the caller releases it."""
-        if not isinstance(self.source, BorrowedGpu):
-            assert self.source is not None
-            return self.source.view(offset, length)
-        if len(room) < length:
-            room.extend(bytes(PART - len(room)))
-        view = memoryview(room)[:length]
-        at = 0
-        for begin, size in self.source.cuts(offset, length):
-            self.source.read_into(begin, view[at : at + size])
-            at += size
-        return view
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[Callable[[int, int], memoryview]]:
+        """For one thread: a range's bytes, until the next one; the caller releases them.
+
+        Raises:
+            OSError, DeviceError: there is no memory or stream for it.
+        """
+        assert self.source is not None
+        if isinstance(self.source, BorrowedGpu):
+            with contextlib.closing(Room(self.source, PART)) as room:
+                yield room.read
+        else:
+            yield self.source.view
 
 
 def _serve(channel: Channel, loan: _Loan) -> None:
@@ -274,15 +274,15 @@ def _serve(channel: Channel, loan: _Loan) -> None:
         OSError: it has gone, or does not take what it has asked for.
     """
     assert loan.source is not None
-    room = bytearray()
-    while _speaks(channel.connection, loan):
-        head = channel.head()
-        channel.rest(memoryview(b""))
-        if head.kind != READ or not 0 < head.length <= PART or head.offset + head.length > loan.source.size:
-            raise MismatchError(f"{head.length} bytes at {head.offset} are not lent")
-        with loan.bytes(head.offset, head.length, room) as view:
-            channel.send(DATA, head.offset, head.length, view)
-        loan.last = time.monotonic()
+    with loan.reading() as read:
+        while _speaks(channel.connection, loan):
+            head = channel.head()
+            channel.rest(memoryview(b""))
+            if head.kind != READ or not 0 < head.length <= PART or head.offset + head.length > loan.source.size:
+                raise MismatchError(f"{head.length} bytes at {head.offset} are not lent")
+            with read(head.offset, head.length) as view:
+                channel.send(DATA, head.offset, head.length, view)
+            loan.last = time.monotonic()
 
 
 def _speaks(connection: socket.socket, loan: _Loan) -> bool:
