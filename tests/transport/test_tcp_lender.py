@@ -612,6 +612,31 @@ def test_without_a_descriptor_for_those_who_come(place, monkeypatch):
     assert len(tried) == 2 and tried[1] - tried[0] > 0.05
 
 
+WITHOUT_TORCH = """
+import sys
+from pathlib import Path
+sys.modules["torch"] = None
+from thaw_vllm.transport.tcp_address import Address
+from thaw_vllm.transport.tcp_lender import Lender
+lender = Lender(Address("127.0.0.1", 0), bytes.fromhex(sys.argv[1]), Path(sys.argv[2]))
+print(lender.address.port, flush=True)
+lender.serve()
+"""
+
+
+def test_a_lender_needs_no_torch(place):
+    """The first who takes would wait for its import."""
+    command = [sys.executable, "-c", WITHOUT_TORCH, TOKEN.hex(), str(place)]
+    with offering(place), subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as lender:
+        try:
+            with contextlib.closing(
+                TcpSource(Address("127.0.0.1", int(lender.stdout.readline())), TOKEN, CONTENT, BEGIN, len(DATA_LENT))
+            ) as source:
+                assert all_of(source) == DATA_LENT
+        finally:
+            lender.kill()
+
+
 # --- a GPU's, made up -------------------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ import contextlib
 import ctypes
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import CorruptionError, DeviceError, MismatchError
 from .checksum import damaged
@@ -21,9 +21,6 @@ from .pipeline import Range
 from .staging import Staging
 from .straight import GROUP
 from .wordsum_cuda import CudaSums, Kernel
-
-if TYPE_CHECKING:
-    import torch
 
 _STREAMS = 4
 """On which copies take turns: one copy between two GPUs may leave room for another."""
@@ -45,8 +42,8 @@ class BorrowedGpu:
 
     over: str | None
 
-    def __init__(self, told: dict[str, Any], places: Sequence[Run], name: str, device: torch.device) -> None:
-        """As ``lending.borrow``; nothing is mapped yet."""
+    def __init__(self, told: dict[str, Any], places: Sequence[Run], name: str, gpu: int) -> None:
+        """As ``lending.borrow``, to the GPU of that ordinal; nothing is mapped yet."""
         self.name, self.size = name, max((at + size for at, size in places), default=0)
         self._runs: list[list[int]] = told["runs"]
         if [size for _, _, size in self._runs] != [size for _, size in places]:
@@ -55,7 +52,7 @@ class BorrowedGpu:
         self._places, self._begins = places, list[int]()
         self._mapped, self._ends = dict[int, int](), dict[int, float]()
         self._lanes, self._events, self._sums = list[Stream](), dict[int, int](), list[CudaSums]()
-        self.context = Context(device.index or 0)
+        self.context = Context(gpu)
         try:
             self.where = f"cuda:{told['device']}"
             bus = told["gpu"]

@@ -186,33 +186,28 @@ def borrow(
     """
     if (device.type == "cpu") != ("bytes" in told):
         raise MismatchError(f"{name} are in {'the host' if 'bytes' in told else 'a GPU'}'s memory, the model is not")
-    try:
-        if device.type == "cpu":
-            return BorrowedHost(told, files, places, name)
-        if not _sound(told):
-            raise MismatchError(_OTHER_WORDS.format(name))
-        return BorrowedGpu(told, places, name, device)
-    except (OSError, ValueError) as error:
-        raise MismatchError(f"{name} cannot be borrowed as they are told of: {error}") from None
+    if device.type != "cpu" and not _sound(told):
+        raise MismatchError(_OTHER_WORDS.format(name))
+    return _borrowed(told, files, places, name, device.index or 0)
 
 
 def borrow_whole(told: dict[str, Any], files: Sequence[int], name: str) -> Borrowed:
     """``borrow`` by who has no snapshot: all of a lender's runs one after the other, from 0 on, where they are.
 
+    Loads no torch, which takes seconds.
+
     Raises:
         MismatchError, DeviceError: as ``borrow``.
     """
-    import torch
-
     if "bytes" in told:
         if type(told["bytes"]) is not int or told["bytes"] < 0:
             raise MismatchError(_OTHER_WORDS.format(name))
-        return borrow(told, files, [(0, told["bytes"])], name, torch.device("cpu"))
+        return _borrowed(told, files, [(0, told["bytes"])], name, 0)
     if not _sound(told):
         raise MismatchError(_OTHER_WORDS.format(name))
     sizes = [size for _, _, size in told["runs"]]
     places = list(zip(_begins([(0, size) for size in sizes]), sizes, strict=True))
-    found = borrow(told, files, places, name, torch.device("cuda", device_at(told["gpu"])))
+    found = _borrowed(told, files, places, name, device_at(told["gpu"]))
     assert isinstance(found, BorrowedGpu)
     try:
         found.map()
@@ -220,6 +215,13 @@ def borrow_whole(told: dict[str, Any], files: Sequence[int], name: str) -> Borro
         found.close()
         raise
     return found
+
+
+def _borrowed(told: dict[str, Any], files: Sequence[int], places: Sequence[Run], name: str, gpu: int) -> Borrowed:
+    try:
+        return BorrowedHost(told, files, places, name) if "bytes" in told else BorrowedGpu(told, places, name, gpu)
+    except (OSError, ValueError) as error:
+        raise MismatchError(f"{name} cannot be borrowed as they are told of: {error}") from None
 
 
 def _sound(told: dict[str, Any]) -> bool:
