@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 
 
@@ -72,6 +74,11 @@ def test_weights_among_engines(thaw, started, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert thaw("serve", "--model", "m", "--snapshot", "w.thaw", "--peer", "auto", "--offer-weights").code == 0
     assert found == [{"snapshot": str(tmp_path / "w.thaw"), "peer": "auto", "offer": True}]
+    ran = thaw("serve", "--model", "m", "--snapshot", "w.thaw", "--peer", "nonsense")
+    assert ran.code == 2 and "no engine offers its weights at 'nonsense'" in ran.err and len(found) == 1
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as offer:
+        offer.bind("offer.sock")
+        assert thaw("serve", "--model", "m", "--snapshot", "w.thaw", "--peer", "offer.sock").code == 0
     ran = thaw("serve", "--model", "m", "--snapshot", "none", "--offer-weights")
     assert ran.code == 2 and "weights of a snapshot" in ran.err
 

@@ -208,6 +208,8 @@ def serve(
         kept = [os.environ.get(name) or None if path is None else os.path.abspath(path) for name, path in named]
         _several(models, register or [], allowed_host or [], model_dir or [], kept, [*passed, *context.args])
         return
+    if peer not in (None, AUTO) and not remote(peer) and not Path(peer).is_socket():
+        raise UsageError(f"no engine offers its weights at {peer!r}; give --peer {AUTO}, tcp://HOST:PORT or its socket")
     options = list(context.args)
     choice = among_engines(choose(snapshot, model, options, cache_dir, cache_gb), peer, offer_weights)
     compiled = chosen_file(caches, choice.file, trust_caches)

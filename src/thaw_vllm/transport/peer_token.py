@@ -15,7 +15,7 @@ SHORTEST = 32
 """Characters: who listens to the proofs may try tokens for as long as he likes."""
 _WHAT = "peer token"
 _OWN = "remove that file, and another one is made, or name one that is yours alone (--token-file)"
-_GIVEN = "chmod 600 it; it is one line of text, the same at both ends"
+_GIVEN = "give a file of yours alone (chmod 600) with the token in one line, the same at both ends"
 
 
 def lender_token(given: Path | None, environment: Mapping[str, str]) -> tuple[bytes, Path]:
