@@ -128,7 +128,7 @@ def test_no_address(listen, thaw, state):
 def test_a_token_that_others_may_read(thaw, token):
     token.chmod(0o644)
     ran = thaw("lend", "--token-file", token)
-    assert ran.code == 6 and "others may know the peer token" in ran.err and "yours alone" in ran.err
+    assert ran.code == 6 and "others may know the peer token" in ran.err and "yours alone (chmod 600)" in ran.err
 
 
 def test_a_token_of_ones_own(start, token, tmp_path, state):

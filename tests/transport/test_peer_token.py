@@ -62,7 +62,7 @@ def test_others_might_know_it(mode, state, file):
     _, path = lender_token(None, state)
     path.chmod(mode)
     for find in (lambda: lender_token(file, state), lambda: taker_token(state | {VARIABLE: str(file)})):
-        with pytest.raises(StorageError, match=r"others may know the peer token in .*yours alone"):
+        with pytest.raises(StorageError, match=r"others may know the peer token in .*yours alone \(chmod 600\)"):
             find()
     for find in (lambda: lender_token(None, state), lambda: taker_token(state)):
         with pytest.raises(StorageError, match=r"others may know the peer token in .*remove that file"):

@@ -32,7 +32,7 @@ Run = tuple[int, int]
 class BorrowedGpu:
     """A lender's allocations as a source; owns what of them is mapped until closed.
 
-    For one thread, but for ``read_into``, ``pieces`` and a ``Room`` each once everything is mapped.
+    For one thread, but for ``read_into``, ``spans`` and a ``Room`` each once everything is mapped.
 
     Attributes:
         where: which memory, as the lender calls it.
@@ -51,7 +51,8 @@ class BorrowedGpu:
         self._handles = [IpcHandle.from_buffer_copy(bytes.fromhex(handle)) for handle in told["handles"]]
         self._places, self._begins = places, list[int]()
         self._mapped, self._ends = dict[int, int](), dict[int, float]()
-        self._lanes, self._events, self._sums = list[Stream](), dict[int, int](), list[CudaSums]()
+        self._lanes, self._events = list[Stream](), dict[int, int]()
+        self._sums: CudaSums | None = None
         self.context = Context(gpu)
         try:
             self.where = f"cuda:{told['device']}"
@@ -85,7 +86,7 @@ class BorrowedGpu:
         """
         with self.context.entered():
             if sums:
-                self._sums.append(CudaSums(self.context, sums, kernel))
+                self._sums = CudaSums(self.context, sums, kernel)
             for turn in range(min(_STREAMS, len(into))):
                 self._lanes.append(Stream(self.context, events=len(into[turn::_STREAMS])))
             for number, address in enumerate(into):
@@ -119,7 +120,8 @@ class BorrowedGpu:
             CorruptionError: bytes are not what their sum says.
             DeviceError: the GPU or its driver refused.
         """
-        (sums,), results, awaited = self._sums, list[int](), 0
+        sums, results, awaited = self._sums, list[int](), 0
+        assert sums is not None, "begin comes first"
         with self.context.entered():
             for first in range(0, len(ranges), GROUP):
                 group = ranges[first : first + GROUP]
@@ -140,11 +142,6 @@ class BorrowedGpu:
             if result != found.wordsum:
                 raise damaged(self.name, found.label, found.offset, found.length)
 
-    def pieces(self, offset: int, length: int) -> list[Run]:
-        """Where a range of this source lies, mapped; it is within one run."""
-        number = self._number(offset, length)
-        return [(self._begins[number] + offset - self._places[number][0], length)]
-
     def spans(self, offset: int, length: int) -> Iterator[Run]:
         """Where a range of this source lies, mapped, which may go over several runs.
 
@@ -154,7 +151,7 @@ class BorrowedGpu:
         while length > 0:
             number = self._number(offset, 1)
             size = min(length, sum(self._places[number]) - offset)
-            yield self._begins[number] + offset - self._places[number][0], size
+            yield self._held(offset, size), size
             offset, length = offset + size, length - size
 
     def read_into(self, offset: int, view: memoryview) -> None:
@@ -163,8 +160,8 @@ class BorrowedGpu:
         with self.context.entered():
             stream = Stream(self.context)
             try:
-                for address, size in self.pieces(offset, len(view)):
-                    self.context.driver.call("cuMemcpyDtoHAsync_v2", into, address, size, stream.handle)
+                held = self._held(offset, len(view))
+                self.context.driver.call("cuMemcpyDtoHAsync_v2", into, held, len(view), stream.handle)
             finally:
                 stream.close()
 
@@ -178,11 +175,10 @@ class BorrowedGpu:
             if self._mapped or self._lanes or self._sums:
                 stack.enter_context(self.context.entered())
                 stack.callback(self._unmap)
-                for sums in self._sums:
-                    stack.callback(sums.close)
-                for lane in self._lanes:
-                    stack.callback(lane.close)
-                self._lanes, self._sums = [], []
+                for one in (self._sums, *self._lanes):
+                    if one is not None:
+                        stack.callback(one.close)
+                self._lanes, self._sums = [], None
 
     def _address(self, number: int) -> int:
         """Where a run is, which is mapped if it is not yet; the calling thread has entered the context."""
@@ -199,6 +195,11 @@ class BorrowedGpu:
     def _unmap(self) -> None:
         while self._mapped:
             self.context.driver["cuIpcCloseMemHandle"](self._mapped.popitem()[1])
+
+    def _held(self, offset: int, length: int) -> int:
+        """Where a range within one run lies, mapped."""
+        number = self._number(offset, length)
+        return self._begins[number] + offset - self._places[number][0]
 
     def _number(self, offset: int, length: int) -> int:
         """The run that a range lies in."""

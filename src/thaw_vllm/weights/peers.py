@@ -12,7 +12,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -154,7 +154,9 @@ def _taken(
             match(snapshot, targets, required, opened.source.name)
             settle(targets.values())
             source.begin(_into(snapshot.index, targets), preamble.chunks, kept(device).kernels.sums(device.index or 0))
-        report = _filled(opened, source, plain(snapshot), targets, required, options, device, *way, start)
+        report = _filled(
+            opened, source, plain(snapshot, preamble, places), targets, required, options, device, *way, start
+        )
         if isinstance(source, BorrowedGpu):
             _give_back(stack.pop_all())
         return report
@@ -204,7 +206,8 @@ def _taken_over_tcp(
     address: Address,
 ) -> RestoreReport:
     start = time.perf_counter()
-    snapshot, (preamble, places) = plain(opened.snapshot), lay_out(opened.snapshot)
+    preamble, places = lay_out(opened.snapshot)
+    snapshot = plain(opened.snapshot, preamble, places)
     device, token = _device(snapshot, targets), taker_token(os.environ)
     begin, count = preamble.payload_at, sum(size for _, size in places)
     source = TcpSource(address, token, snapshot.header.content, begin, count)
@@ -259,9 +262,8 @@ def lay_out(snapshot: Snapshot) -> tuple[Preamble, list[tuple[int, int]]]:
     return preamble, places
 
 
-def plain(snapshot: Snapshot) -> Snapshot:
-    """A snapshot as it is lent: laid out so, uncompressed, without carried files."""
-    preamble, places = lay_out(snapshot)
+def plain(snapshot: Snapshot, preamble: Preamble, places: Sequence[tuple[int, int]]) -> Snapshot:
+    """A snapshot as it is lent: laid out as ``lay_out`` says, uncompressed, without carried files."""
     begins = {
         storage: at - preamble.payload_at for storage, (at, _) in zip(_owners(snapshot.index), places, strict=True)
     }

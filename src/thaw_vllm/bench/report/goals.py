@@ -291,13 +291,11 @@ GOALS = (
     ),
     _start("waking it, to the first token, beside the driver's own share", "wake", 0.4, beside_the_driver, "driver"),
     Goal(
-        *(
-            "ranks of 8 to 16 GB restored from tmpfs at once, each: of one alone",
-            RANKS_RESTORED,
-            True,
-            share_of_each,
-            0.9,
-        ),
+        "ranks of 8 to 16 GB restored from tmpfs at once, each: of one alone",
+        RANKS_RESTORED,
+        True,
+        share_of_each,
+        0.9,
         any_ranks=True,
     ),
     Goal(

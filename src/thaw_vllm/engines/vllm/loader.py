@@ -382,10 +382,11 @@ class ThawModelLoader(BaseModelLoader):
                 device = torch.device("cuda", torch.cuda.current_device())
                 if config.workers is None and self._helped(config.snapshot):
                     ahead.expect(device)
-                    return device
-                if config.peer and not remote(config.peer):
-                    ahead.expect_peer(device)
-                    return device  # should the peer have gone by then, helpers will read the file
+                elif config.peer and not remote(config.peer):
+                    ahead.expect_peer(device)  # should the peer have gone by then, helpers will read the file
+                else:
+                    return None
+                return device
         return None
 
     def _kept(self, targets: Iterable[torch.Tensor], helped: bool) -> KeptHelpers | None:
